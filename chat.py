@@ -1,0 +1,294 @@
+"""Conversations to token ids and labels, made together, turn by turn.
+
+A template writes a script of three kinds of parts: control tokens (BOS, end of turn, header tokens: inserted as ids), images (Q
+holes each), and text. Text between two control tokens is tokenised in one piece by a tokenizer that knows no control tokens, so
+nobody can type one; what is learnt is decided by character spans: the assistant's words and the terminator of their turn.
+Hence: no searching of rendered text, and the prompt at inference is an exact prefix of what was trained.
+
+    turns: list of (user, assistant); assistant None in the last one = write the prompt of its answer
+    ids, labels: lists of equal length; labels[i] is ids[i] where position i is to be learnt and -100 elsewhere (not yet shifted)
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+
+IGNORE = -100
+IMAGE = "<image>"  # the marker of LLaVA's data files
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used, with the reason. Whoever reads data counts these."""
+
+
+class Tokenizer:
+    """tokenizer.json read twice: whole, to look up and decode control tokens, and stripped of them, to tokenise what people type."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise SystemExit(f"{folder} holds no tokenizer.json")
+        self.folder = folder
+        self.full = tokenizers.Tokenizer.from_file(str(file))
+        spec = json.loads(file.read_text("utf-8"))
+        self.specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+        self.plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        names = json.loads(p.read_text("utf-8")) if (p := folder / "tokenizer_config.json").is_file() else {}
+        self.bos, self.eos = (self._named(names.get(k)) for k in ("bos_token", "eos_token"))
+
+    def _named(self, token):
+        token = token["content"] if isinstance(token, dict) else token
+        return None if token is None else self.id(token)
+
+    def __len__(self):
+        return self.full.get_vocab_size(with_added_tokens=True)
+
+    def id(self, token):
+        i = self.full.token_to_id(token)
+        if i is None:
+            raise SystemExit(f"the tokenizer in {self.folder} has no token {token!r}; does the template fit this language model?")
+        return i
+
+    def text(self, s):
+        """Ids and character spans of plain text; nothing in it is a control token."""
+        try:
+            s.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadSample("text holds a lone surrogate, which no encoding knows") from None
+        e = self.plain.encode(s, add_special_tokens=False)
+        return e.ids, e.offsets
+
+    def decode(self, ids):
+        return self.full.decode(list(ids), skip_special_tokens=True)
+
+
+class Script:
+    """The parts of one conversation as a template writes them: ("id", id, learn), ("image",), ("text", str, learn)."""
+
+    def __init__(self, tok, images):
+        self.tok, self.images, self.parts = tok, images, []
+
+    def control(self, token, learn=False):
+        if token is None:
+            raise SystemExit(f"this template needs a BOS and an EOS token; {self.tok.folder}/tokenizer_config.json names none")
+        self.parts.append(("id", token if isinstance(token, int) else self.tok.id(token), learn))
+
+    def text(self, s, learn=False):
+        if s:
+            self.parts.append(("text", s, learn))
+
+    def user(self, s):
+        """What a person said. Markers count as pictures only in a sample that has pictures; a single one moves to the front of its
+        turn, as in LLaVA; several stay where they were written."""
+        if not self.images or IMAGE not in s:
+            return self.text(s.strip())
+        if s.count(IMAGE) == 1:
+            rest = s.replace(IMAGE, "").strip()
+            s = f"{IMAGE}\n{rest}" if rest else IMAGE
+        pieces = s.strip().split(IMAGE)
+        for i, piece in enumerate(pieces):
+            if i:
+                self.parts.append(("image",))
+            self.text(piece)
+
+    def ids(self, image_id, image_tokens):
+        """-> ids, labels. Neighbouring texts are joined before they are tokenised."""
+        ids, labels, texts = [], [], []
+
+        def flush():
+            if not texts:
+                return
+            spans, at = [], 0
+            for s, learn in texts:
+                if learn:
+                    spans.append((at, at + len(s)))
+                at += len(s)
+            new, offsets = self.tok.text("".join(s for s, _ in texts))
+            ids.extend(new)
+            for i, (a, b) in zip(new, offsets):  # a token is learnt if it touches a learnt span; one without width, if it lies in it
+                labels.append(i if any(a < e and (b > s or a == b >= s) for s, e in spans) else IGNORE)
+            texts.clear()
+
+        for kind, *rest in self.parts:
+            if kind == "text":
+                texts.append(rest)
+                continue
+            flush()
+            if kind == "image":
+                ids.extend([image_id] * image_tokens)
+                labels.extend([IGNORE] * image_tokens)
+            else:
+                ids.append(rest[0])
+                labels.append(rest[0] if rest[1] else IGNORE)
+        flush()
+        return ids, labels
+
+
+# ---- templates: each writes turns as the model in question expects them --------------------------------------------------------
+
+def plain(w, system, turns):
+    """Stage 1: picture, caption, newline. What the person said is not read, only its pictures."""
+    w.control(w.tok.bos)
+    for user, answer in turns:
+        for _ in range(user.count(IMAGE) if w.images else 0):
+            w.parts.append(("image",))
+        if answer is not None:
+            w.text(answer + "\n", learn=True)
+
+
+def vicuna_v1(w, system, turns):
+    w.control(w.tok.bos)
+    w.text(system + " " if system else "")
+    for user, answer in turns:
+        w.text("USER: ")
+        w.user(user)
+        w.text(" ASSISTANT:")
+        if answer is not None:
+            w.text(" " + answer, learn=True)
+            w.control(w.tok.eos, learn=True)
+
+
+def llava_llama_2(w, system, turns, bos_each_turn=True):
+    for i, (user, answer) in enumerate(turns):
+        if i == 0 or bos_each_turn:
+            w.control(w.tok.bos)
+        w.text("[INST] ")
+        w.text(f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else "")
+        w.user(user)
+        w.text(" [/INST]")
+        if answer is not None:
+            w.text(" " + answer + " ", learn=True)
+            w.control(w.tok.eos, learn=True)
+
+
+def mistral(w, system, turns):
+    llava_llama_2(w, system, turns, bos_each_turn=False)
+
+
+def llama_3(w, system, turns):
+    def header(role):
+        w.control("<|start_header_id|>")
+        w.text(role)
+        w.control("<|end_header_id|>")
+        w.text("\n\n")
+
+    w.control("<|begin_of_text|>")
+    if system:
+        header("system")
+        w.text(system.strip())
+        w.control("<|eot_id|>")
+    for user, answer in turns:
+        header("user")
+        w.user(user)
+        w.control("<|eot_id|>")
+        header("assistant")
+        if answer is not None:
+            w.text(answer, learn=True)
+            w.control("<|eot_id|>", learn=True)
+
+
+def chatml(w, system, turns):
+    def begin(role):
+        w.control("<|im_start|>")
+        w.text(role + "\n")
+
+    if system:
+        begin("system")
+        w.text(system)
+        w.control("<|im_end|>")
+        w.text("\n")
+    for user, answer in turns:
+        begin("user")
+        w.user(user)
+        w.control("<|im_end|>")
+        w.text("\n")
+        begin("assistant")
+        if answer is not None:
+            w.text(answer, learn=True)
+            w.control("<|im_end|>", learn=True)
+            w.text("\n")
+
+
+class Template(NamedTuple):
+    write: callable
+    system: str           # the default system text
+    stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token with a newline in it
+
+
+_VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
+           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+_LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+          "and assist the user with a variety of tasks using natural language.")
+
+TEMPLATES = {
+    "plain": Template(plain, "", "\n"),
+    "vicuna_v1": Template(vicuna_v1, _VICUNA, ""),
+    "llava_llama_2": Template(llava_llama_2, _LLAVA, ""),
+    "llama_3": Template(llama_3, _LLAVA, "<|eot_id|>"),
+    "chatml": Template(chatml, "You are a helpful assistant.", "<|im_end|>"),
+    "mistral": Template(mistral, "", ""),
+}
+
+
+def template(name):
+    if name not in TEMPLATES:
+        raise SystemExit(f"unknown template {name!r}: one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def encode(tok, name, turns, images, image_id, image_tokens, system=None):
+    """turns of one conversation with `images` pictures -> (ids, labels). system None = the template's own; "" = none.
+    The markers in the users' texts must be as many as the pictures; without pictures a marker is text like any other."""
+    t = template(name)
+    if images:
+        marks = sum(user.count(IMAGE) for user, _ in turns)
+        if marks != images:
+            raise BadSample(f"{images} image(s) but {marks} {IMAGE} marker(s)")
+    w = Script(tok, images)
+    t.write(w, t.system if system is None else system, [(u, a if a is None else a.strip()) for u, a in turns])
+    return w.ids(image_id, image_tokens)
+
+
+def stop_ids(tok, name):
+    """The ids that end an answer under a template."""
+    stop = template(name).stop
+    if stop == "\n":
+        return {i for i in range(len(tok)) if "\n" in tok.full.decode([i], skip_special_tokens=False)}
+    return {tok.id(stop) if stop else tok.eos} - {None}
+
+
+def truncate(ids, labels, image_id, image_tokens, max_len):
+    """Keep at most max_len tokens, and no part of an image -> ids, labels, images kept."""
+    n = min(len(ids), max_len)
+    if n < len(ids) and ids[n - 1] == ids[n] == image_id:              # the cut may lie inside an image block
+        first = n
+        while first and ids[first - 1] == image_id:
+            first -= 1
+        n = first + (n - first) // image_tokens * image_tokens         # blocks may touch: keep the whole ones
+    ids, labels = ids[:n], labels[:n]
+    return ids, labels, ids.count(image_id) // image_tokens
+
+
+def show(tok, ids, labels, image_id, file=sys.stdout):
+    """Print a sample with its mask: learnt tokens green, the rest grey, control tokens and images named."""
+    out, i = [], 0
+    names = {v: k for k, v in tok.specials.items()}
+    while i < len(ids):
+        j = i + 1
+        if ids[i] == image_id:
+            while j < len(ids) and ids[j] == image_id:
+                j += 1
+            s = f"[{j - i} x image]"
+        else:
+            learn = labels[i] != IGNORE
+            while j < len(ids) and ids[i] not in names and ids[j] not in names and ids[j] != image_id and (labels[j] != IGNORE) == learn:
+                j += 1
+            s = names.get(ids[i]) or tok.full.decode(ids[i:j], skip_special_tokens=False)
+        out.append(f"\033[{'32' if labels[i] != IGNORE else '90'}m{s}\033[0m")
+        i = j
+    print("".join(out), file=file)

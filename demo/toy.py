@@ -1,0 +1,302 @@
+"""The toy world: scenes drawn from a seed, written to disk as ordinary LLaVA json and PNG files, so that training cannot tell it
+from the world. Answers are computed from the scene graph.
+
+    python demo/toy.py OUT [--scenes=N]        # writes OUT/{align,sft,val}.json, OUT/questions.jsonl and OUT/images/
+
+One to four shapes stand on a 3 x 3 grid, no two alike in colour and shape; in some scenes a sign shows a digit. An example:
+
+    scene      large red circle top left, small blue star middle right, sign 7 bottom center
+    caption    a red circle, a blue star and a sign
+    detailed   top left: a large red circle; middle right: a small blue star; bottom center: a sign that says 7
+    questions  What color is the circle? red      Where is the blue star? middle right      Is there a red star? no
+
+Six pairs of a colour and a shape (red circle, green square ...) are never drawn, written or asked about in training; every
+held-out scene contains at least one of them. So a model that answers there has understood colours and shapes, not pairs.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40),
+          "purple": (140, 50, 170), "orange": (245, 130, 30)}
+SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
+SIZES = ["small", "large"]
+ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "center", "right"]
+HELD_OUT = set(zip(COLORS, SHAPES))                       # one pair per colour and per shape: each word is still met five times
+PAIRS = [(c, s) for c in COLORS for s in SHAPES]
+SIDE, CELL = 72, 24                                       # pixels
+SHORT = "Answer the question using a single word or phrase."
+TYPES = ["color", "shape", "size", "count", "place", "relation", "exists", "read"]
+
+
+# ---- the scene graph ----------------------------------------------------------------------------------------------------------
+
+def make_scene(rng, held_out=False):
+    """{objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}, objects in reading order."""
+    n = rng.randint(1, 4)
+    pairs = [p for p in PAIRS if held_out or p not in HELD_OUT]
+    chosen = rng.sample(pairs, n)
+    if held_out and not any(p in HELD_OUT for p in chosen):
+        chosen[0] = rng.choice(sorted(HELD_OUT))
+    cells = rng.sample([(r, c) for r in range(3) for c in range(3)], n + 1)
+    objects = [dict(color=c, shape=s, size=rng.choice(SIZES), row=r, column=k) for (c, s), (r, k) in zip(chosen, cells)]
+    objects.sort(key=lambda o: (o["row"], o["column"]))
+    sign = dict(digit=rng.randint(0, 9), row=cells[n][0], column=cells[n][1]) if rng.random() < 0.4 else None
+    return dict(objects=objects, sign=sign)
+
+
+def place(o):
+    return f"{ROWS[o['row']]} {COLUMNS[o['column']]}"
+
+
+def pair(o):
+    return f"{o['color']} {o['shape']}"
+
+
+def things(scene):
+    """Objects and sign in reading order."""
+    everything = scene["objects"] + ([scene["sign"]] if scene["sign"] else [])
+    return sorted(everything, key=lambda o: (o["row"], o["column"]))
+
+
+# ---- the picture --------------------------------------------------------------------------------------------------------------
+
+def draw(scene, seed):
+    """-> PIL image, SIDE x SIDE RGB, on a shaded and slightly noisy ground."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    rng = np.random.default_rng(seed)
+    ups = 3                                                # drawn three times too large, then shrunk: smooth edges
+    corners = rng.integers(0, 256, 3) * 0.35 + rng.choice([20, 145])   # one dim tint, dark or light
+    slope = rng.normal(0, 12, (2, 3))
+    grid = np.linspace(-1, 1, SIDE)
+    ground = corners + grid[:, None, None] * slope[0] + grid[None, :, None] * slope[1]
+    image = Image.fromarray(ground.clip(0, 255).astype("uint8")).resize((SIDE * ups, SIDE * ups), Image.BILINEAR)
+    d = ImageDraw.Draw(image)
+    for o in things(scene):
+        x, y = (CELL * (k + 0.5) + rng.uniform(-2, 2) for k in (o["column"], o["row"]))
+        if "digit" in o:
+            w, h = 7.5, 9.5
+            d.rectangle([(x - w) * ups, (y - h) * ups, (x + w) * ups, (y + h) * ups], fill=(250, 250, 250), outline=(0, 0, 0), width=ups)
+            d.text((x * ups, y * ups), str(o["digit"]), fill=(0, 0, 0), font=ImageFont.load_default(size=17 * ups), anchor="mm")
+            continue
+        r = (rng.uniform(9.0, 10.5) if o["size"] == "large" else rng.uniform(4.8, 6.0))
+        fill = tuple(int(v) for v in (np.array(COLORS[o["color"]]) + rng.integers(-14, 15, 3)).clip(0, 255))
+
+        def points(angles, radii):
+            return [((x + r * k * np.sin(a)) * ups, (y - r * k * np.cos(a)) * ups) for a, k in zip(angles, radii)]
+
+        box = [(x - r) * ups, (y - r) * ups, (x + r) * ups, (y + r) * ups]
+        if o["shape"] == "circle":
+            d.ellipse(box, fill=fill)
+        elif o["shape"] == "ring":
+            d.ellipse(box, outline=fill, width=int(r * 0.4 * ups))
+        elif o["shape"] == "square":
+            k = r * 0.86
+            d.rectangle([(x - k) * ups, (y - k) * ups, (x + k) * ups, (y + k) * ups], fill=fill)
+        elif o["shape"] == "triangle":
+            d.polygon(points(np.array([0, 2, 4]) * np.pi / 3, [1.1] * 3), fill=fill)
+        elif o["shape"] == "star":
+            d.polygon(points(np.arange(10) * np.pi / 5, [1.1, 0.45] * 5), fill=fill)
+        else:
+            k = r * 0.36
+            d.rectangle([(x - k) * ups, (y - r) * ups, (x + k) * ups, (y + r) * ups], fill=fill)
+            d.rectangle([(x - r) * ups, (y - k) * ups, (x + r) * ups, (y + k) * ups], fill=fill)
+    pixels = np.asarray(image.resize((SIDE, SIDE), Image.BOX), dtype="float32")
+    return Image.fromarray((pixels + rng.normal(0, 5, pixels.shape)).clip(0, 255).astype("uint8"))
+
+
+# ---- words --------------------------------------------------------------------------------------------------------------------
+
+def listing(words):
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def article(word):
+    return ("an " if word[0] in "aeiou" else "a ") + word
+
+
+def caption(scene, detailed):
+    if not detailed:
+        return listing([article("sign" if "digit" in o else pair(o)) for o in things(scene)])
+    names = [f"a sign that says {o['digit']}" if "digit" in o else f"a {o['size']} {pair(o)}" for o in things(scene)]
+    return "; ".join(f"{place(o)}: {name}" for o, name in zip(things(scene), names))
+
+
+def written(scene, rng):
+    """The scene in words, in one of several forms and in any order: what a language model reads instead of the picture."""
+    order = things(scene)
+    if rng.random() < 0.5:
+        rng.shuffle(order)
+    names = [f"sign {o['digit']}" if "digit" in o else f"{o['size']} {pair(o)}" for o in order]
+    form = rng.randrange(4)
+    if form == 0:
+        return ", ".join(f"{n} {place(o)}" for n, o in zip(names, order))
+    if form == 1:
+        return " ".join(f"{article(n).capitalize()} is at the {place(o)}." for n, o in zip(names, order))
+    if form == 2:
+        return "; ".join(f"{n} at {place(o)}" for n, o in zip(names, order))
+    return "; ".join(f"{place(o)}: {n}" for n, o in zip(names, order))
+
+
+def questions(scene, rng, held_out=False):
+    """All kinds of questions whose answer is certain: a list of (type, question, short answer, answer in a sentence), one draw
+    per kind and scene. Yes and no are equally likely; a "no" prefers a colour and a shape that are there, but not together."""
+    objects, out = scene["objects"], []
+    count = {k: {} for k in ("color", "shape", "size")}
+    for o in objects:
+        for k in count:
+            count[k][o[k]] = count[k].get(o[k], 0) + 1
+    allowed = [p for p in PAIRS if held_out or p not in HELD_OUT]
+    there = {(o["color"], o["shape"]) for o in objects}
+
+    def pick(options):
+        """Prefer, in held-out scenes, what training has never shown."""
+        new = [o for o in options if (o["color"], o["shape"]) in HELD_OUT]
+        return rng.choice(new if held_out and new else options)
+
+    single = [o for o in objects if count["shape"][o["shape"]] == 1]
+    if single and rng.random() < 0.5:
+        o = pick(single)
+        out.append(("color", f"What color is the {o['shape']}?", o["color"], f"The {o['shape']} is {o['color']}."))
+    else:
+        o = pick(objects)
+        out.append(("color", f"What color is the shape at the {place(o)}?", o["color"], f"The shape at the {place(o)} is {o['color']}."))
+    single = [o for o in objects if count["color"][o["color"]] == 1]
+    if single and rng.random() < 0.5:
+        o = pick(single)
+        out.append(("shape", f"Which shape is {o['color']}?", o["shape"], f"The {o['shape']} is {o['color']}."))
+    else:
+        o = pick(objects)
+        out.append(("shape", f"Which shape is at the {place(o)}?", o["shape"], f"There is a {o['shape']} at the {place(o)}."))
+    o = pick(objects)
+    out.append(("size", f"What size is the {pair(o)}?", o["size"], f"The {pair(o)} is {o['size']}."))
+
+    what, n = rng.choice([("shapes", len(objects))]
+                         + [(f"{c} shapes", count["color"].get(c, 0)) for c in COLORS if c in count["color"] or rng.random() < 0.1]
+                         + [(f"{s}s" if s != "cross" else "crosses", count["shape"].get(s, 0)) for s in SHAPES if s in count["shape"] or rng.random() < 0.1]
+                         + [(f"{s} shapes", count["size"].get(s, 0)) for s in SIZES])
+    out.append(("count", f"How many {what} are there?", str(n), f"The number of {what} is {n}."))
+    o = pick(objects)
+    out.append(("place", f"Where is the {pair(o)}?", place(o), f"The {pair(o)} is at the {place(o)}."))
+    two = [(a, b, axis) for a in objects for b in objects for axis in ("row", "column") if a[axis] != b[axis]]
+    if two:
+        new = [t for t in two if (t[0]["color"], t[0]["shape"]) in HELD_OUT]
+        a, b, axis = rng.choice(new if held_out and new else two)
+        words = ("above", "below") if axis == "row" else ("left", "right")
+        word = words[a[axis] > b[axis]]
+        sentence = f"The {pair(a)} is {word} the {pair(b)}." if axis == "row" else f"The {pair(a)} is to the {word} of the {pair(b)}."
+        ask = " or ".join(words) if axis == "row" else "to the left or to the right of"
+        out.append(("relation", f"Is the {pair(a)} {ask} the {pair(b)}?", word, sentence))
+    if rng.random() < 0.5:
+        o = pick(objects)
+        out.append(("exists", f"Is there {article(pair(o))}?", "yes", f"Yes, there is {article(pair(o))}."))
+    else:
+        absent = [p for p in allowed if p not in there]
+        crossed = [p for p in absent if p[0] in count["color"] and p[1] in count["shape"]]
+        half = [p for p in absent if p[0] in count["color"] or p[1] in count["shape"]]
+        kind = rng.random()
+        c, s = rng.choice(crossed if crossed and kind < 0.5 else half if half and kind < 0.8 else absent)
+        out.append(("exists", f"Is there {article(c)} {s}?", "no", f"No, there is no {c} {s}."))
+    if scene["sign"]:
+        digit = str(scene["sign"]["digit"])
+        out.append(("read", "What number is on the sign?", digit, f"The number on the sign is {digit}."))
+    return out
+
+
+def facts():
+    """Small talk that needs no scene: (question, short answer, sentence)."""
+    out = []
+    for i in range(9):
+        out.append((f"Which number comes after {i}?", str(i + 1), f"The number after {i} is {i + 1}."))
+        out.append((f"Which number comes before {i + 1}?", str(i), f"The number before {i + 1} is {i}."))
+    for a, b in [("left", "right"), ("top", "bottom"), ("small", "large"), ("above", "below"), ("yes", "no")]:
+        out += [(f"What is the opposite of {x}?", y, f"The opposite of {x} is {y}.") for x, y in ((a, b), (b, a))]
+    for s, n in [("triangle", 3), ("square", 4)]:
+        out.append((f"How many sides has a {s}?", str(n), f"A {s} has {n} sides."))
+    return out
+
+
+def dialogue(asked, short, opening=""):
+    """[(question, short, sentence)] -> LLaVA turns; the opening (a picture, a written scene) and the instruction stand in the first."""
+    turns = []
+    for i, (question, answer, sentence) in enumerate(asked):
+        text = (opening if i == 0 else "") + question + (f"\n{SHORT}" if short and i == 0 else "")
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer if short else sentence}]
+    return turns
+
+
+def conversation(scene, rng, opening, turns=8, short=None):
+    """Questions about one scene, drawn several times over, none twice."""
+    asked = {}
+    while len(asked) < turns:
+        before = len(asked)
+        for _, q, a, s in questions(scene, rng):
+            asked.setdefault(q, (q, a, s))
+        if len(asked) == before and rng.random() < 0.2:
+            break                                          # a scene with one shape has only so many questions
+    asked = list(asked.values())
+    rng.shuffle(asked)
+    return dialogue(asked[:turns], rng.random() < 0.7 if short is None else short, opening)
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------------
+
+def write(out, align=4000, sft=8000, val=64, test=240, seed=0, side_jobs=True):
+    """Write the world below the folder `out`; does nothing when it is already there, whole, with the same numbers."""
+    out, numbers = Path(out), dict(align=align, sft=sft, val=val, test=test, seed=seed, version=1)
+    done = out / "toy.json"
+    if done.is_file() and json.loads(done.read_text()) == numbers:
+        return out
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
+
+    def scenes(split, n, held_out=False):
+        for i in range(n):
+            rng = random.Random(f"{seed}/{split}/{i}")
+            scene = make_scene(rng, held_out)
+            name = f"{split}_{i:05d}.png"
+            draw(scene, rng.getrandbits(32)).save(out / "images" / name, compress_level=1)
+            yield f"{split}_{i}", name, scene, rng
+
+    def stage1(split, n):
+        ask = ["Give a caption of the image.\n<image>", "<image>\nDescribe the image briefly.", "<image>\nWhat is this?"]
+        return [{"id": i, "image": name, "conversations": [
+            {"from": "human", "value": rng.choice(ask)}, {"from": "gpt", "value": caption(scene, rng.random() < 0.75)}]}
+            for i, name, scene, rng in scenes(split, n)]
+
+    def stage2(split, n):
+        rows = []
+        for i, name, scene, rng in scenes(split, n):
+            rows.append({"id": i, "image": name, "conversations": conversation(scene, rng, "<image>\n")})
+            if rng.random() < 0.1:                          # text alone: a written scene, or small talk
+                if rng.random() < 0.8:
+                    other = make_scene(rng)
+                    turns = conversation(other, rng, written(other, rng) + "\n")
+                else:
+                    turns = dialogue(rng.sample(facts(), 4), rng.random() < 0.7)
+                rows.append({"id": f"{i}_text", "conversations": turns})
+        return rows
+
+    for name, rows in [("align", stage1("align", align)), ("sft", stage2("sft", sft)), ("val", stage2("val", val)),
+                       ("val_align", stage1("val_align", val))]:
+        (out / f"{name}.json").write_text(json.dumps(rows))
+    with open(out / "questions.jsonl", "w") as f:
+        for i, name, scene, rng in scenes("test", test, held_out=True):
+            for kind, q, a, _ in questions(scene, rng, held_out=True):
+                f.write(json.dumps({"question_id": f"{i}_{kind}", "image": name, "text": f"{q}\n{SHORT}", "answer": a, "type": kind}) + "\n")
+    done.write_text(json.dumps(numbers))
+    return out
+
+
+if __name__ == "__main__":
+    args = [a for a in sys.argv[1:] if not a.startswith("--")]
+    options = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--"))
+    if len(args) != 1 or set(options) - {"align", "sft", "val", "test", "seed"}:
+        raise SystemExit(__doc__.split("\n\n")[1])
+    print(write(args[0], **{k: int(v) for k, v in options.items()}))
