@@ -72,20 +72,20 @@ def train_tokenizer(folder, vocab=1024, scenes=3000):
 
 # ---- the tongue ---------------------------------------------------------------------------------------------------------------
 
-def reading(tok, rng, held_out=False):
+def reading(tok, rng, forms=4):
     """One document of the tongue's schooling -> (ids, labels, no images). Only answers are learnt: a random scene cannot be."""
     def turns(conversation):
         return [(u["value"], a["value"]) for u, a in zip(conversation[::2], conversation[1::2])]
 
     kind = rng.random()
-    scene = toy.make_scene(rng, held_out)
+    scene = toy.make_scene(rng)
     if kind < 0.82:
-        ids, labels = encode(tok, "vicuna_v1", turns(toy.conversation(scene, rng, toy.written(scene, rng) + "\n", turns=10)), 0, 3, 0, system="")
+        ids, labels = encode(tok, "vicuna_v1", turns(toy.conversation(scene, rng, toy.written(scene, rng, forms) + "\n", turns=10)), 0, 3, 0, system="")
     elif kind < 0.97:
         w = Script(tok, 0)
         w.control(tok.bos)
         if kind < 0.95:
-            w.text(toy.written(scene, rng) + "\n")
+            w.text(toy.written(scene, rng, forms) + "\n")
         w.text(toy.caption(scene, rng.random() < 0.75) + "\n", learn=True)
         ids, labels = w.ids(3, 0)
     else:
@@ -132,11 +132,11 @@ def step_all(opts, step, steps, warmup):
 
 
 def train_tongue():
-    s = settings(steps=10000, docs=24, out=str(HERE / "tongue"), width=128, depth=6, lr=3e-3, matrix_lr=0.01, exam_every=250, minutes=1e9, seed=0)
+    s = settings(steps=10000, docs=24, out=str(HERE / "tongue"), width=128, depth=6, lr=3e-3, matrix_lr=0.01, exam_every=250, simple=0.25, seed=0)
     out = Path(s["out"])
     tok = train_tokenizer(out)
     cfg = TextConfig(vocab_size=-(-len(tok) // 64) * 64, hidden_size=s["width"], intermediate_size=s["width"] * 11 // 4, num_hidden_layers=s["depth"],
-                     num_attention_heads=s["width"] // 32, num_key_value_heads=s["width"] // 64, head_dim=32, rms_norm_eps=1e-5,
+                     num_attention_heads=s["width"] // 32, num_key_value_heads=s["width"] // 32, head_dim=32, rms_norm_eps=1e-5,
                      max_position_embeddings=2048)
     lm = Llama(cfg)
     init_weights(lm, s["seed"])
@@ -147,7 +147,8 @@ def train_tongue():
     began, log = time.time(), []
     for step in range(s["steps"]):
         rng = random.Random(f"tongue/{s['seed']}/{step}")
-        batch = pack([reading(tok, rng) for _ in range(s["docs"])], 1)
+        forms = 1 if step < s["steps"] * s["simple"] else 4       # first one way to write a scene down, then all
+        batch = pack([reading(tok, rng, forms) for _ in range(s["docs"])], 1)
         rows = (batch.labels != IGNORE).nonzero()[:, 0]
         with torch.autocast("cpu", torch.bfloat16):
             x = lm.model.embed_tokens(batch.ids).bfloat16()
@@ -173,6 +174,162 @@ def save_tongue(out, lm, cfg, record):
         "num_key_value_heads": cfg.num_key_value_heads, "head_dim": cfg.head_dim, "rms_norm_eps": cfg.rms_norm_eps, "rope_theta": cfg.rope_theta,
         "rope_scaling": None, "hidden_act": "silu", "max_position_embeddings": cfg.max_position_embeddings, "attention_bias": False,
         "mlp_bias": False, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float16"}, indent=2))
+    (out / "training.json").write_text(json.dumps(record, indent=1))
+
+
+# ---- the eyes -----------------------------------------------------------------------------------------------------------------
+
+EYES = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=toy.SIDE, patch_size=12)
+LABELS = {"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES, "digit": list(range(10))}  # what may be seen in a cell
+
+
+class Eyes(torch.nn.Module):
+    """A whole ViT (all blocks) and what its schooling needs: for "contrastive" a text encoder and two projections, as in CLIP; for
+    "classes" one linear layer that names what stands in each of the nine cells, from the four patches of the cell."""
+
+    def __init__(self, head, words):
+        super().__init__()
+        self.head, D = head, EYES["hidden_size"]
+        self.vision_model = VisionModel(VisionConfig(**EYES, feature_layer=EYES["num_hidden_layers"]))
+        self.vision_model.post_layernorm = torch.nn.LayerNorm(D, eps=1e-5)
+        if head == "contrastive":
+            self.reader = Llama(TextConfig(vocab_size=words, hidden_size=D, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
+                                           num_key_value_heads=4, head_dim=32, tie_word_embeddings=True))
+            self.visual_projection, self.text_projection = (torch.nn.Linear(D, D, bias=False) for _ in range(2))
+            self.logit_scale = torch.nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), Radford et al. 2021
+        else:
+            self.classes = torch.nn.Linear(D, sum(len(v) + 1 for v in LABELS.values()))
+
+    def cells(self, features):
+        """(I, P, D) -> (I, 9, D): mean over the patches of a cell."""
+        n = toy.SIDE // EYES["patch_size"] // 3
+        return features.unflatten(1, (3, n, 3, n)).mean((2, 4)).flatten(1, 2)
+
+    def forward(self, images, captions, seen):
+        """Summed loss of one batch. captions: a packed Batch of as many documents; seen (I, 9, 4) class per cell and kind."""
+        x = self.vision_model.post_layernorm(self.vision_model(images))           # (I, T, D)
+        if self.head == "classes":
+            logits = self.classes(self.cells(x[:, 1:])).float().split([len(v) + 1 for v in LABELS.values()], dim=-1)
+            return sum(torch.nn.functional.cross_entropy(l.flatten(0, 1), seen[:, :, i].flatten()) for i, l in enumerate(logits))
+        ends = torch.cat([captions.lo[1:] != captions.lo[:-1], torch.tensor([True])]).nonzero()[:, 0]
+        t = self.reader(self.reader.model.embed_tokens(captions.ids), captions.pos, captions.lo, captions.hi, ends)
+        x, t = (torch.nn.functional.normalize(f.float(), dim=-1) for f in (self.visual_projection(x[:, 0]), self.text_projection(t)))
+        logits = self.logit_scale.clamp(max=4.6).exp() * x @ t.T                  # (I, I)
+        target = torch.arange(len(x))
+        return (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+
+
+def sights(n, seed, held_out=False):
+    """n scenes, each second one a near twin of the one before (one thing changed): -> images (n, 3, S, S), captions, seen (n, 9, 4)."""
+    import numpy as np
+    images, captions, seen = [], [], torch.zeros(n, 9, 4, dtype=torch.long)
+    for i in range(n):
+        rng = random.Random(f"sight/{seed}/{i}")
+        if i % 2 == 0 or held_out:
+            scene = toy.make_scene(rng, held_out)
+        else:
+            scene = json.loads(json.dumps(scene))
+            o, change = rng.choice(scene["objects"]), rng.randrange(4)
+            taken = {(x["color"], x["shape"]) for x in scene["objects"]}
+            pairs = [p for p in toy.PAIRS if p not in toy.HELD_OUT and p not in taken]
+            same = [p for p in pairs if p[0] == o["color"]] if change == 0 else [p for p in pairs if p[1] == o["shape"]]
+            if change < 2 and same:
+                o["color"], o["shape"] = rng.choice(same)
+            elif change == 2:
+                o["size"] = toy.SIZES[o["size"] == "small"]
+            else:
+                free = [(r, c) for r in range(3) for c in range(3) if (r, c) not in {(x["row"], x["column"]) for x in toy.things(scene)}]
+                o["row"], o["column"] = rng.choice(free)
+                scene["objects"].sort(key=lambda x: (x["row"], x["column"]))
+        images.append(torch.from_numpy(np.array(toy.draw(scene, rng.getrandbits(32)))).permute(2, 0, 1))
+        captions.append(toy.caption(scene, True))
+        for o in toy.things(scene):
+            for k, names in enumerate(LABELS):
+                if names in o:
+                    seen[i, 3 * o["row"] + o["column"], k] = 1 + LABELS[names].index(o[names])
+    return torch.stack(images), captions, seen
+
+
+def probe(eyes, train, test, layer):
+    """How much a linear reader sees in the features of one layer: share of attributes of *present* things named right in unseen
+    scenes with unseen pairs, per kind. Ridge regression on the cell's patches, side by side; the eyes stay as they are."""
+    n = toy.SIDE // EYES["patch_size"] // 3
+
+    @torch.no_grad()
+    def features(images):
+        v, out = eyes.vision_model, []
+        for part in images.split(500):
+            kept = []
+            hook = v.encoder.layers[layer].register_forward_hook(lambda m, i, o: kept.append(o))
+            v(part)
+            hook.remove()
+            f = kept[0].view(len(part), -1, EYES["hidden_size"])[:, 1:].unflatten(1, (3, n, 3, n))
+            out.append(f.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2))       # (I, 9, n n D)
+        f = torch.cat(out).flatten(0, 1).double()
+        return torch.cat([f, torch.ones(len(f), 1, dtype=torch.float64)], 1)
+
+    a, b = features(train[0]), features(test[0])
+    score = {}
+    for k, (name, values) in enumerate(LABELS.items()):
+        y = torch.nn.functional.one_hot(train[2][:, :, k].flatten(), len(values) + 1).double()
+        w = torch.linalg.solve(a.T @ a + 1e-2 * len(a) * torch.eye(a.shape[1], dtype=torch.float64) * 1e-3, a.T @ y)
+        truth = test[2][:, :, k].flatten()
+        score[name] = round(((b @ w).argmax(1) == truth)[truth > 0].double().mean().item(), 3)
+    return score
+
+
+def train_eyes():
+    s = settings(steps=3000, batch=96, scenes=16000, out=str(HERE / "eyes"), head="contrastive", lr=1e-3, matrix_lr=0.01, exam_every=500, seed=0,
+                 tongue=str(HERE / "tongue"))
+    assert s["head"] in ("contrastive", "classes"), s["head"]
+    out = Path(s["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    tok = Tokenizer(s["tongue"])
+    eyes = Eyes(s["head"], -(-len(tok) // 64) * 64)
+    init_weights(eyes, s["seed"])
+    if s["head"] == "contrastive":
+        with torch.no_grad():
+            eyes.logit_scale.fill_(2.6592)
+    opts = optimizers([eyes], s["lr"], s["matrix_lr"])
+    began, log = time.time(), []
+    images, captions, seen = sights(s["scenes"], s["seed"])
+    exam, test = tuple(x[:3000] for x in (images, captions, seen)), sights(600, "exam", held_out=True)
+    docs = [([tok.bos, *tok.text(c)[0], tok.eos],) for c in captions]
+    print(f"eyes: {sum(p.numel() for p in eyes.vision_model.parameters()):,} parameters, drawn in {time.time() - began:.0f} s", flush=True)
+    g = torch.Generator().manual_seed(s["seed"])
+    for step in range(s["steps"]):
+        i = torch.randint(0, s["scenes"] // 2, (s["batch"] // 2,), generator=g) * 2
+        i = torch.stack([i, i + 1], 1).flatten().tolist()                          # each with its twin
+        batch = pack([(docs[j][0], docs[j][0], []) for j in i], 1)
+        pixels, truth = images[i], seen[i]
+        if s["head"] == "classes":                          # shapes should not be told by colours: a third is seen in grey, its colours not asked
+            grey = torch.rand(len(i), generator=g) < 1 / 3
+            pixels[grey] = pixels[grey].float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
+            truth[grey, :, 0] = IGNORE
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = eyes(pixels, batch, truth)
+        loss.backward()
+        step_all(opts, step, s["steps"], 100)
+        if step % 50 == 0:
+            print(f"step {step} loss {loss.item():.4f} minutes {(time.time() - began) / 60:.1f}", flush=True)
+        if step % s["exam_every"] == s["exam_every"] - 1 or step == s["steps"] - 1:
+            score = {str(j): probe(eyes, exam, test, j) for j in (-2, -1)}  # of the last two blocks: LLaVA reads the one before the last
+            log.append({"step": step + 1, "loss": round(loss.item(), 4), "minutes": round((time.time() - began) / 60, 1), "probe": score})
+            print(log[-1], flush=True)
+            save_eyes(out, eyes, {**s, "out": "", "tongue": "", "log": log})
+
+
+def save_eyes(out, eyes, record):
+    from safetensors.torch import save_file
+    state = {k: v.to(torch.float16).contiguous() for k, v in eyes.state_dict().items() if k.startswith("vision_model.")}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps({"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **EYES, "num_channels": 3,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": EYES["hidden_size"], "torch_dtype": "float16"}, indent=2))
+    side, v = EYES["image_size"], VisionConfig()
+    (out / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": list(v.image_mean), "image_std": list(v.image_std), "do_convert_rgb": True}, indent=2))
     (out / "training.json").write_text(json.dumps(record, indent=1))
 
 

@@ -1,7 +1,7 @@
 """The toy world: scenes drawn from a seed, written to disk as ordinary LLaVA json and PNG files, so that training cannot tell it
 from the world. Answers are computed from the scene graph.
 
-    python demo/toy.py OUT [--scenes=N]        # writes OUT/{align,sft,val}.json, OUT/questions.jsonl and OUT/images/
+    python demo/toy.py OUT [--align=N --sft=N --seed=N]    # OUT/{align,sft,val_align,val_sft}.json, OUT/questions.jsonl, OUT/images/
 
 One to four shapes stand on a 3 x 3 grid, no two alike in colour and shape; in some scenes a sign shows a digit. An example:
 
@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-COLORS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40),
-          "purple": (140, 50, 170), "orange": (245, 130, 30)}
+COLORS = {"red": (220, 35, 35), "green": (35, 165, 50), "blue": (40, 60, 225), "yellow": (240, 220, 40),
+          "purple": (190, 45, 200), "cyan": (50, 215, 225)}
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
 SIZES = ["small", "large"]
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "center", "right"]
@@ -97,7 +97,7 @@ def draw(scene, seed):
         elif o["shape"] == "ring":
             d.ellipse(box, outline=fill, width=int(r * 0.4 * ups))
         elif o["shape"] == "square":
-            k = r * 0.86
+            k = r * 0.95
             d.rectangle([(x - k) * ups, (y - k) * ups, (x + k) * ups, (y + k) * ups], fill=fill)
         elif o["shape"] == "triangle":
             d.polygon(points(np.array([0, 2, 4]) * np.pi / 3, [1.1] * 3), fill=fill)
@@ -128,13 +128,13 @@ def caption(scene, detailed):
     return "; ".join(f"{place(o)}: {name}" for o, name in zip(things(scene), names))
 
 
-def written(scene, rng):
+def written(scene, rng, forms=4):
     """The scene in words, in one of several forms and in any order: what a language model reads instead of the picture."""
     order = things(scene)
     if rng.random() < 0.5:
         rng.shuffle(order)
     names = [f"sign {o['digit']}" if "digit" in o else f"{o['size']} {pair(o)}" for o in order]
-    form = rng.randrange(4)
+    form = rng.randrange(forms)
     if form == 0:
         return ", ".join(f"{n} {place(o)}" for n, o in zip(names, order))
     if form == 1:
@@ -247,56 +247,69 @@ def conversation(scene, rng, opening, turns=8, short=None):
 
 # ---- files --------------------------------------------------------------------------------------------------------------------
 
-def write(out, align=4000, sft=8000, val=64, test=240, seed=0, side_jobs=True):
-    """Write the world below the folder `out`; does nothing when it is already there, whole, with the same numbers."""
-    out, numbers = Path(out), dict(align=align, sft=sft, val=val, test=test, seed=seed, version=1)
-    done = out / "toy.json"
-    if done.is_file() and json.loads(done.read_text()) == numbers:
-        return out
+SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
+
+
+def write(out, split="all", seed=0, **sizes):
+    """Write the world below the folder `out`: OUT/SPLIT.json (test: OUT/questions.jsonl) and OUT/images/. split: align or sft, each
+    with its validation file and the test questions, or all. What is there already, in the same size, stays. -> splits drawn"""
+    out, sizes = Path(out), {**SCENES, **sizes}
     (out / "images").mkdir(parents=True, exist_ok=True)
-    done.unlink(missing_ok=True)
+    drawn = []
+    for name in sizes:
+        if split not in ("all", name) and name not in (f"val_{split}", "test"):
+            continue
+        file, mark = out / ("questions.jsonl" if name == "test" else f"{name}.json"), out / f".{name}"
+        numbers = json.dumps(dict(scenes=sizes[name], seed=seed, version=2))
+        if mark.is_file() and mark.read_text() == numbers:
+            continue
+        rows = {"align": captions, "sft": conversations, "test": exam}[name.removeprefix("val_")](scenes(out, name, sizes[name], seed))
+        text = "".join(json.dumps(r) + "\n" for r in rows) if name == "test" else json.dumps(rows)
+        file.write_text(text)
+        mark.write_text(numbers)
+        drawn.append(name)
+    return drawn
 
-    def scenes(split, n, held_out=False):
-        for i in range(n):
-            rng = random.Random(f"{seed}/{split}/{i}")
-            scene = make_scene(rng, held_out)
-            name = f"{split}_{i:05d}.png"
-            draw(scene, rng.getrandbits(32)).save(out / "images" / name, compress_level=1)
-            yield f"{split}_{i}", name, scene, rng
 
-    def stage1(split, n):
-        ask = ["Give a caption of the image.\n<image>", "<image>\nDescribe the image briefly.", "<image>\nWhat is this?"]
-        return [{"id": i, "image": name, "conversations": [
-            {"from": "human", "value": rng.choice(ask)}, {"from": "gpt", "value": caption(scene, rng.random() < 0.75)}]}
-            for i, name, scene, rng in scenes(split, n)]
+def scenes(out, split, n, seed):
+    """Draw n scenes -> id, file name, scene, and the scene's own random numbers"""
+    for i in range(n):
+        rng = random.Random(f"{seed}/{split}/{i}")
+        scene = make_scene(rng, held_out=split == "test")
+        name = f"{split}_{i:05d}.png"
+        draw(scene, rng.getrandbits(32)).save(out / "images" / name, compress_level=1)
+        yield f"{split}_{i}", name, scene, rng
 
-    def stage2(split, n):
-        rows = []
-        for i, name, scene, rng in scenes(split, n):
-            rows.append({"id": i, "image": name, "conversations": conversation(scene, rng, "<image>\n")})
-            if rng.random() < 0.1:                          # text alone: a written scene, or small talk
-                if rng.random() < 0.8:
-                    other = make_scene(rng)
-                    turns = conversation(other, rng, written(other, rng) + "\n")
-                else:
-                    turns = dialogue(rng.sample(facts(), 4), rng.random() < 0.7)
-                rows.append({"id": f"{i}_text", "conversations": turns})
-        return rows
 
-    for name, rows in [("align", stage1("align", align)), ("sft", stage2("sft", sft)), ("val", stage2("val", val)),
-                       ("val_align", stage1("val_align", val))]:
-        (out / f"{name}.json").write_text(json.dumps(rows))
-    with open(out / "questions.jsonl", "w") as f:
-        for i, name, scene, rng in scenes("test", test, held_out=True):
-            for kind, q, a, _ in questions(scene, rng, held_out=True):
-                f.write(json.dumps({"question_id": f"{i}_{kind}", "image": name, "text": f"{q}\n{SHORT}", "answer": a, "type": kind}) + "\n")
-    done.write_text(json.dumps(numbers))
-    return out
+def captions(scenes):
+    ask = ["Give a caption of the image.\n<image>", "<image>\nDescribe the image briefly.", "<image>\nWhat is this?"]
+    return [{"id": i, "image": name, "conversations": [
+        {"from": "human", "value": rng.choice(ask)}, {"from": "gpt", "value": caption(scene, rng.random() < 0.75)}]}
+        for i, name, scene, rng in scenes]
+
+
+def conversations(scenes):
+    rows = []
+    for i, name, scene, rng in scenes:
+        rows.append({"id": i, "image": name, "conversations": conversation(scene, rng, "<image>\n")})
+        if rng.random() < 0.1:                              # text alone: a written scene, or small talk
+            if rng.random() < 0.8:
+                other = make_scene(rng)
+                turns = conversation(other, rng, written(other, rng) + "\n")
+            else:
+                turns = dialogue(rng.sample(facts(), 4), rng.random() < 0.7)
+            rows.append({"id": f"{i}_text", "conversations": turns})
+    return rows
+
+
+def exam(scenes):
+    return [{"question_id": f"{i}_{kind}", "image": name, "text": f"{q}\n{SHORT}", "answer": a, "type": kind}
+            for i, name, scene, rng in scenes for kind, q, a, _ in questions(scene, rng, held_out=True)]
 
 
 if __name__ == "__main__":
-    args = [a for a in sys.argv[1:] if not a.startswith("--")]
-    options = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--"))
-    if len(args) != 1 or set(options) - {"align", "sft", "val", "test", "seed"}:
+    folders = [a for a in sys.argv[1:] if not a.startswith("--")]
+    sizes = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--"))
+    if len(folders) != 1 or set(sizes) - {*SCENES, "seed"}:
         raise SystemExit(__doc__.split("\n\n")[1])
-    print(write(args[0], **{k: int(v) for k, v in options.items()}))
+    print("drew", *write(folders[0], **{k: int(v) for k, v in sizes.items()}) or ["nothing: it is all there"])

@@ -1,0 +1,56 @@
+"""Questions about pictures -> answers in words: the one path that sample.py, eval.py and the samples during training share, and the
+same templates and image preprocessing as training."""
+
+from pathlib import Path
+
+import torch
+
+import chat
+import hf
+from data import BadSample, load_image, preprocess
+from model import generate
+
+
+def load(path, device="auto", dtype="auto", template="", system=None):
+    """A run folder, its model/ or any LLaVA folder -> Speaker"""
+    import engine
+    world = engine.start(device, dtype)
+    model, folder = hf.load(init=path)
+    meta = folder.meta
+    template = template or meta.get("template") or "vicuna_v1"
+    aspect = meta.get("image_aspect") or ("squash" if not model.cfg.vision.class_token else "pad" if folder.pre.get("do_pad") else "crop")
+    return Speaker(model.to(world.device, world.dtype), folder, template, meta.get("system") if system is None else system, aspect)
+
+
+class Speaker:
+    """A model with its tokenizer, template and image preprocessing."""
+
+    def __init__(self, model, folder, template, system, aspect):
+        self.model, self.tok, self.template, self.system = model, folder.tok, template, system
+        self.cfg, self.spec = model.cfg, hf.image_spec(folder.pre, aspect)
+        self.stop = chat.stop_ids(self.tok, template)
+        self.banned = {self.cfg.image_token_index, *range(len(self.tok), self.cfg.text.vocab_size)}
+
+    def picture(self, path):
+        """A file -> (3, S, S) uint8; what is wrong with it, in one line, otherwise."""
+        if not Path(path).is_file():
+            raise BadSample(f"image {path} is missing")
+        return preprocess(load_image(path), self.spec)
+
+    def prompt(self, turns, images):
+        """turns [(user, assistant)], the last assistant None, with `images` pictures -> (n,) ids"""
+        ids, _ = chat.encode(self.tok, self.template, turns, images, self.cfg.image_token_index, self.cfg.vision.patches, self.system)
+        return torch.tensor(ids)
+
+    def say(self, prompts, pictures, max_new_tokens=64, temperature=0.0, seed=0):
+        """Ragged prompts (n_b,) and all their pictures in order, each (3, S, S) -> answers"""
+        S = self.cfg.vision.image_size
+        device = next(self.model.parameters()).device
+        images = (torch.stack(pictures) if pictures else torch.zeros(0, 3, S, S, dtype=torch.uint8)).to(device)
+        said = generate(self.model, prompts, images, self.stop, max_new_tokens, temperature, self.banned, seed)
+        return [self.tok.decode(ids).split("\n")[0].strip() if self.template == "plain" else self.tok.decode(ids).strip() for ids in said]
+
+
+def with_marker(text, images=1):
+    """A question that does not say where its picture stands gets it in front."""
+    return text if chat.IMAGE in text or not images else f"{chat.IMAGE}\n" * images + text

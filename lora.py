@@ -1,0 +1,115 @@
+"""LoRA (Hu et al. 2021), written by hand and applied from outside: y = W x + (alpha / r) B A dropout(x), W frozen.
+
+A wrapped layer keeps its weight under its published name and gains lora_A.weight (r, in) and lora_B.weight (out, r), which are the
+names of a PEFT adapter. B starts at zero, so that a wrapped model says exactly what it said before."""
+
+import fnmatch
+import json
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from checkpoint import commit
+from config import stop
+
+PREFIX = "base_model.model."  # of every name in a PEFT file
+
+
+class LoRALinear(nn.Linear):
+    def __init__(self, base, r, alpha, dropout):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.scale, self.dropout = alpha / r, dropout
+        self.lora_A, self.lora_B = nn.Linear(base.in_features, r, bias=False), nn.Linear(r, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)                     # A keeps nn.Linear's U(-1/sqrt(in), 1/sqrt(in)), as PEFT's does
+
+    def forward(self, x):
+        d = F.dropout(x, self.dropout, self.training)
+        return super().forward(x) + self.scale * self.lora_B(self.lora_A(d.to(self.lora_A.weight.dtype))).to(x.dtype)
+
+
+def targets(model, pattern):
+    """Names of the Linear layers a pattern means: `all-linear` = every one in the language model but the head; else comma-separated
+    leaf names (q_proj,v_proj) or globs over whole names."""
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n]
+    if pattern == "all-linear":
+        return [n for n in linears if n.startswith("language_model.model.")]
+    out = []
+    for p in pattern.split(","):
+        fits = [n for n in linears if (fnmatch.fnmatchcase(n, p) if "." in p or "*" in p else n.startswith("language_model.") and n.split(".")[-1] == p)]
+        if not fits:
+            stop(f"lora_targets: nothing is called {p!r}; there is, for example, {linears[-1]}")
+        out += [n for n in fits if n not in out]
+    return out
+
+
+def apply(model, r, alpha, dropout, pattern, seed=0):
+    """Wrap layers in place. -> their names"""
+    names = targets(model, pattern)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            base = model.get_submodule(name)
+            if isinstance(base, LoRALinear):
+                stop(f"{name} carries an adapter already")
+            setattr(model.get_submodule(parent), leaf, LoRALinear(base, r, alpha, dropout))
+    return names
+
+
+@torch.no_grad()
+def merge_state(state, scale):
+    """Tensors of a wrapped model by name -> those of the plain model: W + scale B A, formed in fp32 (fp64 for fp64). The tensors
+    given are not changed, so merging twice gives the same."""
+    out = {k: v for k, v in state.items() if ".lora_" not in k}
+    for k in state:
+        if k.endswith(".lora_A.weight"):
+            name = k.removesuffix(".lora_A.weight")
+            A, B, W = state[k], state[f"{name}.lora_B.weight"], state[f"{name}.weight"]
+            wide = torch.promote_types(torch.float32, W.dtype)
+            delta = B.to(wide) @ A.to(wide) * scale
+            if not delta.isfinite().all():
+                stop(f"the adapter of {name} is not finite and is not merged")
+            out[f"{name}.weight"] = (W.to(wide) + delta).to(torch.promote_types(W.dtype, torch.float32))
+    return out
+
+
+def save_adapter(out, state, r, alpha, dropout, base):
+    """A PEFT folder, whole or absent. What is trained besides adapters (the connector) goes along under its plain name."""
+    tensors = {PREFIX + k: v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
+    names = sorted({k.split(".lora_")[0] for k in state if ".lora_" in k})
+    extra = sorted({k.rpartition(".")[0] for k in state if ".lora_" not in k})
+
+    def fill(tmp):
+        save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
+        (tmp / "adapter_config.json").write_text(json.dumps({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
+            "bias": "none", "target_modules": "|".join(re.escape(n).replace(r"language_model\.model", r"(model\.)?language_model(\.model)?") for n in names),
+            "modules_to_save": extra or None, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True,
+            "inference_mode": True}, indent=2))
+
+    commit(out, fill)
+
+
+def load_adapter(model, folder):
+    """Wrap `model` with the adapter of a PEFT folder. Every tensor must find its place."""
+    c = json.loads((folder / "adapter_config.json").read_text())
+    for key, plain in (("use_dora", False), ("use_rslora", False), ("bias", "none"), ("fan_in_fan_out", False)):
+        if c.get(key, plain) != plain:
+            stop(f"{folder}: {key}={c[key]} is not known here")
+    tensors = {k.removeprefix(PREFIX): v for k, v in load_file(folder / "adapter_model.safetensors").items()}
+    names = sorted({k.split(".lora_")[0] for k in tensors if ".lora_" in k})
+    if not names:
+        stop(f"{folder} holds no adapter")
+    apply(model, c["r"], c["lora_alpha"], c.get("lora_dropout", 0.0), ",".join(names))
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for k, v in tensors.items():
+            if k not in own or own[k].shape != v.shape:
+                stop(f"{folder}: {k} {tuple(v.shape)} does not fit this model")
+            own[k].copy_(v)
+    return names

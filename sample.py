@@ -1,0 +1,54 @@
+"""Ask a model about a picture.
+
+    python sample.py --model=runs/sft --image=FILE --prompt="What is this?"      # one answer on stdout, nothing else
+    python sample.py --model=runs/sft --image=FILE                               # a conversation; an empty line ends it
+"""
+
+import dataclasses
+import sys
+
+import answer
+import config
+from data import BadSample
+
+
+@dataclasses.dataclass
+class Settings:
+    model: str = "runs/sft"        # a run, its model/, or any LLaVA folder
+    image: str = ""                # picture file; several, separated by commas; none: text alone
+    prompt: str = ""               # without one: a conversation
+    template: str = ""             # empty = what the model was trained with
+    system: str | None = None      # system text; none = what the model was trained with
+    max_new_tokens: int = 256
+    temperature: float = 0.0       # 0 = the likeliest token, always
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def main(s):
+    speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system)
+    files = s.image.split(",") if s.image else []
+    turns, pictures = [], []
+    while True:
+        try:
+            text = s.prompt or input("you: " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        try:
+            pictures = pictures or [speaker.picture(f) for f in files]
+            text = text if turns else answer.with_marker(text, len(pictures))
+            turns.append((text, None))
+            said = speaker.say([speaker.prompt(turns, len(pictures))], pictures, s.max_new_tokens, s.temperature, s.seed)[0]
+        except BadSample as e:
+            config.stop(str(e))
+        print(said, flush=True)
+        turns[-1] = (text, said)
+        if s.prompt:
+            return
+
+
+if __name__ == "__main__":
+    main(config.load(Settings, sys.argv[1:], __doc__))

@@ -1,0 +1,125 @@
+"""Stage 1: the connector learns the language model's language. Pictures in, captions out; both towers stay as they are.
+
+    torchrun train_align.py                                        # the toy world, on a CPU, in about a minute
+    torchrun train_align.py recipes/llava15_align.py --data=blip_laion_cc_sbu_558k.json --images=DIR
+    torchrun --nproc_per_node=8 train_align.py recipes/llava15_align.py ...              # eight GPUs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_align.py recipes/llava15_align.py ...
+
+Settings are given as --key=value or in recipe files; `python train_align.py --help` prints them all.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import config
+import data
+import engine
+import hf
+import stage
+from loss import token_loss
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass
+class Settings:
+    # data
+    data: str = "toy"                    # json or jsonl in LLaVA form; a.json:0.7,b.json:0.3 mixes by weight; toy = the toy world
+    images: str = "."                    # folder that image names are relative to
+    val_data: str = ""                   # the same form; none: no validation, no samples
+    template: str = "plain"              # plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral
+    system: str | None = None            # system text; none = the template's own
+    image_aspect: str = "pad"            # pad (LLaVA-1.5), crop (CLIP), squash (SigLIP)
+    max_dropped: float = 0.01            # share of samples that may be unusable before the run stops
+    # model
+    vision: str = str(HERE / "demo/eyes")    # folder of a CLIP or SigLIP tower
+    llm: str = str(HERE / "demo/tongue")     # folder of a Llama, Mistral or Qwen
+    init: str = ""                       # a run or a LLaVA folder to start from, instead of two towers
+    connector: str = "mlp"               # mlp, linear
+    # optimisation
+    batch_size: int = 32                 # samples per optimizer step, over all processes
+    max_tokens: int = 4096               # tokens in one packed stream: lower it when memory is short, the gradient stays the same
+    max_len: int = 512                   # tokens of one sample; what is longer is cut, never inside an image, and counted
+    epochs: float = 1.0                  # over the data, where steps is 0
+    steps: int = 0                       # optimizer steps
+    lr: float = 2e-3                     # of the connector
+    warmup: float = 0.03                 # share of the steps
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0               # norm; 0 = never
+    # machine
+    device: str = "auto"                 # auto, cpu, cuda, cuda:1
+    dtype: str = "auto"                  # of the computation: bf16 where the GPU has it, else fp32; fp64 for tests
+    parallel: str = "auto"               # auto, ddp, fsdp
+    recompute: str = "none"              # none, block: activations of a block are computed again in the backward pass
+    compile: bool = False                # torch.compile, block by block
+    workers: int = 0                     # loader processes
+    seed: int = 0
+    # the run
+    out: str = "runs/align"              # folder of the run
+    resume: str = "auto"                 # auto = go on where this folder stopped; none; path of a checkpoint
+    save_every: int = 100                # steps between checkpoints
+    keep_last: int = 2                   # checkpoints
+    keep_best: bool = False              # and the one with the lowest validation loss
+    log_every: int = 10                  # steps
+    eval_every: int = 50                 # steps between validation losses
+    sample_every: int = 50               # steps between answers to fixed questions, in samples.jsonl
+    dry_run: bool = False                # print the plan and one sample, and stop
+    overfit: bool = False                # learn the first batch by heart, and say whether it worked
+
+
+def main(s):
+    world = engine.start(s.device, s.dtype, s.seed)
+    stage.toy_world(s, world, "align")
+    out = Path(s.out)
+
+    # what is trained
+    model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
+    lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype)
+
+    # on what
+    cfg, spec = model.cfg, hf.image_spec(folder.pre, s.image_aspect)
+    encode = data.Encoder(folder.tok, s.template, cfg.image_token_index, cfg.vision.patches, s.max_len, s.system)
+    samples = data.Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size)
+    steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
+    warmup = math.ceil(s.warmup * steps)
+    first = samples[0]
+    world.print(*engine.plan(model, lrs, world, first.micro, steps, s), sep="\n")
+    if s.dry_run:
+        return stage.one_sample(samples, folder.tok, world)
+
+    # on which machine
+    model = engine.parallelize(model.to(world.device), world, [*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers],
+                               s.parallel, s.recompute, s.compile)
+    optimizer = engine.adamw(model, lrs, s.weight_decay)
+    run = stage.Run(s, world, model, folder, samples, encode, spec, steps)
+    start = run.resume(optimizer)
+
+    # ---- the loop: the same in train_sft.py -----------------------------------------------------------------------------------
+    batches = iter(data.loader(samples, [0] * steps if s.overfit else range(start, steps), s.workers))
+    for step in range(start, steps):
+        began = time.time()
+        batch = next(batches)
+        waited = time.time() - began
+        lr = engine.set_lr(optimizer, step, steps, warmup)
+        result = engine.train_step(model, optimizer, batch.micro, token_loss, world, s.grad_clip, check=step == start)
+        run.count(step, batch, result, waited)
+        if run.due(step, s.log_every):
+            run.log(step, lr, result)
+        if run.due(step, s.eval_every):
+            run.validate(step)
+        if run.due(step, s.sample_every):
+            run.sample(step)
+        if run.due(step, s.save_every):
+            run.save(step, optimizer)
+    # ---------------------------------------------------------------------------------------------------------------------------
+    if s.overfit:
+        return run.by_heart(first)
+    run.publish()
+    engine.finish(world, vars(run), optimizer.state)
+
+
+if __name__ == "__main__":
+    sys.exit(main(config.load(Settings, sys.argv[1:], __doc__)))
