@@ -39,7 +39,11 @@ def make_scene(rng, held_out=False):
     """{objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}, objects in reading order."""
     n = rng.randint(1, 4)
     pairs = [p for p in PAIRS if held_out or p not in HELD_OUT]
-    chosen = rng.sample(pairs, n)
+    if not held_out and rng.random() < 0.5:                # alike on purpose: neither a colour nor a shape tells them apart
+        few, kinds = rng.sample(list(COLORS), 2), rng.sample(SHAPES, 3)
+        pairs = [p for p in pairs if p[0] in few and p[1] in kinds]
+    chosen = rng.sample(pairs, min(n, len(pairs)))
+    n = len(chosen)
     if held_out and not any(p in HELD_OUT for p in chosen):
         chosen[0] = rng.choice(sorted(HELD_OUT))
     cells = rng.sample([(r, c) for r in range(3) for c in range(3)], n + 1)
