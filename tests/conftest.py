@@ -1,0 +1,140 @@
+"""What the tests share: one thread, tiny models, tokenizers trained on the spot, two ranks by fork. No network, no downloads."""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+torch.set_num_threads(1)  # two threads on two busy cores ran up to 25 times slower, and in other bits
+
+import torch._dynamo  # noqa: E402,F401  (imported before any fork: a child would need seconds for it)
+import torch.distributed.fsdp  # noqa: E402,F401
+
+from model import VLM, TextConfig, VisionConfig, VLMConfig  # noqa: E402
+
+WORDS = """A chat between a curious user and an artificial intelligence assistant. USER: What is this? ASSISTANT: It is a black cat.
+The red circle is at the top left, 1 2 3 4 5 6 7 8 9 0. [INST] <<SYS>> You are a helpful language and vision assistant [/INST]
+system user assistant Describe the image briefly. Two dogs, playing in the park; don't know? Yes! No."""
+SPECIALS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
+            "<|end_header_id|>", "<|eot_id|>"]
+
+
+def make_tokenizer(folder, kind="bytes"):
+    """bytes: byte-level BPE as Llama 3's or Qwen's; pieces: dummy prefix and byte fallback, as Llama 2's. -> folder"""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "bytes":
+        tok = tokenizers.Tokenizer(models.BPE())
+        tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIALS, show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        tok.train_from_iterator([WORDS] * 5, trainer)
+        tok.save(str(folder / "tokenizer.json"))
+    else:
+        fallback = [f"<0x{i:02X}>" for i in range(256)]
+        tok = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+        tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tok.train_from_iterator([WORDS] * 5, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIALS + fallback, show_progress=False))
+        spec = json.loads(tok.to_str())
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in fallback]
+        spec["model"] |= {"byte_fallback": True, "fuse_unk": True}
+        spec["pre_tokenizer"] = None
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
+                                                                  {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
+        spec["decoder"] = {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.fixture(scope="session", params=["bytes", "pieces"])
+def tok_folder(request, tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tok") / request.param, request.param)
+
+
+@pytest.fixture(scope="session")
+def bytes_folder(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tok") / "bytes")
+
+
+def tiny_config(**text):
+    """A VLM of a few thousand parameters: 4 patches per image, grouped queries, two decoder layers, three of four ViT blocks."""
+    return VLMConfig(
+        VisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4),
+        TextConfig(**{**dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                             num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5), **text}), image_token_index=3)
+
+
+def tiny_vlm(seed=0, dtype=torch.float64, **text):
+    torch.manual_seed(seed)
+    model = VLM(tiny_config(**text))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    for n, p in model.named_parameters():
+        if "norm" in n and n.endswith("weight"):
+            torch.nn.init.normal_(p, mean=1.0, std=0.1)
+    return model.to(dtype)
+
+
+def example(seed, text=9, learnt=4, images=1, model_patches=4, side=8):
+    """A random sample as data.pack takes it: BOS, holes, words; the last `learnt` tokens are learnt."""
+    g = torch.Generator().manual_seed(seed)
+    words = torch.randint(5, 500, (text,), generator=g).tolist()
+    ids = [1] + [3] * (model_patches * images) + words
+    labels = [-100] * (len(ids) - learnt) + ids[len(ids) - learnt:]
+    return ids, labels, torch.randint(0, 256, (images, 3, side, side), generator=g, dtype=torch.uint8)
+
+
+def fork(size, fn, folder, timeout=60):
+    """Run fn(rank) in `size` forked processes joined by gloo; fn's json-able results, by rank. Any failure fails the test."""
+    pids = []
+    for rank in range(size):
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+                store = dist.FileStore(str(folder / "store"), size)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+                result = fn(rank)
+                (folder / f"result_{rank}.json").write_text(json.dumps(result))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                gc.collect()                     # wrappers first: DDP on gloo may abort when it outlives its group
+                if code == 0 and dist.is_initialized():
+                    dist.destroy_process_group()
+                os._exit(code)
+        pids.append(pid)
+    import time
+    end, codes = time.time() + timeout, {}
+    while len(codes) < size:
+        for rank, pid in enumerate(pids):
+            if rank not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+        if time.time() > end or any(codes.values()):
+            for rank, pid in enumerate(pids):
+                if rank not in codes:
+                    os.kill(pid, 9)
+                    os.waitpid(pid, 0)
+            raise AssertionError(f"ranks ended with {codes} (missing ones were stopped)")
+        time.sleep(0.005)
+    return [json.loads((folder / f"result_{r}.json").read_text()) for r in range(size)]
