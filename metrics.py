@@ -1,32 +1,34 @@
-"""Scores as pure functions on strings and numbers. Sources of the rules: the VQA evaluation script and its EvalAI variant, POPE's
-evaluation, as read in their repositories; what they do, including their quirks, is pinned by golden values in tests/test_metrics.py."""
+"""Scores as pure functions on strings and numbers. The rules are those of the VQA evaluation script, of its EvalAI
+variant and of POPE's evaluation, quirks included; tests/test_metrics.py pins them to values that those programs gave."""
 
 import re
 
 
-# ---- exact match --------------------------------------------------------------------------------------------------------------
+# ---- exact match ---------------------------------------------------------------------------------------------------
 
 def exact(said, answers):
-    """1.0 if an answer is said, whatever the case, outer space and final period; else 0.0."""
+    """1.0 if an answer is said, whatever the case, the space and a final period; else 0.0."""
     def bare(s):
-        return " ".join(s.lower().split()).rstrip(".").rstrip()
+        return " ".join(s.lower().split()).removesuffix(".").rstrip()
     return float(bare(said) in {bare(a) for a in answers})
 
 
-# ---- VQA accuracy -------------------------------------------------------------------------------------------------------------
+# ---- VQA accuracy --------------------------------------------------------------------------------------------------
 
-_FULL = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've isn't it'd it'll ma'am
-mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's
-something'd something'll that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's
-where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've""".split()
-_DOUBLE = """couldn't've hadn't've mightn't've shouldn't've wouldn't've he'd've I'd've it'd've she'd've somebody'd've someone'd've something'd've
-there'd've they'd've we'd've who'd've you'd've y'all'll y'all'd've 'ow's'at""".split()
+_FULL = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
+I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
+shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're
+there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
+where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're
+you've""".split()
+_DOUBLE = """couldn't've hadn't've mightn't've shouldn't've wouldn't've he'd've I'd've it'd've she'd've somebody'd've
+someone'd've something'd've there'd've they'd've we'd've who'd've you'd've y'all'll y'all'd've 'ow's'at""".split()
 CONTRACTIONS = {w.replace("'", ""): w for w in _FULL}
 for _w in _DOUBLE:                                             # the spellings with one apostrophe missing
-    _at = [i for i, c in enumerate(_w) if c == "'"]
-    CONTRACTIONS |= {_w[:i] + _w[i + 1:]: _w for i in _at}
+    CONTRACTIONS |= {_w[:i] + _w[i + 1 :]: _w for i, c in enumerate(_w) if c == "'"}
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
-_NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+_NUMBERS = {"none": "0"}
+_NUMBERS |= {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
 _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
@@ -51,20 +53,18 @@ def vqa_normalise(s, evalai=True):
 
 
 def vqa_accuracy(said, answers, evalai=True):
-    """Mean over the humans of min(1, others who said the same / 3): 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 of ten. The official script
-    leaves everything as it is where all humans agree letter for letter."""
+    """Mean over the humans of min(1, others who said the same / 3): 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 of ten. A lone
+    answer stands for ten humans who agree. Where all agree letter for letter, the official script changes nothing."""
+    answers = answers * 10 if len(answers) == 1 else answers
     if evalai or len(set(answers)) > 1:
         said, answers = vqa_normalise(said, evalai), [vqa_normalise(a, evalai) for a in answers]
     else:
         said = said.replace("\n", " ").replace("\t", " ").strip()
-    scores = []
-    for i in range(len(answers)):
-        others = answers[:i] + answers[i + 1:]
-        scores.append(min(1.0, sum(a == said for a in others) / 3))
-    return sum(scores) / len(scores)
+    same = sum(a == said for a in answers)
+    return sum(min(1.0, (same - (a == said)) / 3) for a in answers) / len(answers)
 
 
-# ---- POPE ---------------------------------------------------------------------------------------------------------------------
+# ---- POPE ----------------------------------------------------------------------------------------------------------
 
 def pope_answer(said):
     """yes or no, by POPE's rule: before the first period, without commas, one word exactly No, no or not makes a no."""
@@ -73,9 +73,12 @@ def pope_answer(said):
 
 
 def pope(said, truth):
-    """Lists of answers and of yes / no -> accuracy, precision, recall, f1, yes_ratio (of what was said); yes is positive."""
-    said = [pope_answer(s) for s in said]
-    tp, fp, fn, tn = (sum(s == a and t == b for s, t in zip(said, truth)) for a, b in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")))
-    precision, recall = (tp / n if n else 0.0 for n in (tp + fp, tp + fn))
-    return {"accuracy": (tp + tn) / max(1, len(said)), "precision": precision, "recall": recall,
-            "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0, "yes_ratio": (tp + fp) / max(1, len(said))}
+    """Answers, and yes or no for each -> accuracy, precision, recall, f1 and yes_ratio (of what was said); yes is
+    positive, and a ratio of nothing is 0."""
+    pairs = [(pope_answer(s), t) for s, t in zip(said, truth, strict=True)]
+    tp, fp, fn, tn = (pairs.count(p) for p in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")))
+
+    def ratio(a, b):
+        return a / b if b else 0.0
+    return {"accuracy": ratio(tp + tn, len(pairs)), "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
+            "f1": ratio(2 * tp, 2 * tp + fp + fn), "yes_ratio": ratio(tp + fp, len(pairs))}

@@ -1,0 +1,68 @@
+"""Scores against values that the published programs gave."""
+
+import pytest
+
+import metrics
+from metrics import exact, pope, pope_answer, vqa_accuracy, vqa_normalise
+
+# what was said, what the official script makes of it, what EvalAI's does
+STRINGS = [(a, b, b) for a, b in [
+    ("Yes.", "yes"), ("a dog", "dog"), ("two", "2"), ("none", "0"), ("1,000.50", "1000.50"), ("100, 200", "100 200"),
+    ("U.S.", "us"), ("a.m.", "am"), (".5", ".5"), ("no. 5", "no 5"), ("black-and-white", "black and white"),
+    ("black - white", "black white"), ("t-shirt", "t shirt"), ("10:30am", "10:30am"), ("$5", "$5"), ("5%", "5%"),
+    ("#1", "#1"), ("the", ""), ("dont", "don't"), ("isnt it", "isn't it"), ("Im", "im"), ("a, b", "b")]]
+STRINGS += [("a,b", "b", "ab"), ("it's", "it's", "it 's"), ("john's", "john's", "john 's")]
+
+
+@pytest.mark.parametrize("said, official, evalai", STRINGS)
+def test_answers_are_normalised_as_the_published_scorers_do(said, official, evalai):
+    assert vqa_normalise(said, evalai=False) == official
+    assert vqa_normalise(said) == evalai
+
+
+def test_the_contractions_are_those_of_the_published_table():
+    assert len(metrics.CONTRACTIONS) == 120                      # 75 whole forms and 45 that miss one apostrophe
+    for said, meant in [("couldnt", "couldn't"), ("couldn'tve", "couldn't've"), ("couldnt've", "couldn't've"),
+                        ("yall", "y'all"), ("y'alld've", "y'all'd've"), ("twas", "'twas"), ("ow's'at", "'ow's'at"),
+                        ("somebody'd", "somebodyd"), ("whats", "what's"), ("youve", "you've")]:
+        assert vqa_normalise(said, evalai=False) == meant
+    assert vqa_normalise("Ive", evalai=False) == "ive"           # keys with capitals never fire after lower-casing
+
+
+@pytest.mark.parametrize("k, score", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (7, 1)])
+def test_k_of_ten_humans_make_this_score(k, score):
+    assert vqa_accuracy("red", ["red"] * k + [f"other {i}" for i in range(10 - k)]) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize("said, answers, official, evalai", [
+    ("Yes", ["yes"] * 10, 0, 1), ("2", ["two"] * 10, 0, 1), ("Yes.", ["yes"] * 9 + ["no"], 1, 1)])
+def test_the_official_script_changes_nothing_where_all_humans_agree(said, answers, official, evalai):
+    assert vqa_accuracy(said, answers, evalai=False) == official
+    assert vqa_accuracy(said, answers) == evalai
+
+
+def test_a_lone_answer_stands_for_ten_humans_who_agree():
+    assert (vqa_accuracy("Two", ["2"]), vqa_accuracy("three", ["2"])) == (1, 0)
+
+
+@pytest.mark.parametrize("said, meant", [
+    ("yes", "yes"), ("no", "no"), ("No", "no"), ("No, there is none.", "no"), ("There is not", "no"), ("NO", "yes"),
+    ("No!", "yes"), ("", "yes"), ("a cat", "yes"), ("Yes. There is no dog", "yes"), ("nothing", "yes"), ("\nno", "yes")])
+def test_pope_reads_yes_unless_a_word_is_exactly_no_or_not(said, meant):
+    assert pope_answer(said) == meant
+
+
+def test_pope_counts_with_yes_as_the_positive():
+    said, truth = ["yes", "Yes.", "no", "no", "dog"], ["yes", "no", "yes", "no", "yes"]
+    assert pope(said, truth) == pytest.approx(dict(accuracy=3 / 5, precision=2 / 3, recall=2 / 3, f1=2 / 3, yes_ratio=3 / 5))
+    assert pope(["no"], ["no"]) == dict(accuracy=1, precision=0, recall=0, f1=0, yes_ratio=0)
+
+
+@pytest.mark.parametrize("said, answer, right", [
+    ("Red.", "red", 1), (" top  left ", "Top left", 1), ("red circle", "red", 0), ("", "red", 0), ("U.S.", "U.S", 1)])
+def test_exact_match_forgives_case_space_and_one_period(said, answer, right):
+    assert exact(said, [answer]) == right
+
+
+def test_exact_match_takes_any_of_several_answers():
+    assert exact("gray", ["grey", "gray"]) == 1
