@@ -1,44 +1,54 @@
 """Conversations to token ids and labels, made together, turn by turn.
 
-A template writes a script of three kinds of parts: control tokens (BOS, end of turn, header tokens: inserted as ids), images (Q
-holes each), and text. Text between two control tokens is tokenised in one piece by a tokenizer that knows no control tokens, so
-nobody can type one; what is learnt is decided by character spans: the assistant's words and the terminator of their turn.
-Hence: no searching of rendered text, and the prompt at inference is an exact prefix of what was trained.
+A template writes a script of three kinds of parts: control tokens (BOS, end of turn, header tokens: inserted as ids),
+images (Q holes each), and text. Text between two control tokens is tokenised in one piece by a tokenizer that knows no
+control tokens, so nobody can type one; what is learnt is decided by characters: the assistant's words, and the end of
+their turn. Hence: no searching of rendered text, and the prompt at inference is an exact prefix of what was trained.
 
     turns: list of (user, assistant); assistant None in the last one = write the prompt of its answer
-    ids, labels: lists of equal length; labels[i] is ids[i] where position i is to be learnt and -100 elsewhere (not yet shifted)
+    ids, labels: lists of equal length; labels[i] is ids[i] where that is to be learnt, else -100 (not yet shifted)
 """
 
+import itertools
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
+
+from config import stop, strict_json
 
 IGNORE = -100
 IMAGE = "<image>"  # the marker of LLaVA's data files
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used, with the reason. Whoever reads data counts these."""
+    """A sample that cannot be used. Whoever reads data counts these by `reason`, worded alike for like samples; str()
+    adds the detail after a colon."""
+
+    def __init__(self, reason, detail=""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
 
 
 class Tokenizer:
-    """tokenizer.json read twice: whole, to look up and decode control tokens, and stripped of them, to tokenise what people type."""
+    """tokenizer.json read twice: whole, to look up and decode control tokens, and stripped of them, to tokenise what
+    people type."""
 
     def __init__(self, folder):
-        folder = Path(folder)
-        file = folder / "tokenizer.json"
+        self.folder = folder = Path(folder)
+        file, names = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not file.is_file():
-            raise SystemExit(f"{folder} holds no tokenizer.json")
-        self.folder = folder
-        self.full = tokenizers.Tokenizer.from_file(str(file))
-        spec = json.loads(file.read_text("utf-8"))
-        self.specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
-        spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        self.plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        names = json.loads(p.read_text("utf-8")) if (p := folder / "tokenizer_config.json").is_file() else {}
+            stop(f"{folder} holds no tokenizer.json")
+        try:
+            spec = strict_json(file.read_text("utf-8"), file)
+            names = strict_json(names.read_text("utf-8"), names) if names.is_file() else {}
+            self.full = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self.specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
+            spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+            self.plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as e:  # tokenizers raises bare Exception
+            stop(f"the tokenizer in {folder} cannot be read: {e}")
         self.bos, self.eos = (self._named(names.get(k)) for k in ("bos_token", "eos_token"))
 
     def _named(self, token):
@@ -51,7 +61,7 @@ class Tokenizer:
     def id(self, token):
         i = self.full.token_to_id(token)
         if i is None:
-            raise SystemExit(f"the tokenizer in {self.folder} has no token {token!r}; does the template fit this language model?")
+            stop(f"the tokenizer in {self.folder} has no token {token!r}; does the template fit this language model?")
         return i
 
     def text(self, s):
@@ -59,7 +69,7 @@ class Tokenizer:
         try:
             s.encode("utf-8")
         except UnicodeEncodeError:
-            raise BadSample("text holds a lone surrogate, which no encoding knows") from None
+            raise BadSample("a text holds a lone surrogate, which no encoding knows") from None
         e = self.plain.encode(s, add_special_tokens=False)
         return e.ids, e.offsets
 
@@ -75,7 +85,7 @@ class Script:
 
     def control(self, token, learn=False):
         if token is None:
-            raise SystemExit(f"this template needs a BOS and an EOS token; {self.tok.folder}/tokenizer_config.json names none")
+            stop(f"this template needs a BOS and an EOS token; {self.tok.folder}/tokenizer_config.json names none")
         self.parts.append(("id", token if isinstance(token, int) else self.tok.id(token), learn))
 
     def text(self, s, learn=False):
@@ -83,8 +93,8 @@ class Script:
             self.parts.append(("text", s, learn))
 
     def user(self, s):
-        """What a person said. Markers count as pictures only in a sample that has pictures; a single one moves to the front of its
-        turn, as in LLaVA; several stay where they were written."""
+        """What a person said. Markers count as pictures only in a sample that has pictures; a single one moves to the
+        front of its turn, as in LLaVA; several stay where they were written."""
         if not self.images or IMAGE not in s:
             return self.text(s.strip())
         if s.count(IMAGE) == 1:
@@ -101,17 +111,14 @@ class Script:
         ids, labels, texts = [], [], []
 
         def flush():
-            if not texts:
-                return
-            spans, at = [], 0
-            for s, learn in texts:
-                if learn:
-                    spans.append((at, at + len(s)))
-                at += len(s)
+            learnt = b"".join(bytes([learn]) * len(s) for s, learn in texts)  # one byte per character
             new, offsets = self.tok.text("".join(s for s, _ in texts))
-            ids.extend(new)
-            for i, (a, b) in zip(new, offsets):  # a token is learnt if it touches a learnt span; one without width, if it lies in it
-                labels.append(i if any(a < e and (b > s or a == b >= s) for s, e in spans) else IGNORE)
+            for i, (a, b) in zip(new, offsets):
+                touched = learnt[a:max(b, a + 1)]                             # a lone prefix may have no width
+                if 0 in touched and 1 in touched:
+                    raise BadSample("an answer's first token reaches back into its prompt", repr(self.tok.decode([i])))
+                ids.append(i)
+                labels.append(i if 1 in touched else IGNORE)
             texts.clear()
 
         for kind, *rest in self.parts:
@@ -129,7 +136,7 @@ class Script:
         return ids, labels
 
 
-# ---- templates: each writes turns as the model in question expects them --------------------------------------------------------
+# ---- templates: each writes turns as the model in question expects them ---------------------------------------------
 
 def plain(w, system, turns):
     """Stage 1: picture, caption, newline. What the person said is not read, only its pictures."""
@@ -216,14 +223,14 @@ def chatml(w, system, turns):
 
 class Template(NamedTuple):
     write: callable
-    system: str           # the default system text
-    stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token with a newline in it
+    system: str           # the default
+    stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token that holds one
 
 
 _VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
            "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-_LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-          "and assist the user with a variety of tasks using natural language.")
+_LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content "
+          "that the user provides, and assist the user with a variety of tasks using natural language.")
 
 TEMPLATES = {
     "plain": Template(plain, "", "\n"),
@@ -237,18 +244,18 @@ TEMPLATES = {
 
 def template(name):
     if name not in TEMPLATES:
-        raise SystemExit(f"unknown template {name!r}: one of {', '.join(TEMPLATES)}")
+        stop(f"unknown template {name!r}: one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
 def encode(tok, name, turns, images, image_id, image_tokens, system=None):
     """turns of one conversation with `images` pictures -> (ids, labels). system None = the template's own; "" = none.
-    The markers in the users' texts must be as many as the pictures; without pictures a marker is text like any other."""
+    The users' texts must hold a marker for each picture; without pictures a marker is text like any other."""
     t = template(name)
     if images:
         marks = sum(user.count(IMAGE) for user, _ in turns)
         if marks != images:
-            raise BadSample(f"{images} image(s) but {marks} {IMAGE} marker(s)")
+            raise BadSample(f"not as many {IMAGE} markers as images", f"{images} image(s) but {marks} marker(s)")
     w = Script(tok, images)
     t.write(w, t.system if system is None else system, [(u, a if a is None else a.strip()) for u, a in turns])
     return w.ids(image_id, image_tokens)
@@ -256,10 +263,10 @@ def encode(tok, name, turns, images, image_id, image_tokens, system=None):
 
 def stop_ids(tok, name):
     """The ids that end an answer under a template."""
-    stop = template(name).stop
-    if stop == "\n":
+    end = template(name).stop
+    if end == "\n":
         return {i for i in range(len(tok)) if "\n" in tok.full.decode([i], skip_special_tokens=False)}
-    return {tok.id(stop) if stop else tok.eos} - {None}
+    return {tok.id(end) if end else tok.eos} - {None}
 
 
 def truncate(ids, labels, image_id, image_tokens, max_len):
@@ -274,21 +281,15 @@ def truncate(ids, labels, image_id, image_tokens, max_len):
     return ids, labels, ids.count(image_id) // image_tokens
 
 
-def show(tok, ids, labels, image_id, file=sys.stdout):
+def show(tok, ids, labels, image_id, file=None):
     """Print a sample with its mask: learnt tokens green, the rest grey, control tokens and images named."""
-    out, i = [], 0
-    names = {v: k for k, v in tok.specials.items()}
-    while i < len(ids):
-        j = i + 1
-        if ids[i] == image_id:
-            while j < len(ids) and ids[j] == image_id:
-                j += 1
-            s = f"[{j - i} x image]"
+    names = {v: k for k, v in tok.specials.items()} | {image_id: IMAGE}
+    out = []
+    for (name, learnt), run in itertools.groupby(zip(ids, labels), lambda t: (names.get(t[0]), t[1] != IGNORE)):
+        run = [i for i, _ in run]
+        if run[0] == image_id:
+            s = f"[{len(run)} x image]"
         else:
-            learn = labels[i] != IGNORE
-            while j < len(ids) and ids[i] not in names and ids[j] not in names and ids[j] != image_id and (labels[j] != IGNORE) == learn:
-                j += 1
-            s = names.get(ids[i]) or tok.full.decode(ids[i:j], skip_special_tokens=False)
-        out.append(f"\033[{'32' if labels[i] != IGNORE else '90'}m{s}\033[0m")
-        i = j
+            s = name * len(run) if name else tok.full.decode(run)
+        out.append(f"\033[{32 if learnt else 90}m{s}\033[0m")
     print("".join(out), file=file)

@@ -1,22 +1,29 @@
 """Settings: the defaults of a script <- recipe files, in order <- --key=value.
 
-A script's settings are a dataclass. A recipe is plain Python whose module-level names are settings. Values from the command line
-are read by the annotated type: 1 is a good float, yes is not a bool, none is None only where the annotation allows it."""
+A script's settings are a dataclass. A recipe is plain Python whose module-level names are settings; a name that begins
+with _ is its own. Values are read by the annotated type: 1 is a good float, yes is not a bool, none is None only where
+the annotation allows it."""
 
 import dataclasses
 import difflib
 import inspect
 import json
+import math
 import runpy
+import traceback
 import types
 import typing
 from pathlib import Path
 
-LLAVA = {"model_name_or_path": "llm", "data_path": "data", "image_folder": "images", "vision_tower": "vision", "learning_rate": "lr",
-         "per_device_train_batch_size": "batch_size (samples per step over all ranks)", "pretrain_mm_mlp_adapter": "init", "output_dir": "out",
-         "gradient_accumulation_steps": "max_tokens (how much one micro-batch may hold)", "num_train_epochs": "epochs",
-         "model_max_length": "max_len", "version": "template", "image_aspect_ratio": "image_aspect", "mm_projector_type": "connector",
-         "lora_enable": "lora_r", "gradient_checkpointing": "recompute", "bf16": "dtype", "warmup_ratio": "warmup", "dataloader_num_workers": "workers"}
+LLAVA = {  # what people who come from LLaVA type
+    "model_name_or_path": "llm", "data_path": "data", "image_folder": "images", "vision_tower": "vision",
+    "output_dir": "out", "pretrain_mm_mlp_adapter": "init", "mm_projector_type": "connector",
+    "image_aspect_ratio": "image_aspect",
+    "version": "template", "model_max_length": "max_len", "num_train_epochs": "epochs", "learning_rate": "lr",
+    "per_device_train_batch_size": "batch_size (samples per step over all ranks)",
+    "gradient_accumulation_steps": "max_tokens (how much one micro-batch may hold)", "warmup_ratio": "warmup",
+    "lora_enable": "lora_r", "gradient_checkpointing": "recompute", "bf16": "dtype",
+    "dataloader_num_workers": "workers"}
 
 
 def stop(message):
@@ -24,34 +31,63 @@ def stop(message):
     raise SystemExit(f"error: {message}")
 
 
-def read(text, kind, key):
+def kinds(annotation):
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def wrong(annotation, key, value):
+    names = {types.NoneType: "none", bool: "true or false"}
+    stop(f"{key}={value}: expected {' or '.join(names.get(k, k.__name__) for k in kinds(annotation))}")
+
+
+def read(text, annotation, key):
     """Text -> a value of the annotated type."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if types.NoneType in kinds and text.lower() == "none":
+    if types.NoneType in kinds(annotation) and text.lower() == "none":
         return None
-    for k in kinds:
+    for kind in kinds(annotation):
         try:
-            if k is bool and text.lower() in ("true", "false"):
+            if kind is bool and text.lower() in ("true", "false"):
                 return text.lower() == "true"
-            if k in (int, float):
-                return k(text)
-            if k is str:
-                return text
+            if kind is str or kind is int or kind is float and not math.isnan(float(text)):
+                return kind(text)
         except ValueError:
             pass
-    stop(f"--{key}={text}: expected {' or '.join('none' if k is types.NoneType else 'true or false' if k is bool else k.__name__ for k in kinds)}")
+    wrong(annotation, f"--{key}", text)
+
+
+def checked(value, annotation, where):
+    """A value from a recipe, if it has the annotated type; an int is a good float."""
+    if type(value) is int and int not in kinds(annotation) and float in kinds(annotation):
+        return float(value)
+    if type(value) not in kinds(annotation) or value != value:
+        wrong(annotation, where, repr(value))
+    return value
+
+
+def run(recipe):
+    """The module-level names of a recipe file that are settings."""
+    if not Path(recipe).is_file():
+        stop(f"no recipe {recipe}")
+    try:
+        found = runpy.run_path(recipe)
+    except Exception as e:
+        line = e.lineno if isinstance(e, SyntaxError) else traceback.extract_tb(e.__traceback__)[-1].lineno
+        stop(f"{recipe}, line {line}: {type(e).__name__}: {e}")
+    return {k: v for k, v in found.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
 
 
 def load(Settings, argv, doc=""):
     """argv without the script's name -> an instance of Settings."""
-    fields = {f.name: typing.get_type_hints(Settings)[f.name] for f in dataclasses.fields(Settings)}
+    hints = typing.get_type_hints(Settings)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(Settings)}
 
     def known(key, where):
         if key in fields:
             return
         near = difflib.get_close_matches(key, fields, 1)
-        hint = f"; LLaVA's {key} is {LLAVA[key]} here" if key in LLAVA else f"; did you mean {near[0]}?" if near else "; --help lists them all"
-        stop(f"{where}: unknown setting {key!r}{hint}")
+        hint = (f"LLaVA's {key} is {LLAVA[key]} here" if key in LLAVA else f"did you mean {near[0]}?" if near
+                else "--help lists them all")
+        stop(f"{where}: unknown setting {key!r}; {hint}")
 
     values = {}
     for arg in argv:
@@ -65,12 +101,9 @@ def load(Settings, argv, doc=""):
                 stop(f"{arg}: write --{key}=value")
             values[key] = read(text, fields[key], key)
         elif arg.endswith(".py"):
-            if not Path(arg).is_file():
-                stop(f"no recipe {arg}")
-            for key, value in runpy.run_path(arg).items():
-                if not key.startswith("_") and not isinstance(value, types.ModuleType):
-                    known(key, arg)
-                    values[key] = read(str(value), fields[key], key) if not isinstance(value, str) else value
+            for key, value in run(arg).items():
+                known(key, arg)
+                values[key] = checked(value, fields[key], f"{arg}: {key}")
         else:
             stop(f"{arg}: expected a recipe file (*.py) or --key=value")
     return Settings(**values)
@@ -81,7 +114,8 @@ def strict_json(text, where):
     def pairs(items):
         d = dict(items)
         if len(d) < len(items):
-            raise ValueError(f"duplicate key {next(k for i, (k, _) in enumerate(items) if k in dict(items[:i]))!r}")
+            seen = set()
+            raise ValueError(f"duplicate key {next(k for k, _ in items if k in seen or seen.add(k))!r}")
         return d
 
     def constant(name):

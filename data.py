@@ -1,15 +1,18 @@
 """LLaVA json or jsonl plus a folder of images -> packed batches, in an order that is a function of (seed, step) alone.
 
-    python data.py FILE --images=DIR --model=DIR [--template=NAME --max_len=N --show=N]     # check a file; show samples, mask coloured
+    python data.py FILE --images=DIR --model=DIR [--template=NAME --max_len=N --show=N]     # check a file, show samples
 
     N tokens of the stream   I images   S side in pixels   Q tokens per image
 """
 
 import dataclasses
 import json
+import math
 import mmap
 import os
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,15 +24,16 @@ import chat
 from chat import IGNORE, BadSample
 from config import load, stop, strict_json
 
-MAX_PIXELS = 64_000_000                                # a header may promise more than memory holds: refuse before decoding
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO"]  # an allow-list keeps Pillow from starting Ghostscript for EPS
+MAX_PIXELS = 64_000_000    # a header may promise more than memory holds: refuse before decoding
+MAX_SIDE = 8_000           # a thin picture padded to a square would be more than memory holds: reduce it first
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO"]  # EPS would start Ghostscript
 
 
-# ---- pictures -----------------------------------------------------------------------------------------------------------------
+# ---- pictures -------------------------------------------------------------------------------------------------------
 
 class ImageSpec(NamedTuple):
-    """How a picture becomes S x S: pad = to a square of the mean colour, then resize (LLaVA-1.5); crop = resize the shorter side,
-    cut out the centre (CLIP); squash = resize both sides (SigLIP)."""
+    """How a picture becomes S x S: pad = to a square of the mean colour, then resize (LLaVA-1.5); crop = resize the
+    shorter side, cut out the centre (CLIP); squash = resize both sides (SigLIP)."""
     side: int
     aspect: str = "pad"
     resample: int = Image.BICUBIC
@@ -38,66 +42,90 @@ class ImageSpec(NamedTuple):
 
 def safe_path(root, name):
     """A file below root, whatever the name says and wherever links lead."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise BadSample(f"image name {name!r} is not a path")
+    shown = f"{name!r:.200}"                                   # repr: a name may hold what no terminal can print
     root = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(root, name))
+    try:
+        path = os.path.realpath(os.path.join(root, name))
+    except (TypeError, ValueError):                            # not a string; a NUL or a lone surrogate in it
+        raise BadSample("image name is not a path", shown) from None
     if os.path.commonpath([root, path]) != root:
-        raise BadSample(f"image {name} lies outside {root}")
-    if not os.path.isfile(path):
-        raise BadSample(f"image {name} is missing" if not os.path.exists(path) else f"image {name} is not a file")
+        raise BadSample("image lies outside the image folder", shown)
+    if not os.path.exists(path):
+        raise BadSample("image is missing", shown)
+    if not os.path.isfile(path):                               # never open a pipe or a device: it may not answer
+        raise BadSample("image is not a file", shown)
     return path
 
 
 def load_image(path):
-    """-> PIL image, RGB, upright. Transparency shows white; 16 bits are scaled, not cut; of an animation, the first frame."""
-    name = os.path.basename(path)
+    """-> PIL image, RGB, upright. Transparency shows white; 16 bits are scaled; an animation is its first frame."""
+    name = repr(os.path.basename(path))
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadSample(f"image {name} has {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS:,}")
+                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             image.load()
-            if image.mode.startswith("I"):                      # I;16 and I: convert("RGB") would saturate at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-            elif image.mode == "F":
-                a = np.asarray(image)
-                if not np.isfinite(a).all() or a.min() < 0:
-                    raise BadSample(f"image {name} holds floats outside 0..1 and 0..255")
-                image = Image.fromarray((a * (255 if a.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-            return image.convert("RGB")
-    except BadSample:
-        raise
-    except Image.DecompressionBombError:
-        raise BadSample(f"image {name} is over the pixel limit") from None
-    except Exception as e:                                       # Pillow raises almost anything on a broken file
-        raise BadSample(f"image {name} cannot be read ({type(e).__name__})") from None
+            return rgb(upright(image))
+    except BadSample as e:
+        raise BadSample(e.reason, name) from None
+    except Image.DecompressionBombError as e:
+        raise BadSample("image is too large", f"{name}, {e} pixels; the limit is {MAX_PIXELS:,}") from None
+    except Exception as e:                                     # Pillow raises almost anything on a broken file
+        raise BadSample("image cannot be read", f"{name} ({type(e).__name__})") from None
+
+
+def upright(image):
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:                                          # EXIF that cannot be read does not say what is up
+        return image
+
+
+def rgb(image):
+    if image.mode.startswith("I"):                             # 16 or 32 bits: convert("RGB") would cut at 255
+        a = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if image.mode != "I" or a.max() > 255:                 # 32 bits may also hold 8
+            a = a // 257
+        image = Image.fromarray(a.astype(np.uint8))
+    elif image.mode == "F":
+        a = np.asarray(image)
+        if not (a.min() >= 0 and a.max() <= 255):              # so written because NaN compares false
+            raise BadSample("image holds floats outside 0..255")
+        image = Image.fromarray((a * (255 if a.max() <= 1 else 1)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def preprocess(image, spec):
-    """PIL RGB -> (3, S, S) uint8; equal to the pixels of transformers' Pillow processors before they normalise."""
-    w, h, S = *image.size, spec.side
+    """PIL RGB -> (3, S, S) uint8; equal to the pixels of transformers' Pillow processors before they normalise, for
+    sides of at most MAX_SIDE."""
+    S = spec.side
+    if max(image.size) > MAX_SIDE:
+        image = image.reduce(math.ceil(max(image.size) / MAX_SIDE))
+    w, h = image.size
     if spec.aspect == "pad" and w != h:
         canvas = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * m) for m in spec.mean))
         canvas.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
         image, w, h = canvas, max(w, h), max(w, h)
-    if spec.aspect == "squash":
-        size = (S, S)
-    else:
-        size = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)
-    image = image.resize(size, spec.resample)
-    left, top = (size[0] - S) // 2, (size[1] - S) // 2
-    image = image.crop((left, top, left + S, top + S))
+    W, H = (S, S)
+    if spec.aspect == "crop":
+        W, H = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)
+    left, top = (W - S) // 2, (H - S) // 2
+    if W * H <= MAX_PIXELS:
+        image = image.resize((W, H), spec.resample).crop((left, top, left + S, top + S))
+    else:                                                      # very thin: resize no more than the crop will keep
+        box = (left * w / W, top * h / H, (left + S) * w / W, (top + S) * h / H)
+        image = image.resize((S, S), spec.resample, box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-# ---- rows ---------------------------------------------------------------------------------------------------------------------
+# ---- rows -----------------------------------------------------------------------------------------------------------
 
 class Rows:
-    """The samples of one file, kept as text and parsed when asked for: memory is that of the file, shared between workers."""
+    """The samples of one file, kept as text and parsed when asked for: memory is that of the file, shared between
+    workers."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -107,29 +135,21 @@ class Rows:
             stop(f"{file} is empty")
         with open(file, "rb") as f:
             self.blob = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        head = self.blob[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        if head == b"[":
+        first = re.match(rb"(?:\xef\xbb\xbf)?\s*([^\r\n]{0,9})", self.blob)[1].strip()
+        if first[:1] == b"[":
             try:
                 rows = strict_json(self.blob[:].decode("utf-8-sig"), file)
-            except (ValueError, UnicodeDecodeError) as e:
+            except ValueError as e:
                 stop(f"{e} (is it jsonl, with one object per line, or cut off?)")
-            lines = [json.dumps(r, ensure_ascii=True).encode() for r in rows]
-            self.blob = b"\n".join(lines)
-            ends = np.cumsum([len(l) + 1 for l in lines], dtype=np.int64)
-            self.spans = np.stack([ends - [len(l) + 1 for l in lines], ends - 1], 1) if lines else np.zeros((0, 2), np.int64)
-        elif head == b"{":
-            spans, at = [], 0
-            while at < len(self.blob):
-                end = self.blob.find(b"\n", at)
-                end = len(self.blob) if end < 0 else end
-                if self.blob[at:end].strip():
-                    spans.append((at, end))
-                at = end + 1
-            self.spans = np.array(spans, np.int64)
-        else:
-            stop(f"{file}: neither a json list nor jsonl")
+            self.blob = b"\n".join(json.dumps(row).encode() for row in rows)
+        elif first[:1] != b"{" or first == b"{":               # a { alone opens one object over several lines
+            stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line")
+        self.spans = np.array([m.span() for m in re.finditer(rb"[^\n]+", self.blob) if m[0].strip()], np.int64)
         if not len(self.spans):
             stop(f"{file} holds no samples")
+
+    def __reduce__(self):                                      # a memory map does not travel to a worker: open it there
+        return Rows, (self.file,)
 
     def __len__(self):
         return len(self.spans)
@@ -139,9 +159,9 @@ class Rows:
         try:
             row = strict_json(self.blob[a:b].decode("utf-8-sig"), f"{self.file}, sample {i}")
         except ValueError as e:
-            raise BadSample(str(e)) from None
+            raise BadSample("not JSON", str(e)) from None
         if not isinstance(row, dict):
-            raise BadSample("not an object")
+            raise BadSample("not an object", f"{row!r:.80}")
         return row
 
 
@@ -155,33 +175,37 @@ def conversation(row):
         raise BadSample("no conversations")
     system, turns = None, []
     for i, m in enumerate(said):
-        who, text = (m.get("from", m.get("role")), m.get("value", m.get("content"))) if isinstance(m, dict) else (None, None)
+        m = m if isinstance(m, dict) else {}
+        who, text = m.get("from", m.get("role")), m.get("value", m.get("content"))
         if not isinstance(text, str):
-            raise BadSample(f"turn {i} has no text")
+            raise BadSample("a turn has no text", f"turn {i}")
         if who == "system" and i == 0:
             system = text
         elif who in USER:
             if turns and turns[-1][1] is None:
-                raise BadSample(f"turn {i}: two questions in a row")
+                raise BadSample("two questions in a row", f"turn {i}")
             turns.append((text, None))
         elif who in ASSISTANT:
             if not turns or turns[-1][1] is not None:
-                raise BadSample(f"turn {i}: an answer without a question")
+                raise BadSample("an answer without a question", f"turn {i}")
             if not text.strip():
-                raise BadSample(f"turn {i}: empty answer")
+                raise BadSample("an empty answer", f"turn {i}")
             turns[-1] = (turns[-1][0], text)
         else:
-            raise BadSample(f"turn {i}: unknown speaker {who!r}")
+            raise BadSample("unknown speaker", f"turn {i}, {who!r:.80}")
     if not turns or turns[-1][1] is None:
         raise BadSample("the last question has no answer")
-    names = row.get("image", [])
-    names = [names] if isinstance(names, str) else names or []
-    if not isinstance(names, list):
-        raise BadSample("image is neither a name nor a list of names")
+    names = row.get("image", row.get("images"))
+    names = [] if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise BadSample("image is neither a name nor a list of names", f"{names!r:.80}")
+    lost = [u for u, _ in turns if u.strip().startswith(chat.IMAGE) or u.strip().endswith(chat.IMAGE)]
+    if lost and not names:                                     # where LLaVA writes it, a marker is more than a word
+        raise BadSample(f"not as many {chat.IMAGE} markers as images", f"0 image(s) but {len(lost)} marker(s)")
     return turns, names, system
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------------------
+# ---- batches --------------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
     """One packed stream of N tokens from many conversations; I images, in the order of their holes."""
@@ -197,8 +221,8 @@ class Batch(NamedTuple):
 
 
 def pack(examples, side):
-    """[(ids, labels, images (i, 3, side, side) uint8)] -> one Batch. Labels are shifted here, each conversation on its own, so that
-    no token is asked to predict the beginning of a stranger."""
+    """[(ids, labels, images (i, 3, side, side) uint8)] -> one Batch. Labels are shifted here, each conversation on its
+    own, so that no token is asked to predict the beginning of a stranger."""
     lengths = torch.tensor([len(ids) for ids, _, _ in examples], dtype=torch.long)
     starts = lengths.cumsum(0) - lengths
     ids = torch.tensor([i for ids, _, _ in examples for i in ids], dtype=torch.long)
@@ -211,7 +235,7 @@ def pack(examples, side):
 
 
 def share_out(costs, n):
-    """Indices of `costs` in n groups of nearly equal sum: the dearest first, each to the group that has least so far."""
+    """Indices of `costs` in n groups of nearly equal sum: the dearest first, each to the group with least so far."""
     groups, load = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         k = min(range(n), key=lambda k: (load[k], k))
@@ -221,7 +245,7 @@ def share_out(costs, n):
 
 
 def fill(indices, lengths, room):
-    """Best fit, longest first: `indices` into as few streams of at most `room` tokens as it finds; a longer one gets its own."""
+    """Best fit, longest first: `indices` into few streams of at most `room` tokens; a longer one gets its own."""
     streams = []                                                  # [room left, indices]
     for i in sorted(indices, key=lambda i: (-lengths[i], i)):
         fit = min((s for s in streams if s[0] >= lengths[i]), key=lambda s: s[0], default=None)
@@ -237,12 +261,21 @@ class Encoder:
     """A row -> ids, labels and image names: everything about a sample except its pixels."""
 
     def __init__(self, tok, template, image_id, image_tokens, max_len, system=None):
-        self.tok, self.template, self.image_id, self.image_tokens, self.max_len, self.system = tok, template, image_id, image_tokens, max_len, system
+        self.tok, self.template, self.system = tok, template, system
+        self.image_id, self.image_tokens, self.max_len = image_id, image_tokens, max_len
+        try:
+            self.encode([("?", "!")], 0)
+        except BadSample as e:
+            stop(f"template {template} does not fit the tokenizer in {tok.folder}: {e}")
+
+    def encode(self, turns, images, system=None):
+        system = self.system if system is None else system
+        return chat.encode(self.tok, self.template, turns, images, self.image_id, self.image_tokens, system)
 
     def __call__(self, row):
         """-> ids, labels, names of the images kept, tokens cut off"""
         turns, names, system = conversation(row)
-        ids, labels = chat.encode(self.tok, self.template, turns, len(names), self.image_id, self.image_tokens, self.system if system is None else system)
+        ids, labels = self.encode(turns, len(names), system)
         short, labels, kept = chat.truncate(ids, labels, self.image_id, self.image_tokens, self.max_len)
         if all(l == IGNORE for l in labels[1:]):
             raise BadSample("nothing to learn" + (f" within {self.max_len} tokens" if len(short) < len(ids) else ""))
@@ -258,38 +291,48 @@ class StepData(NamedTuple):
 
 
 class Steps(torch.utils.data.Dataset):
-    """steps[s] -> StepData of this rank. Which samples make up step s depends on (seed, s) alone; the ranks divide them by cost.
+    """steps[s] -> StepData of this rank. Which samples make up step s depends on (seed, s) alone; the ranks divide them
+    by cost.
 
-    spec: "a.json:0.7,b.json:0.3" mixes files by weight; "a.json" or "a.json,b.json" takes each as often as it stands there. An
-    epoch is as many samples as the files hold together; each file is shuffled anew whenever it has been used up."""
+    spec: "a.json:0.7,b.json:0.3" mixes files by weight; "a.json,b.json" takes every sample once. An epoch is as many
+    samples as the files hold together; each file is shuffled anew whenever it has been used up."""
 
     def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1):
-        files = [part.rsplit(":", 1) if ":" in part else (part, None) for part in spec.split(",")]
-        self.files = [Rows(f) for f, _ in files]
-        self.total = sum(len(r) for r in self.files)
-        try:
-            weights = [len(r) if w is None else float(w) for (_, w), r in zip(files, self.files)]
-        except ValueError:
-            stop(f"data={spec}: after the colon stands a weight, as in a.json:0.7,b.json:0.3")
+        for name, value, least in (("batch_size", batch_size, 1), ("max_len", encode.max_len, 1), ("seed", seed, 0)):
+            if value < least:
+                stop(f"{name}={value}: expected at least {least}")
         if max_tokens < encode.max_len:
             stop(f"max_tokens={max_tokens} is less than max_len={encode.max_len}: one sample must fit into a stream")
-        edges = np.cumsum(weights) / sum(weights) * self.total
-        self.counts = np.diff(np.concatenate([[0], edges.round()])).astype(int)  # draws from each file per epoch
+        files, _, weights = zip(*(part.partition(":") for part in spec.split(",")))
+        self.files = [Rows(f) for f in files]
+        self.total = sum(len(r) for r in self.files)
+        self.counts = self.shares(spec, weights)               # draws from each file per epoch
         self.images, self.encode, self.image_spec = images, encode, image_spec
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
         self._epoch = (None, None)
+
+    def shares(self, spec, weights):
+        try:
+            weights = np.array([float(w) for w in weights] if any(weights) else [len(r) for r in self.files])
+        except ValueError:
+            weights = np.array([math.nan])
+        if not (weights.min() >= 0 and 0 < weights.sum() < math.inf):
+            stop(f"data={spec}: each file needs a weight after a colon, as in a.json:0.7,b.json:0.3, or none does")
+        return np.diff(np.round(np.cumsum([0, *weights]) / weights.sum() * self.total)).astype(int)
 
     def epoch(self, e):
         """(total, 2): file and sample of every draw of epoch e."""
         if self._epoch[0] != e:
             draws = []
             for f, (rows, count) in enumerate(zip(self.files, self.counts)):
-                first, last = e * count, (e + 1) * count         # this file's own, endless order, cut into epochs
-                order = [np.random.default_rng([self.seed, f, lap]).permutation(len(rows)) for lap in range(first // len(rows), (last - 1) // len(rows) + 1)] if count else []
-                picked = np.concatenate(order)[first % len(rows):][:count] if count else np.zeros(0, int)
+                first, end = e * count, (e + 1) * count        # of this file's own, endless order, cut into epochs
+                laps = range(first // len(rows), -(-end // len(rows)))
+                order = [np.random.default_rng([self.seed, f, lap]).permutation(len(rows)) for lap in laps]
+                picked = np.concatenate([[], *order]).astype(int)[first % len(rows):][:count]
                 draws.append(np.stack([np.full(count, f), picked], 1))
             draws = np.concatenate(draws)
-            self._epoch = (e, draws[np.random.default_rng([self.seed, len(self.files), e, 1]).permutation(len(draws))])
+            order = np.random.default_rng([self.seed, len(self.files), e, 1]).permutation(len(draws))
+            self._epoch = (e, draws[order])
         return self._epoch[1]
 
     def samples(self, step):
@@ -303,16 +346,18 @@ class Steps(torch.utils.data.Dataset):
     def __getitem__(self, step):
         made, dropped, truncated = [], [], 0
         for n, (f, i) in enumerate(self.samples(step)):
+            name, mine = self.name(f, i), n % self.world == self.rank
             try:
                 row = self.files[f][i]
+                name += f" id={row.get('id')!r:.80}"
                 ids, labels, names, cut = self.encode(row)
-                made.append((f"{self.name(f, i)} id={row.get('id')}", ids, labels, names))
-                truncated += cut > 0 and n % self.world == self.rank
-            except BadSample as e:                                # every rank sees this one; one of them reports it
-                if n % self.world == self.rank:
-                    dropped.append((self.name(f, i), str(e)))
+                made.append((name, ids, labels, names))
+                truncated += mine and cut > 0
+            except BadSample as e:                             # every rank sees this one; one of them reports it
+                if mine:
+                    dropped.append((name, str(e)))
         lengths = [len(ids) for _, ids, _, _ in made]
-        costs = [n + self.encode.image_tokens * len(m[3]) for n, m in zip(lengths, made)]  # a picture is paid for in the ViT too
+        costs = [len(ids) + self.encode.image_tokens * len(files) for _, ids, _, files in made]  # the ViT works too
         bins = [fill(group, lengths, self.max_tokens) for group in share_out(costs, self.world)]
         mine, micro, names = bins[self.rank], [], []
         for b in range(max(map(len, bins))):
@@ -330,11 +375,12 @@ class Steps(torch.utils.data.Dataset):
 
 
 def loader(steps, order, workers):
-    """StepData for the steps in `order`. A worker prepares whole steps, so that nothing depends on how many workers there are."""
-    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, prefetch_factor=2 if workers else None)
+    """StepData for the steps in `order`. A worker prepares whole steps, so their number changes nothing."""
+    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers,
+                                       prefetch_factor=2 if workers else None)
 
 
-# ---- python data.py -----------------------------------------------------------------------------------------------------------
+# ---- python data.py -------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Check:
@@ -353,11 +399,15 @@ def main(argv):
         stop("usage: python data.py FILE --images=DIR --model=DIR [--template=NAME]")
     folder = Path(s.model)
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
-    tok = chat.Tokenizer(folder)
-    cfg = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    tok, cfg = chat.Tokenizer(folder), {}
+    if (folder / "config.json").is_file():
+        try:
+            cfg = strict_json((folder / "config.json").read_text("utf-8"), folder / "config.json")
+        except ValueError as e:
+            stop(str(e))
     image_id = cfg.get("image_token_index", tok.specials.get(chat.IMAGE, len(tok)))
     encode = Encoder(tok, s.template, image_id, cfg.get("image_seq_length", s.image_tokens), s.max_len)
-    rows, reasons, shown, tokens, learnt, images, cut = Rows(files[0]), {}, 0, [], 0, 0, 0
+    rows, lengths, reasons, learnt, images, cut = Rows(files[0]), [], defaultdict(list), 0, 0, 0
     for i in range(len(rows)):
         try:
             row = rows[i]
@@ -365,20 +415,20 @@ def main(argv):
             for name in names:
                 load_image(safe_path(s.images, name))
         except BadSample as e:
-            reasons.setdefault(str(e).split(" is missing")[0] if "missing" not in str(e) else "image is missing", []).append(f"[{i}] {e}")
+            reasons[e.reason].append(f"[{i}] {e}")
             continue
-        tokens.append(len(ids))
-        learnt += sum(l != IGNORE for l in labels)
+        lengths.append(len(ids))
+        learnt += sum(y != IGNORE for y in labels)
         images += len(names)
         cut += lost > 0
-        if shown < s.show:
-            shown += 1
-            print(f"--- sample {i}, id {row.get('id')}: {len(ids)} tokens, {len(names)} image(s)")
+        if len(lengths) <= s.show:
+            print(f"--- sample {i}, id {row.get('id')!r:.80}: {len(ids)} tokens, {len(names)} image(s)")
             chat.show(tok, ids, labels, image_id)
-    good, bad = len(tokens), len(rows) - len(tokens)
+    good, bad = len(lengths), len(rows) - len(lengths)
     print(f"--- {files[0]}: {len(rows)} samples, {good} good, {bad} dropped, {cut} truncated to {s.max_len} tokens")
     if good:
-        print(f"    {sum(tokens):,} tokens ({learnt / sum(tokens):.1%} learnt), longest {max(tokens)}, mean {sum(tokens) / good:.0f}, {images} images")
+        print(f"    {sum(lengths):,} tokens ({learnt / sum(lengths):.1%} learnt), longest {max(lengths)}, "
+              f"mean {sum(lengths) / good:.0f}, {images} images")
     for reason, where in sorted(reasons.items(), key=lambda r: -len(r[1])):
         print(f"    {len(where)} x {reason}; first: {where[0]}")
     return 1 if bad else 0
