@@ -1,5 +1,5 @@
 """Scores as pure functions on strings and numbers. The rules are those of the VQA evaluation script, of its EvalAI
-variant and of POPE's evaluation, quirks included; tests/test_metrics.py pins them to values that those programs gave."""
+variant and of POPE's evaluation, quirks included; tests/test_metrics.py pins them to values that those gave."""
 
 import re
 
