@@ -1,4 +1,5 @@
-"""The verbs of training: start, choose, adamw, parallelize, train_step, Log. They know nothing of pictures or conversations.
+"""The verbs of training: start, choose, adamw, parallelize, train_step, Log, finish. They know nothing of pictures or
+conversations.
 
 The arithmetic of one step, which is the heart of it. A loss is a sum over supervised tokens; n is their count over all
 micro-batches of all ranks, known before the first backward pass:
@@ -17,9 +18,11 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,17 +30,18 @@ import torch.distributed as dist
 
 from config import stop
 
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s, by name of the card
+# dense bf16 FLOP/s, by name of the card
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
-# ---- processes ----------------------------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class World:
     rank: int
     size: int
     device: torch.device
-    dtype: torch.dtype                                     # of the computation; what is trained is stored in fp32 (or fp64)
+    dtype: torch.dtype             # of the computation; what is trained is stored in fp32 (or fp64)
 
     def sum(self, numbers):
         """Element-wise sum over ranks of a list of numbers -> list of floats."""
@@ -48,10 +52,10 @@ class World:
         return t.tolist()
 
     def gather(self, thing):
-        """A small object of every rank -> list, on every rank."""
+        """A small object of every rank -> list, on every rank. It travels as json, for pickles are not read here."""
         if self.size == 1:
             return [thing]
-        text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8, device=self.device)   # json, for pickles are not read
+        text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8, device=self.device)
         sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
         parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8, device=self.device) for _ in sizes]
@@ -85,26 +89,34 @@ def start(device="auto", dtype="auto", seed=0):
         stop(f"dtype={dtype}: auto, {', '.join(kinds)}")
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
-    torch.manual_seed(seed + rank)                         # what is random while training (dropout) differs between ranks
+    torch.manual_seed(seed + rank)         # what is random while training (dropout) differs between ranks
     return World(rank, size, dev, kinds[dtype])
 
 
-def finish(world, *owners):
-    """Leave in an order that lets gloo end quietly: wrappers first, then the process group."""
+def listen():
+    """From now on SIGTERM and SIGUSR1, by which schedulers ask for the machine, do not end this process -> the list
+    they are written into. Ctrl-C stays what it is."""
+    got = []
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, lambda number, frame: got.append(number))
+    return got
+
+
+def finish(code=0):
+    """Leave in an order that lets gloo end quietly: main has returned, so its wrappers are garbage; then the group."""
     sys.stdout.flush()
-    if world.size > 1:
+    gc.collect()
+    if dist.is_initialized():
         dist.barrier()
-        for o in owners:
-            o.clear()
-        gc.collect()
         dist.destroy_process_group()
+    return code
 
 
-# ---- who trains ---------------------------------------------------------------------------------------------------------------
+# ---- who trains ------------------------------------------------------------------------------------------------------
 
 def choose(model, table, dtype=torch.bfloat16):
-    """table: name glob -> learning rate; the last glob that fits a parameter decides, and what none fits is frozen. Frozen weights
-    are kept in the dtype of the computation, trained ones in fp32 at least. -> {name: lr} of the trained parameters."""
+    """table: name glob -> learning rate; the last glob that fits a parameter decides, and what none fits is frozen.
+    Frozen weights are kept in the dtype of the computation, trained ones in fp32 at least. -> {name: lr} of these"""
     lrs, used = {}, set()
     for name, p in model.named_parameters():
         fits = [g for g in table if fnmatch.fnmatchcase(name, g)]
@@ -116,24 +128,28 @@ def choose(model, table, dtype=torch.bfloat16):
             lrs[name] = lr
     if unused := [g for g in table if g not in used]:
         stop(f"no parameter is called {unused[0]!r}; the model has, for example, {next(iter(model.state_dict()))}")
+    if not lrs:
+        stop(f"nothing would be trained: the learning rate of {', '.join(table) or 'everything'} is 0")
     return lrs
 
 
 def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
-    """AdamW over the trained parameters, one group per (lr, decay). Only matrices decay: no norm, bias, embedding, position table
-    or learnt vector. Each group knows the names of its parameters, so that state is kept by name and never by position."""
+    """AdamW over the trained parameters, one group per (lr, decay). Only matrices decay: no norm, bias, embedding,
+    position table or learnt vector. Each group knows the names of its parameters."""
     groups = {}
-    for name, p in model.named_parameters():
+    for name, p in unwrap(model).named_parameters():
         if p.requires_grad:
             decays = p.ndim >= 2 and "embed" not in name
             groups.setdefault((lrs[name], weight_decay if decays else 0.0), []).append((name, p))
     fused = any(p.device.type == "cuda" for g in groups.values() for _, p in g)
-    return torch.optim.AdamW([{"params": [p for _, p in g], "names": [n for n, _ in g], "lr": lr, "peak": lr, "weight_decay": wd}
-                              for (lr, wd), g in groups.items()], lr=0.0, betas=betas, eps=eps, fused=fused)
+    return torch.optim.AdamW(
+        [{"params": [p for _, p in g], "names": [n for n, _ in g], "lr": lr, "peak": lr, "weight_decay": wd}
+         for (lr, wd), g in groups.items()], lr=0.0, betas=betas, eps=eps, fused=fused)
 
 
 def lr_at(step, steps, warmup, lr, floor=0.0):
-    """Learning rate of update `step` (0 .. steps - 1): a linear rise over `warmup` updates, then half a cosine down to floor * lr."""
+    """Learning rate of update `step` (0 .. steps - 1): a linear rise over `warmup` updates, then half a cosine down
+    towards floor * lr, which the update after the last one would have."""
     if step < warmup:
         return lr * (step + 1) / warmup
     t = (step - warmup) / max(1, steps - warmup)
@@ -147,31 +163,40 @@ def set_lr(optimizer, step, steps, warmup):
     return optimizer.param_groups[0]["lr"]
 
 
-# ---- applied from outside -----------------------------------------------------------------------------------------------------
+# ---- applied from outside --------------------------------------------------------------------------------------------
+
+def shards(model, world, parallel):
+    """Will parameters be sharded? auto: where more than half of them train on several GPUs."""
+    if parallel not in ("auto", "ddp", "fsdp"):
+        stop(f"parallel={parallel}: one of auto, ddp, fsdp")
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    most = 2 * sum(n for n, trains in sizes if trains) > sum(n for n, _ in sizes)
+    return world.size > 1 and (parallel == "fsdp" or (parallel == "auto" and most and world.device.type == "cuda"))
+
 
 def parallelize(model, world, blocks, parallel="auto", recompute="none", compile=False):
     """Recompute, compile and shard `blocks` (the modules worth doing so one by one), then wrap the model for `world`.
 
-    ddp replicates: right for stage 1 and LoRA, where gathering a frozen model in every step would move bytes for nothing.
-    fsdp shards everything (FSDP2). auto: fsdp when more than half of the parameters train on several GPUs, else ddp."""
-    for value, name, values in ((parallel, "parallel", ("auto", "ddp", "fsdp")), (recompute, "recompute", ("none", "block"))):
-        if value not in values:
-            stop(f"{name}={value}: one of {', '.join(values)}")
+    ddp replicates: right for stage 1 and LoRA, where gathering a frozen model in every step would move bytes for
+    nothing. fsdp shards everything (FSDP2)."""
+    sharded = shards(model, world, parallel)
+    if recompute not in ("none", "block"):
+        stop(f"recompute={recompute}: one of none, block")
     if recompute == "block":
         from torch.utils.checkpoint import checkpoint
-        for b in blocks:                                   # the reentrant form gives adapters behind frozen embeddings no gradient
-            b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False)
+        for b in blocks:                                   # the reentrant form gives adapters behind frozen
+            b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False)     # embeddings no gradient
     if compile:
         for b in blocks:
             b.compile()
     if world.size == 1:
         return model
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    most = 2 * sum(n for n, trains in sizes if trains) > sum(n for n, _ in sizes)
-    if parallel == "fsdp" or (parallel == "auto" and most and world.device.type == "cuda"):
+    if len(set(world.gather(str([p.sum(dtype=torch.float64).item() for p in model.parameters()])))) > 1:
+        stop("the ranks start from different weights: do all machines see the same files?")
+    if sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         low = world.dtype in (torch.bfloat16, torch.float16)
-        policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
+        policy = MixedPrecisionPolicy(*((world.dtype, torch.float32) if low else ()))
         for b in [*blocks, model]:
             fully_shard(b, mp_policy=policy)
         return model
@@ -201,11 +226,12 @@ def reduced(model, now):
         yield
 
 
-# ---- one optimizer step -------------------------------------------------------------------------------------------------------
+# ---- one optimizer step ----------------------------------------------------------------------------------------------
 
 def train_step(model, optimizer, micro, loss_fn, world, grad_clip=0.0, check=False):
-    """micro: the batches of this rank, as many on every rank; loss_fn(model, batch) -> summed loss. Updates the weights, unless the
-    gradient norm is not finite. -> dict: loss (mean per supervised token over all ranks), grad_norm, tokens, supervised, updated."""
+    """micro: the batches of this rank, as many on every rank; loss_fn(model, batch) -> summed loss. Updates the
+    weights, unless the gradient norm is not finite or there was nothing to learn, which all ranks find alike. -> dict:
+    loss (mean per supervised token over all ranks), grad_norm (before clipping), tokens, supervised_tokens, updated"""
     tokens, supervised = world.sum([sum(len(b.ids) for b in micro), sum(int((b.labels >= 0).sum()) for b in micro)])
     n = max(1.0, supervised)
     total = 0.0
@@ -215,12 +241,12 @@ def train_step(model, optimizer, micro, loss_fn, world, grad_clip=0.0, check=Fal
                 loss = loss_fn(model, batch.to(world.device))
             (loss * (world.size / n)).backward()
         total += loss.detach()
-    if check:
+    if check and micro:
         check_gradients(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = full(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
     loss = world.sum([float(total)])[0] / n
-    ok = math.isfinite(norm) and math.isfinite(loss)       # the same numbers on every rank, so the same decision
+    ok = math.isfinite(norm) and math.isfinite(loss) and supervised > 0  # the same numbers on every rank
     if ok:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -229,69 +255,65 @@ def train_step(model, optimizer, micro, loss_fn, world, grad_clip=0.0, check=Fal
 
 def check_gradients(model):
     """After the first backward pass: every trained parameter has a gradient, and no other does."""
-    for name, p in model.named_parameters():
+    for name, p in unwrap(model).named_parameters():
         if p.requires_grad != (p.grad is not None):
             stop(f"{name} is {'trained but got no' if p.requires_grad else 'frozen but got a'} gradient")
 
 
-# ---- seeing -------------------------------------------------------------------------------------------------------------------
+# ---- seeing ----------------------------------------------------------------------------------------------------------
 
-def flops_per_token(model):
-    """Model FLOPs per token and training step in the matrices: 2 forward, 2 more to reach what lies below, 2 more if it trains.
-    Attention products and recomputation are not counted; pictures are counted through the tokens they become."""
-    return sum((6 if p.requires_grad else 4) * p.numel() for n, p in unwrap(model).named_parameters() if p.ndim == 2 and "embed" not in n)
-
-
-def plan(model, lrs, world, batch, steps, settings):
-    """What is about to happen, as lines of text, before anything is spent."""
-    lines, parts = [], {}
-    for name, p in model.named_parameters():
-        part = parts.setdefault(name.split(".")[0], [0, 0])
-        part[0 if p.requires_grad else 1] += p.numel()
-    lines.append(f"{'':24}{'trained':>16}{'frozen':>16}")
-    for part, (trained, frozen) in parts.items():
-        lines.append(f"  {part:22}{trained:16,}{frozen:16,}")
-    trained, frozen = (sum(v[i] for v in parts.values()) for i in (0, 1))
-    lines.append(f"  {'together':22}{trained:16,}{frozen:16,}")
-    for lr in sorted(set(lrs.values())):
-        names = [n for n in lrs if lrs[n] == lr]
-        lines.append(f"  lr {lr:g}: {len(names)} tensors, {names[0]} ... {names[-1]}")
-    tokens = sum(len(b.ids) for b in batch)
-    width = max(p.shape[0] for n, p in model.named_parameters() if "norm" in n)
-    depth = sum(n.endswith("input_layernorm.weight") for n, _ in model.named_parameters())
-    size = torch.finfo(world.dtype).bits // 8
-    states = trained * 12 + frozen * size + trained * 4
-    work = (34 if settings.recompute == "none" else 4) * max(len(b.ids) for b in batch) * width * depth * size
-    lines.append(f"  {steps} steps of {settings.batch_size} samples; the first one, on this rank: {tokens:,} tokens in {len(batch)} stream(s), "
-                 f"{sum(int((b.labels >= 0).sum()) for b in batch):,} supervised, {sum(len(b.images) for b in batch)} images")
-    lines.append(f"  memory, roughly: {states / 2**20:,.0f} MiB weights, gradients and moments + {work / 2**20:,.0f} MiB activations")
-    lines.append(f"  {flops_per_token(model) * tokens / 1e9:,.1f} GFLOP per step and rank in matrix products; {world.size} x {world.device}, {world.dtype}")
-    return lines
+def flops(model, table):
+    """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}; table: name glob -> (unit, rows per unit),
+    and the last glob that fits decides. A weight costs 2 per row forward, 2 more if it trains, and 2 more where
+    something before it trains. Attention products and recomputation are not counted."""
+    out, below = Counter(), False
+    for name, p in unwrap(model).named_parameters():       # registered in the order in which data passes
+        fits = [table[g] for g in table if fnmatch.fnmatchcase(name, g)]
+        if p.ndim >= 2 and fits:
+            unit, rows = fits[-1]
+            out[unit] += (2 + 2 * p.requires_grad + 2 * below) * rows * p.numel()
+        below = below or p.requires_grad
+    return out
 
 
 def versions():
     """What made a run: written into its config.json."""
     try:
         here = Path(__file__).resolve().parent
-        revision = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5).stdout.strip()
+        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        revision = git.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         revision = ""
-    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "revision": revision or None}
+    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+            "revision": revision or None}
+
+
+def append(file, row):
+    """One line of json more, where nan is null. A full disk costs the line, not the run."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    try:
+        with open(file, "a") as f:
+            f.write(json.dumps(row) + "\n")
+    except OSError as e:
+        print(f"a line of {file} is lost: {e.strerror}", flush=True)
 
 
 class Log:
-    """log.jsonl, one object per logged step, and one readable line each. Throughput is of real tokens, since the last line."""
+    """log.jsonl, one object per logged step, and one readable line each. Throughput is of real tokens over all ranks,
+    since the line before."""
 
-    def __init__(self, out, world, steps, start, flops):
-        self.out, self.world, self.steps, self.flops = out, world, steps, flops
+    def __init__(self, out, world, steps, start):
+        self.out, self.world, self.steps, self.start = out, world, steps, start
         self.began = self.last = time.time()
-        self.start, self.tokens, self.samples, self.wait = start, 0, 0, 0.0
+        self.tokens = self.samples = self.flops = 0
+        self.wait = 0.0
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK.items() if k in name), None)
 
-    def count(self, tokens, samples, wait):
+    def count(self, tokens, samples, flops, wait):
         """Every step, logged or not."""
-        self.tokens, self.samples, self.wait = self.tokens + tokens, self.samples + samples, self.wait + wait
+        self.tokens, self.samples = self.tokens + tokens, self.samples + samples
+        self.flops, self.wait = self.flops + flops, self.wait + wait
 
     def write(self, step, **numbers):
         """Step `step` (counted from 1) is done."""
@@ -299,17 +321,18 @@ class Log:
         rate = 1 / max(1e-9, now - self.last)
         eta = (now - self.began) / (step - self.start) * (self.steps - step)
         memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else rss()
-        row = dict(step=step, **numbers, tokens_per_s=round(self.tokens * rate, 1), samples_per_s=round(self.samples * rate, 2),
-                   mfu=round(self.tokens * rate * self.flops / self.peak / self.world.size, 4) if self.peak else None,
+        row = dict(step=step, **numbers, tokens_per_s=round(self.tokens * rate, 1),
+                   samples_per_s=round(self.samples * rate, 2),
+                   mfu=round(self.flops * rate / self.peak / self.world.size, 4) if self.peak else None,
                    memory=memory, data_wait_s=round(self.wait, 3), eta=round(eta, 1))
         if self.world.rank == 0:
-            with open(self.out / "log.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+            append(self.out / "log.jsonl", row)
             mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""
-            print(f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  "
-                  f"{row['tokens_per_s']:,.0f} tokens/s  {row['samples_per_s']:.1f} samples/s{mfu}  {memory / 2**20:,.0f} MiB  "
+            print(f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                  f"norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
+                  f"{row['samples_per_s']:.1f} samples/s{mfu}  {memory / 2**20:,.0f} MiB  "
                   f"waited {row['data_wait_s']:.1f} s  left {clock(eta)}", flush=True)
-        self.last, self.tokens, self.samples, self.wait = now, 0, 0, 0.0
+        self.last, self.tokens, self.samples, self.flops, self.wait = now, 0, 0, 0, 0.0
         return row
 
 

@@ -1,4 +1,4 @@
-"""What the training scripts share besides verbs and loop: the bookkeeping of a run folder.
+"""What the training scripts share besides verbs and loop: the plan, and the bookkeeping of a run folder.
 
     config.json      settings, versions, code revision          log.jsonl        one object per logged step
     samples.jsonl    fixed questions answered on the way        checkpoints/     whole or absent
@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -26,10 +27,12 @@ import hf
 import lora
 from answer import Speaker
 from config import stop
+from kernels.cross_entropy import CHUNK_BYTES
 from loss import token_loss
 
 ROOT = Path(__file__).resolve().parent
 PATIENCE = 10  # updates in a row whose gradient is not finite, before the run stops
+TRIES = 3      # checkpoints in a row that could not be written, before the run stops
 
 
 def toy_world(s, world, split):
@@ -44,7 +47,8 @@ def toy_world(s, world, split):
             world.print(f"drew the toy world's pictures for {split} in {place}")
     if world.size > 1:
         dist.barrier()
-    s.data, s.images, s.val_data = str(place / f"{split}.json"), str(place / "images"), str(place / f"val_{split}.json")
+    s.data, s.images, s.val_data = (str(place / n) for n in (f"{split}.json", "images", f"val_{split}.json"))
+    s.system = s.system or ""                                # the toy's tongue was schooled without a system text
 
 
 def one_sample(samples, tok, world):
@@ -58,63 +62,138 @@ def one_sample(samples, tok, world):
         return chat.show(tok, ids, labels, samples.encode.image_id) if world.rank == 0 else None
 
 
-def fingerprint(samples):
-    """Of the data files, so that a run is not resumed on other data."""
-    h = hashlib.sha256()
-    for rows in samples.files:
-        h.update(rows.blob[:])
-    return h.hexdigest()
+def rows(cfg):
+    """What passes each matrix, for engine.flops: name glob -> (unit, rows per unit)."""
+    last = f"language_model.model.layers.{cfg.text.num_hidden_layers - 1}"
+    head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
+    P = cfg.vision.patches
+    return {"vision_tower.*.patch_embedding.weight": ("images", P),
+            "vision_tower.*.layers.*": ("images", P + cfg.vision.class_token + cfg.vision.num_register_tokens),
+            "multi_modal_projector.*": ("images", P), "language_model.model.layers.*": ("tokens", 1),
+            f"{last}.self_attn.[qo]_proj.*": ("supervised", 1), f"{last}.mlp.*": ("supervised", 1),
+            f"{head}.weight": ("supervised", 1)}
+
+
+def memory(model, world, micro, s):
+    """Bytes, roughly -> (weights, gradients and moments; activations of the largest micro-batch)."""
+    cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
+    states = sum(p.numel() * (p.element_size() * (4 if p.requires_grad else 1) + 2 * (low and p.requires_grad))
+                 for p in model.parameters())                       # with the low copies that autocast keeps
+    if engine.shards(model, world, s.parallel):
+        states /= world.size
+    t, size = cfg.text, torch.finfo(world.dtype).bits // 8
+    C, V, heads = t.hidden_size, t.vocab_size, (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
+    block = 7 * C + 2 * heads + 4 * t.intermediate_size             # elements a layer keeps for backward, per token
+    most = 0
+    for b in micro:
+        N, R = len(b.ids), int((b.labels >= 0).sum())
+        length = float((b.hi - b.lo).float().mean()) if world.device.type == "cpu" else 0
+        layer = N * (block + 2 * t.num_attention_heads * length)    # the plain attention keeps its products
+        kept = t.num_hidden_layers * (N * C if s.recompute == "block" else layer) + layer * (s.recompute == "block")
+        most = max(most, kept * size + min(R * V, max(256 * V, CHUNK_BYTES // 4)) * 8)
+    return states, most
+
+
+def plan(model, lrs, world, micro, steps, s):
+    """What is about to happen, as lines of text, before anything is spent."""
+    lines, parts = [f"{'':24}{'trained':>16}{'frozen':>16}"], {}
+    for name, p in model.named_parameters():
+        part = parts.setdefault(name.split(".")[0], [0, 0])
+        part[0 if p.requires_grad else 1] += p.numel()
+    for part, (trained, frozen) in {**parts, "together": [sum(v) for v in zip(*parts.values())]}.items():
+        lines.append(f"  {part:22}{trained:16,}{frozen:16,}")
+    for lr in sorted(set(lrs.values())):
+        names = [n for n in lrs if lrs[n] == lr]
+        lines.append(f"  lr {lr:g}: {len(names)} tensors, {names[0]} ... {names[-1]}")
+    seen = dict(tokens=sum(len(b.ids) for b in micro), supervised=sum(int((b.labels >= 0).sum()) for b in micro),
+                images=sum(len(b.images) for b in micro))
+    cost = sum(f * seen[unit] for unit, f in engine.flops(model, rows(model.cfg)).items())
+    states, work = memory(model, world, micro, s)
+    return [*lines,
+            f"  {steps} steps of {s.batch_size} samples; the first one, on this rank: {seen['tokens']:,} tokens in "
+            f"{len(micro)} stream(s), {seen['supervised']:,} supervised, {seen['images']} images",
+            f"  memory, roughly: {states / 2**20:,.1f} MiB weights, gradients and moments "
+            f"+ {work / 2**20:,.1f} MiB activations",
+            f"  {cost / 1e9:,.2f} GFLOP per step and rank in matrix products; "
+            f"{world.size} x {world.device}, {world.dtype}"]
+
+
+class Once(data.Steps):
+    """Every sample once, in one epoch whose last step may be short: for validation."""
+
+    def samples(self, step):
+        return super().samples(step)[: max(0, self.total - step * self.batch_size)]
+
+    def __len__(self):
+        return math.ceil(self.total / self.batch_size)
 
 
 class Run:
     def __init__(self, s, world, model, folder, samples, encode, spec, steps, adapter=None):
-        self.s, self.world, self.model, self.folder, self.samples, self.steps, self.adapter = s, world, model, folder, samples, steps, adapter
-        self.out, self.cfg, self.tok = Path(s.out), engine.unwrap(model).cfg, folder.tok
-        self.seen, self.reasons, self.bad_updates, self.best = Counter(), Counter(), 0, None   # best: (validation loss, step)
-        self.encode, self.spec = encode, spec
-        self.val = data.Steps(s.val_data, s.images, encode, spec, min(s.batch_size, 32), s.max_tokens, 0, world.rank, world.size) if s.val_data else None
+        self.s, self.world, self.model, self.folder, self.samples, self.steps = s, world, model, folder, samples, steps
+        self.adapter, self.cfg, self.spec = adapter, engine.unwrap(model).cfg, spec
+        self.out = Path(s.out, "overfit") if s.overfit else Path(s.out)     # an exercise leaves the run as it is
+        self.seen, self.reasons, self.best = Counter(), Counter(), None     # best: (validation loss, step)
+        self.bad_updates = self.bad_saves = 0                               # in a row
+        self.done = self.told = False
+        if s.keep_best and (not s.val_data or s.eval_every % s.save_every):
+            stop("keep_best needs val_data, and eval_every must be a multiple of save_every: only a checkpoint that is "
+                 "written can be kept")
+        self.val = None
+        if s.val_data:
+            self.val = Once(s.val_data, s.images, encode, spec, min(s.batch_size, 32), s.max_tokens, 0, world.rank,
+                            world.size)
         self.fixed = self.fixed_questions() if self.val else []
+        self.flops = engine.flops(model, rows(self.cfg))
+        self.signals = engine.listen()
 
     # -- where it stopped
 
+    @functools.cached_property
+    def fingerprint(self):
+        """Of the data files, so that a run is not resumed on other data."""
+        h = hashlib.sha256()
+        for r in self.samples.files:
+            h.update(r.blob)
+        return h.hexdigest()
+
+    def finished(self):
+        file = self.out / "finished.json"
+        return (file.is_file() and json.loads(file.read_text())["steps"] >= self.steps
+                and (self.out / "model" / "config.json").is_file())
+
     def resume(self, optimizer):
-        """-> the step to go on from. A finished run stays as it is."""
-        s, out, start = self.s, self.out, 0
-        if s.resume == "auto" and (out / "finished.json").is_file() and not s.overfit:
-            done = json.loads((out / "finished.json").read_text())
-            if done["steps"] >= self.steps and checkpoint.whole(out / "model") is None:
-                self.world.print(f"{out} is finished ({done['steps']} steps): nothing to do. --resume=none starts again, --out=DIR elsewhere")
-                engine.finish(self.world)
-                raise SystemExit(0)
-        if not s.overfit:
-            if self.world.rank == 0:                         # one process looks and cleans up, all use what it found
-                found = checkpoint.find(out, s.resume, self.world.print)
-            path = self.world.gather(str(found) if self.world.rank == 0 and found else None)[0]
-            if path:
-                state = checkpoint.restore(Path(path), self.model, optimizer, self.world)
-                if state["data"] != fingerprint(self.samples):
-                    stop(f"{path} was trained on other data than {s.data}; --resume=none starts again")
-                for key, old in state["settings"].items():
-                    new = dataclasses.asdict(s).get(key)
-                    if old != new and key not in ("out", "resume"):
-                        self.world.print(f"resumed with {key}={new}, before it was {old}")
-                start, self.best = state["step"], state["best"]
-                self.seen, self.reasons = Counter(state["seen"]), Counter(state["reasons"])
-                self.world.print(f"resumed from {path}")
-            elif s.resume == "auto" and (out / "config.json").is_file() and self.world.rank == 0:
-                (out / "log.jsonl").unlink(missing_ok=True)      # an earlier attempt that never reached a checkpoint
-                (out / "samples.jsonl").unlink(missing_ok=True)
-        if self.world.rank == 0:
+        """-> the step to go on from; of a finished run the last one, and then nothing is touched any more."""
+        s, out, world, start = self.s, self.out, self.world, 0
+        how = "none" if s.overfit else s.resume
+        if how == "auto" and self.finished():
+            world.print(f"{out} is finished ({self.steps} steps): nothing to do. "
+                        "--resume=none starts again, --out=DIR elsewhere")
+            self.done = True
+            return self.steps
+        path = checkpoint.find(out, how, world.print) if world.rank == 0 else None    # one looks and cleans up for all
+        path = world.gather(str(path) if path else None)[0]
+        if path:
+            state = json.loads(Path(path, "state.json").read_text())
+            if state["data"] != self.fingerprint:
+                stop(f"{path} was trained on other data than {s.data}; --resume=none starts again")
+            checkpoint.restore(Path(path), self.model, optimizer, world)
+            new = dataclasses.asdict(s)
+            for key, old in state["settings"].items():
+                if old != new.get(key) and key not in ("out", "resume"):
+                    world.print(f"resumed with {key}={new.get(key)}, before it was {old}")
+            start, self.best = state["step"], state["best"]
+            self.seen, self.reasons = Counter(state["seen"]), Counter(state["reasons"])
+            world.print(f"resumed from {path}")
+        if world.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            if s.resume == "none":
-                for name in ("log.jsonl", "samples.jsonl", "finished.json"):
-                    (out / name).unlink(missing_ok=True)
-                for name in ("checkpoints", "model", "adapter"):
-                    shutil.rmtree(out / name, ignore_errors=True)
+            if how == "none":
+                for name in ("log.jsonl", "samples.jsonl", "finished.json", "checkpoints", "model", "adapter"):
+                    checkpoint.remove(out / name)
             for name in ("log.jsonl", "samples.jsonl"):
                 checkpoint.trim_log(out / name, start)
             hf.write(out / "config.json", {"settings": dataclasses.asdict(s), "versions": engine.versions()})
-        self.logger = engine.Log(out, self.world, self.steps, start, engine.flops_per_token(self.model))
+        self.logger = engine.Log(out, world, self.steps, start)
         return start
 
     def due(self, step, every):
@@ -125,27 +204,33 @@ class Run:
     def count(self, step, batch, result, waited):
         """Count what was dropped, cut or skipped, over all ranks; stop when it is too much."""
         names = [f"{name}: {why}" for name, why in batch.dropped]
-        used, dropped, cut = (int(v) for v in self.world.sum([len(batch.names), len(names), batch.truncated]))
-        self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut, skipped_updates=not result["updated"])
-        self.logger.count(result["tokens"], used, waited)
+        images = sum(len(b.images) for b in batch.micro)
+        used, dropped, cut, images, told = (int(v) for v in self.world.sum(
+            [len(batch.names), len(names), batch.truncated, images, len(self.signals)]))
+        self.told = told > 0                                 # the same on every rank, whichever the scheduler spoke to
+        self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut,
+                         skipped_updates=int(not result["updated"]))
+        units = dict(tokens=result["tokens"], supervised=result["supervised_tokens"], images=images)
+        self.logger.count(result["tokens"], used, sum(f * units[u] for u, f in self.flops.items()), waited)
         if dropped:
-            for rank in self.world.gather(names):
-                for line in rank:
-                    self.reasons[line] += 1
+            self.reasons.update(line for rank in self.world.gather(names) for line in rank)
         if self.seen["dropped"] > self.s.max_dropped * max(self.seen["samples"], 100):
             worst = "\n  ".join(list(self.reasons)[:5])
-            stop(f"{self.seen['dropped']} of {self.seen['samples']} samples could not be used, over max_dropped={self.s.max_dropped}:\n  {worst}")
+            stop(f"{self.seen['dropped']} of {self.seen['samples']} samples could not be used, over "
+                 f"max_dropped={self.s.max_dropped}:\n  {worst}")
         self.bad_updates = 0 if result["updated"] else self.bad_updates + 1
         if not result["updated"]:
-            self.world.print(f"step {step + 1}: gradient norm {result['grad_norm']}, loss {result['loss']}: update skipped")
+            self.world.print(f"step {step + 1}: gradient norm {result['grad_norm']}, loss {result['loss']}, "
+                             f"{result['supervised_tokens']} supervised tokens: update skipped")
         if self.bad_updates >= PATIENCE:
             names = [n for rank in self.world.gather(batch.names) for n in rank]
-            stop(f"{PATIENCE} updates in a row had no finite gradient; the last one, step {step + 1}, saw {', '.join(names[:8])} ...")
+            stop(f"{PATIENCE} updates in a row had no finite gradient; the last one, step {step + 1}, "
+                 f"saw {', '.join(names[:8])} ...")
 
     def log(self, step, lr, result):
-        extra = {k: self.seen[k] for k in ("dropped", "truncated", "skipped_updates")}
-        self.logger.write(step + 1, loss=result["loss"], lr=lr, grad_norm=result["grad_norm"], tokens=result["tokens"],
-                          supervised_tokens=result["supervised_tokens"], **extra)
+        result = {k: v for k, v in result.items() if k != "updated"}
+        counters = {k: self.seen[k] for k in ("dropped", "truncated", "skipped_updates")}
+        self.logger.write(step + 1, lr=lr, **result, **counters)
 
     # -- looking at it
 
@@ -156,19 +241,24 @@ class Run:
             return
         self.model.eval()
         total = count = 0.0
-        for i in range(math.ceil(self.val.total / self.val.batch_size)):
-            for batch in self.val[i].micro:
+        dropped = []
+        for i in range(len(self.val)):
+            part = self.val[i]
+            dropped += part.dropped
+            for batch in part.micro:
                 with self.world.autocast():
                     total += float(token_loss(self.model, batch.to(self.world.device)))
                 count += int((batch.labels >= 0).sum())
         self.model.train()
-        total, count = self.world.sum([total, count])
-        loss = total / max(1, count)
+        total, count, bad = self.world.sum([total, count, len(dropped)])
+        if not count:
+            stop(f"{self.s.val_data}: no sample can be used" + (f"; {': '.join(dropped[0])}" if dropped else ""))
+        loss = total / count
         if self.world.rank == 0:
-            with open(self.out / "log.jsonl", "a") as f:
-                f.write(json.dumps({"step": step + 1, "val_loss": loss}) + "\n")
-        self.world.print(f"step {step + 1}/{self.steps}  validation loss {loss:.4f}")
-        if self.best is None or loss < self.best[0]:
+            engine.append(self.out / "log.jsonl", {"step": step + 1, "val_loss": loss, "val_dropped": int(bad)})
+        self.world.print(f"step {step + 1}/{self.steps}  validation loss {loss:.4f}"
+                         + (f" ({bad:.0f} of {self.val.total} samples could not be used)" if bad else ""))
+        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
             self.best = (loss, step + 1)
 
     def fixed_questions(self, n=4):
@@ -179,7 +269,8 @@ class Run:
                 row = self.val.files[0][i]
                 turns, names, _ = data.conversation(row)
                 if names and turns[0][0].count(chat.IMAGE) == len(names):
-                    pictures = [data.preprocess(data.load_image(data.safe_path(self.s.images, f)), self.spec) for f in names]
+                    files = [data.safe_path(self.s.images, f) for f in names]
+                    pictures = [data.preprocess(data.load_image(f), self.spec) for f in files]
                     out.append((row.get("id"), turns[0][0], turns[0][1], pictures))
             except data.BadSample:
                 continue
@@ -196,9 +287,9 @@ class Run:
         with self.world.autocast():
             said = speaker.say(prompts, [x for *_, p in self.fixed for x in p])
         if self.world.rank == 0:
-            with open(self.out / "samples.jsonl", "a") as f:
-                for (i, q, a, _), answer in zip(self.fixed, said):
-                    f.write(json.dumps({"step": step + 1, "id": i, "prompt": q, "expected": a, "answer": answer}) + "\n")
+            for (i, q, a, _), answer in zip(self.fixed, said):
+                row = {"step": step + 1, "id": i, "prompt": q, "expected": a, "answer": answer}
+                engine.append(self.out / "samples.jsonl", row)
         self.world.print(f"  says: {said[0]}\n  true: {self.fixed[0][2]}")
 
     def by_heart(self, batch):
@@ -212,33 +303,66 @@ class Run:
                 y = b.labels[b.labels >= 0]
                 right, count = right + int((guess == y).sum()), count + len(y)
         right, count = self.world.sum([right, count])
-        self.world.print(f"learnt by heart: {'yes' if right == count else 'no'} ({right:.0f} of {count:.0f} supervised tokens are the first choice)")
-        engine.finish(self.world)
+        self.world.print(f"learnt by heart: {'yes' if right == count else 'no'} "
+                         f"({right:.0f} of {count:.0f} supervised tokens are the first choice)")
         return 0 if right == count else 1
 
     # -- keeping it
 
     def save(self, step, optimizer):
-        state = dict(settings=dataclasses.asdict(self.s), data=fingerprint(self.samples), seen=self.seen, reasons=self.reasons, best=self.best)
+        """A checkpoint that cannot be written is reported and training goes on, TRIES times in a row."""
+        if self.s.overfit:
+            return
+        state = dict(settings=dataclasses.asdict(self.s), data=self.fingerprint, seen=self.seen, reasons=self.reasons,
+                     best=self.best)
         keep = (self.best[1],) if self.s.keep_best and self.best else ()
-        checkpoint.save(self.out, step + 1, self.model, optimizer, self.world, state, self.s.keep_last, keep)
+        problem = ""
+        try:
+            checkpoint.save(self.out, step + 1, self.model, optimizer, self.world, state, self.s.keep_last, keep)
+        except OSError as e:
+            problem = str(e)
+        problem = next(filter(None, self.world.gather(problem)), "")
+        self.bad_saves = self.bad_saves + 1 if problem else 0
+        if self.bad_saves >= TRIES:
+            stop(f"{TRIES} checkpoints in a row could not be written: {problem}")
+        if problem:
+            self.world.print(f"step {step + 1}: {problem}; training goes on from memory")
+
+    def stopping(self, step, optimizer):
+        """Was any rank told to stop? Then this step is saved, unless it just was."""
+        if self.told:
+            if not self.due(step, self.s.save_every):
+                self.save(step, optimizer)
+            self.world.print(f"stopped by a signal after step {step + 1}/{self.steps}; the same command goes on")
+        return self.told
 
     def publish(self):
         """model/, and adapter/ after LoRA; then the mark that says the run is done."""
-        model = engine.unwrap(self.model)
-        state = {k: engine.full(v.detach()).cpu() for k, v in model.state_dict().items()}
-        if self.world.rank == 0:
-            s = self.s
+        if self.done:
+            return
+        s, model, state = self.s, engine.unwrap(self.model), {}
+        for k, v in model.state_dict().items():
+            v = engine.full(v.detach())                      # every rank takes part in gathering it
+            if self.world.rank == 0:
+                state[k] = v.cpu()
+        if self.world.rank > 0:
+            return
+        try:
             if self.adapter:
-                trained = {n for n, p in model.named_parameters() if p.requires_grad}
-                lora.save_adapter(self.out / "adapter", {k: v for k, v in state.items() if k in trained}, s.lora_r, s.lora_alpha, s.lora_dropout, s.init or s.llm)
+                trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
+                lora.save_adapter(self.out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout,
+                                  s.init or s.llm)
                 state = lora.merge_state(state, s.lora_alpha / s.lora_r)
-            card = (f"# {Path(s.out).name}\n\nTrained with pumice: {self.steps} steps of {s.batch_size} samples from {s.data}, template {s.template}. "
-                    f"Started from {s.init or f'{s.vision} and {s.llm}'}." + (f" Validation loss {self.best[0]:.4f} (step {self.best[1]})." if self.best else ""))
-            dtype = torch.float16 if self.world.device.type == "cpu" and self.world.dtype == torch.float32 else self.world.dtype
+            card = (f"# {Path(s.out).name}\n\nTrained with pumice: {self.steps} steps of {s.batch_size} samples from "
+                    f"{s.data}, template {s.template}. Started from {s.init or f'{s.vision} and {s.llm}'}."
+                    + (f" Validation loss {self.best[0]:.4f} (step {self.best[1]})." if self.best else ""))
+            dtype = self.world.dtype if self.world.dtype != torch.float32 else torch.float16
             hf.save(self.out / "model", state, self.cfg, self.folder, s.template, s.system, s.image_aspect, dtype, card)
             tmp = self.out / ".tmp-finished"
             tmp.write_text(json.dumps({"steps": self.steps, **self.seen}))
             os.replace(tmp, self.out / "finished.json")
-            dropped = f"; {self.seen['dropped']} of {self.seen['samples']} samples dropped, {self.seen['truncated']} truncated" if self.seen["dropped"] + self.seen["truncated"] else ""
-            self.world.print(f"done: {self.out / 'model'}{dropped}")
+        except OSError as e:
+            stop(f"{e}. The last checkpoint is whole, the same command tries again")
+        lost = self.seen["dropped"] + self.seen["truncated"]
+        self.world.print(f"done: {self.out / 'model'}" + (f"; {self.seen['dropped']} of {self.seen['samples']} samples "
+                         f"dropped, {self.seen['truncated']} truncated" if lost else ""))

@@ -94,7 +94,7 @@ def main(s):
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
     warmup = math.ceil(s.warmup * steps)
     first = samples[0]
-    world.print(*engine.plan(model, lrs, world, first.micro, steps, s), sep="\n")
+    world.print(*stage.plan(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
         return stage.one_sample(samples, folder.tok, world)
 
@@ -122,12 +122,13 @@ def main(s):
             run.sample(step)
         if run.due(step, s.save_every):
             run.save(step, optimizer)
+        if run.stopping(step, optimizer):
+            return 143
     # ---------------------------------------------------------------------------------------------------------------------------
     if s.overfit:
         return run.by_heart(first)
     run.publish()
-    engine.finish(world, vars(run), optimizer.state)
 
 
 if __name__ == "__main__":
-    sys.exit(main(config.load(Settings, sys.argv[1:], __doc__)))
+    sys.exit(engine.finish(main(config.load(Settings, sys.argv[1:], __doc__))))
