@@ -1,0 +1,460 @@
+"""What is written, and what of it is learnt, under every template. `python tests/test_chat.py` writes tests/golden/ anew."""
+
+import io
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import chat
+from chat import IGNORE, IMAGE, TEMPLATES, BadSample, Tokenizer, encode, stop_ids, truncate
+
+I, Q = 3, 4  # the id of <image> in conftest's tokenizers, and an image short enough to read in a failed assertion
+GOLDEN = Path(__file__).resolve().parent / "golden"
+TURNS = [("What is this?", "It is a black cat."), (" And that? ", "Two dogs.\n\nPlaying in the park"), ("Why", "1")]
+HOSTILE = ["</s>", "<s>", "<image>", "<pad>", "<unk>", "<|im_end|>", "<|im_start|>assistant", "<|eot_id|>", "USER: x", "ASSISTANT:",
+           "[/INST]", "[INST] <<SYS>>", "<|start_header_id|>assistant<|end_header_id|>", "<0x0A>", "a</s>b <image>", "\x00",
+           "\x1b[31m", "e\u0301 combining", "👩‍👩‍👧 family", "مرحبا", "\u202eright to left", "一二三", "a\r\nb", "tab\tstop", "x  y   z",
+           "\ufeffmark", "\u200bzero width", "…", "\u0301alone", "\n\ninner\n\n", "." * 50, "\u2028", "Z̷̢a̸l", "\U0010ffff", "%s{}\\n"]
+
+
+@pytest.fixture(scope="module")
+def tok(tok_folder, tmp_path_factory):
+    return Tokenizer(without_newline_merges(tok_folder, tmp_path_factory.mktemp("tok")))
+
+
+def without_newline_merges(source, folder):
+    """SentencePiece never joins a newline with what follows; conftest's training on a text of several lines does."""
+    spec = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    spec["model"]["merges"] = [m for m in spec["model"]["merges"] if "\n" not in "".join(m)]
+    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    (folder / "tokenizer_config.json").write_text((source / "tokenizer_config.json").read_text("utf-8"), "utf-8")
+    return folder
+
+
+def run_texts(tok, ids, labels):
+    """The runs of learnt ids: [(text, last id)]"""
+    runs, at = [], 0
+    while at < len(ids):
+        end = at
+        while end < len(ids) and labels[end] != IGNORE:
+            end += 1
+        if end > at:
+            runs.append(([i for i in ids[at:end]], ids[end - 1]))
+        at = end + 1
+    return runs
+
+
+def said(tok, template, run):
+    """What a learnt run says, without what the template puts around an answer."""
+    text = tok.full.decode([i for i in run if i not in stop_ids(tok, template) or template == "plain"], skip_special_tokens=False)
+    before, after = {"plain": ("", "\n"), "vicuna_v1": (" ", ""), "llava_llama_2": (" ", " "), "mistral": (" ", " ")}.get(template, ("", ""))
+    assert text.endswith(after)
+    return text.removeprefix(before)[:len(text.removeprefix(before)) - len(after)]
+
+
+def literal(tok, template, turns, images=0, system=None):
+    """The text of a sample with its control tokens by name and its learnt part in braces."""
+    ids, labels = encode(tok, template, turns, images, I, Q, system)
+    names, out, at = {v: k for k, v in tok.specials.items()}, "", 0
+    while at < len(ids):
+        end = at + 1
+        if ids[at] in names:
+            s = names[ids[at]]
+        else:
+            while end < len(ids) and ids[end] not in names and (labels[end] == IGNORE) == (labels[at] == IGNORE):
+                end += 1
+            s = tok.full.decode(ids[at:end], skip_special_tokens=False)
+        out += s if labels[at] == IGNORE else "{" + s + "}"
+        at = end
+    return out.replace("}{", "").replace("<image>" * Q, "<image>")
+
+
+# ---- what each template writes --------------------------------------------------------------------------------------
+
+TWO = [("<image>\nq", "a"), ("r", "b")]  # the conversation of the literal renderings below
+
+
+@pytest.mark.parametrize("template, written", [
+    ("plain", "<s><image>{a\nb\n}"),
+    ("vicuna_v1", "<s>S USER: <image>\nq ASSISTANT:{ a</s>}USER: r ASSISTANT:{ b</s>}"),
+    ("llava_llama_2", "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\n<image>\nq [/INST]{ a </s>}<s>[INST] r [/INST]{ b </s>}"),
+    ("mistral", "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\n<image>\nq [/INST]{ a </s>}[INST] r [/INST]{ b </s>}"),
+    ("llama_3", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\n<image>\nq<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n{a<|eot_id|>}"
+                "<|start_header_id|>user<|end_header_id|>\n\nr<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n{b<|eot_id|>}"),
+    ("chatml", "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<image>\nq<|im_end|>\n<|im_start|>assistant\n{a<|im_end|>}\n"
+               "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n{b<|im_end|>}\n"),
+])
+def test_a_template_writes_what_its_model_expects_and_learns_what_is_in_braces(bytes_folder, template, written):
+    assert literal(Tokenizer(bytes_folder), template, TWO, 1, "S") == written
+
+
+@pytest.mark.parametrize("template, begin", [
+    ("vicuna_v1", "<s>USER: r"), ("llava_llama_2", "<s>[INST] r"), ("mistral", "<s>[INST] r"), ("chatml", "<|im_start|>user\nr"),
+    ("llama_3", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nr")])
+def test_an_empty_system_text_leaves_no_trace(bytes_folder, template, begin):
+    assert literal(Tokenizer(bytes_folder), template, [("r", "b")], system="").startswith(begin)
+
+
+def test_the_default_system_text_is_the_one_that_llava_1_5_was_trained_with(bytes_folder):
+    assert literal(Tokenizer(bytes_folder), "vicuna_v1", [("Hi", "Yo")]) == (
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+        "polite answers to the user's questions. USER: Hi ASSISTANT:{ Yo</s>}")
+
+
+@pytest.mark.parametrize("user, written", [
+    ("<image>\nq", "<image>\nq"), ("q\n<image>", "<image>\nq"), ("a <image> b", "<image>\na  b"), (" <image> ", "<image>"),
+    ("<image>q", "<image>\nq")])
+def test_a_single_marker_moves_to_the_front_of_its_turn_as_in_llava(bytes_folder, user, written):
+    assert f"USER: {written} ASSISTANT:" in literal(Tokenizer(bytes_folder), "vicuna_v1", [(user, "x")], 1, "")
+
+
+def test_several_markers_in_a_turn_stay_where_they_were_written(bytes_folder):
+    assert "USER: a <image> b <image><image> ASSISTANT:" in literal(Tokenizer(bytes_folder), "vicuna_v1",
+                                                                    [(" a <image> b <image><image>\n", "x")], 3, "")
+
+
+def test_stage_one_does_not_read_what_the_person_said(tok):
+    first = encode(tok, "plain", [("Describe it.\n<image>", "a cat")], 1, I, Q)
+    assert first == encode(tok, "plain", [("<image>\nWhat?", "a cat")], 1, I, Q)
+
+
+# ---- what is learnt -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_learnt_runs_say_the_answers_byte_for_byte_and_end_in_the_stop_id(tok, template):
+    stops = stop_ids(tok, template)
+    for answer in [a for _, a in TURNS] + HOSTILE:
+        ids, labels = encode(tok, template, [(f"<image>\n{answer.replace(IMAGE, '')}", answer)], 1, I, Q)
+        assert len(ids) == len(labels) and all(y in (i, IGNORE) for i, y in zip(ids, labels))
+        (run, last), = run_texts(tok, ids, labels)
+        assert last in stops and said(tok, template, run) == answer.strip(), answer
+
+
+@pytest.mark.parametrize("template", [t for t in TEMPLATES if t != "plain"])  # plain's turns touch: one run
+def test_every_turn_is_a_learnt_run_of_its_own(tok, template):
+    ids, labels = encode(tok, template, TURNS, 0, I, Q)
+    runs = run_texts(tok, ids, labels)
+    assert [said(tok, template, run) for run, _ in runs] == [a for _, a in TURNS]
+    assert all(last in stop_ids(tok, template) and not stop_ids(tok, template) & set(run[:-1]) for run, last in runs)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_prompt_is_an_exact_prefix_of_the_training_ids_for_every_turn(tok, template):
+    for answer in ["It is.", "1", "...", "(a)", "é", "一", "\u0301", "\u200b!"]:
+        turns = [(f"<image>\n{TURNS[0][0]}", answer), *TURNS[1:]]
+        ids, labels = encode(tok, template, turns, 1, I, Q)
+        for n, (question, _) in enumerate(turns):
+            prompt, learnt = encode(tok, template, [*turns[:n], (question, None)], 1, I, Q)
+            assert prompt == ids[:len(prompt)]
+            assert n or set(learnt) == {IGNORE}
+            assert labels[len(prompt)] == ids[len(prompt)], "the first token after the prompt is learnt"
+
+
+@pytest.mark.parametrize("turns", range(1, 6))
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_bos_stands_once_at_the_start_whether_or_not_the_tokenizer_adds_its_own(tok_folder, tmp_path, turns, adds_bos):
+    for f in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / f).write_text((tok_folder / f).read_text("utf-8"), "utf-8")
+    if adds_bos:
+        spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+        spec["post_processor"] = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                                                                           {"Sequence": {"id": "A", "type_id": 0}}],
+                                  "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                                  "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    tok = Tokenizer(tmp_path)
+    assert len(tok.full.encode("x").ids) - len(tok.plain.encode("x").ids) == adds_bos
+    for template, bos in [("plain", "<s>"), ("vicuna_v1", "<s>"), ("mistral", "<s>"), ("llama_3", "<|begin_of_text|>")]:
+        ids, _ = encode(tok, template, [("q", "a")] * turns, 0, I, Q)
+        assert ids[0] == tok.id(bos) and ids.count(tok.id(bos)) == 1
+    assert encode(tok, "chatml", [("q", "a")] * turns, 0, I, Q)[0].count(tok.id("<s>")) == 0
+    assert encode(tok, "llava_llama_2", [("q", "a")] * turns, 0, I, Q)[0].count(tok.id("<s>")) == turns  # LLaVA's own form
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_control_tokens_cannot_be_typed(tok, template):
+    def controls(text):
+        ids, _ = encode(tok, template, [(f"<image>\n{text}", text or "x"), (text, text or "x")], 1, I, Q, f"S{text}")
+        return Counter(i for i in ids if i in tok.specials.values())
+    clean = controls("")
+    assert clean[I] == Q
+    for text in HOSTILE:
+        assert controls(text.replace(IMAGE, "<im age>")) == clean, text
+    assert encode(tok, template, [("<image>", "an <image> tag")], 1, I, Q)[0].count(I) == Q, "an answer holds no pictures"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_without_pictures_a_marker_is_text(tok, template):
+    ids, _ = encode(tok, template, [("the <image> tag of SVG", "<image>")], 0, I, Q)
+    assert I not in ids
+    assert template == "plain" or "the <image> tag of SVG" in tok.full.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("images", range(4))
+@pytest.mark.parametrize("markers", range(4))
+def test_as_many_markers_as_images_or_the_sample_is_refused_with_both_counts(bytes_folder, images, markers):
+    import data
+    row = {"image": [f"{i}.png" for i in range(images)], "conversations": [
+        {"from": "human", "value": "<image>\n" * markers + "q"}, {"from": "gpt", "value": "a"}]}
+    for template in TEMPLATES:
+        encoder = data.Encoder(Tokenizer(bytes_folder), template, I, Q, 500)
+        if images == markers:
+            ids, labels, names, _ = encoder(row)
+            assert ids.count(I) == images * Q and len(names) == images
+            assert {y for i, y in zip(ids, labels) if i == I} <= {IGNORE}, "an image position is never learnt"
+        else:
+            count = 1 if images == 0 else markers  # without images, the turns that begin or end with a marker are counted
+            with pytest.raises(BadSample, match=rf"{images} image\(s\) but {count} marker\(s\)"):
+                encoder(row)
+
+
+def test_an_answer_that_melts_into_its_prompt_is_refused_not_learnt_in_part(tmp_path):
+    tok = by_hand(tmp_path, "pieces", ["\nT"])  # a tokenizer with a token for newline and T: chatml's prompt ends in the newline
+    encode(tok, "chatml", [("q", "the")], 0, I, Q)
+    with pytest.raises(BadSample, match="reaches back into its prompt"):
+        encode(tok, "chatml", [("q", "The")], 0, I, Q)
+
+
+# ---- truncation -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("turns, images", [
+    ([("<image>\nWhat?", "A cat."), ("And?", "A dog.")], 1), ([("<image><image>", "x"), ("a<image>b", "y")], 3),
+    ([("q", "a"), ("<image>", "b")], 1), ([("q", "a")], 0), ([("<image>" * 3, "touching")], 3)])
+def test_no_length_cuts_an_image_in_two(tok, turns, images):
+    for template in TEMPLATES:
+        whole = encode(tok, template, turns, images, I, Q)
+        for n in range(len(whole[0]) + 2):
+            ids, labels, kept = truncate(*whole, I, Q, n)
+            assert len(ids) == len(labels) <= n and ids == whole[0][:len(ids)] and labels == whole[1][:len(ids)]
+            assert ids.count(I) == kept * Q and kept <= images
+            assert len(ids) > n - Q or len(ids) == len(whole[0]), "no more is lost than the part of one image"
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_stop_id_is_what_ends_a_learnt_turn(tok, template):
+    stops = stop_ids(tok, template)
+    ids, labels = encode(tok, template, [("q", "a")], 0, I, Q)
+    assert [y for y in labels if y != IGNORE][-1] in stops
+    assert template == "plain" or len(stops) == 1
+
+
+@pytest.mark.parametrize("file, text, message", [
+    ("tokenizer.json", None, "holds no tokenizer.json"), ("tokenizer.json", "", "cannot be read"), ("tokenizer.json", "{}", "cannot be read"),
+    ("tokenizer.json", "[1]", "cannot be read"), ("tokenizer_config.json", "{", "cannot be read"),
+    ("tokenizer_config.json", '{"eos_token": "<nope>"}', "no token '<nope>'")])
+def test_a_broken_tokenizer_stops_with_one_line(bytes_folder, tmp_path, file, text, message):
+    for f in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / f).write_text((bytes_folder / f).read_text("utf-8"), "utf-8")
+    (tmp_path / file).unlink()
+    if text is not None:
+        (tmp_path / file).write_text(text)
+    with pytest.raises(SystemExit, match=message) as e:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_template_that_the_tokenizer_cannot_write_stops_with_the_missing_token(bytes_folder, tmp_path):
+    tok = by_hand(tmp_path, "bytes", [])
+    for template, missing in [("llama_3", r"<\|begin_of_text\|>"), ("nope", "unknown template 'nope': one of plain, vicuna_v1")]:
+        with pytest.raises(SystemExit, match=missing):
+            encode(tok, template, [("q", "a")], 0, I, Q)
+    tok.bos = None
+    with pytest.raises(SystemExit, match="needs a BOS and an EOS token"):
+        encode(tok, "vicuna_v1", [("q", "a")], 0, I, Q)
+
+
+def test_a_lone_surrogate_is_a_bad_sample(tok):
+    for turns, system in [([("\ud800", "a")], None), ([("q", "\udfff")], None), ([("q", "a")], "\ud800")]:
+        with pytest.raises(BadSample, match="surrogate"):
+            encode(tok, "vicuna_v1", turns, 0, I, Q, system)
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "a\u0301" * 100_000, "<image>" * 100_000, "\n" * 100_000 + "x"])
+def test_a_megabyte_is_tokenised_in_time_that_grows_with_its_length(tok, text):
+    import time
+    began = time.process_time()
+    encode(tok, "vicuna_v1", [(text, "a")], 0, I, Q)
+    assert time.process_time() - began < 10  # a quadratic path takes hours; the linear one needs about a second
+
+
+def test_ten_thousand_turns_take_time_that_grows_with_their_number(tok):
+    import time
+    began = time.process_time()
+    for template in TEMPLATES:
+        encode(tok, template, [("q", "a")] * 10_000, 0, I, Q)
+    assert time.process_time() - began < 20
+
+
+def test_the_mask_is_shown_in_colours(bytes_folder):
+    tok, out = Tokenizer(bytes_folder), io.StringIO()
+    chat.show(tok, *encode(tok, "vicuna_v1", [("<image>\nq", "a")], 1, I, Q, ""), I, out)
+    assert out.getvalue() == ("\033[90m<s>\033[0m\033[90mUSER: \033[0m\033[90m[4 x image]\033[0m\033[90m\nq ASSISTANT:\033[0m"
+                              "\033[32m a\033[0m\033[32m</s>\033[0m\n")
+
+
+# ---- others' rules --------------------------------------------------------------------------------------------------
+
+def llava_v1(full, turns, system):
+    """LLaVA's preprocess_v1 with a legacy Llama tokenizer: render, tokenise around the images, find rounds by splitting text."""
+    text = system + " "
+    for user, answer in turns:
+        if IMAGE in user:
+            user = (IMAGE + "\n" + user.replace(IMAGE, "").strip()).strip()
+        text += f"USER: {user} ASSISTANT: {answer}</s>"
+
+    def tokenise(s):  # tokenizer_image_token: one BOS, the pieces around each image on their own
+        ids = [1]
+        for n, piece in enumerate(s.split(IMAGE)):
+            ids += [I] * (n > 0) + full.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    ids = tokenise(text)
+    labels, at, sep = list(ids), 1, " ASSISTANT: "
+    labels[0] = IGNORE
+    for part in text.split("</s>"):
+        if not part:
+            break
+        question, _ = part.split(sep)
+        length, unlearnt = len(tokenise(part)), len(tokenise(question + sep)) - 2
+        labels[at:at + unlearnt] = [IGNORE] * unlearnt
+        at += length
+    assert at == len(ids), "LLaVA's tokenization mismatch"
+    return ids, labels
+
+
+def test_labels_equal_those_of_llavas_round_splitting_where_that_is_right(tmp_path):
+    from conftest import WORDS, make_tokenizer
+    tok, rng = Tokenizer(make_tokenizer(tmp_path / "pieces", "pieces")), random.Random(0)
+    words = WORDS.replace("USER:", "").replace("ASSISTANT:", "").split() + ["1", "é", "(x)", "…", "a\nb", "a  b"]
+    for n in range(300):
+        turns = [(" ".join(rng.choices(words, k=rng.randint(1, 8))), " ".join(rng.choices(words, k=rng.randint(1, 8))))
+                 for _ in range(rng.randint(1, 3))]
+        images = rng.randint(0, 1)
+        if images:
+            turns[0] = (rng.choice(["<image>\n{}", "{}\n<image>"]).format(turns[0][0]), turns[0][1])
+        system = rng.choice(["SYS", TEMPLATES["vicuna_v1"].system])
+        assert encode(tok, "vicuna_v1", turns, images, I, 1, system) == llava_v1(tok.full, turns, system), turns
+
+
+JINJA = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+              "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}",
+    "llama_3": "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if m.role == 'assistant' %}"
+               "{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"}
+
+
+@pytest.mark.parametrize("template", JINJA)
+def test_ids_and_mask_equal_those_of_the_jinja_template_in_transformers(bytes_folder, template):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(bytes_folder)
+    tok, rng = Tokenizer(bytes_folder), random.Random(1)
+    words = ["cat", "Two dogs,", "1", "é", "(x)", "…", "a\nb", "a  b", "👩‍👩‍👧", "!"]
+    for n in range(100):
+        turns = [tuple(" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(2)) for _ in range(rng.randint(1, 4))]
+        messages = [{"role": "system", "content": "Sys."}]
+        for user, answer in turns:
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        out = theirs.apply_chat_template(messages, chat_template=JINJA[template], tokenize=True, return_dict=True,
+                                         return_assistant_tokens_mask=True)
+        ids, labels = encode(tok, template, turns, 0, I, Q, "Sys.")
+        assert ids == list(out["input_ids"])
+        assert [int(y != IGNORE) for y in labels] == list(out["assistant_masks"])
+
+
+# ---- golden files ---------------------------------------------------------------------------------------------------
+
+def by_hand(folder, kind, words=("the cat is a black dog What this It user system assistant USER ASSISTANT image and you of").split()):
+    """A tokenizer whose merges are written down, not trained, so that no release of a library changes it."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as HF
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    specials = ["<unk>", "<s>", "</s>", "<image>"]
+    if kind == "bytes":
+        specials += ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"] if words else []
+        letters, space = sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ"
+    else:
+        specials += ["<|im_start|>", "<|im_end|>"]
+        letters, space = [f"<0x{i:02X}>" for i in range(256)] + [chr(i) for i in range(33, 127)] + ["▁", "\n"], "▁"
+    merges = []
+    for word in [w for word in words for w in (word, space + word)]:
+        merges += [(word[:i], word[i]) for i in range(1, len(word))]
+    merges = list(dict.fromkeys(merges))
+    pieces = list(dict.fromkeys(specials + letters + [a + b for a, b in merges]))
+    model = dict(vocab={p: i for i, p in enumerate(pieces)}, merges=merges)
+    if kind == "bytes":
+        tok = HF(models.BPE(**model))
+        tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        tok = HF(models.BPE(**model, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tok.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    folder.mkdir(exist_ok=True)
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return Tokenizer(folder)
+
+
+CONVERSATIONS = [  # (turns, images, system; None = the template's own)
+    ([("What is this?", "It is a black cat.")], 0, "S"),
+    ([("<image>\nWhat is this?", "It is a black cat.")], 1, "S"),
+    ([("What is this?\n<image>", "A dog")], 1, "S"),
+    ([("<image>", "the cat and the dog")], 1, ""),
+    ([("<image>\nWhat?", "1"), ("And?", "2"), ("Then?", "3")], 1, "S"),
+    ([("q", "a"), ("<image>\nr", "b")], 1, "S"),
+    ([("<image>\nq", "a"), ("<image>\nr", "b")], 2, "S"),
+    ([("a <image> b <image> c", "d")], 2, "S"),
+    ([("<image><image><image>", "three")], 3, ""),
+    ([(" spaces \n", "\n around \n")], 0, "S"),
+    ([("typed </s> <s> [/INST]", "typed <|im_end|> </s>")], 0, "S"),
+    ([("the <image> tag", "<image>")], 0, "S"),
+    ([("USER: x ASSISTANT: y", "USER: z ASSISTANT: w")], 0, "S"),
+    ([("é 一 👩‍👩‍👧", "e\u0301 二 \u202e")], 0, "S"),
+    ([("code:\n\n  if x:\n\ty", "  z\n\n\nw")], 0, "S"),
+    ([("", "an answer to nothing")], 0, "S"),
+    ([("<image>\nWhat is this?", None)], 1, "S"),
+    ([("q", "a"), ("r", None)], 0, ""),
+    ([("<image>\nWhat is this?", "It is the system.")], 1, None),
+    ([("What of the user and you?", "It is the assistant."), ("q", "a")], 0, None)]
+FITS = {"bytes": ["plain", "llama_3", "chatml"], "pieces": ["plain", "vicuna_v1", "llava_llama_2", "mistral", "chatml"]}
+
+
+def golden(folder):
+    """-> {file name: [[ids, spans that are learnt]]}"""
+    out = {}
+    for kind, templates in FITS.items():
+        tok = by_hand(folder / kind, kind)
+        for template in templates:
+            out[f"{template}_{kind}.json"] = samples = []
+            for turns, images, system in CONVERSATIONS:
+                ids, labels = encode(tok, template, turns, images, I, Q, system)
+                edges = [n for n in range(len(ids) + 1) if (0 < n and labels[n - 1] != IGNORE) != (n < len(ids) and labels[n] != IGNORE)]
+                samples.append([ids, [edges[n:n + 2] for n in range(0, len(edges), 2)]])
+    return out
+
+
+def test_ids_and_labels_of_twenty_conversations_are_those_on_file(tmp_path):
+    made = golden(tmp_path)
+    assert {p.name for p in GOLDEN.glob("*.json")} == set(made)
+    for name, samples in made.items():
+        for n, (new, old) in enumerate(zip(samples, json.loads((GOLDEN / name).read_text()), strict=True)):
+            assert new == old, (name, CONVERSATIONS[n])
+
+
+if __name__ == "__main__":
+    import tempfile
+    GOLDEN.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, samples in golden(Path(folder)).items():
+            (GOLDEN / name).write_text("[\n" + ",\n".join(json.dumps(s, separators=(",", ":")) for s in samples) + "\n]\n")

@@ -1,0 +1,223 @@
+"""Conversations at random: what holds for every one of them. PUMICE_FUZZ=N tries N of each instead of 200."""
+
+import json
+import os
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+
+pytest.importorskip("hypothesis")
+from conftest import make_tokenizer
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from test_chat import HOSTILE, I, Q, run_texts, said, without_newline_merges
+
+import data
+from chat import IGNORE, IMAGE, TEMPLATES, BadSample, Tokenizer, encode, stop_ids, truncate
+
+N = int(os.environ.get("PUMICE_FUZZ", 200))
+fuzz = settings(max_examples=N, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+@cache
+def tokenizer(kind):
+    folder = Path(mkdtemp())
+    return Tokenizer(without_newline_merges(make_tokenizer(folder / kind, kind), folder))
+
+
+# U+2581 is how SentencePiece spells a space: no Llama tokenizer can tell the two apart
+free = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=30)
+text = st.lists(st.one_of(free, st.sampled_from(HOSTILE), st.sampled_from([" ", "\n", "user", "assistant", "It is a cat."])),
+                max_size=4).map("".join)
+answer = text.filter(str.strip)
+turns = st.lists(st.tuples(text, answer), min_size=1, max_size=6)
+
+
+@st.composite
+def conversation(draw):
+    """-> tokenizer, template, turns with their markers, number of images, system text"""
+    said = draw(turns)
+    images = draw(st.integers(0, 4))
+    if images:  # typed markers would be pictures here: they are written on purpose only
+        said = [(user.replace(IMAGE, ""), answer) for user, answer in said]
+        for _ in range(images):
+            n = draw(st.integers(0, len(said) - 1))
+            at = draw(st.integers(0, len(said[n][0])))
+            pieces = said[n][0].split(IMAGE)  # not into the middle of another marker
+            at = draw(st.integers(0, len(pieces) - 1))
+            cut = draw(st.integers(0, len(pieces[at])))
+            pieces[at] = pieces[at][:cut] + IMAGE + pieces[at][cut:]
+            said[n] = (IMAGE.join(pieces), said[n][1])
+        assume(sum(user.count(IMAGE) for user, _ in said) == images)  # letters around it may have formed one more
+    tok = tokenizer(draw(st.sampled_from(["bytes", "pieces"])))
+    return tok, draw(st.sampled_from(list(TEMPLATES))), said, images, draw(st.none() | text)
+
+
+def controls(tok, ids):
+    return Counter(i for i in ids if i in tok.specials.values())
+
+
+@fuzz
+@given(conversation())
+def test_ids_and_labels(c):
+    tok, template, turns, images, system = c
+    ids, labels = encode(tok, template, turns, images, I, Q, system)
+    assert len(ids) == len(labels)
+    assert all(y in (IGNORE, i) for i, y in zip(ids, labels))
+    assert not {I, tok.id("<pad>")} & set(labels), "neither images nor padding are learnt"
+    assert ids.count(I) == images * Q
+    assert encode(tok, template, turns, images, I, Q, system) == (ids, labels), "the same every time"
+    clean = [(IMAGE * user.count(IMAGE) if images else "", "x") for user, _ in turns]
+    assert controls(tok, ids) == controls(tok, encode(tok, template, clean, images, I, Q, system and "x")[0]), "none was typed"
+    runs = run_texts(tok, ids, labels)
+    if template == "plain":
+        if len(turns) == 1:
+            assert said(tok, template, runs[0][0]) == turns[0][1].strip()
+    else:
+        stops = stop_ids(tok, template)
+        assert [said(tok, template, run) for run, _ in runs] == [a.strip() for _, a in turns]
+        assert all(last in stops for _, last in runs)
+        people = len(turns) + bool(TEMPLATES[template].system if system is None else system)
+        ends = len(turns) + (people if template in ("llama_3", "chatml") else 0)
+        assert sum(i in stops for i in ids) == ends
+
+
+@fuzz
+@given(conversation(), st.integers(1, 400))
+def test_a_cut_sample_is_a_prefix_with_whole_images(c, max_len):
+    tok, template, turns, images, system = c
+    whole = encode(tok, template, turns, images, I, Q, system)
+    ids, labels, kept = truncate(*whole, I, Q, max_len)
+    assert len(ids) <= max_len and (ids, labels) == (whole[0][:len(ids)], whole[1][:len(ids)])
+    assert ids.count(I) == kept * Q and kept <= images
+    blocks = "".join("i" if i == I else "." for i in ids).replace("i" * Q, "I")
+    assert "i" not in blocks and blocks.count("I") == kept
+
+
+@fuzz
+@given(conversation())
+def test_a_prompt_is_a_prefix_and_a_new_turn_changes_nothing_before_it(c):
+    tok, template, turns, images, system = c
+    ids, labels = encode(tok, template, turns, images, I, Q, system)
+    *before, (user, _) = turns
+    prompt, _ = encode(tok, template, [*before, (user, None)], images, I, Q, system)
+    assert ids[:len(prompt)] == prompt and len(ids) > len(prompt)
+    longer, learnt = encode(tok, template, [*turns, ("and?", "yes")], images, I, Q, system)
+    if template == "plain":  # its turns share a text, which ends in a newline
+        ids, labels = ids[:-1], labels[:-1]
+    assert longer[:len(ids)] == ids and learnt[:len(labels)] == labels
+
+
+@fuzz
+@given(conversation(), answer, st.data())
+def test_changing_an_answer_changes_no_label_before_or_after_it(c, other, draw):
+    tok, template, turns, images, system = c
+    assume(template != "plain")
+    k = draw.draw(st.integers(0, len(turns) - 1))
+    changed = [(u, other if n == k else a) for n, (u, a) in enumerate(turns)]
+    runs = [run_texts(tok, *encode(tok, template, t, images, I, Q, system)) for t in (turns, changed)]
+    assert [r for n, r in enumerate(runs[0]) if n != k] == [r for n, r in enumerate(runs[1]) if n != k]
+
+
+@fuzz
+@given(st.lists(conversation(), min_size=1, max_size=5))
+def test_packed_and_unpacked_they_are_the_same(several):
+    made = [(*encode(tok, template, turns, images, I, Q, system), torch.full((images, 3, 1, 1), n, dtype=torch.uint8))
+            for n, (tok, template, turns, images, system) in enumerate(several)]
+    b, at, image = data.pack(made, 1), 0, 0
+    for ids, labels, images in made:
+        n = len(ids)
+        assert b.ids[at:at + n].tolist() == ids and b.labels[at:at + n].tolist() == [*labels[1:], IGNORE]
+        assert b.pos[at:at + n].tolist() == list(range(n))
+        assert set(b.lo[at:at + n].tolist()) == {at} and b.hi[at:at + n].tolist() == list(range(at + 1, at + n + 1))
+        assert torch.equal(b.images[image:image + len(images)], images)
+        at, image = at + n, image + len(images)
+    assert at == len(b.ids) and image == len(b.images)
+
+
+# anything that json can hold, often in the shape of a row
+leaf = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | st.sampled_from(["human", "gpt", IMAGE])
+anything = st.recursive(leaf, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3), max_leaves=6)
+message = st.fixed_dictionaries({}, optional={"from": st.sampled_from(["human", "gpt", "system", "x"]) | anything, "role": anything,
+                                              "value": text | anything, "content": anything})
+row = anything | st.fixed_dictionaries({}, optional={"conversations": st.lists(message | anything, max_size=4) | anything,
+                                                     "image": anything | st.lists(text, max_size=2), "id": anything})
+
+
+@fuzz
+@given(row, st.sampled_from(list(TEMPLATES)), st.integers(1, 60))
+def test_a_row_is_a_sample_or_a_bad_sample_never_another_error(row, template, max_len):
+    encoder = data.Encoder(tokenizer("bytes"), template, I, Q, max_len)
+    try:
+        if not isinstance(row, dict):
+            raise BadSample("as in Rows")
+        ids, labels, names, cut = encoder(row)
+    except BadSample as e:
+        assert e.reason and "\n" not in e.reason
+    else:
+        assert len(ids) <= max_len and any(y != IGNORE for y in labels[1:]) and len(names) == ids.count(I) // Q
+
+
+@cache
+def rows_file():
+    return Path(mkdtemp()) / "rows.json"
+
+
+@fuzz
+@given(st.binary(max_size=60) | st.lists(row, max_size=3).map(lambda r: json.dumps(r).encode()) |
+       st.lists(row, max_size=3).map(lambda r: "\n".join(map(json.dumps, r)).encode()), st.integers(0, 200))
+def test_a_data_file_is_read_or_refused_in_one_line(blob, cut):
+    rows_file().write_bytes(blob[:max(0, len(blob) - cut)] if cut < 100 else blob)
+    try:
+        rows = data.Rows(rows_file())
+    except SystemExit as e:
+        assert str(e).startswith("error: ") and "\n" not in str(e)
+        return
+    for i in range(len(rows)):
+        try:
+            assert isinstance(rows[i], dict)
+        except BadSample:
+            pass
+
+
+@cache
+def root():
+    folder = Path(mkdtemp()).resolve()
+    (folder / "images" / "a").mkdir(parents=True)
+    (folder / "images" / "a" / "b.png").write_text("inside")
+    (folder / "secret").write_text("outside")
+    (folder / "images" / "link").symlink_to(folder)
+    (folder / "images" / "loop").symlink_to("loop")
+    return folder / "images"
+
+
+parts = st.sampled_from(["..", ".", "", "a", "b.png", "link", "loop", "secret", "%2e%2e", "..\\", "\0", "\ud800", "x" * 300, "images", "~",
+                         str(Path("/etc/passwd"))])
+
+
+@fuzz
+@given(st.lists(parts, max_size=6).map("/".join) | st.text(max_size=10) | anything)
+def test_no_name_leads_out_of_the_image_folder(name):
+    try:
+        path = data.safe_path(root(), name)
+    except BadSample:
+        return
+    assert Path(path).read_text() == "inside"
+
+
+def test_a_worker_process_makes_the_same_ids(tmp_path):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    turns = [("<image>\n" + t.replace(IMAGE, ""), t) for t in HOSTILE]
+    here = [encode(tokenizer("bytes"), "vicuna_v1", [t], 1, I, Q) for t in turns]
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        assert list(pool.map(encode, *zip(*[(tokenizer("bytes"), "vicuna_v1", [t], 1, I, Q) for t in turns]))) == here
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q"]))
