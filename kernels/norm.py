@@ -1,7 +1,7 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * w, over the last dimension. Shapes: x (..., C), w (C,) -> (..., C).
 
-Statistics in fp32 (fp64 for fp64); the result returns to x's dtype before it meets the weight, as in the published Llamas:
-multiplying first moved the bf16 logits of a two-layer toy by 0.09. Reads NC + C, writes NC."""
+Statistics in fp32 (fp64 for fp64); the result returns to x's dtype before it meets the weight, as in the published
+Llamas: multiplying first moved the bf16 logits of a two-layer toy by 0.09. Reads NC + C, writes NC."""
 
 import torch
 
