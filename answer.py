@@ -1,11 +1,12 @@
-"""Questions about pictures -> answers in words: the one path that sample.py, eval.py and the samples during training share, and the
-same templates and image preprocessing as training."""
+"""Questions about pictures -> answers in words: the one path that sample.py, eval.py and the samples during training
+share, with the templates and the image preprocessing of training."""
 
 from pathlib import Path
 
 import torch
 
 import chat
+import engine
 import hf
 from data import BadSample, load_image, preprocess
 from model import generate
@@ -13,13 +14,11 @@ from model import generate
 
 def load(path, device="auto", dtype="auto", template="", system=None):
     """A run folder, its model/ or any LLaVA folder -> Speaker"""
-    import engine
     world = engine.start(device, dtype)
     model, folder = hf.load(init=path)
-    meta = folder.meta
-    template = template or meta.get("template") or "vicuna_v1"
-    aspect = meta.get("image_aspect") or ("squash" if not model.cfg.vision.class_token else "pad" if folder.pre.get("do_pad") else "crop")
-    return Speaker(model.to(world.device, world.dtype), folder, template, meta.get("system") if system is None else system, aspect)
+    aspect = "squash" if not model.cfg.vision.class_token else "pad" if folder.pre.get("do_pad") else "crop"
+    return Speaker(model.to(world.device, world.dtype), folder, template or folder.meta.get("template") or "vicuna_v1",
+                   folder.meta.get("system") if system is None else system, folder.meta.get("image_aspect") or aspect)
 
 
 class Speaker:
@@ -39,16 +38,18 @@ class Speaker:
 
     def prompt(self, turns, images):
         """turns [(user, assistant)], the last assistant None, with `images` pictures -> (n,) ids"""
-        ids, _ = chat.encode(self.tok, self.template, turns, images, self.cfg.image_token_index, self.cfg.vision.patches, self.system)
+        Q = self.cfg.vision.patches
+        ids, _ = chat.encode(self.tok, self.template, turns, images, self.cfg.image_token_index, Q, self.system)
         return torch.tensor(ids)
 
     def say(self, prompts, pictures, max_new_tokens=64, temperature=0.0, seed=0):
         """Ragged prompts (n_b,) and all their pictures in order, each (3, S, S) -> answers"""
         S = self.cfg.vision.image_size
-        device = next(self.model.parameters()).device
-        images = (torch.stack(pictures) if pictures else torch.zeros(0, 3, S, S, dtype=torch.uint8)).to(device)
-        said = generate(self.model, prompts, images, self.stop, max_new_tokens, temperature, self.banned, seed)
-        return [self.tok.decode(ids).split("\n")[0].strip() if self.template == "plain" else self.tok.decode(ids).strip() for ids in said]
+        images = torch.stack(pictures) if pictures else torch.zeros(0, 3, S, S, dtype=torch.uint8)
+        said = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop,
+                        max_new_tokens, temperature, self.banned, seed)
+        texts = [self.tok.decode(ids) for ids in said]
+        return [(t.split("\n")[0] if self.template == "plain" else t).strip() for t in texts]
 
 
 def with_marker(text, images=1):

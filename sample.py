@@ -1,7 +1,7 @@
 """Ask a model about a picture.
 
     python sample.py --model=runs/sft --image=FILE --prompt="What is this?"      # one answer on stdout, nothing else
-    python sample.py --model=runs/sft --image=FILE                               # a conversation; an empty line ends it
+    python sample.py --model=runs/sft --image=FILE                               # a chat; an empty line ends it
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from data import BadSample
 class Settings:
     model: str = "runs/sft"        # a run, its model/, or any LLaVA folder
     image: str = ""                # picture file; several, separated by commas; none: text alone
-    prompt: str = ""               # without one: a conversation
+    prompt: str = ""               # without one: a chat
     template: str = ""             # empty = what the model was trained with
     system: str | None = None      # system text; none = what the model was trained with
     max_new_tokens: int = 256
@@ -28,26 +28,24 @@ class Settings:
 
 def main(s):
     speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system)
-    files = s.image.split(",") if s.image else []
-    turns, pictures = [], []
-    while True:
-        try:
+    turns = []
+    try:
+        pictures = [speaker.picture(file) for file in s.image.split(",") if file]
+        while True:
             text = s.prompt or input("you: " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not text:
-            return
-        try:
-            pictures = pictures or [speaker.picture(f) for f in files]
-            text = text if turns else answer.with_marker(text, len(pictures))
-            turns.append((text, None))
-            said = speaker.say([speaker.prompt(turns, len(pictures))], pictures, s.max_new_tokens, s.temperature, s.seed)[0]
-        except BadSample as e:
-            config.stop(str(e))
-        print(said, flush=True)
-        turns[-1] = (text, said)
-        if s.prompt:
-            return
+            if not text:
+                return
+            turns.append((text if turns else answer.with_marker(text, len(pictures)), None))
+            prompt = speaker.prompt(turns, len(pictures))
+            said = speaker.say([prompt], pictures, s.max_new_tokens, s.temperature, s.seed)[0]
+            print(said, flush=True)
+            turns[-1] = (turns[-1][0], said)
+            if s.prompt:
+                return
+    except BadSample as e:
+        config.stop(str(e))
+    except (EOFError, KeyboardInterrupt):                # the end of the chat
+        return
 
 
 if __name__ == "__main__":

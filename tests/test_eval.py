@@ -1,0 +1,200 @@
+"""Questions in, scores, answers and a page out; with a tiny model that knows nothing."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_vlm
+from PIL import Image
+
+import answer
+import eval
+import hf
+import sample
+
+KINDS = ["color", "count", "exists"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A whole published folder around a random model, in fp64 so that no batch size can tip a choice of words."""
+    root = tmp_path_factory.mktemp("run")
+    tok = hf.chat.Tokenizer(make_tokenizer(root / "tok"))
+    model = tiny_vlm()
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32}
+    pre = {"crop_size": {"height": 8, "width": 8}, "size": {"shortest_edge": 8}, "image_mean": [0.5] * 3}
+    folder = hf.Folder(tok, vision, {"model_type": "llama"}, pre, {}, {})
+    hf.save(root / "model", model.state_dict(), model.cfg, folder, "vicuna_v1", None, "pad", torch.float64, "")
+    return root
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Eleven questions of three types about five pictures; one has no picture."""
+    rows = []
+    for i in range(5):
+        Image.new("RGB", (9 + i, 12), (50 * i, 255 - 40 * i, 90)).save(tmp_path / f"{i}.png")
+    for i in range(11):
+        rows.append({"question_id": i, "image": f"{i % 5}.png", "text": "What is this?" + " Yes?" * (i % 4),
+                     "answer": "a cat", "type": KINDS[i % 3]})
+    del rows[10]["image"]
+    write(tmp_path / "q.jsonl", rows)
+    return tmp_path
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def run(model_folder, world, capsys, **settings):
+    """-> the JSON line, the answers file's rows, the page"""
+    settings = dict(model=str(model_folder), data=str(world / "q.jsonl"), answers=str(world / "a.jsonl"),
+                    device="cpu", dtype="fp64", max_new_tokens=5) | settings
+    capsys.readouterr()
+    eval.main(eval.Settings(**settings))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    name = result["how"] if result["task"] == "exact" else f"{result['task']}_{result['how']}"
+    return result, [json.loads(l) for l in (world / "a.jsonl").read_text().splitlines()], world / f"report_{name}.html"
+
+
+def test_the_last_line_counts_and_the_answers_file_repeats_every_question(model_folder, world, capsys):
+    result, rows, page = run(model_folder, world, capsys)
+    assert (result["task"], result["n"], result["how"], result["unreadable"]) == ("exact", 11, "seeing", 0)
+    assert result["counts"] == {"color": 4, "count": 4, "exists": 3} and set(result["types"]) == set(KINDS)
+    assert [r["question_id"] for r in rows] == list(range(11))
+    assert result["accuracy"] == sum(r["score"] for r in rows) / 11
+    assert rows[1]["image"] == "1.png" and rows[10]["image"] is None and rows[0]["prompt"] == "What is this?"
+    assert page.is_file()
+
+
+def test_the_score_is_that_of_the_answers_that_were_given(model_folder, world, capsys):
+    _, said, _ = run(model_folder, world, capsys)
+    rows = [json.loads(l) for l in (world / "q.jsonl").read_text().splitlines()]
+    for row, answered in zip(rows, said):
+        row["answer"] = answered["text"] + "." if row["type"] == "count" else "never " + answered["text"]
+    write(world / "q.jsonl", rows)
+    result, _, page = run(model_folder, world, capsys)
+    assert result["types"] == {"color": 0, "count": 1, "exists": 0} and result["accuracy"] == 4 / 11
+    order = re.findall(r"<h2>(\w+)", page.read_text())
+    assert order[-1] == "count"                                  # the worst types come first
+
+
+def test_the_batch_size_does_not_change_an_answer(model_folder, world, capsys):
+    said = [[r["text"] for r in run(model_folder, world, capsys, batch_size=b)[1]] for b in (1, 4, 64)]
+    assert said[0] == said[1] == said[2] and len(set(said[0])) > 1
+
+
+def test_blind_hands_zeros_to_the_connector(model_folder, world, capsys, monkeypatch):
+    seen, load = [], answer.load
+
+    def spied(*args):
+        speaker = load(*args)
+        speaker.model.multi_modal_projector.register_forward_pre_hook(lambda m, a: seen.append(float(a[0].abs().sum())))
+        return speaker
+    monkeypatch.setattr(answer, "load", spied)
+    run(model_folder, world, capsys)
+    assert max(seen) > 0
+    seen.clear()
+    result, rows, page = run(model_folder, world, capsys, blind=True)
+    assert seen and not any(seen) and result["how"] == "blind" and "set to zero" in page.read_text()
+    assert rows[0]["text"] == rows[4]["text"] == rows[8]["text"]  # the same words about three pictures: the same answer
+
+
+def test_shuffled_never_shows_a_questions_own_picture(model_folder, world, capsys):
+    own = [r["image"] for r in run(model_folder, world, capsys)[1]]
+    other = [r["image"] for r in run(model_folder, world, capsys, shuffled=True)[1]]
+    assert all(a != b for a, b in zip(own[:10], other)) and set(other[:10]) == set(own[:10]) and other[10] is None
+    for n in range(2, 7):
+        rows = [{"image": str(i % n)} for i in range(3 * n)]
+        assert all(r["image"] != name for r, name in zip(rows, eval.other_pictures(rows)))
+    with pytest.raises(SystemExit, match="at least two different pictures"):
+        eval.other_pictures([{"image": "a"}, {"image": "a"}, {"image": None}])
+
+
+@pytest.mark.parametrize("task", ["exact", "pope"])
+def test_a_question_without_its_picture_is_counted_and_wrong(model_folder, world, capsys, task):
+    rows = [{"question_id": i, "image": "gone.png", "text": "Is it?", "answer": a} for i, a in enumerate(["yes", "no"])]
+    write(world / "q.jsonl", rows)
+    result, said, page = run(model_folder, world, capsys, task=task)
+    assert result["unreadable"] == 2 and result["accuracy"] == 0 and [r["text"] for r in said] == [None, None]
+    assert re.search("gone.png.*missing|missing.*gone.png", page.read_text()) and "2 could not be" in page.read_text()
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(model_folder, world, capsys):
+    evil = "<script>alert('a')</script> & \"b\""
+    Image.new("RGB", (500, 300)).save(world / "big.png")
+    rows = [{"question_id": evil, "image": "big.png", "text": evil, "answer": evil, "type": evil},
+            {"question_id": 2, "image": "0.png", "text": "", "answer": "x", "type": None}]
+    write(world / "q.jsonl", rows)
+    page = run(model_folder, world, capsys)[2].read_text()
+    harmless = "&lt;script&gt;alert(&#x27;a&#x27;)&lt;/script&gt; &amp; &quot;b&quot;"
+    assert "<script" not in page and page.count(harmless) == 5   # in table, heading, question, expected, id
+    assert not re.search(r"https?:|\b(href|url|@import)\b", re.sub('base64,[^"]*', "", page))
+    assert sorted(re.findall('src="(.*?),', page)) == ["data:image/jpeg;base64", "data:image/png;base64"]
+    assert page.count("<img") == page.count("wrong;") == 2
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("", "holds no questions"), ("{\n", "line 1"), ('{"question_id": 1, "text": "a"}', "line 1: a question needs"),
+    ("[1]", "line 1: a question needs"), ('{"question_id": 1, "text": "a", "answer": 5}', "all strings"),
+    ('{"question_id": 1, "text": "a", "answers": []}', "line 1: a question needs"),
+    ('{"question_id": 1, "text": "a", "answer": "b", "image": ["c"]}', "image is the name of one file"),
+    ('\n{"question_id": 1, "text": "a", "answer": "b", "answer": "c"}', "line 2.*duplicate key"), ("\xff", "utf-8")])
+def test_a_bad_question_file_ends_in_one_clear_line(tmp_path, text, complaint):
+    (tmp_path / "q.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(SystemExit, match=complaint) as stopped:
+        eval.read_questions(str(tmp_path / "q.jsonl"), "exact")
+    assert "\n" not in str(stopped.value)
+    with pytest.raises(SystemExit, match="no question file"):
+        eval.read_questions(str(tmp_path / "gone.jsonl"), "exact")
+
+
+def test_pope_takes_popes_own_files_and_nothing_but_yes_and_no(tmp_path):
+    question = {"question_id": 1, "image": "a", "text": "Is it?", "label": "Yes", "category": "random"}
+    write(tmp_path / "q.jsonl", [question])
+    row, = eval.read_questions(str(tmp_path / "q.jsonl"), "pope")
+    assert row["answers"] == ["yes"] and row["type"] == "random"
+    write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Is it?", "answer": "maybe"}])
+    with pytest.raises(SystemExit, match="yes or no, not 'maybe'"):
+        eval.read_questions(str(tmp_path / "q.jsonl"), "pope")
+
+
+def test_pope_and_vqa_work_on_the_toy_worlds_own_questions(model_folder, world, capsys, monkeypatch):
+    import toy
+    monkeypatch.chdir(world)
+    monkeypatch.setitem(toy.SCENES, "test", 3)
+    result, rows, _ = run(model_folder, world, capsys, task="pope", data="")
+    assert result["n"] == 3 and set(result["types"]) == {"exists"} and {*rows[0]["answers"]} <= {"yes", "no"}
+    assert {"precision", "recall", "f1", "yes_ratio", "f1_types", "f1_mean"} <= set(result)
+    result, rows, _ = run(model_folder, world, capsys, task="vqa", data="")
+    assert result["n"] == len(rows) > 15 and 0 <= result["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("settings, complaint", [
+    (dict(task="ocr"), "task=ocr"), (dict(blind=True, shuffled=True), "choose one"), (dict(batch_size=0), "at least 1"),
+    (dict(model="nowhere"), "nowhere holds no model")])
+def test_wrong_settings_end_in_one_clear_line(world, settings, complaint):
+    with pytest.raises(SystemExit, match=complaint):
+        eval.main(dataclasses.replace(eval.Settings(data=str(world / "q.jsonl"), device="cpu"), **settings))
+
+
+def test_sample_prints_the_answer_and_nothing_else(model_folder, world, capsys):
+    run(model_folder, world, capsys)
+    first = json.loads((world / "a.jsonl").read_text().splitlines()[0])
+    s = sample.Settings(model=str(model_folder), image=str(world / "0.png"), prompt="What is this?", max_new_tokens=5,
+                        device="cpu", dtype="fp64")
+    sample.main(s)
+    assert capsys.readouterr().out == first["text"] + "\n"      # which is what eval.py was told
+    with pytest.raises(SystemExit, match="error: image .*gone.png is missing"):
+        sample.main(dataclasses.replace(s, image=str(world / "gone.png")))
+
+
+def test_a_chat_remembers_what_was_said_and_ends_with_an_empty_line(model_folder, world, capsys, monkeypatch):
+    lines, asked, say = iter(["What is this?", "Yes?", ""]), [], answer.Speaker.say
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(answer.Speaker, "say", lambda self, p, *a: (asked.append(p[0].tolist()), say(self, p, *a))[1])
+    sample.main(sample.Settings(model=str(model_folder), image=str(world / "0.png"), max_new_tokens=3, device="cpu"))
+    assert len(asked) == 2 and asked[1][: len(asked[0])] == asked[0] and len(asked[1]) > len(asked[0]) + 3
+    assert asked[0].count(3) == asked[1].count(3) == 4           # four holes for one picture, once

@@ -1,0 +1,59 @@
+"""Curves from the logs of runs."""
+
+import json
+import sys
+
+import pytest
+
+import plot
+
+
+def make_run(folder, rows):
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    a = [{"step": i, "loss": 4 / i, "lr": 0.1, "grad_norm": 1.0, "mfu": None} for i in range(1, 6)]
+    return [str(make_run(tmp_path / "a", a + [{"step": 5, "val_loss": 2.0}])), str(make_run(tmp_path / "b", a[:2]))]
+
+
+def test_each_curve_holds_the_steps_that_logged_it(runs):
+    log = plot.read_log(runs[0])
+    assert log["loss"] == ([1, 2, 3, 4, 5], [4, 2, 4 / 3, 1, 0.8]) and log["val_loss"] == ([5], [2.0])
+    assert plot.read_log(runs[0] + "/log.jsonl") == log
+
+
+def test_smoothing_is_a_mean_over_what_has_been_seen():
+    assert plot.means([4, 2, 6, 0], 2) == [4, 3, 4, 3] and plot.means([4, 2], 1) == [4, 2]
+
+
+def test_two_runs_make_one_picture(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+    out = tmp_path / "curves.png"
+    plot.main([*runs, f"--out={out}"])
+    assert capsys.readouterr().out == f"{out}\n"
+    assert min(Image.open(out).convert("RGB").getextrema()) == (0, 255)   # ink on paper
+
+
+def test_without_matplotlib_one_line_says_so(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="needs matplotlib: pip install matplotlib$"):
+        plot.main(runs)
+
+
+@pytest.mark.parametrize("rows, complaint", [
+    ([], "holds no curve yet"), ([{"loss": 1}], "line 1: not an object with a step"), ([5], "line 1: not an object")])
+def test_a_log_without_curves_ends_in_one_line(tmp_path, rows, complaint):
+    with pytest.raises(SystemExit, match=complaint):
+        plot.main([str(make_run(tmp_path / "c", rows))])
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="is no run"):
+        plot.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="which run"):
+        plot.main([])
