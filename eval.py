@@ -33,8 +33,8 @@ from data import BadSample, load_image, safe_path
 SCORES = {"exact": metrics.exact, "vqa": metrics.vqa_accuracy,
           "vqa_official": lambda said, answers: metrics.vqa_accuracy(said, answers, evalai=False),
           "pope": lambda said, answers: float(metrics.pope_answer(said) == answers[0])}
-HOW = {"seeing": "with its own picture", "blind": "with the features of the picture set to zero",
-       "shuffled": "with the picture of another question"}
+HOW = {"seeing": "each question with its own picture", "blind": "the features of every picture set to zero",
+       "shuffled": "each question with the picture of another one"}
 
 
 @dataclasses.dataclass
@@ -247,14 +247,14 @@ def card(row, said, point, name, images):
             f'<small>{verdict}; {e(str(row["question_id"]))}</small></div>')
 
 
-def report(rows, said, points, names, images, result, per_type=12):
-    """One self-contained page: types by score, worst first; of each the worst answers first."""
+def report(rows, said, points, names, images, result, worst=8, best=4):
+    """One self-contained page: types by score, worst first; of each its worst answers and its best."""
     e = html.escape
     kinds = sorted(by_type(rows).items(), key=lambda kind: mean([points[i] for i in kind[1]]))
     lost = f" {result['unreadable']} could not be asked and count as wrong." if result["unreadable"] else ""
     out = [f"<!doctype html><meta charset=utf-8><title>{e(result['model'])}</title><style>{STYLE}</style>",
            f"<h1>{result['accuracy']:.1%} of {result['n']} questions</h1>",
-           f"<p>{e(result['model'])} was asked {e(result['data'])} {HOW[result['how']]}. "
+           f"<p>{e(result['model'])} was asked {e(result['data'])}: {HOW[result['how']]}. "
            f"Task {e(result['task'])}, template {e(result['template'])}.{lost}</p><table>"]
     for kind, at in kinds:
         share = f"{mean([points[i] for i in at]):.1%}"
@@ -262,7 +262,8 @@ def report(rows, said, points, names, images, result, per_type=12):
                    f'<td><div class=bar><div style="width:{share}"></div></div>')
     out.append("</table>")
     for kind, at in kinds:
-        chosen = sorted(at, key=lambda i: points[i])[:per_type]
+        ranked = sorted(at, key=lambda i: points[i])
+        chosen = ranked[:worst] + ranked[worst:][-best:]
         wrong = sum(points[i] < 1 for i in at)
         out.append(f"<h2>{e(kind)} <small>{wrong} of {len(at)} not right; {len(chosen)} shown</small></h2>")
         out += ["<div class=cards>", *(card(rows[i], said[i], points[i], names[i], images) for i in chosen), "</div>"]

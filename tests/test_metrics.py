@@ -55,8 +55,8 @@ def test_pope_reads_yes_unless_a_word_is_exactly_no_or_not(said, meant):
 
 def test_pope_counts_with_yes_as_the_positive():
     said, truth = ["yes", "Yes.", "no", "no", "dog"], ["yes", "no", "yes", "no", "yes"]
-    share = 2 / 3                                               # 2 true positives, 1 false, 1 missed
-    assert pope(said, truth) == pytest.approx(dict(accuracy=0.6, precision=share, recall=share, f1=share, yes_ratio=0.6))
+    two_thirds = {k: 2 / 3 for k in ("precision", "recall", "f1")}     # 2 true positives, 1 false one, 1 missed
+    assert pope(said, truth) == pytest.approx({"accuracy": 0.6, "yes_ratio": 0.6, **two_thirds})
     assert pope(["no"], ["no"]) == dict(accuracy=1, precision=0, recall=0, f1=0, yes_ratio=0)
 
 
