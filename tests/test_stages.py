@@ -1,0 +1,387 @@
+"""The two training scripts from end to end, on towers and data so small that a run takes a tenth of a second."""
+
+import functools
+import hashlib
+import inspect
+import io
+import json
+import signal
+import time
+import tokenize
+import types
+
+import pytest
+import torch
+from conftest import example, fork, make_tokenizer, tiny_vlm
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import data
+import engine
+import hf
+import lora
+import stage
+import train_align
+import train_sft
+from loss import token_loss
+from model import VLM, TextConfig, VisionConfig, VLMConfig, init_weights
+
+SCRIPTS = {"align": train_align, "sft": train_sft}
+
+
+# ---- a tiny world ---------------------------------------------------------------------------------------------------
+
+def write_towers(folder):
+    """vision/ and llm/ as they would be downloaded -> folder"""
+    model = tiny_vlm(dtype=torch.float32)
+    v, t = model.cfg.vision, model.cfg.text
+    make_tokenizer(folder / "llm")
+    (folder / "vision").mkdir()
+    for name, prefix, c in (("vision", "vision_tower.", v), ("llm", "language_model.", t)):
+        state = {k.removeprefix(prefix): x for k, x in model.state_dict().items() if k.startswith(prefix)}
+        save_file(state, folder / name / "model.safetensors")
+        c = {k: x for k, x in vars(c).items() if k != "feature_layer"}
+        (folder / name / "config.json").write_text(json.dumps(c))
+    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(dict(
+        crop_size=v.image_size, size=v.image_size, resample=3, image_mean=v.image_mean, image_std=v.image_std)))
+    return folder
+
+
+def write_data(folder, name, n, seed=0):
+    """n samples about little coloured pictures, every fourth without one, in LLaVA form -> path"""
+    colors, rows = ["black", "red", "white"], []
+    (folder / "images").mkdir(exist_ok=True)
+    for i in range(seed, seed + n):
+        color, pictures = colors[i % 3], i % 4 != 3
+        Image.new("RGB", (8 + i % 3, 8), color).save(folder / "images" / f"{i}.png")
+        question = ("<image>\n" if pictures else "") + "What is this?" + "?" * (i % 5)
+        said = [("human", question), ("gpt", f"a {color} cat, {i}")]
+        rows.append({"id": i, **({"image": f"{i}.png"} if pictures else {}),
+                     "conversations": [{"from": who, "value": text} for who, text in said]})
+    (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder / name
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Settings that both scripts need for a run of this tiny world."""
+    folder = write_towers(tmp_path_factory.mktemp("world"))
+    return dict(data=str(write_data(folder, "train.jsonl", 22)), val_data=str(write_data(folder, "val.jsonl", 5, 100)),
+                images=str(folder / "images"), vision=str(folder / "vision"), llm=str(folder / "llm"), system="",
+                device="cpu", batch_size=4, max_len=48, max_tokens=96, steps=6, save_every=2, log_every=1, eval_every=3,
+                sample_every=3)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Scripts listen to SIGTERM for as long as their process lives; this one is not theirs."""
+    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for s, handler in kept.items():
+        signal.signal(s, handler)
+
+
+def run(kind, world, out, **changes):
+    """-> what main returns"""
+    script = SCRIPTS[kind]
+    extra = {"init": ""} if kind == "sft" else {}
+    return script.main(script.Settings(**{**world, **extra, "out": str(out), **changes}))
+
+
+def refusal(*args, **how):
+    """The one line with which a run stops."""
+    with pytest.raises(SystemExit) as e:
+        run(*args, **how)
+    return str(e.value)
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def state(out, step=6):
+    """Digest of weights, moments and random state after a step."""
+    return {n: hashlib.sha256((out / f"checkpoints/step_{step:07}/{n}.safetensors").read_bytes()).hexdigest()
+            for n in ("trained", "optimizer", "rng")}
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------------------
+
+LORA = dict(lora_r=2, lora_dropout=0.5)
+MODEL = {"README.md", "config.json", "generation_config.json", "manifest.json", "model.safetensors", "pumice.json",
+         "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.fixture(scope="module")
+def aligned(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "align"
+    assert run("align", world, out) is None
+    return out
+
+
+def test_a_run_folder_holds_what_is_promised_and_nothing_else(aligned):
+    assert {p.name for p in aligned.iterdir()} == {"config.json", "log.jsonl", "samples.jsonl", "checkpoints", "model",
+                                                   "finished.json"}
+    assert sorted(p.name for p in (aligned / "checkpoints").iterdir()) == ["step_0000004", "step_0000006"]
+    assert MODEL <= {p.name for p in (aligned / "model").iterdir()}
+    config = json.loads((aligned / "config.json").read_text())
+    assert config["settings"]["batch_size"] == 4 and config["versions"]["torch"] == torch.__version__
+    log = rows(aligned / "log.jsonl")
+    assert [r["step"] for r in log if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in log if "val_loss" in r] == [3, 6]
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_s", "samples_per_s", "mfu",
+            "memory", "data_wait_s", "eta"} <= set(log[0])
+    assert [r["lr"] for r in log if "loss" in r] == [engine.lr_at(i, 6, 1, 2e-3) for i in range(6)]
+    said = rows(aligned / "samples.jsonl")
+    assert [r["step"] for r in said] == [3] * 4 + [6] * 4 and {"prompt", "expected", "answer"} < set(said[0])
+
+
+def test_only_the_connector_moved_in_stage_1_and_only_the_tower_stayed_in_stage_2(world, aligned, tmp_path):
+    run("sft", world, tmp_path / "sft", init=str(aligned))
+    start = hf.load(world["vision"], world["llm"])[0].state_dict()
+    for before, out, moved in ((start, aligned, {"multi_modal_projector"}),
+                               (None, tmp_path / "sft", {"multi_modal_projector", "language_model"})):
+        before = before or load_file(aligned / "model" / "model.safetensors")
+        after = load_file(out / "model" / "model.safetensors")
+        assert moved == {k.split(".")[0] for k in after if not torch.equal(after[k], before[k].to(after[k].dtype))}
+
+
+def test_a_finished_run_that_is_started_again_changes_no_file(world, aligned, capsys):
+    before, began = files(aligned), time.time()
+    assert run("align", world, aligned) is None
+    assert files(aligned) == before and time.time() - began < 5
+    assert "is finished (6 steps): nothing to do" in capsys.readouterr().out
+
+
+def test_more_steps_go_on_and_resume_none_starts_again(world, aligned, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("align", world, out, steps=4)
+    run("align", world, out, steps=6)
+    assert "resumed with steps=6, before it was 4" in capsys.readouterr().out
+    assert [r["step"] for r in rows(out / "log.jsonl") if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    run("align", world, out, resume="none")
+    assert [r["step"] for r in rows(out / "log.jsonl") if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert state(out) == state(aligned)
+
+
+def test_lora_leaves_an_adapter_and_a_merged_model_that_says_the_same(world, aligned, tmp_path):
+    out = tmp_path / "lora"
+    run("sft", world, out, init=str(aligned), **LORA)
+    assert {p.name for p in (out / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    plain = load_file(aligned / "model" / "model.safetensors")
+    merged = load_file(out / "model" / "model.safetensors")
+    assert merged.keys() == plain.keys()
+    changed = {k for k in plain if not torch.equal(plain[k], merged[k])}
+    assert any("q_proj" in k for k in changed) and not any("norm" in k or "embed" in k or "head" in k for k in changed)
+    hf.load(init=str(out))
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):
+    assert run("align", world, tmp_path / "none", dry_run=True) is None
+    said = capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+    for words in ("multi_modal_projector", "6 steps of 4 samples", "memory, roughly", "what is learnt in green"):
+        assert words in said
+
+
+# ---- one batch by heart ---------------------------------------------------------------------------------------------
+
+def test_overfitting_says_yes_and_leaves_the_run_as_it_was(world, aligned, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("sft", world, out, steps=2, init=str(aligned))
+    before = files(out)
+    how = dict(overfit=True, init=str(aligned), lr=1e-2, batch_size=2, log_every=100, eval_every=0, sample_every=0)
+    assert run("sft", world, out, steps=40, **how) == 0
+    assert "learnt by heart: yes" in capsys.readouterr().out
+    assert {k: v for k, v in files(out).items() if not k.startswith("overfit")} == before
+    assert not (out / "overfit" / "checkpoints").exists()
+    assert run("sft", world, out, steps=1, **how) == 1
+    assert "learnt by heart: no" in capsys.readouterr().out
+
+
+# ---- looking changes nothing ----------------------------------------------------------------------------------------
+
+def test_validation_samples_and_loader_workers_leave_the_weights_bit_equal(world, tmp_path):
+    """With dropout on, so that a random number drawn too many would show."""
+    run("sft", world, tmp_path / "seen", **LORA)
+    run("sft", world, tmp_path / "blind", val_data="", eval_every=0, sample_every=0, **LORA)
+    run("sft", world, tmp_path / "worker", workers=1, **LORA)
+    run("sft", world, tmp_path / "seed", seed=1, **LORA)
+    seen, blind, worker, seed = (state(tmp_path / n) for n in ("seen", "blind", "worker", "seed"))
+    assert seen == blind == worker != seed
+
+
+def test_the_validation_loss_is_the_mean_over_every_sample_once(world, aligned):
+    model, folder = hf.load(world["vision"], world["llm"])
+    model.multi_modal_projector.load_state_dict({k.removeprefix("multi_modal_projector."): v for k, v in load_file(
+        aligned / "checkpoints/step_0000006/trained.safetensors").items()})
+    encode = data.Encoder(folder.tok, "plain", model.cfg.image_token_index, 4, 48, "")
+    spec = hf.image_spec(folder.pre, "pad")
+
+    def mean(steps, indices):
+        micro = [b for i in indices for b in steps[i].micro]
+        with torch.no_grad():
+            return sum(token_loss(model, b).item() for b in micro) / sum(int((b.labels >= 0).sum()) for b in micro)
+    truth = mean(data.Steps(world["val_data"], world["images"], encode, spec, 1, 96, 0), range(5))
+    wraps = mean(data.Steps(world["val_data"], world["images"], encode, spec, 4, 96, 0), range(2))
+    said = rows(aligned / "log.jsonl")[-1]
+    assert said["step"] == 6 and abs(said["val_loss"] / truth - 1) < 2e-6 < 1e-4 < abs(wraps / truth - 1)
+
+
+# ---- two processes --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(parallel, world, tmp_path):
+    settings = {**world, "dtype": "fp64", "steps": 3, "save_every": 3}
+    run("sft", settings, tmp_path / "one")
+    fork(2, lambda rank: run("sft", settings, tmp_path / "two", parallel=parallel), tmp_path)
+    one, two = (load_file(tmp_path / n / "checkpoints/step_0000003/trained.safetensors") for n in ("one", "two"))
+    assert max(((one[k] - two[k]).norm() / one[k].norm()).item() for k in one) < 1e-10
+    a, b = (rows(tmp_path / n / "log.jsonl") for n in ("one", "two"))
+    for x, y in zip(a, b, strict=True):
+        for key in ("loss", "val_loss", "grad_norm", "tokens", "supervised_tokens"):
+            assert x.get(key, 0) == pytest.approx(y.get(key, 0), rel=1e-9)
+
+
+# ---- what stops a run -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, changes, words", [
+    ("align", dict(data="nowhere.json"), ["nowhere.json"]),
+    ("align", dict(vision="no_eyes"), ["no_eyes", "missing"]),
+    ("align", dict(llm="no_tongue"), ["no_tongue", "missing"]),
+    ("align", dict(images="no_pictures"), ["could not be used", "is missing"]),
+    ("sft", dict(init="runs/never"), ["runs/never", "no such folder"]),
+    ("sft", dict(parallel="both"), ["parallel=both", "fsdp"]),
+    ("align", dict(recompute="some"), ["recompute=some", "block"]),
+    ("align", dict(dtype="fp8"), ["dtype=fp8", "bf16"]),
+    ("align", dict(lr=0.0), ["nothing would be trained"]),
+    ("align", dict(keep_best=True, val_data=""), ["keep_best", "val_data"]),
+    ("align", dict(resume="no/such/checkpoint"), ["no/such/checkpoint"]),
+    ("sft", dict(lora_r=2, lora_targets="nose"), ["nose"]),
+])
+def test_a_mistake_of_the_user_ends_in_one_clear_line(kind, changes, words, world, tmp_path):
+    line = refusal(kind, world, tmp_path / "run", **changes)
+    assert line.startswith("error: ") and ("images" in changes or "\n" not in line)
+    assert all(w in line for w in words), line
+
+
+def test_too_many_unusable_samples_stop_the_run_with_their_reasons_and_a_few_are_counted(world, tmp_path, capsys):
+    lines = open(world["data"]).read().splitlines()
+    said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    lines[3:5] = map(json.dumps, [{"conversations": []}, {"image": "gone.png", "conversations": said}])
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    line = refusal("align", world, tmp_path / "run", data=str(tmp_path / "bad.jsonl"))
+    assert "2 of" in line and "max_dropped=0.01" in line and "no conversations" in line and "gone.png" in line
+    run("align", world, tmp_path / "few", data=str(tmp_path / "bad.jsonl"), max_dropped=0.05, batch_size=11, steps=2)
+    assert "2 of 22 samples dropped" in capsys.readouterr().out
+    assert rows(tmp_path / "few" / "log.jsonl")[-2]["dropped"] == 2
+
+
+def test_other_data_under_the_same_name_is_refused_and_changed_settings_are_said(world, tmp_path, capsys):
+    text = open(world["data"]).read()
+    file = tmp_path / "data.jsonl"
+    file.write_text(text)
+    settings = {**world, "data": str(file)}
+    run("align", settings, tmp_path / "run", steps=2)
+    file.write_text(text.replace("black cat, 0", "black dog, 0"))
+    assert "was trained on other data" in refusal("align", settings, tmp_path / "run")
+    file.write_text(text)
+    run("align", settings, tmp_path / "run", lr=5e-3)
+    assert "resumed with lr=0.005, before it was 0.002" in capsys.readouterr().out
+    assert rows(tmp_path / "run" / "log.jsonl")[-2]["lr"] == engine.lr_at(5, 6, 1, 5e-3)
+
+
+def test_a_gradient_that_is_not_finite_is_seen_on_any_step_and_ten_in_a_row_stop_the_run(world, tmp_path, monkeypatch,
+                                                                                         capsys):
+    calls = []
+
+    def poisoned(bad, model, batch):
+        calls.append(0)
+        return token_loss(model, batch) * (torch.nan if bad(len(calls)) else 1)
+    settings = {**world, "val_data": "", "max_tokens": 1000, "log_every": 100, "steps": 20}
+    monkeypatch.setattr(train_align, "token_loss", functools.partial(poisoned, lambda call: call == 3))
+    run("align", settings, tmp_path / "once", steps=6)
+    assert "step 3: gradient norm nan" in capsys.readouterr().out
+    assert rows(tmp_path / "once" / "log.jsonl")[-1]["skipped_updates"] == 1
+    calls.clear()
+    monkeypatch.setattr(train_align, "token_loss", functools.partial(poisoned, lambda call: call > 4))
+    line = refusal("align", settings, tmp_path / "ever")
+    assert "10 updates in a row" in line and "step 14" in line and "train.jsonl[" in line
+    with open(tmp_path / "once" / "log.jsonl") as f:
+        assert "NaN" not in f.read()
+
+
+# ---- what is printed before anything is spent -----------------------------------------------------------------------
+
+class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes that tensors made in here held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self.known = 0, {}
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        out = fn(*args, **(kwargs or {}))
+        self.known = {k: v for k, v in self.known.items() if not v[0].expired()}
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.known.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.most = max(self.most, sum(size for _, size in self.known.values()))
+        return out
+
+
+@pytest.mark.parametrize("also, lora_r, recompute", [([], 0, "none"), (["language_model.*"], 0, "none"),
+                                                     (["language_model.*"], 0, "block"), (["*.lora_*"], 8, "none")])
+def test_the_plan_guesses_memory_within_a_factor_of_two(also, lora_r, recompute):
+    torch.manual_seed(0)
+    model = VLM(VLMConfig(VisionConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=5,
+                                       num_attention_heads=4, image_size=48, patch_size=8),
+                          TextConfig(vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+                                     num_attention_heads=4, num_key_value_heads=4, head_dim=32), image_token_index=3))
+    init_weights(model)
+    if lora_r:
+        lora.apply(model, lora_r, 16, 0.0, "all-linear")
+    w = engine.World(0, 1, torch.device("cpu"), torch.float32)
+    lrs = engine.choose(model, dict.fromkeys(["multi_modal_projector.*", *also], 1e-3), torch.float32)
+    micro = [data.pack([example(i, 30 + i % 50, 10, 1, 36, 48) for i in range(20)], 48)]
+    s = types.SimpleNamespace(parallel="auto", recompute=recompute, batch_size=20)
+    guess = sum(stage.memory(model, w, micro, s))
+    plan = "\n".join(stage.plan(model, lrs, w, micro, 5, s))
+    assert f"{len(micro[0].ids):,} tokens in 1 stream(s), 200 supervised, 20 images" in plan and "GFLOP" in plan
+    blocks = [*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers]
+    engine.parallelize(model, w, blocks, recompute=recompute)
+    optimizer = engine.adamw(model, lrs, 0.0)
+    with Peak() as peak:
+        for step in range(2):
+            engine.train_step(model, optimizer, micro, token_loss, w)
+    measured = peak.most + sum(p.nbytes for p in model.parameters())
+    print(f"guess {guess / 2**20:.1f} MiB, measured {measured / 2**20:.1f}")
+    assert measured / 2 < guess < measured * 2
+
+
+def strip(code):
+    """Source lines without comments and blank lines."""
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT]
+    lines = code.splitlines()
+    for t in tokens:
+        lines[t.start[0] - 1] = lines[t.start[0] - 1][: t.start[1]]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def loop(source):
+    a, b = source.index("# ---- the loop"), source.rindex("# ------")
+    return strip(inspect.cleandoc(" " * 4 + source[a:b]))
+
+
+def test_the_two_scripts_print_the_same_loop():
+    one, two = (loop(open(m.__file__).read()) for m in (train_align, train_sft))
+    assert one == two and len(one) > 15 and "engine.train_step" in "".join(one)
+    changed = open(train_sft.__file__).read().replace("run.count(step, batch, result, waited)", "run.count(step)")
+    assert loop(changed) != one
