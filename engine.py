@@ -144,7 +144,7 @@ def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
     fused = any(p.device.type == "cuda" for g in groups.values() for _, p in g)
     return torch.optim.AdamW(
         [{"params": [p for _, p in g], "names": [n for n, _ in g], "lr": lr, "peak": lr, "weight_decay": wd}
-         for (lr, wd), g in groups.items()], lr=0.0, betas=betas, eps=eps, fused=fused)
+         for (lr, wd), g in groups.items()], betas=betas, eps=eps, fused=fused)
 
 
 def lr_at(step, steps, warmup, lr, floor=0.0):
