@@ -26,7 +26,7 @@ from config import load, stop, strict_json
 
 MAX_PIXELS = 64_000_000    # a header may promise more than memory holds: refuse before decoding
 MAX_SIDE = 8_000           # a thin picture padded to a square would be more than memory holds: reduce it first
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO"]  # EPS would start Ghostscript
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # EPS would start Ghostscript
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Rows:
             try:
                 rows = strict_json(self.blob[:].decode("utf-8-sig"), file)
             except ValueError as e:
-                stop(f"{e} (is it jsonl, with one object per line, or cut off?)")
+                stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
             self.blob = b"\n".join(json.dumps(row).encode() for row in rows)
         elif first[:1] != b"{" or first == b"{":               # a { alone opens one object over several lines
             stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line")

@@ -1,0 +1,454 @@
+"""Files -> rows -> steps -> streams: nothing lost, nothing twice, nothing in a stranger's place."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from chat import IGNORE, BadSample, Tokenizer
+from conftest import ROOT, example
+from data import Encoder, ImageSpec, Rows, Steps, conversation, fill, loader, pack, share_out
+
+I, Q, S = 3, 4, 8  # conftest's <image>; a short image; a small side
+ROW = {"id": 1, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+
+
+def write(path, rows):
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def colour(i):
+    """A colour that names sample i, and that no rounding takes for another's."""
+    return (i % 5 * 60, i // 5 % 5 * 60, i // 25 * 60)
+
+
+@pytest.fixture
+def world(tmp_path, bytes_folder):
+    """100 samples; every third without a picture. -> a function that makes Steps"""
+    (tmp_path / "images").mkdir()
+    rows = []
+    for i in range(100):
+        said = [{"from": "human", "value": f"number {i} " + "long " * (i * 7 % 23)}, {"from": "gpt", "value": f"it is {i}."}]
+        rows.append({"id": f"s{i}", "conversations": said})
+        if i % 3:
+            said[0]["value"] = "<image>\n" + said[0]["value"]
+            rows[-1]["image"] = f"{i}.png"
+            Image.new("RGB", (9, 7), colour(i)).save(tmp_path / "images" / f"{i}.png")
+    write(tmp_path / "a.json", rows)
+    encode = Encoder(Tokenizer(bytes_folder), "vicuna_v1", I, Q, 120, "")
+
+    def make(spec=str(tmp_path / "a.json"), batch_size=10, max_tokens=120, seed=0, rank=0, world=1):
+        return Steps(spec, str(tmp_path / "images"), encode, ImageSpec(S, "squash"), batch_size, max_tokens, seed, rank, world)
+    make.folder, make.rows, make.encode = tmp_path, rows, encode
+    return make
+
+
+def documents(batch):
+    """The packed documents of a batch, each with its images: [(ids, labels, images)]"""
+    starts = [n for n in range(len(batch.ids)) if batch.pos[n] == 0] + [len(batch.ids)]
+    out, image = [], 0
+    for a, b in zip(starts, starts[1:]):
+        n = int((batch.ids[a:b] == I).sum()) // Q
+        out.append((batch.ids[a:b], batch.labels[a:b], batch.images[image:image + n]))
+        image += n
+    assert image == len(batch.images)
+    return out
+
+
+def number(steps, ids):
+    return int(re.search(r"number (\d+)", steps.encode.tok.decode(ids.tolist()))[1])
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+GOOD = json.dumps(ROW)
+
+
+@pytest.mark.parametrize("text", [
+    f"[{GOOD},{GOOD}]", f"{GOOD}\n{GOOD}", f"{GOOD}\n\n  \n{GOOD}\n", f"{GOOD}\r\n{GOOD}\r\n", f"\ufeff{GOOD}\n{GOOD}", f"\ufeff[{GOOD},{GOOD}]",
+    f" \n\t[\n{GOOD}\n,\n{GOOD}]\n", "\n" * 100 + f"{GOOD}\n{GOOD}", json.dumps([ROW, ROW], indent=4)])
+def test_json_and_jsonl_are_read_alike(tmp_path, text):
+    (tmp_path / "x").write_bytes(text.encode())
+    rows = Rows(tmp_path / "x")
+    assert [rows[i] for i in range(len(rows))] == [ROW, ROW]
+
+
+@pytest.mark.parametrize("text, message", [
+    (b"", "is empty"), (b"\n \n", "neither a json list"), (b"\xef\xbb\xbf", "neither a json list"), (b"[]", "holds no samples"),
+    (b"[ ]\n", "holds no samples"), (b"5", "neither a json list"), (b'"rows"', "neither a json list"), (b"null", "neither a json list"),
+    (b"true", "neither a json list"), (b'{\n  "a": 1\n}', "neither a json list"), (b"id,image\n1,2", "neither a json list"),
+    (b"[{'id': 1}]", "line 1 column 3"), (f"[{GOOD},]".encode(), r"line 1 column \d+"), (f"[{GOOD},\n{GOOD[:-9]}".encode(), r"cut off\?\): .*line 2 column \d+"),
+    (f"[{GOOD}]\n[{GOOD}]".encode(), "Extra data"), (b'[{"id": NaN}]', "NaN is not JSON"), (b'[{"id": 1, "id": 2}]', "duplicate key 'id'"),
+    (b"[" * 100_000, "recursion"), (b"[" + b"9" * 5000 + b"]", "limit"), (b"[\xff]", "can't decode byte"),
+    (f"[{GOOD}]".encode("utf-16"), "neither a json list"), (bytes(100), "neither a json list"), (b"\x1f\x8b\x08" + bytes(50), "neither a json list")])
+def test_a_file_that_is_no_data_file_stops_with_one_line(tmp_path, text, message):
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(SystemExit, match=message) as e:
+        Rows(tmp_path / "x.json")
+    assert str(e.value).startswith("error: ") and "x.json" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_missing_file_or_a_folder_stops_with_one_line(tmp_path):
+    for path in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(SystemExit, match="no data file"):
+            Rows(path)
+
+
+@pytest.mark.parametrize("line, reason", [
+    (GOOD[:-5], "not JSON"), ('{"id": NaN}', "not JSON"), ('{"id": 1, "id": 1}', "not JSON"), ("{'id': 1}", "not JSON"), (GOOD + ",", "not JSON"),
+    ('{"id": ' + "9" * 5000 + "}", "not JSON"), ('{"a":' * 100_000, "not JSON"), ("[1]", "not an object"), ("5", "not an object"),
+    ("null", "not an object"), ('"s"', "not an object"), ("\x00", "not JSON")])
+def test_a_bad_line_is_a_bad_sample_and_its_neighbours_are_not(tmp_path, line, reason):
+    (tmp_path / "x.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    rows = Rows(tmp_path / "x.jsonl")
+    assert len(rows) == 3 and rows[0] == rows[2] == ROW
+    with pytest.raises(BadSample) as e:
+        rows[1]
+    assert e.value.reason == reason
+
+
+def test_bytes_that_are_no_utf8_are_a_bad_sample(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(GOOD.encode() + b'\n{"id": "\xff"}\n')
+    with pytest.raises(BadSample, match="not JSON"):
+        Rows(tmp_path / "x.jsonl")[1]
+
+
+def test_fifty_megabytes_of_blank_line_are_read_in_time_that_grows_with_their_length(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(GOOD.encode() + b"\n" + b" " * 50_000_000 + b"\n" + GOOD.encode())
+    began = time.process_time()
+    assert len(Rows(tmp_path / "x.jsonl")) == 2
+    assert time.process_time() - began < 5
+
+
+def test_rows_and_steps_travel_to_a_process_that_was_not_forked(world):
+    steps = pickle.loads(pickle.dumps(world()))
+    assert steps.files[0][7] == world.rows[7] and steps.samples(3) == world().samples(3)
+
+
+# ---- dialogues ------------------------------------------------------------------------------------------------------
+
+def said(*turns):
+    return {"conversations": [{"from": who, "value": text} for who, text in turns]}
+
+
+H, G = ("human", "q"), ("gpt", "a")
+FIXTURES = {  # A13: each has one stated outcome
+    "starts with gpt": (said(G, H, G), "an answer without a question"),
+    "two humans in a row": (said(H, H, G), "two questions in a row"),
+    "two gpts in a row": (said(H, G, G), "an answer without a question"),
+    "ends with a human": (said(H, G, H), "the last question has no answer"),
+    "empty answer": (said(H, ("gpt", " \n")), "an empty answer"),
+    "unknown role": (said(H, ("bing", "a")), "unknown speaker"),
+    "system in the middle": (said(H, G, ("system", "s"), H, G), "unknown speaker"),
+    "system alone": (said(("system", "s")), "the last question has no answer"),
+    "role is a list": ({"conversations": [{"from": ["human"], "value": "q"}]}, "unknown speaker"),
+    "missing value": ({"conversations": [{"from": "human"}]}, "a turn has no text"),
+    "value is a number": (said(H, ("gpt", 5)), "a turn has no text"),
+    "value is parts": (said(H, ("gpt", [{"type": "text", "text": "a"}])), "a turn has no text"),
+    "turn is a string": ({"conversations": ["q", "a"]}, "a turn has no text"),
+    "no conversations": ({"id": 1}, "no conversations"),
+    "empty conversations": ({"conversations": []}, "no conversations"),
+    "conversations is an object": ({"conversations": {}}, "no conversations"),
+    "image is a number": ({**said(H, G), "image": 5}, "image is neither a name nor a list of names"),
+    "image is false": ({**said(H, G), "image": False}, "image is neither a name nor a list of names"),
+    "images are numbers": ({**said(H, G), "image": [1]}, "image is neither a name nor a list of names"),
+    "image without marker": ({**said(H, G), "image": "x.png"}, "not as many <image> markers as images"),
+    "marker without image": (said(("human", "<image>\nq"), G), "not as many <image> markers as images"),
+    "marker at the end without image": (said(H, G, ("human", "q\n<image> "), G), "not as many <image> markers as images"),
+    "image list is empty": ({**said(("human", "<image>\nq"), G), "image": []}, "not as many <image> markers as images"),
+    "three images, one marker": ({**said(("human", "<image>\nq"), G), "image": ["a", "b", "c"]}, "not as many <image> markers as images"),
+    "surrogate": (said(H, ("gpt", "\ud800")), "a text holds a lone surrogate, which no encoding knows"),
+    "too long": (said(("human", "word " * 500), G), "nothing to learn within 120 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_malformed_dialogue_is_refused_with_its_reason(world, name):
+    row, reason = FIXTURES[name]
+    with pytest.raises(BadSample) as e:
+        world.encode(row)
+    assert e.value.reason == reason
+
+
+def test_all_spellings_of_a_row_mean_the_same():
+    turns = [("q", "a"), ("r", "b")]
+    llava = said(("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))
+    openai = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+                           {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]}
+    for row in (llava, openai):
+        assert conversation(row) == (turns, [], None) == conversation({**row, "image": None}) == conversation({**row, "image": []})
+        assert conversation({**row, "image": "x"}) == (turns, ["x"], None) == conversation({**row, "images": ["x"]})
+    assert conversation(said(("system", "s"), H, G)) == ([("q", "a")], [], "s")
+
+
+def test_ten_thousand_turns_are_cut_not_refused(world):
+    ids, labels, names, cut = world.encode(said(*[H, G] * 10_000))
+    assert len(ids) == 120 and cut > 50_000
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+def test_every_sample_comes_once_per_epoch_and_no_two_epochs_are_alike(world):
+    steps = world(batch_size=7)  # 7 does not divide 100: steps run over the edges of epochs
+    drawn = [d for s in range(100) for d in steps.samples(s)]
+    epochs = [drawn[e * 100:(e + 1) * 100] for e in range(7)]
+    assert all(sorted(e) == [(0, i) for i in range(100)] for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 7
+
+
+def test_the_order_is_a_function_of_seed_and_step_alone(world):
+    steps = world()
+    wild = {s: steps.samples(s) for s in (13, 2, 99, 0, 13, 57)}
+    assert all(world(max_tokens=1000).samples(s) == d for s, d in wild.items())
+    assert world(seed=1).samples(0) != wild[0] and sorted(sum((world(seed=1).samples(s) for s in range(10)), [])) == [(0, i) for i in range(100)]
+    assert sum((world(batch_size=5).samples(s) for s in (26, 27)), []) == wild[13], "batch size cuts the same order elsewhere"
+
+
+def test_a_step_may_be_larger_than_the_data(world):
+    assert Counter(world(batch_size=250).samples(0) + world(batch_size=250).samples(1)) == {(0, i): 5 for i in range(100)}
+
+
+def test_files_are_mixed_by_weight_and_each_runs_through_all_its_samples_first(world, tmp_path):
+    small = write(tmp_path / "b.json", [{**ROW, "id": i} for i in range(10)])
+    steps = world(f"{tmp_path / 'a.json'}:0.75,{small}:0.25", batch_size=1)
+    assert steps.total == 110
+    drawn = [steps.samples(s)[0] for s in range(1100)]
+    of = [[i for f, i in drawn if f == k] for k in (0, 1)]
+    assert len(of[1]) == pytest.approx(275, abs=5)  # a quarter, rounded once per epoch
+    assert Counter(of[1]).keys() == set(range(10)) and max(Counter(of[1]).values()) - min(Counter(of[1]).values()) <= 2
+    assert Counter(of[0]).most_common()[0][1] - Counter(of[0]).most_common()[-1][1] <= 2
+    for share in (f"{tmp_path / 'a.json'},{small}", f"{small},{tmp_path / 'a.json'}"):
+        assert len(set(sum((world(share).samples(s) for s in range(11)), []))) == 110
+    assert {f for s in range(11) for f, _ in world(f"{tmp_path / 'a.json'}:1,{small}:0").samples(s)} == {0}
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(spec="{a}:x"), "needs a weight after a colon"), (dict(spec="{a}:0"), "needs a weight"), (dict(spec="{a}:-1,{a}:2"), "needs a weight"),
+    (dict(spec="{a}:nan"), "needs a weight"), (dict(spec="{a}:inf"), "needs a weight"), (dict(spec="{a}:0.7,{a}"), "or none does"),
+    (dict(spec="{a},"), "no data file"), (dict(spec=""), "no data file"), (dict(batch_size=0), "batch_size=0: expected at least 1"),
+    (dict(seed=-1), "seed=-1: expected at least 0"), (dict(max_tokens=119), "max_tokens=119 is less than max_len=120")])
+def test_a_setting_that_cannot_work_stops_with_one_line(world, kwargs, message):
+    kwargs = {k: v.format(a=world.folder / "a.json") if k == "spec" else v for k, v in kwargs.items()}
+    with pytest.raises(SystemExit, match=message):
+        world(**kwargs)
+
+
+def test_a_template_that_does_not_fit_stops_before_any_worker_starts(bytes_folder):
+    tok = Tokenizer(bytes_folder)
+    tok.eos = None
+    with pytest.raises(SystemExit, match="needs a BOS and an EOS token"):
+        Encoder(tok, "vicuna_v1", I, Q, 100)
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+def canonical(steps, micro):
+    return sorted((number(steps, ids), ids.tolist(), labels.tolist(), images.tolist()) for b in micro for ids, labels, images in documents(b))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("max_tokens", [120, 300, 10_000])
+def test_any_number_of_ranks_and_any_stream_length_see_the_same_samples(world, size, max_tokens):
+    for step in (0, 9):
+        ref = world(max_tokens=10_000)
+        parts = [world(max_tokens=max_tokens, rank=r, world=size)[step] for r in range(size)]
+        assert len({len(p.micro) for p in parts}) == 1, "as many micro-batches on every rank"
+        assert all(len(b.ids) <= max_tokens for p in parts for b in p.micro)
+        assert canonical(ref, [b for p in parts for b in p.micro]) == canonical(ref, ref[step].micro)
+        assert sorted(n for p in parts for n in p.names) == sorted(ref[step].names) and len(ref[step].names) == 10
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_makes_the_same_steps(world, workers):
+    order = [3, 0, 7, 7, 1]
+    for a, b in zip(loader(world(), order, 0), loader(world(), order, workers), strict=True):
+        assert a.names == b.names and a.dropped == b.dropped
+        assert all(torch.equal(x, y) for m, n in zip(a.micro, b.micro, strict=True) for x, y in zip(m, n))
+
+
+def corrupt(world, numbers):
+    for i in numbers:
+        (world.folder / "images" / f"{i}.png").write_bytes(b"<html>")
+
+
+def test_with_a_tenth_of_the_pictures_broken_every_picture_still_stands_with_its_text(world):
+    broken = {1, 10, 22, 34, 46, 58, 70, 82, 94, 98}
+    corrupt(world, broken)
+    seen = set()
+    for step in range(10):
+        parts = [world(max_tokens=300, rank=r, world=2)[step] for r in range(2)]
+        assert len(parts[0].micro) == len(parts[1].micro)
+        for part in parts:
+            for batch in part.micro:
+                for ids, labels, images in documents(batch):
+                    i = number(world(), ids)
+                    seen.add(i)
+                    assert f"it is {i}." in world.encode.tok.decode(labels[labels >= 0].tolist())
+                    assert len(images) == (i % 3 > 0) and all((x == torch.tensor(colour(i))[:, None, None]).all() for x in images)
+    assert seen == set(range(100)) - broken
+
+
+def test_every_dropped_sample_is_counted_once_over_all_ranks_with_its_name_and_reason(world):
+    corrupt(world, [1, 2])
+    (world.folder / "images" / "4.png").unlink()
+    world.rows[5]["image"] = "../secret.png"
+    world.rows[6]["conversations"].reverse()
+    world.rows[7]["conversations"][0]["value"] = "no marker"
+    world.rows[9]["conversations"][0]["value"] = "long " * 200
+    write(world.folder / "a.json", world.rows)
+    for size in (1, 2, 4):
+        parts = [world(rank=r, world=size)[s] for r in range(size) for s in range(10)]
+        assert sum(len(p.names) for p in parts) == 93 and sum(p.truncated for p in parts) == 0
+        dropped = sorted(d for p in parts for d in p.dropped)
+        assert dropped == [
+            ("a.json[1] id='s1'", "image cannot be read: '1.png' (UnidentifiedImageError)"),
+            ("a.json[2] id='s2'", "image cannot be read: '2.png' (UnidentifiedImageError)"),
+            ("a.json[4] id='s4'", "image is missing: '4.png'"),
+            ("a.json[5] id='s5'", "image lies outside the image folder: '../secret.png'"),
+            ("a.json[6] id='s6'", "an answer without a question: turn 0"),
+            ("a.json[7] id='s7'", "not as many <image> markers as images: 1 image(s) but 0 marker(s)"),
+            ("a.json[9] id='s9'", "nothing to learn within 120 tokens")]
+
+
+def test_samples_that_lose_their_end_are_counted_and_those_that_lose_a_picture_lose_its_pixels(world):
+    world.rows[0] = {"id": 0, "image": ["1.png", "2.png"], "conversations": [
+        {"from": "human", "value": "<image>\nnumber 0"}, {"from": "gpt", "value": "it is 0."},
+        {"from": "human", "value": "and <image> " + "long " * 200}, {"from": "gpt", "value": "never seen"}]}
+    write(world.folder / "a.json", world.rows)
+    ids, labels, names, cut = world.encode(world.rows[0])
+    assert len(ids) == 120 and cut > 0 and names == ["1.png", "2.png"] and ids.count(I) == 2 * Q
+    assert sum(world()[s].truncated for s in range(10)) == 1 == sum(world(rank=r, world=4)[s].truncated for r in range(4) for s in range(10))
+    short = Encoder(world.encode.tok, "vicuna_v1", I, Q, ids.index(I, ids.index(I) + Q) + Q - 1, "")
+    ids, labels, names, cut = short(world.rows[0])
+    assert names == ["1.png"] and ids.count(I) == Q
+
+
+def test_a_step_of_bad_samples_alone_is_empty_not_an_error(world, tmp_path):
+    bad = write(tmp_path / "bad.json", [{"id": "\ud800", "conversations": "\ud800"}] * 3)
+    step = world(bad, batch_size=3)[0]
+    assert sum(len(b.ids) for b in step.micro) == 0 and len(step.dropped) == 3
+    str(step.dropped).encode("utf-8"), "whatever the row holds, its name can be printed"
+
+
+def test_a_killed_worker_ends_in_a_clear_error_within_ten_seconds(world):
+    batches = iter(loader(world(), [s % 10 for s in range(10_000)], 2))
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGKILL)
+    began = time.time()
+    with pytest.raises(RuntimeError, match="DataLoader worker .*(killed|exited unexpectedly)"):
+        for _ in range(100):
+            next(batches)
+    assert time.time() - began < 10
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+def test_a_packed_stream_gives_its_documents_back_and_predicts_no_strangers_first_token():
+    made = [example(0, images=1), example(1, images=0, text=1, learnt=1), example(2, images=3), example(3, images=0)]
+    b, at, image = pack(made, 8), 0, 0
+    for ids, labels, images in made:
+        end = at + len(ids)
+        assert b.ids[at:end].tolist() == ids and b.pos[at:end].tolist() == list(range(len(ids)))
+        assert b.labels[at:end].tolist() == labels[1:] + [IGNORE], "shifted within the document; its last token predicts nothing"
+        assert b.lo[at:end].tolist() == [at] * len(ids) and b.hi[at:end].tolist() == list(range(at + 1, end + 1))
+        assert torch.equal(b.images[image:image + len(images)], images)
+        at, image = end, image + len(images)
+    assert at == len(b.ids) and image == len(b.images)
+    assert int((b.labels >= 0).sum()) == sum(int((pack([m], 8).labels >= 0).sum()) for m in made)
+    assert [t.dtype for t in b] == [torch.int64] * 3 + [torch.int32] * 2 + [torch.uint8]
+
+
+def test_nothing_packs_into_an_empty_stream_of_the_same_types():
+    b = pack([], 8)
+    assert [t.dtype for t in b] == [t.dtype for t in pack([example(0)], 8)]
+    assert [tuple(t.shape) for t in b] == [(0,)] * 5 + [(0, 3, 8, 8)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_share_the_work_and_streams_are_filled(seed):
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(1, 1000, rng.integers(1, 200)).tolist()
+    n, room = int(rng.integers(1, 9)), 1000
+    groups = share_out(costs, n)
+    assert len(groups) == n and sorted(sum(groups, [])) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in g) for g in groups]
+    assert max(loads) - min(loads) <= max(costs), "no exchange of one sample could help the most loaded by more"
+    for g in groups:
+        streams = fill(g, costs, room)
+        assert sorted(sum(streams, [])) == sorted(g) and all(0 < sum(costs[i] for i in s) <= room for s in streams)
+        least = -(-sum(costs[i] for i in g) // room)
+        assert len(streams) <= least * 1.7 + 1  # best fit decreasing needs at most 11/9 of the best, which may be above `least`
+        sums = sorted(sum(costs[i] for i in s) for s in streams)
+        assert len(sums) < 2 or sums[0] + sums[1] > room, "no two streams fit into one"
+
+
+def test_one_that_is_longer_than_a_stream_gets_its_own():
+    assert sorted(fill([0, 1, 2], [5, 50, 5], 10)) == [[0, 2], [1]] and fill([], [], 10) == []
+
+
+# ---- python data.py -------------------------------------------------------------------------------------------------
+
+def test_checking_a_file_shows_samples_and_counts_what_is_wrong_by_reason(world, bytes_folder, capsys):
+    a = world.folder / "a.json"
+    args = [str(a), f"--images={world.folder / 'images'}", f"--model={bytes_folder}", "--image_tokens=4", "--show=2"]
+    assert data.main(args) == 0
+    out = capsys.readouterr().out
+    assert "--- sample 0, id 's0': " in out and "--- sample 1, id 's1': " in out and "--- sample 2" not in out
+    assert "[4 x image]" in out and "\033[32m it is 0.\033[0m\033[32m</s>\033[0m" in out
+    assert f"--- {a}: 100 samples, 100 good, 0 dropped, 0 truncated to 2048 tokens" in out and ", 66 images\n" in out
+
+    corrupt(world, [1, 2])
+    for i in (4, 5, 8):
+        (world.folder / "images" / f"{i}.png").unlink()
+    world.rows[6] = {"id": 6}
+    write(a, world.rows)
+    assert data.main([*args, "--max_len=250"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-5].startswith(f"--- {a}: 100 samples, 94 good, 6 dropped, ")
+    assert lines[-3:] == ["    3 x image is missing; first: [4] image is missing: '4.png'",
+                          "    2 x image cannot be read; first: [1] image cannot be read: '1.png' (UnidentifiedImageError)",
+                          "    1 x no conversations; first: [6] no conversations"]
+
+
+def test_checking_from_the_command_line_exits_with_one_where_samples_are_bad(tmp_path, bytes_folder):
+    bad = write(tmp_path / "bad.json", [ROW, {"id": "\ud800"}])
+    done = subprocess.run([sys.executable, "data.py", bad, f"--model={bytes_folder}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "2 samples, 1 good, 1 dropped" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("args, message", [
+    ([], "usage: python data.py FILE"), (["x.json"], "usage:"), (["--model=m"], "usage:"), (["x.json", "y.json", "--model={tok}"], "usage:"),
+    (["none.json", "--model={tok}"], "no data file none.json"), (["none.json", "--model=nowhere"], "nowhere holds no tokenizer.json"),
+    (["{good}", "--model={tok}", "--template=x"], "unknown template 'x'"), (["{good}", "--model={broken}"], "config.json: .*line 1 column 2")])
+def test_checking_without_what_it_needs_stops_with_one_line(tmp_path, bytes_folder, args, message):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for f in ("tokenizer.json", "tokenizer_config.json"):
+        (broken / f).write_text((bytes_folder / f).read_text("utf-8"), "utf-8")
+    (broken / "config.json").write_text("{")
+    names = dict(tok=bytes_folder, good=write(tmp_path / "good.json", [ROW]), broken=broken)
+    with pytest.raises(SystemExit, match=message) as e:
+        data.main([a.format(**names) for a in args])
+    assert "\n" not in str(e.value)
+
+
+def test_a_model_folder_says_which_id_and_how_many_tokens_an_image_has(world, bytes_folder, tmp_path, capsys):
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    for f in ("tokenizer.json", "tokenizer_config.json"):
+        (model / f).write_text((bytes_folder / f).read_text("utf-8"), "utf-8")
+    (model / "config.json").write_text(json.dumps({"image_token_index": 3, "image_seq_length": 9}))
+    assert data.main([str(world.folder / "a.json"), f"--images={world.folder / 'images'}", f"--model={tmp_path / 'run'}"]) == 0
+    assert "[9 x image]" in capsys.readouterr().out
