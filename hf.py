@@ -1,5 +1,5 @@
-"""Published folders in and out. The state dict of model.VLM is the llava-hf layout already, so reading is one renaming of older and
-newer spellings, and writing is none. A missing or unexpected tensor is an error that names it.
+"""Published folders in and out. The state dict of model.VLM is the llava-hf layout already, so reading is one renaming
+of older and newer spellings, and writing is none. A missing or unexpected tensor is an error that names it.
 
     folder        what is read from it
     vision        config.json (CLIP, SigLIP), preprocessor_config.json, *.safetensors
@@ -22,39 +22,57 @@ import chat
 from checkpoint import commit
 from config import stop
 from data import ImageSpec
-from model import VLM, TextConfig, VisionConfig, VLMConfig, init_weights
+from model import ACTIVATIONS, VLM, TextConfig, VisionConfig, VLMConfig, init_weights
 
-# what published files hold and nobody needs: position ids and rope tables are recomputed, a CLIP's text half is not ours
-UNUSED = re.compile(r"(.*\.)?(position_ids|rotary_emb\.inv_freq)$|text_model\.|visual_projection|text_projection|logit_scale|logit_bias|(vision_model\.)?head\.")
+# what published files hold and nobody needs: position ids and rope tables are made anew, a CLIP's text half is not ours
+UNUSED = re.compile(r"(.*\.)?(position_ids|rotary_emb\.inv_freq)$|text_model\.|(visual|text)_projection\."
+                    r"|logit_(scale|bias)$|(vision_model\.)?head\.")
 SHARD = 5 * 10**9  # bytes per file, as published models have them
 
+# what an absent key of config.json means, class by class, where it is not the default of VisionConfig or TextConfig
+VISION = {"clip_vision_model": {},
+          "siglip_vision_model": dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, patch_size=16,
+                                      image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))}
+TEXT = {"llama": dict(architecture="LlamaForCausalLM"),
+        "mistral": dict(architecture="MistralForCausalLM", intermediate_size=14336, num_key_value_heads=8,
+                        max_position_embeddings=131072, sliding_window=4096),
+        "qwen2": dict(architecture="Qwen2ForCausalLM", vocab_size=151936, intermediate_size=22016,
+                      num_key_value_heads=32, max_position_embeddings=32768),
+        "qwen3": dict(architecture="Qwen3ForCausalLM", vocab_size=151936, intermediate_size=22016,
+                      num_key_value_heads=32, max_position_embeddings=32768, head_dim=128)}
 
-# ---- reading ------------------------------------------------------------------------------------------------------------------
+
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        found = json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         stop(f"{path} is missing")
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         stop(f"{path} is not json: {e}")
+    return found if isinstance(found, dict) else stop(f"{path} is not a json object")
 
 
-def read_tensors(folder):
+def read_tensors(folder, stem="model"):
     """All tensors of a folder, from one file or from the shards of an index that stay inside it -> {name: tensor}"""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
+            stop(f"{index} has no weight_map that says which tensor lies in which file")
+        names = sorted(set(where.values()))
         if bad := [n for n in names if Path(n).name != n]:
             stop(f"{index} names a shard outside its folder: {bad[0]}")
     else:
-        names = ["model.safetensors"]
+        names, where = [f"{stem}.safetensors"], {}
     out = {}
     for name in names:
         if not (folder / name).is_file():
             pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
-            stop(f"{folder / name} is missing" + (f"; {pickles[0].name} is a pickle, which can run code: convert it to safetensors first" if pickles else ""))
+            hint = "is a pickle, which can run code: convert it to safetensors first"
+            stop(f"{folder / name} is missing" + (f"; {pickles[0].name} {hint}" if pickles else ""))
         try:
             with safe_open(folder / name, "pt") as f:
                 for key in f.keys():
@@ -63,50 +81,62 @@ def read_tensors(folder):
                     out[key] = f.get_tensor(key)
         except SafetensorError as e:
             stop(f"{folder / name} is not a whole safetensors file: {e}")
+    if lost := sorted(set(where) - set(out)):
+        stop(f"{folder}: {lost[0]} stands in the index and in no shard")
     return out
 
 
 def vision_config(c, feature_layer=-2, pre={}):
-    """config.json of a vision tower -> VisionConfig; absent keys take the defaults of their class, as transformers does."""
+    """config.json of a vision tower -> VisionConfig; absent keys take the defaults of their class."""
     kind = c.get("model_type", "clip_vision_model")
-    if kind in ("clip", "siglip"):
-        c, kind = c["vision_config"], f"{kind}_vision_model"
-    defaults = {"clip_vision_model": dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, patch_size=32),
-                "siglip_vision_model": dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, patch_size=16)}
-    if kind not in defaults:
-        stop(f"vision tower of type {kind!r}: {', '.join(defaults)} are known here")
-    d = {**dataclasses.asdict(VisionConfig()), **defaults[kind], **{k: v for k, v in c.items() if v is not None}, "model_type": kind, "feature_layer": feature_layer}
-    half = dict(image_mean=(0.5,) * 3, image_std=(0.5,) * 3) if kind == "siglip_vision_model" else {}
-    d |= half | {k: tuple(pre[k]) for k in ("image_mean", "image_std") if k in pre}
-    return VisionConfig(**{f.name: d[f.name] for f in dataclasses.fields(VisionConfig)})
+    if kind not in VISION:
+        stop(f"vision tower of type {kind!r}: {', '.join(VISION)} are known here")
+    fields = {f.name for f in dataclasses.fields(VisionConfig)}
+    given = {k: v for k, v in c.items() if k in fields and v is not None}
+    given |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if k in pre}
+    cfg = VisionConfig(**VISION[kind] | given | dict(model_type=kind, feature_layer=feature_layer))
+    if cfg.hidden_act not in ACTIVATIONS:
+        stop(f"vision tower with hidden_act {cfg.hidden_act!r}: {', '.join(ACTIVATIONS)} are known here")
+    return cfg
 
 
 def text_config(c):
-    """config.json of a language model -> TextConfig"""
+    """config.json of a language model -> TextConfig; absent keys as above. Flat rope keys win over transformers 5's."""
     kind = c.get("model_type", "llama")
-    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-        stop(f"language model of type {kind!r}: llama, mistral, qwen2 and qwen3 are known here")
-    c = {k: v for k, v in c.items() if v is not None}
-    heads, width = c.get("num_attention_heads", 32), c.get("hidden_size", 4096)
-    rope = dict(c.get("rope_parameters") or {})            # transformers 5; the flat keys are older and win where both stand
-    theta = c.get("rope_theta", rope.pop("rope_theta", 1e4))
-    scaling = c.get("rope_scaling", rope if rope.get("rope_type", "default") != "default" else None)
-    bias = c.get("attention_bias", False)
-    window = c.get("sliding_window") if kind == "mistral" or c.get("use_sliding_window") else None
-    return TextConfig(
-        model_type=kind, vocab_size=c.get("vocab_size", 32000), hidden_size=width, intermediate_size=c.get("intermediate_size", 11008),
-        num_hidden_layers=c.get("num_hidden_layers", 32), num_attention_heads=heads, num_key_value_heads=c.get("num_key_value_heads", heads),
-        head_dim=c.get("head_dim", width // heads), rms_norm_eps=c.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
-        max_position_embeddings=c.get("max_position_embeddings", 4096), tie_word_embeddings=c.get("tie_word_embeddings", False),
-        qkv_bias=bias or kind == "qwen2", o_bias=bias, mlp_bias=c.get("mlp_bias", False), qk_norm=kind == "qwen3", sliding_window=window)
+    if kind not in TEXT:
+        stop(f"language model of type {kind!r}: {', '.join(TEXT)} are known here")
+    if (act := c.get("hidden_act", "silu")) != "silu":
+        stop(f"language model with hidden_act {act!r}: silu is known here")
+    fields = {f.name for f in dataclasses.fields(TextConfig)}
+    window = c.get("sliding_window", TEXT[kind].get("sliding_window"))        # null is a value here: no window
+    d = TEXT[kind] | {k: v for k, v in c.items() if v is not None}
+    heads, width = d.setdefault("num_attention_heads", 32), d.setdefault("hidden_size", 4096)
+    d.setdefault("num_key_value_heads", heads)
+    d.setdefault("head_dim", width // heads)
+    rope = dict(d.get("rope_parameters", {}))                                 # transformers 5
+    d.setdefault("rope_theta", rope.pop("rope_theta", 1e4))
+    if rope.get("rope_type", "default") != "default":
+        d.setdefault("rope_scaling", rope)
+    scaling = d.get("rope_scaling", {})
+    if (how := scaling.get("rope_type", scaling.get("type", "default"))) not in ("default", "linear", "llama3"):
+        stop(f"rope scaling {how!r}: default, linear and llama3 are known here")
+    if kind in ("qwen2", "qwen3"):                                            # a window from some layer on, if at all
+        L, first = d.get("num_hidden_layers", 32), d.get("max_window_layers", 28)
+        window = window if d.get("use_sliding_window") and first < L else None
+        if window and first > 0:
+            stop(f"a sliding window in layers {first} to {L - 1} alone is not known here")
+    bias = d.get("attention_bias", False)
+    d |= dict(model_type=kind, sliding_window=window, qkv_bias=bias or kind == "qwen2", o_bias=bias,
+              qk_norm=kind == "qwen3")
+    return TextConfig(**{k: v for k, v in d.items() if k in fields})
 
 
 def rename(name):
     """Any known spelling of a LLaVA tensor -> the llava-hf one, which is ours."""
-    name = re.sub(r"^model\.(vision_tower|multi_modal_projector)\.", r"\1.", name)             # transformers 4.52 and later, in memory
+    name = re.sub(r"^model\.(vision_tower|multi_modal_projector)\.", r"\1.", name)    # transformers 4.52 on, in memory
     name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
     name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
-    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)      # transformers 5, new models
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)   # transformers 5, new ones
 
 
 class Folder(NamedTuple):
@@ -115,64 +145,82 @@ class Folder(NamedTuple):
     vision: dict                # config of the tower, as published
     text: dict                  # config of the language model, as published
     pre: dict                   # preprocessor_config.json
-    spare: dict                 # tensors that are published but not built: blocks behind the feature layer, the last norm
+    spare: dict                 # tensors that are not built: blocks behind the feature layer, the last norm
     meta: dict                  # template and system text of a model that was trained here
 
 
-def load(vision="", llm="", init="", connector="mlp", seed=0, need_tokens=True):
+def load(vision="", llm="", init="", connector="mlp", seed=0):
     """-> VLM in fp32, Folder. From two towers with a new connector, or from `init`; every tensor accounted for."""
+    where = init or f"{vision} + {llm}"
     if init:
         folder = find_model(init)
-        c, tensors = read_json(folder / "config.json"), {rename(k): v for k, v in read_tensors(folder).items()}
-        if c.get("model_type") != "llava":
-            stop(f"{folder} holds a {c.get('model_type')!r}, not a llava model")
-        v, t, pre = dict(c["vision_config"]), dict(c["text_config"]), read_json(folder / "preprocessor_config.json")
-        layer = c.get("vision_feature_layer", -2)
-        if isinstance(layer, list):
-            stop(f"{folder}: several feature layers {layer}; one is known here")
+        c, tensors = read_json(folder / "config.json"), {}
+        if c.get("model_type") != "llava" or not c.get("vision_config") or not c.get("text_config"):
+            stop(f"{folder} holds a {c.get('model_type')!r}, not a llava model with its vision_config and text_config")
+        for k, x in read_tensors(folder).items():
+            if tensors.setdefault(rename(k), x) is not x:
+                stop(f"{folder} holds {rename(k)} under two names")
+        v, t, pre = c["vision_config"], c["text_config"], read_json(folder / "preprocessor_config.json")
+        layer, image_id = c.get("vision_feature_layer", -2), c.get("image_token_index", c.get("image_token_id", 32000))
         connector = "mlp" if any("linear_2" in k for k in tensors) else "linear"
-        image_id = c.get("image_token_index", c.get("image_token_id"))
         meta = read_json(folder / "pumice.json") if (folder / "pumice.json").is_file() else {}
-        tok, given = chat.Tokenizer(folder), {"multi_modal_projector"}
+        tok = chat.Tokenizer(folder)
+        if not isinstance(layer, int):
+            stop(f"{folder}: several feature layers {layer}; one is known here")
+        if (act := c.get("projector_hidden_act", "gelu")) != "gelu":
+            stop(f"{folder}: projector_hidden_act {act!r} is not known here")
     else:
         vision, llm = Path(vision), Path(llm)
         v, t = read_json(vision / "config.json"), read_json(llm / "config.json")
         pre = read_json(vision / "preprocessor_config.json")
-        v = {"model_type": f"{v['model_type']}_vision_model", **v["vision_config"]} if "vision_config" in v else v
-        tensors = {"vision_tower." + (k if k.startswith("vision_model.") else "vision_model." + k): x for k, x in read_tensors(vision).items() if not UNUSED.match(k)}
+        if "vision_config" in v:                                              # a CLIP or SigLIP with both its halves
+            v = {"model_type": f"{v.get('model_type')}_vision_model", **v["vision_config"]}
+        tensors = {"vision_tower.vision_model." + k.removeprefix("vision_model."): x
+                   for k, x in read_tensors(vision).items() if not UNUSED.match(k)}
         tensors |= {"language_model." + k: x for k, x in read_tensors(llm).items()}
-        layer, meta, given, tok = -2, {}, set(), chat.Tokenizer(llm)
+        layer, meta, tok = -2, {}, chat.Tokenizer(llm)
         image_id = tok.specials.get(chat.IMAGE)
-        if image_id is None or image_id >= t["vocab_size"]:
+        if image_id is None or image_id >= t.get("vocab_size", 32000):
             stop(f"the tokenizer in {llm} has no {chat.IMAGE} token with a row in the embedding")
     cfg = VLMConfig(vision_config(v, layer, pre), text_config(t), connector, image_id)
-    if c_skip := (c.get("vision_feature_select_strategy", "default") == "full" and cfg.vision.class_token if init else False):
-        stop(f"{init}: vision_feature_select_strategy 'full' with a class token is not known here")
-    with torch.device("meta"):
-        model = VLM(cfg)
-    want = model.state_dict()
-    if cfg.text.tie_word_embeddings:
-        tensors.pop("language_model.lm_head.weight", None)
-    spare = {k: tensors.pop(k) for k in list(tensors) if k not in want and re.match(r"vision_tower\.vision_model\.(post_layernorm|encoder\.layers\.)", k)}
-    where = init or f"{vision} + {llm}"
-    new = {k for k in want if k.split(".")[0] not in given and k.startswith("multi_modal_projector.")}
-    if missing := sorted(set(want) - set(tensors) - new):
-        stop(f"{where}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
-    if extra := sorted(k for k in set(tensors) - set(want) if not UNUSED.match(k.removeprefix("vision_tower.").removeprefix("language_model."))):
-        stop(f"{where}: {len(extra)} unexpected tensor(s), the first is {extra[0]}")
-    model = model.to_empty(device="cpu")
-    if new:
-        init_weights(model.multi_modal_projector, seed)
-    with torch.no_grad():
-        for k, p in model.named_parameters():
-            if k in new:
-                continue
-            if tensors[k].shape != p.shape:
-                stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(p.shape)}")
-            p.copy_(tensors.pop(k))
+    if init and (how := c.get("vision_feature_select_strategy", "default")) != strategy(cfg.vision):
+        stop(f"{folder}: vision_feature_select_strategy {how!r} with {cfg.vision.model_type} is not known here")
     if cfg.text.vocab_size < len(tok):
         stop(f"{where}: the tokenizer knows {len(tok)} ids, the embedding {cfg.text.vocab_size}")
+    with torch.device("meta"):
+        model = VLM(cfg)
+    want = dict(model.named_parameters())
+    if cfg.text.tie_word_embeddings:
+        tensors.pop("language_model.lm_head.weight", None)
+    spare = {k: tensors.pop(k) for k in list(tensors) if not_built(k, cfg.vision.depth)}
+    new = set() if init else {k for k in want if k.startswith("multi_modal_projector.")}
+    if missing := sorted(want.keys() - tensors.keys() - new):
+        stop(f"{where}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+    tensors = {k: x for k, x in tensors.items() if not UNUSED.match(re.sub(r"^(vision_tower|language_model)\.", "", k))}
+    if extra := sorted(tensors.keys() - want.keys()):
+        stop(f"{where}: {len(extra)} unexpected tensor(s), the first is {extra[0]}")
+    for k in want.keys() - new:
+        if tensors[k].shape != want[k].shape:
+            stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(want[k].shape)}")
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for k, p in model.named_parameters():
+            if k not in new:
+                p.copy_(tensors.pop(k))
+    if new:
+        init_weights(model.multi_modal_projector, seed)
     return model, Folder(tok, v, t, pre, spare, meta)
+
+
+def not_built(name, depth):
+    """Does a tensor belong to a part of the vision tower that lies behind the feature layer?"""
+    found = re.match(r"vision_tower\.vision_model\.(post_layernorm\.|encoder\.layers\.(\d+)\.)", name)
+    return bool(found) and (found[2] is None or int(found[2]) >= depth)
+
+
+def strategy(vision):
+    """In the words of transformers: is the first token of the tower, a class token, left behind?"""
+    return "default" if vision.class_token else "full"
 
 
 def find_model(path):
@@ -181,7 +229,9 @@ def find_model(path):
     for p in (path / "model", path):
         if (p / "model.safetensors").is_file() or (p / "model.safetensors.index.json").is_file():
             return p
-    stop(f"{path} holds no model: neither {path / 'model'} nor model.safetensors" + ("" if path.exists() else " (there is no such folder)"))
+    if not path.exists():
+        stop(f"{path} holds no model: there is no such folder")
+    stop(f"{path} holds no model: no model.safetensors in it or in {path / 'model'}")
 
 
 def image_spec(pre, aspect):
@@ -190,55 +240,76 @@ def image_spec(pre, aspect):
         stop(f"image_aspect={aspect}: pad, crop or squash")
     size = pre.get("crop_size") or pre.get("size", 224)
     side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
-    return ImageSpec(side, aspect, Image.Resampling(pre.get("resample", 3)), tuple(pre.get("image_mean", ImageSpec(0).mean)))
+    mean = tuple(pre.get("image_mean", ImageSpec(0).mean))
+    return ImageSpec(side, aspect, Image.Resampling(pre.get("resample", 3)), mean)
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------------------
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16, card=""):
     """A complete llava-hf folder, whole or absent. state: the tensors of a VLM by name."""
+    v, t, tok = cfg.vision, cfg.text, folder.tok
+    names = {i: name for name, i in tok.specials.items()}
+    pad, image = pad_id(tok), names[cfg.image_token_index]
+    stops = sorted(chat.stop_ids(tok, template)) if chat.template(template).stop != "\n" else [tok.eos]
+
+    def published(old, new, keys):
+        """The config a part came with, and over it what was built."""
+        old = {k: x for k, x in old.items() if k not in ("rope_parameters", "dtype", "torch_dtype")}
+        return old | {k: getattr(new, k) for k in keys.split()}
+
+    sizes = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    text = published(folder.text, t, sizes + "num_key_value_heads head_dim vocab_size rms_norm_eps rope_theta "
+                     "rope_scaling max_position_embeddings tie_word_embeddings")
+    text["architectures"] = [TEXT[t.model_type]["architecture"]]
+    vision = published(folder.vision, v, sizes + "image_size patch_size hidden_act layer_norm_eps")
+    vision["num_channels"] = 3
+    if v.model_type == "siglip_vision_model":
+        vision["vision_use_head"] = False                                     # the pooling head is not kept
+    pre = folder.pre | {"processor_class": "LlavaProcessor"}
+    if aspect == "pad":
+        pre |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    tokenizer = read_json(tok.folder / "tokenizer.json") | {"post_processor": None}   # the template writes BOS
+    files = {
+        "config.json": {
+            "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100,
+            "image_token_index": cfg.image_token_index, "image_seq_length": v.patches, "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True, "vision_feature_layer": v.feature_layer,
+            "vision_feature_select_strategy": strategy(v), "pad_token_id": pad,
+            "tie_word_embeddings": t.tie_word_embeddings, "torch_dtype": str(dtype).removeprefix("torch."),
+            "text_config": text, "vision_config": vision},
+        "generation_config.json": {
+            "bos_token_id": tok.bos, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": pad,
+            "do_sample": False},
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos),
+            "eos_token": names.get(tok.eos), "pad_token": names.get(pad), "model_max_length": t.max_position_embeddings,
+            "padding_side": "left", "clean_up_tokenization_spaces": False, "image_token": image,
+            "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor"},
+        "preprocessor_config.json": pre,
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor", "patch_size": v.patch_size, "image_token": image,
+            "vision_feature_select_strategy": strategy(v), "num_additional_image_tokens": int(v.class_token)},
+        "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}
+
+    tensors = {k: x.detach().to("cpu", dtype).contiguous() for k, x in {**state, **folder.spare}.items()}
+    if bad := [k for k, x in tensors.items() if not x.isfinite().all()]:
+        stop(f"{out}: {bad[0]} is not finite in {dtype} and is not published")
+
     def fill(tmp):
-        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in {**state, **folder.spare}.items()}
         write_shards(tmp, tensors)
-        t = cfg.text
-        text = {**folder.text, "model_type": t.model_type, "vocab_size": t.vocab_size, "hidden_size": t.hidden_size, "intermediate_size": t.intermediate_size,
-                "num_hidden_layers": t.num_hidden_layers, "num_attention_heads": t.num_attention_heads, "num_key_value_heads": t.num_key_value_heads,
-                "head_dim": t.head_dim, "rms_norm_eps": t.rms_norm_eps, "rope_theta": t.rope_theta, "rope_scaling": t.rope_scaling,
-                "max_position_embeddings": t.max_position_embeddings, "tie_word_embeddings": t.tie_word_embeddings}
-        text.pop("rope_parameters", None)
-        text.setdefault("architectures", [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[t.model_type]])
-        v = cfg.vision
-        vision = {**folder.vision, **{k: getattr(v, k) for k in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                                                 "image_size", "patch_size", "hidden_act", "layer_norm_eps")}, "num_channels": 3}
-        strategy = "default" if v.class_token else "full"
-        tok = folder.tok
-        write(tmp / "config.json", {
-            "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100, "image_token_index": cfg.image_token_index,
-            "image_seq_length": v.patches, "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_layer": v.feature_layer,
-            "vision_feature_select_strategy": strategy, "pad_token_id": pad_id(tok), "tie_word_embeddings": t.tie_word_embeddings,
-            "torch_dtype": str(dtype).removeprefix("torch."), "text_config": text, "vision_config": vision})
-        stops = sorted(chat.stop_ids(tok, template)) if chat.template(template).stop != "\n" else [tok.eos]
-        write(tmp / "generation_config.json", {"bos_token_id": tok.bos, "eos_token_id": stops if len(stops) > 1 else stops[0],
-                                               "pad_token_id": pad_id(tok), "do_sample": False})
-        spec = json.loads((tok.folder / "tokenizer.json").read_text("utf-8")) | {"post_processor": None}  # the template writes BOS
-        write(tmp / "tokenizer.json", spec)
-        names = {v: k for k, v in tok.specials.items()}
-        write(tmp / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos), "eos_token": names.get(tok.eos), "pad_token": names.get(pad_id(tok)),
-            "model_max_length": t.max_position_embeddings, "padding_side": "left", "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"], "image_token": names[cfg.image_token_index], "processor_class": "LlavaProcessor"})
-        write(tmp / "preprocessor_config.json", {**folder.pre, "processor_class": "LlavaProcessor",
-                                                 **({"image_processor_type": "LlavaImageProcessor", "do_pad": True} if aspect == "pad" else {})})
-        write(tmp / "processor_config.json", {"processor_class": "LlavaProcessor", "patch_size": v.patch_size, "vision_feature_select_strategy": strategy,
-                                              "num_additional_image_tokens": int(v.class_token), "image_token": names[cfg.image_token_index]})
-        write(tmp / "pumice.json", {"template": template, "system": system, "image_aspect": aspect})
-        (tmp / "README.md").write_text(f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n{card}\n", "utf-8")
+        for name, obj in files.items():
+            write(tmp / name, obj)
+        front = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
+        (tmp / "README.md").write_text(f"{front}{card}\n", "utf-8")
 
     commit(out, fill)
 
 
 def pad_id(tok):
-    return next((tok.specials[n] for n in ("<pad>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>") if n in tok.specials), tok.eos)
+    known = ("<pad>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+    return next((tok.specials[n] for n in known if n in tok.specials), tok.eos)
 
 
 def write(path, obj):
@@ -249,15 +320,16 @@ def write_shards(folder, tensors):
     """model.safetensors, or shards of at most SHARD bytes and their index."""
     shards, size = [{}], 0
     for k in sorted(tensors):
-        n = tensors[k].numel() * tensors[k].element_size()
-        if shards[-1] and size + n > SHARD:
+        if shards[-1] and size + tensors[k].nbytes > SHARD:
             shards.append({})
             size = 0
         shards[-1][k] = tensors[k]
-        size += n
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        size += tensors[k].nbytes
+    n = len(shards)
+    names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards):
         save_file(shard, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(t.numel() * t.element_size() for t in tensors.values())
-        write(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {k: n for n, s in zip(names, shards) for k in s}})
+    if n > 1:
+        write(folder / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}})

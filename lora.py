@@ -1,19 +1,20 @@
 """LoRA (Hu et al. 2021), written by hand and applied from outside: y = W x + (alpha / r) B A dropout(x), W frozen.
 
-A wrapped layer keeps its weight under its published name and gains lora_A.weight (r, in) and lora_B.weight (out, r), which are the
-names of a PEFT adapter. B starts at zero, so that a wrapped model says exactly what it said before."""
+A wrapped layer keeps its weight under its published name and gains lora_A.weight (r, in) and lora_B.weight (out, r),
+which are the names of a PEFT adapter. B starts at zero, so that a wrapped model says exactly what it said before."""
 
 import fnmatch
 import json
-import re
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from checkpoint import commit
 from config import stop
+from hf import read_json, read_tensors, rename
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
 
@@ -24,8 +25,9 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = alpha / r, dropout
-        self.lora_A, self.lora_B = nn.Linear(base.in_features, r, bias=False), nn.Linear(r, base.out_features, bias=False)
-        nn.init.zeros_(self.lora_B.weight)                     # A keeps nn.Linear's U(-1/sqrt(in), 1/sqrt(in)), as PEFT's does
+        self.lora_A = nn.Linear(base.in_features, r, bias=False)   # U(-1/sqrt(in), 1/sqrt(in)), as in PEFT
+        self.lora_B = nn.Linear(r, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
         d = F.dropout(x, self.dropout, self.training)
@@ -33,14 +35,15 @@ class LoRALinear(nn.Linear):
 
 
 def targets(model, pattern):
-    """Names of the Linear layers a pattern means: `all-linear` = every one in the language model but the head; else comma-separated
-    leaf names (q_proj,v_proj) or globs over whole names."""
+    """Names of the Linear layers a pattern means: `all-linear` = every one in the language model but the head; else
+    comma-separated leaf names there (q_proj,v_proj) or globs over whole names."""
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n]
     if pattern == "all-linear":
         return [n for n in linears if n.startswith("language_model.model.")]
     out = []
     for p in pattern.split(","):
-        fits = [n for n in linears if (fnmatch.fnmatchcase(n, p) if "." in p or "*" in p else n.startswith("language_model.") and n.split(".")[-1] == p)]
+        globs = [p] if "." in p or "*" in p else [f"language_model.{p}", f"language_model.*.{p}"]
+        fits = [n for n in linears if any(fnmatch.fnmatchcase(n, g) for g in globs)]
         if not fits:
             stop(f"lora_targets: nothing is called {p!r}; there is, for example, {linears[-1]}")
         out += [n for n in fits if n not in out]
@@ -63,8 +66,8 @@ def apply(model, r, alpha, dropout, pattern, seed=0):
 
 @torch.no_grad()
 def merge_state(state, scale):
-    """Tensors of a wrapped model by name -> those of the plain model: W + scale B A, formed in fp32 (fp64 for fp64). The tensors
-    given are not changed, so merging twice gives the same."""
+    """Tensors of a wrapped model by name -> those of the plain model: W + scale B A, in fp32 (fp64 for fp64). The
+    tensors given are not changed, so merging twice gives the same."""
     out = {k: v for k, v in state.items() if ".lora_" not in k}
     for k in state:
         if k.endswith(".lora_A.weight"):
@@ -74,42 +77,59 @@ def merge_state(state, scale):
             delta = B.to(wide) @ A.to(wide) * scale
             if not delta.isfinite().all():
                 stop(f"the adapter of {name} is not finite and is not merged")
-            out[f"{name}.weight"] = (W.to(wide) + delta).to(torch.promote_types(W.dtype, torch.float32))
+            out[f"{name}.weight"] = W.to(wide) + delta
     return out
 
 
+def in_memory(name):
+    """Our name of a tensor -> the one it has in the memory of transformers since 4.52, which is what PEFT goes by."""
+    for ours, theirs in (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
+                         ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_", "model.multi_modal_")):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
 def save_adapter(out, state, r, alpha, dropout, base):
-    """A PEFT folder, whole or absent. What is trained besides adapters (the connector) goes along under its plain name."""
-    tensors = {PREFIX + k: v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
-    names = sorted({k.split(".lora_")[0] for k in state if ".lora_" in k})
-    extra = sorted({k.rpartition(".")[0] for k in state if ".lora_" not in k})
+    """A PEFT folder, whole or absent. What is trained besides adapters, the connector, goes along by its own name."""
+    tensors = {PREFIX + in_memory(k): v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
+    names = sorted({in_memory(k).split(".lora_")[0] for k in state if ".lora_" in k})
+    extra = sorted({in_memory(k).rpartition(".")[0] for k in state if ".lora_" not in k})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r,
+              "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "target_modules": names,
+              "modules_to_save": extra or None, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
+              "init_lora_weights": True, "inference_mode": True}
 
     def fill(tmp):
         save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
-        (tmp / "adapter_config.json").write_text(json.dumps({
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
-            "bias": "none", "target_modules": "|".join(re.escape(n).replace(r"language_model\.model", r"(model\.)?language_model(\.model)?") for n in names),
-            "modules_to_save": extra or None, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True,
-            "inference_mode": True}, indent=2))
+        (tmp / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
     commit(out, fill)
 
 
 def load_adapter(model, folder):
     """Wrap `model` with the adapter of a PEFT folder. Every tensor must find its place."""
-    c = json.loads((folder / "adapter_config.json").read_text())
-    for key, plain in (("use_dora", False), ("use_rslora", False), ("bias", "none"), ("fan_in_fan_out", False)):
-        if c.get(key, plain) != plain:
+    folder = Path(folder)
+    c = read_json(folder / "adapter_config.json")
+    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+        if c.get(key):
             stop(f"{folder}: {key}={c[key]} is not known here")
-    tensors = {k.removeprefix(PREFIX): v for k, v in load_file(folder / "adapter_model.safetensors").items()}
+    if c.get("bias", "none") != "none":
+        stop(f"{folder}: bias={c['bias']} is not known here")
+    tensors = read_tensors(folder, "adapter_model")
+    tensors = {rename(k.removeprefix(PREFIX)): v for k, v in tensors.items()}
     names = sorted({k.split(".lora_")[0] for k in tensors if ".lora_" in k})
     if not names:
         stop(f"{folder} holds no adapter")
     apply(model, c["r"], c["lora_alpha"], c.get("lora_dropout", 0.0), ",".join(names))
     own = dict(model.named_parameters())
+    if missing := sorted(k for k in own.keys() - tensors.keys() if ".lora_" in k):
+        stop(f"{folder}: {missing[0]} is missing")
     with torch.no_grad():
         for k, v in tensors.items():
             if k not in own or own[k].shape != v.shape:
                 stop(f"{folder}: {k} {tuple(v.shape)} does not fit this model")
+            if not v.isfinite().all():
+                stop(f"{folder}: {k} is not finite")
             own[k].copy_(v)
     return names

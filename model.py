@@ -1,11 +1,12 @@
-"""A vision-language model: a ViT turns pictures into patch features, a connector turns features into words, a Llama reads on.
+"""A vision-language model: a ViT turns pictures into patch features, a connector makes words of them, a Llama reads on.
 
-Everything runs on one packed stream of tokens, without padding and without a batch dimension (see kernels/attention.py), and the
-state dict is that of the published llava-hf checkpoints. The model knows no tokenizer, no dataset and no rank; LoRA, sharding,
-recomputation and compilation are applied to it from outside.
+Everything runs on one packed stream of tokens, without padding and without a batch dimension (kernels/attention.py),
+and the state dict is that of the published llava-hf checkpoints. The model knows no tokenizer, no dataset and no rank;
+LoRA, sharding, recomputation and compilation are applied to it from outside.
 
-    N tokens of the stream   R rows that are asked for   C LLM width   H heads   G kv-heads   K head dim   F MLP width   V vocabulary
-    I images   P patches each   T = P + class token   Q tokens each after the connector (Q = P)   D ViT width   S side in pixels
+    N tokens of the stream   R rows that are asked for   C LLM width   H heads   G kv-heads   K head dim   V vocabulary
+    I images   P patches each   T = P + class and register tokens   Q tokens each after the connector (Q = P)
+    D ViT width   S side in pixels
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from kernels.swiglu import swiglu
 IGNORE = -100  # the label of a position that is not learnt
 
 
-# ---- configs: the names are those of the published config.json ----------------------------------------------------------------
+# ---- configs: the names are those of the published config.json ------------------------------------------------------
 
 @dataclass
 class VisionConfig:
@@ -37,7 +38,7 @@ class VisionConfig:
     hidden_act: str = "quick_gelu"           # quick_gelu, gelu, gelu_pytorch_tanh
     layer_norm_eps: float = 1e-5
     num_register_tokens: int = 0             # DINOv2 with registers: 4
-    feature_layer: int = -2                  # index into [embeddings, block 1 ... block L]: -2 is the output of block L - 1
+    feature_layer: int = -2                  # index into [embeddings, block 1 ... L]: -2 is the output of block L - 1
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # pixels arrive as uint8 and are normalised here
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
@@ -52,9 +53,9 @@ class VisionConfig:
     @property
     def depth(self):
         """Blocks that are built: those that the chosen feature layer needs."""
-        depth = self.feature_layer if self.feature_layer >= 0 else self.num_hidden_layers + 1 + self.feature_layer
-        assert 0 <= depth <= self.num_hidden_layers, f"feature layer {self.feature_layer} of a ViT of {self.num_hidden_layers} blocks"
-        return depth
+        L, layer = self.num_hidden_layers, self.feature_layer
+        assert -L - 1 <= layer <= L, f"feature layer {layer} of a ViT of {L} blocks"
+        return layer % (L + 1)
 
 
 @dataclass
@@ -87,7 +88,7 @@ class VLMConfig:
     image_token_index: int = 32000
 
 
-# ---- the eyes -----------------------------------------------------------------------------------------------------------------
+# ---- the eyes -------------------------------------------------------------------------------------------------------
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
@@ -127,7 +128,8 @@ class ViTBlock(nn.Module):
         self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.mlp = ViTMLP(cfg)
         scaled = cfg.model_type.startswith("dinov2")  # DINOv2 multiplies each branch by a learnt vector
-        self.layer_scale1, self.layer_scale2 = (nn.Parameter(torch.ones(cfg.hidden_size)) if scaled else None for _ in range(2))
+        self.layer_scale1 = nn.Parameter(torch.ones(cfg.hidden_size)) if scaled else None
+        self.layer_scale2 = nn.Parameter(torch.ones(cfg.hidden_size)) if scaled else None
 
     def forward(self, x, lo, hi):
         h = self.self_attn(self.layer_norm1(x), lo, hi)
@@ -139,24 +141,24 @@ class ViTBlock(nn.Module):
 class ViTEmbeddings(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, D = cfg, cfg.hidden_size
+        self.cfg, D, p, registers = cfg, cfg.hidden_size, cfg.patch_size, cfg.num_register_tokens
         self.class_embedding = nn.Parameter(torch.empty(D)) if cfg.class_token else None
-        self.register_tokens = nn.Parameter(torch.empty(cfg.num_register_tokens, D)) if cfg.num_register_tokens else None
-        self.patch_embedding = nn.Conv2d(3, D, cfg.patch_size, cfg.patch_size, bias=cfg.model_type != "clip_vision_model")
+        self.register_tokens = nn.Parameter(torch.empty(registers, D)) if registers else None
+        self.patch_embedding = nn.Conv2d(3, D, p, p, bias=cfg.model_type != "clip_vision_model")
         self.position_embedding = nn.Embedding(cfg.patches + cfg.class_token, D)
 
     def forward(self, images):
-        cfg, p = self.cfg, self.cfg.patch_size
+        cfg, p, conv = self.cfg, self.cfg.patch_size, self.patch_embedding
         side = cfg.image_size // p * p  # a last, incomplete patch is dropped, as a convolution without padding would
         x = images[:, :, :side, :side].to(torch.float32) / 255
         mean, std = (torch.tensor(t, device=x.device).view(1, 3, 1, 1) for t in (cfg.image_mean, cfg.image_std))
-        x = ((x - mean) / std).to(self.patch_embedding.weight.dtype)
-        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)     # (I, rows, columns, 3, p, p)
-        x = F.linear(x.reshape(x.shape[0], cfg.patches, 3 * p * p), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
-        if self.class_embedding is not None:                                             # (I, P, D) -> (I, T, D)
-            x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        x = ((x - mean) / std).to(conv.weight.dtype)
+        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)        # (I, rows, columns, 3, p, p)
+        x = F.linear(x.reshape(x.shape[0], cfg.patches, 3 * p * p), conv.weight.flatten(1), conv.bias)       # (I, P, D)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)            # (I, T, D)
         x = x + self.position_embedding.weight.to(x.dtype)
-        if self.register_tokens is not None:                                             # after the positions were added
+        if self.register_tokens is not None:  # after the positions were added
             x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return x
 
@@ -166,18 +168,19 @@ class VisionModel(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        clip = cfg.model_type == "clip_vision_model"
         self.embeddings = ViTEmbeddings(cfg)
-        self.pre_layrnorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if cfg.model_type == "clip_vision_model" else None
+        self.pre_layrnorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # a published typo
         self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth))  # "pre_layrnorm" is how it was published
+        self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth))
 
     def forward(self, images):
         x = self.embeddings(images)
         I, T, D = x.shape
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
-        lo = torch.arange(0, I * T, T, dtype=torch.int32, device=x.device).repeat_interleave(T)  # a patch sees its own image
-        hi = lo + T
+        lo = torch.arange(0, I * T, T, dtype=torch.int32, device=x.device).repeat_interleave(T)
+        hi = lo + T                                                                        # a patch sees its own image
         x = x.reshape(I * T, D)
         for block in self.encoder.layers:
             x = block(x, lo, hi)
@@ -196,7 +199,7 @@ class VisionTower(nn.Module):
         return self.vision_model(images)[:, self.skip :]
 
 
-# ---- from features to words ---------------------------------------------------------------------------------------------------
+# ---- from features to words -----------------------------------------------------------------------------------------
 
 class Connector(nn.Module):
     """(I, P, D) -> (I, Q, C), Q = P."""
@@ -212,7 +215,7 @@ class Connector(nn.Module):
         return x if self.linear_2 is None else self.linear_2(F.gelu(x))
 
 
-# ---- the reader ---------------------------------------------------------------------------------------------------------------
+# ---- the reader -----------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
@@ -224,7 +227,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(cfg, device=None):
-    """(K/2,) fp32 angles per position. Recomputed where needed rather than kept as a buffer, which a cast to bf16 would round."""
+    """(K/2,) fp32 angles per position. Recomputed where needed: a cast of the model to bf16 would round a buffer."""
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.int64, device=device).float()
     f = 1.0 / cfg.rope_theta ** (i / cfg.head_dim)
     s = cfg.rope_scaling or {}
@@ -295,7 +298,7 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Decoder-only language model. x (N, C) embedded tokens -> hidden states after the last norm: (N, C), or (R, C) for `rows`."""
+    """x (N, C) embedded tokens -> hidden states after the last norm: (N, C), or (R, C) for `rows`."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -312,13 +315,13 @@ class Llama(nn.Module):
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def forward(self, x, pos, lo, hi, rows=None, cache=None):
-        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)    # (N, K/2), fp32: bf16 cannot tell 257 from 256
+        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)   # (N, K/2), fp32: bf16 takes 257 for 256
         cos, sin = angles.cos(), angles.sin()
         if self.cfg.sliding_window:
             lo = torch.maximum(lo, hi - self.cfg.sliding_window)
         for layer in self.model.layers[:-1]:
             x = layer(x, cos, sin, lo, hi, cache=cache)
-        x = self.model.layers[-1](x, cos, sin, lo, hi, rows=rows, cache=cache)  # rows without a question stop here: keys only
+        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)           # all the others only give keys and values
         return self.model.norm(x)
 
 
@@ -343,16 +346,17 @@ class VLM(nn.Module):
         return self.multi_modal_projector(features)
 
     def forward(self, ids, labels, pos, lo, hi, images, head=linear_cross_entropy, cache=None):
-        """One packed stream: ids, labels, pos, lo, hi (N,), images (I, 3, S, S) uint8. Only rows with a label are carried through the
-        last layer; `head(hidden (R, C), weight (V, C), labels (R,))` turns them into what is returned: the summed loss by default."""
-        x = self.language_model.model.embed_tokens(ids)                         # (N, C)
+        """One packed stream: ids, labels, pos, lo, hi (N,), images (I, 3, S, S) uint8. Only rows with a label go
+        through the last layer; `head(hidden (R, C), weight (V, C), labels (R,))` turns them into what is returned: the
+        summed loss by default."""
+        x = self.language_model.model.embed_tokens(ids)                        # (N, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))                   # or fp32 embeddings would widen the whole stream
-        z = self.see(images).flatten(0, 1)                                      # (I Q, C)
+            x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would widen the stream
+        z = self.see(images).flatten(0, 1)                                     # (I Q, C)
         hole = ids == self.cfg.image_token_index
         # holes were counted against images when the batch was built, on the CPU; counting them here would stall a GPU
         x = x.masked_scatter(hole[:, None], z.to(x.dtype))
-        rows = (labels != IGNORE).nonzero()[:, 0]                               # (R,)
+        rows = (labels != IGNORE).nonzero()[:, 0]                              # (R,)
         hidden = self.language_model(x, pos, lo, hi, rows, cache)
         return head(hidden, self.language_model.head_weight, labels[rows])
 
@@ -361,15 +365,16 @@ class VLM(nn.Module):
 def init_weights(model, seed=0):
     """Fill every parameter, in the order of the names, from one seed:
 
-        norms                     weight 1, bias 0         class, register and position tokens   N(0, 0.02)
-        matrices                  N(0, 0.02)               o_proj, out_proj, down_proj, fc2      0: a block starts as the identity
-        connector                 as torch.nn.Linear       DINOv2's layer scale                  1
-        token embeddings          N(0, 0.02)               other biases                          0
+        norms                weight 1, bias 0       class, register and position tokens    N(0, 0.02)
+        matrices             N(0, 0.02)             o_proj, out_proj, down_proj, fc2       0: a block starts as identity
+        connector            as torch.nn.Linear     DINOv2's layer scale                   1
+        token embeddings     N(0, 0.02)             other biases                           0
     """
     g = torch.Generator().manual_seed(seed)
-    for name, p in sorted(model.named_parameters()):
-        if "multi_modal_projector" in name:
-            fan_in = (p if p.ndim == 2 else dict(model.named_parameters())[name.replace("bias", "weight")]).shape[1]
+    params = dict(sorted(model.named_parameters()))
+    for name, p in params.items():
+        if "linear_" in name:  # the connector's, whether the whole model was given or the connector alone
+            fan_in = params[name.replace("bias", "weight")].shape[1]
             value = (2 * torch.rand(p.shape, generator=g) - 1) * fan_in**-0.5
         elif "norm" in name or "layer_scale" in name:
             value = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
@@ -380,11 +385,11 @@ def init_weights(model, seed=0):
         p.copy_(value)
 
 
-# ---- talking ------------------------------------------------------------------------------------------------------------------
+# ---- talking --------------------------------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of B conversations of at most L tokens: sequence b owns the slots [b L, (b + 1) L), so that a span says
-    which part of the cache a query reads, in the prompt and afterwards alike."""
+    """Keys and values of B conversations of at most L tokens: sequence b owns the slots [b L, (b + 1) L), so that a
+    span says which part of the cache a query reads, in the prompt and afterwards alike."""
 
     def __init__(self, B, L):
         self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): where the tokens of the next forward pass go
@@ -399,11 +404,12 @@ class Cache:
 
 @torch.no_grad()
 def generate(model, prompts, images, stop, max_new_tokens=64, temperature=0.0, banned=(), seed=0):
-    """Continue B ragged prompts. prompts: list of (n_b,) id tensors with Q holes per image; images (I, 3, S, S) uint8, in the order
-    of the holes. Ends at an id in `stop`, which is not returned; ids in `banned` (holes, vocabulary padding) are never said.
-    Greedy at temperature 0. Returns B lists of ids. Leaves the mode of the model and the global random state as they were."""
+    """Continue B ragged prompts. prompts: list of (n_b,) id tensors with Q holes per image; images (I, 3, S, S) uint8,
+    in the order of the holes. Ends at an id in `stop`, which is not returned; ids in `banned` (vocabulary
+    padding) are never said, nor are holes. Greedy at temperature 0. Returns B lists of ids. Leaves every module's mode and the global
+    random state as they were."""
     device = images.device
-    training = model.training
+    training = [m for m in model.modules() if m.training]
     model.eval()
     rng = torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts])
@@ -416,12 +422,12 @@ def generate(model, prompts, images, stop, max_new_tokens=64, temperature=0.0, b
     last = torch.full((len(pos),), IGNORE)
     last[lengths.cumsum(0) - 1] = 0                           # ask for the logits of each prompt's last token
     said, alive = [[] for _ in prompts], list(range(B))
-    banned = torch.tensor(sorted(banned), dtype=torch.long, device=device)
+    banned = torch.tensor(sorted({*banned, model.cfg.image_token_index}), device=device)
     try:
         for _ in range(max_new_tokens):
             cache.slot = (lo + pos).to(device)
-            batch = (last, pos, lo.int(), (lo + pos + 1).int())
-            logits = model(ids, *(t.to(device) for t in batch), images, head=logits_head, cache=cache).float()  # (alive, V)
+            batch = (t.to(device) for t in (last, pos, lo.int(), (lo + pos + 1).int()))
+            logits = model(ids, *batch, images, head=logits_head, cache=cache).float()                     # (alive, V)
             logits[:, banned] = -torch.inf
             if temperature > 0:
                 ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
@@ -439,5 +445,6 @@ def generate(model, prompts, images, stop, max_new_tokens=64, temperature=0.0, b
             pos = lengths[alive] + len(said[alive[0]]) - 1
             last = torch.zeros(len(alive), dtype=torch.long)
     finally:
-        model.train(training)
+        for m in training:
+            m.training = True
     return [s[:-1] if s and s[-1] in stop else s for s in said]

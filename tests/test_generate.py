@@ -1,0 +1,143 @@
+"""Generation: with a cache as without, alone as in a batch, and nothing of it left behind."""
+
+import pytest
+import torch
+from conftest import example, tiny_vlm
+
+from data import pack
+from model import IGNORE, Cache, generate, logits_head
+
+TIGHT = 1e-12
+NOTHING = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
+
+
+def prompt(seed, images=1, text=9):
+    ids, _, pictures = example(seed, text=text, images=images)
+    return torch.tensor(ids), pictures
+
+
+def logits(model, ids, pictures):
+    """Of every token of one conversation, without a cache"""
+    batch = pack([(ids.tolist(), [IGNORE] * len(ids), pictures)], 8)
+    with torch.no_grad():
+        return model(*batch._replace(labels=torch.zeros_like(batch.ids)), head=logits_head)
+
+
+def uncached(model, ids, pictures, n, stop=()):
+    """The whole conversation anew for every token"""
+    said = []
+    for _ in range(n):
+        last = logits(model, torch.cat([ids, torch.tensor(said, dtype=torch.long)]), pictures)[-1]
+        last[3] = -torch.inf                                # a hole without a picture
+        word = int(last.argmax())
+        if word in stop:
+            break
+        said.append(word)
+    return said
+
+
+@pytest.mark.parametrize("text", [{}, {"sliding_window": 5}, {"qk_norm": True}], ids=["llama", "window", "qwen3"])
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_64_tokens_with_a_cache_are_those_without(images, text):
+    model = tiny_vlm(**text)
+    ids, pictures = prompt(images, images)
+    said = generate(model, [ids], pictures, set(), 64)
+    assert said == [uncached(model, ids, pictures, 64)] and len(said[0]) == 64 and len(set(said[0])) > 2
+
+
+def test_logits_with_a_cache_are_those_without():
+    """A conversation read token by token through the cache, float64. Its own logits, at every position."""
+    model, (ids, pictures) = tiny_vlm(), prompt(1)
+    true, cache, got = logits(model, ids, pictures), Cache(1, len(ids)), []
+    head = 6                                            # BOS, four holes and a word at once, then one by one
+    with torch.no_grad():
+        for a, b in [(0, head), *((i, i + 1) for i in range(head, len(ids)))]:
+            pos = cache.slot = torch.arange(a, b)
+            got.append(model(ids[a:b], 0 * pos, pos, 0 * pos.int(), pos.int() + 1, pictures if a == 0 else NOTHING,
+                             head=logits_head, cache=cache))
+    torch.testing.assert_close(torch.cat(got), true, rtol=TIGHT, atol=TIGHT)
+
+
+def test_a_ragged_batch_says_what_each_says_alone():
+    """Five prompts of different lengths with 0, 1, 2, 1, 0 pictures; one of them stops early."""
+    model = tiny_vlm()
+    asked = [prompt(1, 0, 3), prompt(2, 1, 12), prompt(3, 2, 5), prompt(4, 1, 1), prompt(5, 0, 20)]
+    alone = [generate(model, [ids], pictures, set(), 20)[0] for ids, pictures in asked]
+    stop = {alone[1][3]}
+    alone = [generate(model, [ids], pictures, stop, 20)[0] for ids, pictures in asked]
+    together = generate(model, [ids for ids, _ in asked], torch.cat([p for _, p in asked]), stop, 20)
+    assert together == alone
+    assert len(alone[1]) <= 3 and max(len(s) for s in alone) == 20
+
+
+def test_the_same_question_again_gets_the_same_answer():
+    model = tiny_vlm()
+    (a, pa), (b, pb) = prompt(1), prompt(2, 2)
+    first, other, again = (generate(model, [i], p, set(), 16) for i, p in ((a, pa), (b, pb), (a, pa)))
+    assert first == again != other
+
+
+def test_an_answer_ends_at_a_stop_token_and_does_not_hold_it():
+    model, (ids, pictures) = tiny_vlm(), prompt(1)
+    free = generate(model, [ids], pictures, set(), 20)[0]
+    stop = free[7]
+    cut = free.index(stop)
+    assert generate(model, [ids], pictures, {stop}, 20)[0] == free[:cut]
+    assert generate(model, [ids], pictures, {free[0]}, 20) == [[]]
+    assert generate(model, [ids], pictures, set(), 0) == [[]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_banned_ids_are_never_said(temperature):
+    """All but ten ids are banned, those first among them that the model would have said."""
+    model, (ids, pictures) = tiny_vlm(), prompt(1)
+    free = set(generate(model, [ids], pictures, set(), 40, temperature)[0])
+    allowed = set(range(100, 110)) - free
+    said = generate(model, [ids], pictures, set(), 40, temperature, banned=set(range(512)) - allowed)[0]
+    assert set(said) <= allowed and len(said) == 40
+
+
+def test_a_model_never_says_a_picture():
+    """Its id would leave a hole that nothing fills, so it is banned without being asked."""
+    model, (ids, pictures) = tiny_vlm(), prompt(1)
+    said = generate(model, [ids] * 50, torch.cat([pictures] * 50), set(), 8, 1e3, banned=range(6, 512))
+    assert {w for s in said for w in s} == {0, 1, 2, 4, 5}      # at such a heat all that may be said is said
+
+
+def test_sampling_follows_its_seed_and_its_temperature():
+    model, (ids, pictures) = tiny_vlm(), prompt(1)
+    one, same, other = (generate(model, [ids], pictures, set(), 16, 1.0, seed=s) for s in (0, 0, 1))
+    assert one == same != other
+    assert generate(model, [ids], pictures, set(), 16, 1e-6) == generate(model, [ids], pictures, set(), 16)
+
+
+def test_sampled_words_follow_the_softmax():
+    """2,000 draws of one word: shares within five standard deviations of the probabilities."""
+    model, (ids, pictures) = tiny_vlm(), prompt(1, 0)
+    n = 2000
+    said = generate(model, [ids[:4]] * n, NOTHING, set(), 1, 0.7, banned=range(8, 512))
+    share = torch.bincount(torch.tensor(said).flatten(), minlength=512)[:8].double() / n
+    last = logits(model, ids[:4], pictures)[-1, :8]
+    last[3] = -torch.inf
+    p = (last / 0.7).softmax(0)
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all() and (p > 0.01).sum() > 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generating_leaves_modes_and_random_state_as_they_were(temperature):
+    """Also where one part of the model was in another mode than the rest, and where generation fails."""
+    model, (ids, pictures) = tiny_vlm(), prompt(1)
+    model.train()
+    model.vision_tower.eval()
+    modes = {n: m.training for n, m in model.named_modules()}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    seen = []
+    hook = model.language_model.register_forward_hook(lambda m, i, o: seen.append((m.training, torch.is_grad_enabled())))
+    generate(model, [ids], pictures, set(), 4, temperature)
+    hook.remove()
+    assert seen == [(False, False)] * 4
+    assert {n: m.training for n, m in model.named_modules()} == modes and torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(IndexError):
+        generate(model, [torch.tensor([99999])], NOTHING, set(), 4)
+    assert {n: m.training for n, m in model.named_modules()} == modes

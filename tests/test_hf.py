@@ -1,0 +1,418 @@
+"""Published folders in and out, against transformers: what it writes we read, what we write it reads, to the last bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import example, make_tokenizer
+from safetensors.torch import load_file, save_file
+from test_model import FAMILIES, LLAMA3, TEXT, VISION, all_logits, exact_norms, theirs, their_logits
+
+import hf
+from data import pack
+
+PRE = {"image_processor_type": "CLIPImageProcessor", "crop_size": {"height": 8, "width": 8}, "size": {"shortest_edge": 8},
+       "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
+       "rescale_factor": 1 / 255, "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+EXAMPLES = [example(1), example(2, images=0, text=14), example(3, images=3, text=5)]
+
+
+def random(model, seed=0):
+    torch.manual_seed(seed)
+    for n, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in n and n.endswith("weight") else 0.0, std=0.2)
+    return model.eval()
+
+
+def add_files(folder, tok=None, pre=None):
+    if pre:
+        (folder / "preprocessor_config.json").write_text(json.dumps(pre))
+    for f in tok.glob("tokenizer*.json") if tok else ():
+        shutil.copy(f, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory, bytes_folder):
+    """A CLIP and a Llama as transformers writes them -> vision, llm"""
+    T = pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("towers")
+    random(T.CLIPVisionModel(T.CLIPVisionConfig(**VISION | {"image_size": 8}))).save_pretrained(root / "clip")
+    random(T.LlamaForCausalLM(T.LlamaConfig(**TEXT))).save_pretrained(root / "llama")
+    return add_files(root / "clip", pre=PRE), add_files(root / "llama", bytes_folder)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory, bytes_folder):
+    """A LLaVA as transformers 5 writes a new one (without `vision_model.`)"""
+    folder = tmp_path_factory.mktemp("llava") / "a"
+    theirs(v={"image_size": 8}).float().save_pretrained(folder)
+    return add_files(folder, bytes_folder, PRE)
+
+
+@pytest.fixture
+def copy(towers, tmp_path):
+    """The two towers, to be spoilt"""
+    return tuple(shutil.copytree(t, tmp_path / t.name) for t in towers)
+
+
+def respell(folder, out, spelling):
+    """The same folder with its tensors under other names"""
+    shutil.copytree(folder, out)
+    tensors = {spelling(hf.rename(k)): v for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def hub(k):
+    return k
+
+
+def in_memory(k):
+    k = k.replace("language_model.lm_head.", "lm_head.")
+    return k if k.startswith("lm_head") else "model." + k.replace("language_model.model.", "language_model.")
+
+
+SPELLINGS = {"A": lambda k: k.replace("vision_tower.vision_model.", "vision_tower."), "B": hub, "C": in_memory,
+             "D": lambda k: in_memory(k).replace("vision_tower.vision_model.", "vision_tower.")}
+
+
+def export(model, folder, out, dtype=torch.float32, template="vicuna_v1", aspect="crop"):
+    hf.save(out, model.state_dict(), model.cfg, folder, template, None, aspect, dtype)
+    return out
+
+
+def same(a, b):
+    a, b = ({**m.state_dict(), **f.spare} for m, f in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def error(call, *args, **kw):
+    """The one line that a user sees"""
+    with pytest.raises(SystemExit) as e:
+        call(*args, **kw)
+    line = str(e.value)
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
+# ---- in ---------------------------------------------------------------------------------------------------------------
+
+def test_two_towers_of_transformers_become_a_model(towers, bytes_folder):
+    vision, llm = towers
+    model, folder = hf.load(vision, llm)
+    published = load_file(vision / "model.safetensors") | load_file(llm / "model.safetensors")
+    state = model.state_dict()
+    for k, x in state.items():
+        if not k.startswith("multi_modal_projector"):
+            name = k.removeprefix("vision_tower.vision_model.").removeprefix("language_model.")
+            assert torch.equal(x, published.pop(name)), k
+    assert {"vision_tower.vision_model." + k for k in published} == folder.spare.keys()    # the last block, the last norm
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+    assert model.cfg.image_token_index == 3 and model.cfg.text.num_key_value_heads == 2
+
+
+def test_only_the_connector_depends_on_the_seed(towers):
+    """And so it does, twice the same for the same seed: nothing else was left to chance."""
+    one, same_, other = (hf.load(*towers, seed=s)[0].state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(one[k], same_[k]) for k in one)
+    assert {k for k in one if not torch.equal(one[k], other[k])} == {k for k in one if k.startswith("multi_modal_projector")}
+    assert 0.9 * 32**-0.5 < one["multi_modal_projector.linear_1.weight"].abs().max() <= 32**-0.5    # as any Linear starts
+    assert "multi_modal_projector.linear_2.weight" not in hf.load(*towers, connector="linear")[0].state_dict()
+
+
+def test_the_eyes_may_come_as_a_whole_clip(towers, tmp_path):
+    """CLIPModel: both halves in one file, the vision settings nested."""
+    T = pytest.importorskip("transformers")
+    eyes, llm = towers
+    tower = load_file(eyes / "model.safetensors")
+    text = {"text_model.final_layer_norm.weight": torch.ones(4), "logit_scale": torch.ones(()), "visual_projection.weight": torch.ones(4, 4),
+            "text_projection.weight": torch.ones(4, 4), "vision_model.embeddings.position_ids": torch.arange(5)[None]}
+    save_file({f"vision_model.{k}": v for k, v in tower.items()} | text, tmp_path / "model.safetensors")
+    nested = json.loads((eyes / "config.json").read_text())
+    nested.pop("layer_norm_eps"), nested.pop("hidden_act")                       # absent, as in the published one
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": nested, "text_config": {}}))
+    add_files(tmp_path, pre=PRE)
+    assert same(hf.load(tmp_path, llm), hf.load(*towers))
+    assert T.CLIPVisionConfig().hidden_act == hf.load(tmp_path, llm)[0].cfg.vision.hidden_act == "quick_gelu"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_all_four_spellings_of_a_llava_load(llava, tmp_path, spelling):
+    reference = hf.load(init=llava)
+    folder = respell(llava, tmp_path / "other", SPELLINGS[spelling])
+    names = set(load_file(folder / "model.safetensors"))
+    assert (names == set(load_file(llava / "model.safetensors"))) == (spelling == "A")    # which is how 5 wrote it
+    assert same(hf.load(init=folder), reference)
+
+
+def test_a_tensor_under_two_names_is_refused(llava, tmp_path):
+    folder = shutil.copytree(llava, tmp_path / "twice")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.zeros(512, 32)}, folder / "model.safetensors")
+    assert "language_model.lm_head.weight under two names" in error(hf.load, init=folder)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_configs_of_all_families_survive_the_way_out_and_back(name, tmp_path, bytes_folder):
+    """Saved by transformers, read by us, written by us, read by both: the same config, the same bits, the same logits."""
+    T = pytest.importorskip("transformers")
+    vision, v, text, t = FAMILIES[name]
+    theirs(vision, v | {"image_size": 8}, text, t).float().save_pretrained(tmp_path / "a")
+    pre = {k: x for k, x in PRE.items() if vision == "CLIP" or not k.startswith("image_")}
+    first = hf.load(init=add_files(tmp_path / "a", bytes_folder, pre))
+    second = hf.load(init=export(*first, tmp_path / "b"))
+    assert second[0].cfg == first[0].cfg and same(second, first)
+    back, info = T.LlavaForConditionalGeneration.from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    back = exact_norms(back.double().eval())
+    with torch.no_grad():
+        mine = all_logits(second[0].double(), pack(EXAMPLES, 8))
+    true = their_logits(back, EXAMPLES, first[0].cfg.vision)
+    assert (mine - true).abs().max() <= 1e-10 * max(1, true.abs().max())
+
+
+@pytest.mark.parametrize("kind, text, want", [
+    ("llama", {}, dict(hidden_size=4096, num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e4)),
+    ("llama", {"num_attention_heads": 8, "hidden_size": 64}, dict(num_key_value_heads=8, head_dim=8)),
+    ("mistral", {}, dict(num_key_value_heads=8, intermediate_size=14336, sliding_window=4096)),
+    ("mistral", {"sliding_window": None}, dict(sliding_window=None)),
+    ("qwen2", {"sliding_window": 4096, "use_sliding_window": False}, dict(sliding_window=None, qkv_bias=True, o_bias=False)),
+    ("qwen2", {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0}, dict(sliding_window=7)),
+    ("qwen3", {"hidden_size": 1024, "num_attention_heads": 16}, dict(head_dim=128, qk_norm=True, qkv_bias=False)),
+    ("llama", {"attention_bias": True, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+     dict(qkv_bias=True, o_bias=True, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})),
+    ("llama", {"rope_parameters": LLAMA3}, dict(rope_theta=5e5, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"})),
+])
+def test_absent_keys_of_a_language_model_mean_what_its_class_says(kind, text, want):
+    T = pytest.importorskip("transformers")
+    c = hf.text_config({"model_type": kind} | text)
+    assert {k: getattr(c, k) for k in want} == want
+    full = hf.text_config(getattr(T, f"{kind.capitalize()}Config")(**text).to_dict())     # every key spelt out
+    full.rope_scaling = full.rope_scaling and {k: v for k, v in full.rope_scaling.items() if k in {**(c.rope_scaling or {}), "type": 0}}
+    spelt = {"rope_scaling", "max_position_embeddings"}                                   # Llama's own default has changed
+    assert {k: v for k, v in vars(full).items() if k not in spelt} == {k: v for k, v in vars(c).items() if k not in spelt}
+
+
+def test_absent_keys_of_a_vision_tower_mean_what_its_class_says():
+    T = pytest.importorskip("transformers")
+    for kind, full in (("clip", T.CLIPVisionConfig()), ("siglip", T.SiglipVisionConfig())):
+        c = hf.vision_config({"model_type": f"{kind}_vision_model"})
+        assert c == hf.vision_config(full.to_dict()) and c.class_token == (kind == "clip")
+    assert hf.vision_config({"model_type": "siglip_vision_model"}).image_mean == (0.5, 0.5, 0.5)
+    assert hf.vision_config({}, pre={"image_mean": [1, 2, 3]}).image_mean == (1, 2, 3)
+
+
+# ---- what is wrong, in one line ---------------------------------------------------------------------------------------
+
+def spoil(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder, **new):
+    c = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(c | new))
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "1 tensor(s) missing, the first is language_model.model.layers.1.mlp.up_proj.weight"),
+    (lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.ones(1)}), "unexpected tensor(s), the first is language_model.model.layers.7.mlp"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "language_model.model.norm.weight has shape (31,), the config says (32,)"),
+])
+def test_a_tensor_that_is_missing_unexpected_or_misshapen_is_named(copy, change, says):
+    spoil(copy[1], change)
+    assert says in error(hf.load, *copy)
+
+
+def test_an_unexpected_tensor_in_a_block_that_is_built_is_no_spare_part(copy):
+    spoil(copy[0], lambda t: t.update({"encoder.layers.0.extra": torch.ones(1)}))
+    assert "the first is vision_tower.vision_model.encoder.layers.0.extra" in error(hf.load, *copy)
+
+
+def test_old_files_may_hold_tables_that_are_recomputed(copy, towers):
+    spoil(copy[1], lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    spoil(copy[0], lambda t: t.update({"embeddings.position_ids": torch.arange(5)[None]}))
+    assert same(hf.load(*copy), hf.load(*towers))
+
+
+def test_pickles_are_not_opened(copy):
+    """Reading one can run code, so its presence is a reason to say so, and no more."""
+    (copy[1] / "model.safetensors").unlink()
+    (copy[1] / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+    assert "pytorch_model.bin is a pickle, which can run code: convert it to safetensors first" in error(hf.load, *copy)
+
+
+def shards(folder, name="model-00002-of-00002.safetensors"):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first, *rest = sorted(tensors)
+    save_file({first: tensors[first]}, folder / "model-00001-of-00002.safetensors")
+    save_file({k: tensors[k] for k in rest}, folder / "model-00002-of-00002.safetensors")
+    where = {first: "model-00001-of-00002.safetensors"} | {k: name for k in rest}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return where
+
+
+def test_a_model_in_shards_loads_as_one_in_a_file(copy, towers):
+    shards(copy[1])
+    assert same(hf.load(*copy), hf.load(*towers))
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", "sub/model.safetensors"])
+def test_a_shard_outside_its_folder_is_refused(copy, name):
+    shards(copy[1], name)
+    assert f"names a shard outside its folder: {name}" in error(hf.load, *copy)
+
+
+def test_an_index_must_be_true(copy):
+    where = shards(copy[1])
+    index = copy[1] / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where | {"more": "model-00001-of-00002.safetensors"}}))
+    assert "more stands in the index and in no shard" in error(hf.load, *copy)
+    index.write_text(json.dumps({"weight_map": where | {"more": "model-00003-of-00003.safetensors"}}))
+    assert "model-00003-of-00003.safetensors is missing" in error(hf.load, *copy)
+    for wrong in ("{}", '{"weight_map": {"a": 1}}'):
+        index.write_text(wrong)
+        assert "has no weight_map" in error(hf.load, *copy)
+    save_file({k: torch.ones(1) for k in where}, copy[1] / "model-00001-of-00002.safetensors")
+    index.write_text(json.dumps({"weight_map": where}))
+    assert "stands in two shards" in error(hf.load, *copy)
+
+
+def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava):
+    (tmp_path / "empty").mkdir()
+    assert "config.json is missing" in error(hf.load, tmp_path / "empty", copy[1])
+    assert "there is no such folder" in error(hf.load, init=tmp_path / "nowhere")
+    assert "no model.safetensors in it" in error(hf.load, init=tmp_path / "empty")
+    assert "holds a 'clip_vision_model', not a llava model" in error(hf.load, init=copy[0])
+    assert "vision tower of type 'llama'" in error(hf.load, add_files(copy[1], pre=PRE), towers[1])
+    (copy[1] / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
+    assert "is not a whole safetensors file" in error(hf.load, *copy)
+    for text, says in (("{", "is not json"), ("[1]", "is not a json object")):
+        (copy[1] / "config.json").write_text(text)
+        assert says in error(hf.load, *copy)
+
+
+@pytest.mark.parametrize("part, new, says", [
+    (0, dict(model_type="beit"), "vision tower of type 'beit': clip_vision_model, siglip_vision_model are known"),
+    (0, dict(hidden_act="relu"), "vision tower with hidden_act 'relu'"),
+    (1, dict(model_type="mamba"), "language model of type 'mamba': llama, mistral, qwen2, qwen3 are known"),
+    (1, dict(hidden_act="gelu"), "language model with hidden_act 'gelu'"),
+    (1, dict(rope_scaling={"rope_type": "yarn"}), "rope scaling 'yarn'"),
+    (1, dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1), "a sliding window in layers 1 to 1 alone"),
+    (1, dict(vocab_size=3), "has no <image> token with a row in the embedding"),
+    (1, dict(vocab_size=400), "the tokenizer knows"),
+])
+def test_what_is_not_known_here_is_refused(copy, part, new, says):
+    configure(copy[part], **new)
+    assert says in error(hf.load, *copy)
+
+
+@pytest.mark.parametrize("new, says", [
+    (dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy 'full'"),
+    (dict(projector_hidden_act="relu"), "projector_hidden_act 'relu'"), (dict(vision_feature_layer=[-2, -5]), "several feature layers"),
+    (dict(text_config=None), "not a llava model"),
+])
+def test_a_llava_of_another_kind_is_refused(llava, tmp_path, new, says):
+    folder = shutil.copytree(llava, tmp_path / "other")
+    configure(folder, **new)
+    assert says in error(hf.load, init=folder)
+
+
+# ---- out --------------------------------------------------------------------------------------------------------------
+
+def test_a_model_comes_back_bit_by_bit_with_what_was_not_built(towers, tmp_path):
+    """The block behind the feature layer and the last norm go along, so that other readers find a whole tower."""
+    first = hf.load(*towers)
+    assert any("layers.2" in k for k in first[1].spare) and any("post_layernorm" in k for k in first[1].spare)
+    again = hf.load(init=export(*first, tmp_path / "out"))
+    assert same(again, first) and again[0].cfg == first[0].cfg
+    third = hf.load(init=export(*again, tmp_path / "third"))
+    assert same(third, first)
+    assert (tmp_path / "third" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+
+
+def test_half_precision_is_rounded_once_and_what_does_not_fit_is_refused(towers, tmp_path):
+    model, folder = hf.load(*towers)
+    back, _ = hf.load(init=export(model, folder, tmp_path / "half", torch.float16))
+    assert all(torch.equal(x.half().float(), back.state_dict()[k]) for k, x in model.state_dict().items())
+    with torch.no_grad():
+        model.language_model.model.norm.weight[0] = 1e6
+    assert "language_model.model.norm.weight is not finite in torch.float16" in error(export, model, folder, tmp_path / "big", torch.float16)
+    assert not (tmp_path / "big").exists()
+
+
+def test_a_large_model_is_written_in_shards(towers, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD", 20_000)
+    first = hf.load(*towers)
+    out = export(*first, tmp_path / "out")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    found = {n: set(load_file(out / n)) for n in set(index["weight_map"].values())}
+    assert len(found) > 3 and not (out / "model.safetensors").exists()
+    assert {k: n for n, keys in found.items() for k in keys} == index["weight_map"]
+    state = {**first[0].state_dict(), **first[1].spare}
+    assert index["weight_map"].keys() == state.keys() and index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
+    assert same(hf.load(init=out), first)
+
+
+def test_transformers_tokenizes_as_we_do(towers, tmp_path):
+    T = pytest.importorskip("transformers")
+    model, folder = hf.load(*towers)
+    out = export(model, folder, tmp_path / "out")
+    tok = T.AutoTokenizer.from_pretrained(out)
+    for s in ("What is this? It is a black cat.", "  two  spaces\nand ünïcode 🙂", ""):
+        assert tok(s, add_special_tokens=True)["input_ids"] == folder.tok.text(s)[0]     # no BOS of its own
+    assert tok.convert_tokens_to_ids("<image>") == model.cfg.image_token_index == 3
+    assert (tok.bos_token_id, tok.eos_token_id, tok.pad_token) == (1, 2, "<pad>") and tok.padding_side == "left"
+    assert tok("<s> <image>")["input_ids"][0] == 1
+    assert T.GenerationConfig.from_pretrained(out).eos_token_id == 2
+
+
+def test_the_whole_folder_answers_in_transformers_as_here(towers, tmp_path):
+    """Processor, model and greedy words: the folder alone says everything."""
+    T = pytest.importorskip("transformers")
+    from PIL import Image
+
+    from data import preprocess
+    from model import generate
+    model, folder = hf.load(*towers)
+    out = export(model, folder, tmp_path / "out")
+    processor = T.LlavaProcessor(T.models.clip.image_processing_pil_clip.CLIPImageProcessorPil.from_pretrained(out), T.AutoTokenizer.from_pretrained(out),
+                                 **{k: v for k, v in json.loads((out / "processor_config.json").read_text()).items() if k != "processor_class"})
+    image = Image.effect_noise((23, 14), 90).convert("RGB")
+    there = processor(images=image, text="<s>USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+    tok = folder.tok
+    ids = [1, *tok.text("USER: ")[0], *[3] * 4, *tok.text("\nWhat is this? ASSISTANT:")[0]]
+    assert there["input_ids"][0].tolist() == ids
+    mine = preprocess(image, hf.image_spec(folder.pre, "crop"))
+    mean, std = (torch.tensor(PRE[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
+    torch.testing.assert_close((mine / 255 - mean) / std, there["pixel_values"][0], rtol=0, atol=1e-5)
+    other = T.LlavaForConditionalGeneration.from_pretrained(out).eval()
+    words = other.generate(**there, max_new_tokens=8, do_sample=False)[0, len(ids):].tolist()
+    said = generate(model, [torch.tensor(ids)], mine[None], {2}, 8)[0]
+    assert [w for w in words if w != 2] == said and len(said) > 0
+
+
+def test_the_config_says_how_the_model_was_trained(towers, tmp_path):
+    model, folder = hf.load(*towers)
+    hf.save(tmp_path / "out", model.state_dict(), model.cfg, folder, "plain", "be brief", "pad", torch.float32, "a card")
+    out = tmp_path / "out"
+    assert hf.load(init=out)[1].meta == {"template": "plain", "system": "be brief", "image_aspect": "pad"}
+    pre = json.loads((out / "preprocessor_config.json").read_text())
+    assert pre["image_processor_type"] == "LlavaImageProcessor" and pre["do_pad"] and pre["crop_size"] == PRE["crop_size"]
+    c = json.loads((out / "config.json").read_text())
+    assert c["torch_dtype"] == "float32" and "dtype" not in c["text_config"] and c["text_config"]["architectures"] == ["LlamaForCausalLM"]
+    assert c["text_config"]["rope_theta"] == 1e4 and "rope_parameters" not in c["text_config"]    # flat: 4.x reads no other
+    assert (out / "README.md").read_text().endswith("a card\n")
+
+
+def test_image_preprocessing_is_read_from_either_spelling():
+    from data import ImageSpec
+    mean = (0.1, 0.2, 0.3)
+    assert hf.image_spec({"crop_size": 8, "image_mean": mean}, "crop") == ImageSpec(8, "crop", 3, mean)
+    assert hf.image_spec({"size": {"height": 9, "width": 9}, "resample": 2}, "squash")[:3] == (9, "squash", 2)
+    assert hf.image_spec({"crop_size": {"height": 7, "width": 7}, "size": {"shortest_edge": 9}}, "pad").side == 7
+    assert "image_aspect=stretch: pad, crop or squash" in error(hf.image_spec, {}, "stretch")

@@ -1,0 +1,254 @@
+"""LoRA: nothing changes at the start, merging is exact, and PEFT reads and writes the same files."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import example, tiny_vlm
+from safetensors.torch import load_file, save_file
+from test_hf import EXAMPLES, error
+from test_model import all_logits, exact_norms, gradients, ours, their_logits, theirs
+
+import engine
+import lora
+from data import pack
+
+TIGHT = 1e-12
+BATCH = pack([example(1), example(2, images=2, text=14)], 8)
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def wrapped(r=4, alpha=8.0, dropout=0.0, pattern="all-linear", learnt=True, dtype=torch.float64):
+    """A tiny model with adapters that have already learnt something"""
+    model = tiny_vlm()
+    names = lora.apply(model, r, alpha, dropout, pattern)
+    if learnt:
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                torch.nn.init.normal_(p, std=0.1)
+    return model.to(dtype), names
+
+
+def trained(model):
+    """What stage 2 with LoRA trains, by name: adapters and connector"""
+    return {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n or "projector" in n}
+
+
+def say(model, batch=BATCH):
+    with torch.no_grad():
+        return all_logits(model, batch)
+
+
+def test_a_fresh_adapter_changes_no_bit():
+    model, _ = wrapped(learnt=False)
+    assert torch.equal(say(model), say(tiny_vlm()))
+    assert not torch.equal(say(wrapped()[0]), say(tiny_vlm()))
+
+
+def test_a_wrapped_layer_computes_what_the_paper_says():
+    """y = W x + (alpha / r) B A x, by hand."""
+    layer = lora.LoRALinear(torch.nn.Linear(5, 3), 2, 7.0, 0.0).double()
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    A, B, W = layer.lora_A.weight, layer.lora_B.weight, layer.weight
+    torch.testing.assert_close(layer(x), x @ (W + 3.5 * B @ A).T + layer.bias, rtol=TIGHT, atol=TIGHT)
+
+
+def test_adapters_start_as_those_of_peft_do():
+    model, names = wrapped(r=8, learnt=False)
+    for n in names:
+        m = model.get_submodule(n)
+        bound = m.in_features**-0.5
+        assert not m.lora_B.weight.any() and 0.9 * bound < m.lora_A.weight.abs().max() <= bound * (1 + 1e-6)
+    again, other = tiny_vlm(), tiny_vlm()
+    state = torch.get_rng_state()
+    lora.apply(again, 8, 8.0, 0.0, "all-linear")
+    lora.apply(other, 8, 8.0, 0.0, "all-linear", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)                          # the run's own randomness is not touched
+    same = [torch.equal(a.get_parameter(f"{names[0]}.lora_A.weight").double(), model.get_parameter(f"{names[0]}.lora_A.weight"))
+            for a in (again, other)]
+    assert same == [True, False]
+
+
+@pytest.mark.parametrize("pattern, want", [
+    ("all-linear", [f"language_model.model.layers.{i}.{'self_attn' if p[0] in 'qkvo' else 'mlp'}.{p}" for i in (0, 1) for p in LEAVES]),
+    ("q_proj,v_proj", [f"language_model.model.layers.{i}.self_attn.{p}" for p in ("q_proj", "v_proj") for i in (0, 1)]),
+    ("lm_head", ["language_model.lm_head"]),
+    ("language_model.*.1.mlp.*,*.layers.1.mlp.up_proj", [f"language_model.model.layers.1.mlp.{p}" for p in LEAVES[4:]]),
+    ("vision_tower.*.fc1", [f"vision_tower.vision_model.encoder.layers.{i}.mlp.fc1" for i in (0, 1)]),
+])
+def test_a_pattern_means_exactly_these_layers(pattern, want):
+    """`q_proj` means those of the language model: the vision tower has layers of the same name."""
+    model = tiny_vlm()
+    assert lora.targets(model, pattern) == want
+    assert lora.apply(model, 2, 4.0, 0.0, pattern) == want
+    assert {n.split(".lora_")[0] for n, _ in model.named_parameters() if ".lora_" in n} == set(want)
+
+
+def test_a_pattern_that_means_nothing_and_a_second_adapter_are_refused():
+    assert "nothing is called 'w_qkv'; there is, for example, language_model" in error(lora.targets, tiny_vlm(), "q_proj,w_qkv")
+    model, names = wrapped()
+    assert f"{names[0]} carries an adapter already" in error(lora.apply, model, 4, 8.0, 0.0, names[0])
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_every_adapter_learns_and_nothing_else_does(recompute):
+    """With frozen embeddings below; recomputation in its reentrant form would leave adapters without a gradient."""
+    def run(how):
+        model, _ = wrapped(dropout=0.5)
+        lrs = engine.choose(model, {"*.lora_*": 1e-3}, torch.float64)
+        world = engine.World(0, 1, torch.device("cpu"), torch.float64)
+        model = engine.parallelize(model, world, [*model.language_model.model.layers], recompute=how)
+        torch.manual_seed(3)                                                  # the same dropout
+        return lrs, *gradients(model, [BATCH])
+
+    lrs, loss, got = run(recompute)
+    assert got.keys() == lrs.keys() and all(".lora_" in n and g.any() for n, g in got.items())
+    _, plain, want = run("none")
+    assert loss == plain and all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_the_reentrant_form_would_lose_gradients():
+    from torch.utils.checkpoint import checkpoint
+    model, _ = wrapped()
+    engine.choose(model, {"*.lora_*": 1e-3}, torch.float64)
+    first = model.language_model.model.layers[0]
+    plain = first.forward
+    first.forward = lambda *args, cache=None: checkpoint(plain, *args, use_reentrant=True)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
+        _, got = gradients(model, [BATCH])
+    assert not any("layers.0." in n for n in got) and any("layers.1." in n for n in got)
+
+
+def test_dropout_is_silent_in_evaluation_and_only_there():
+    model, _ = wrapped(dropout=0.5)
+    model.train()
+    assert not torch.equal(say(model), say(model))
+    model.eval()
+    assert torch.equal(say(model), say(model)) and torch.equal(say(model), say(wrapped()[0].eval()))
+
+
+@pytest.mark.parametrize("dtype, gate", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_a_merged_model_says_what_the_wrapped_one_says(dtype, gate):
+    model, _ = wrapped(dtype=dtype)
+    merged = tiny_vlm(dtype=dtype)
+    state = model.state_dict()
+    before = {k: v.clone() for k, v in state.items()}
+    plain = lora.merge_state(state, 8.0 / 4)
+    merged.load_state_dict(plain)                                             # strict: the names of a plain model, all of them
+    scale = say(model).abs().max()
+    assert (say(merged) - say(model)).abs().max() <= gate * 10 * scale        # logits: ten layers' roundings
+    assert all(torch.equal(state[k], before[k]) for k in before)              # the base is as it was, so twice is as once
+    again = lora.merge_state(state, 8.0 / 4)
+    assert all(torch.equal(again[k], plain[k]) for k in plain)
+    merged.load_state_dict(lora.merge_state(state, 8.0))                      # alpha instead of alpha / r would be seen
+    assert (say(merged) - say(model)).abs().max() > 1000 * gate * scale
+
+
+def test_merging_into_bf16_is_formed_in_fp32():
+    model, names = wrapped()
+    model.bfloat16()
+    state, name = model.state_dict(), f"{names[0]}.weight"
+    A, B = (state[f"{names[0]}.lora_{x}.weight"].double() for x in "AB")
+    true = state[name].double() + 2 * B @ A
+    got = lora.merge_state(state, 2.0)[name]
+    assert got.dtype == torch.float32 and (got.double() - true).abs().max() <= 1e-6
+
+
+def test_an_adapter_that_is_not_finite_is_not_merged():
+    model, names = wrapped()
+    with torch.no_grad():
+        model.get_parameter(f"{names[1]}.lora_A.weight")[0, 0] = torch.nan
+    assert f"the adapter of {names[1]} is not finite" in error(lora.merge_state, model.state_dict(), 2.0)
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+def test_adapter_and_connector_come_back_bit_by_bit(tmp_path):
+    """In fp32, as they are trained: a new process with the base and the folder says the same, to the last bit."""
+    model, names = wrapped(pattern="q_proj,down_proj", dtype=torch.float32)
+    with torch.no_grad():
+        model.multi_modal_projector.linear_1.weight.add_(0.1)
+    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base")
+    back = tiny_vlm(dtype=torch.float32)
+    assert lora.load_adapter(back, tmp_path / "adapter") == sorted(names)
+    assert torch.equal(say(back), say(model))
+    bare = tiny_vlm(dtype=torch.float32)                                      # without the connector it would not
+    lora.save_adapter(tmp_path / "bare", {n: p for n, p in trained(model).items() if ".lora_" in n}, 4, 8.0, 0.0, "base")
+    lora.load_adapter(bare, tmp_path / "bare")
+    assert not torch.equal(say(bare), say(model))
+
+
+def test_peft_reads_what_we_write(tmp_path):
+    """Adapter and connector, on transformers' own model: equal logits in float64, every tensor used."""
+    peft = pytest.importorskip("peft")
+    base = exact_norms(theirs(v={"image_size": 8}))
+    model = ours(base)
+    lora.apply(model, 4, 8.0, 0.0, "language_model.*,vision_tower.*.fc1")
+    torch.manual_seed(1)
+    for n, p in model.named_parameters():
+        if ".lora_" in n or "projector" in n:
+            torch.nn.init.normal_(p.data, std=0.1)
+            p.data = p.data.float()                                           # what a file holds
+    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base")
+    model.double()
+    before = their_logits(base, EXAMPLES, model.cfg.vision)
+    there = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").double().eval()
+    assert sum("lora_A" in n for n, _ in there.named_parameters()) == 14 + 1 + 2    # two layers, head, two blocks
+    true = their_logits(there, EXAMPLES, model.cfg.vision)
+    assert (true - before).abs().max() > 0.1
+    assert (say(model, pack(EXAMPLES, 8)) - true).abs().max() <= 1e-10 * max(1, true.abs().max())
+
+
+@pytest.mark.parametrize("save_too", [None, ["multi_modal_projector"]])
+def test_we_read_what_peft_writes(tmp_path, save_too):
+    peft = pytest.importorskip("peft")
+    base = exact_norms(theirs(v={"image_size": 8}))
+    model = ours(base)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=r".*language_model.*\.(q_proj|up_proj)",
+                             init_lora_weights=False, modules_to_save=save_too)
+    there = peft.get_peft_model(base, config).double()
+    if save_too:
+        for n, p in there.named_parameters():
+            if "modules_to_save" in n:
+                torch.nn.init.normal_(p.data, std=0.1)
+    there.float().save_pretrained(tmp_path / "adapter")
+    there = exact_norms(there).double().eval()
+    assert lora.load_adapter(model, tmp_path / "adapter") == sorted(
+        f"language_model.model.layers.{i}.{p}" for i in (0, 1) for p in ("self_attn.q_proj", "mlp.up_proj"))
+    true = their_logits(there, EXAMPLES, model.cfg.vision)
+    assert (say(model.double(), pack(EXAMPLES, 8)) - true).abs().max() <= 1e-10 * max(1, true.abs().max())
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model, _ = wrapped(pattern="q_proj")
+    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base")
+    return tmp_path / "adapter"
+
+
+def test_what_peft_may_hold_and_we_do_not_know_is_refused(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for key, value in (("use_dora", True), ("use_rslora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 1})):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        assert f"{key}={value} is not known here" in error(lora.load_adapter, tiny_vlm(), adapter)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t, k: t[k].fill_(torch.nan), "is not finite"), (lambda t, k: t.pop(k), "lora_A.weight is missing"),
+    (lambda t, k: t.update({k: torch.ones(4, 31)}), "(4, 31) does not fit this model"),
+    (lambda t, k: t.update({lora.PREFIX + "language_model.model.norms": torch.ones(1)}), "language_model.model.norms (1,) does not fit"),
+    (lambda t, k: [t.pop(k) for k in list(t) if "lora" in k], "holds no adapter"),
+])
+def test_an_adapter_that_is_not_whole_is_refused(adapter, change, says):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors, next(k for k in sorted(tensors) if k.endswith("lora_A.weight")))
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    assert says in error(lora.load_adapter, tiny_vlm(), adapter)
+
+
+def test_a_folder_without_an_adapter_is_one_line(adapter, tmp_path):
+    assert "adapter_config.json is missing" in error(lora.load_adapter, tiny_vlm(), tmp_path)
+    shutil.move(adapter / "adapter_model.safetensors", adapter / "adapter_model.bin")
+    assert "adapter_model.bin is a pickle" in error(lora.load_adapter, tiny_vlm(), adapter)
