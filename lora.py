@@ -5,6 +5,7 @@ which are the names of a PEFT adapter. B starts at zero, so that a wrapped model
 
 import fnmatch
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -35,15 +36,15 @@ class LoRALinear(nn.Linear):
 
 
 def targets(model, pattern):
-    """Names of the Linear layers a pattern means: `all-linear` = every one in the language model but the head; else
-    comma-separated leaf names there (q_proj,v_proj) or globs over whole names."""
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n]
+    """Names of the Linear layers a pattern means: `all-linear` = every one in the language model; else comma-separated
+    leaf names there (q_proj,v_proj) or globs over whole names. Never the head: it is a matrix that nobody calls."""
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search("lora_|lm_head", n)]
     if pattern == "all-linear":
         return [n for n in linears if n.startswith("language_model.model.")]
     out = []
     for p in pattern.split(","):
-        globs = [p] if "." in p or "*" in p else [f"language_model.{p}", f"language_model.*.{p}"]
-        fits = [n for n in linears if any(fnmatch.fnmatchcase(n, g) for g in globs)]
+        glob = p if "." in p or "*" in p else f"language_model.*.{p}"
+        fits = [n for n in linears if fnmatch.fnmatchcase(n, glob)]
         if not fits:
             stop(f"lora_targets: nothing is called {p!r}; there is, for example, {linears[-1]}")
         out += [n for n in fits if n not in out]

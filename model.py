@@ -405,9 +405,9 @@ class Cache:
 @torch.no_grad()
 def generate(model, prompts, images, stop, max_new_tokens=64, temperature=0.0, banned=(), seed=0):
     """Continue B ragged prompts. prompts: list of (n_b,) id tensors with Q holes per image; images (I, 3, S, S) uint8,
-    in the order of the holes. Ends at an id in `stop`, which is not returned; ids in `banned` (vocabulary
-    padding) are never said, nor are holes. Greedy at temperature 0. Returns B lists of ids. Leaves every module's mode and the global
-    random state as they were."""
+    in the order of the holes. Ends at an id in `stop`, which is not returned; ids in `banned` (vocabulary padding) are
+    never said, nor are holes. Greedy at temperature 0. Returns B lists of ids. Leaves every module's mode and the
+    global random state as they were."""
     device = images.device
     training = [m for m in model.modules() if m.training]
     model.eval()

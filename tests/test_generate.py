@@ -132,8 +132,8 @@ def test_generating_leaves_modes_and_random_state_as_they_were(temperature):
     modes = {n: m.training for n, m in model.named_modules()}
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    seen = []
-    hook = model.language_model.register_forward_hook(lambda m, i, o: seen.append((m.training, torch.is_grad_enabled())))
+    seen, look = [], lambda m, i, o: seen.append((m.training, torch.is_grad_enabled()))
+    hook = model.language_model.register_forward_hook(look)
     generate(model, [ids], pictures, set(), 4, temperature)
     hook.remove()
     assert seen == [(False, False)] * 4
