@@ -376,7 +376,8 @@ class Steps(torch.utils.data.Dataset):
 
 def loader(steps, order, workers):
     """StepData for the steps in `order`. A worker prepares whole steps, so their number changes nothing."""
-    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers,
+    own = torch.Generator()    # or the loader would draw a seed from dropout's generator, and a resumed run would differ
+    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
                                        prefetch_factor=2 if workers else None)
 
 

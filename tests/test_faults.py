@@ -1,0 +1,256 @@
+"""A run that is killed, told to stop or out of disk ends, once started again, with the bits of one that was left in
+peace. Dropout and shuffling are on, and a checkpoint is written after every step, so that kills hit writes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+
+import pytest
+import test_checkpoint
+import torch
+from conftest import fork
+from test_stages import LORA, SCRIPTS, files, rows, run, signals, world  # noqa: F401  (fixtures)
+
+import checkpoint
+import stage
+
+STEPS = 10
+CLOCKED = {"tokens_per_s", "samples_per_s", "memory", "data_wait_s", "eta", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def settings(world):  # noqa: F811
+    return {**world, **LORA, "steps": STEPS, "save_every": 1, "eval_every": 4, "sample_every": 4}
+
+
+def life(settings, out, told=None, name=signal.SIGTERM):
+    """Fork a trainer that also notes which samples each step saw, and hears a signal twice in step `told` -> pid"""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        os.makedirs(out, exist_ok=True)
+        sys.stdout = sys.stderr = open(out / "said.txt", "a")
+        count = stage.Run.count
+
+        def noting(self, step, batch, result, waited):
+            with open(out / "seen.txt", "a") as f:
+                f.write(json.dumps([step, batch.names]) + "\n")
+            if step == told:                           # schedulers repeat themselves
+                os.kill(os.getpid(), name), os.kill(os.getpid(), name)
+            count(self, step, batch, result, waited)
+
+        stage.Run.count = noting
+        code = run("sft", settings, out) or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid, seconds=30):
+    """-> exit code; a life that does not end fails the test"""
+    end = time.time() + seconds
+    while time.time() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"still alive after {seconds} s")
+
+
+def result(out):
+    """Everything that must be alike in the end: bits of the files, log without clocks, samples by step."""
+    bits = {k: v[0] for k, v in files(out).items() if k.startswith(("checkpoints/", "model/", "adapter/")) and
+            "manifest" not in k and "state.json" not in k}
+    log = [{k: v for k, v in r.items() if k not in CLOCKED} for r in rows(out / "log.jsonl")]
+    seen = {}
+    for line in (out / "seen.txt").read_text().splitlines():
+        try:
+            step, names = json.loads(line)
+        except ValueError:
+            continue                                   # the last words of a killed life
+        assert seen.setdefault(step, names) == names, f"step {step} saw other samples in another life"
+    return bits, log, rows(out / "samples.jsonl"), seen
+
+
+@pytest.fixture(scope="module")
+def peace(settings, tmp_path_factory):
+    """The uninterrupted run -> its result, its seconds"""
+    out, began = tmp_path_factory.mktemp("peace") / "run", time.time()
+    assert ended(life(settings, out)) == 0
+    return result(out), time.time() - began
+
+
+def litter(out):
+    return [p for p in out.rglob("*") if p.name.startswith((".tmp", ".old"))]
+
+
+# ---- kill -9 --------------------------------------------------------------------------------------------------------
+
+def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same_bits(settings, peace, tmp_path):
+    truth, seconds = peace
+    rng, kills, in_writes, runs = random.Random(0), 0, 0, 0
+    while kills < 20:
+        out = tmp_path / f"{runs}" / "run"
+        while True:
+            pid, moment = life(settings, out), time.time() + rng.uniform(0.02, seconds)
+            while time.time() < moment and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                time.sleep(0.001)
+            os.kill(pid, signal.SIGKILL)
+            code = ended(pid)
+            if code == 0:
+                break                                  # it was faster than its murderer
+            assert code == -signal.SIGKILL, (out / "said.txt").read_text()
+            kills += 1
+            in_writes += bool(litter(out))
+        assert result(out) == truth
+        assert not litter(out)
+        runs += 1
+    print(f"{kills} kills, {in_writes} of them in a write, in {runs} runs")
+    assert in_writes >= 3, "the harness does not test what it claims"
+
+
+def test_killed_before_any_single_act_of_saving_an_old_or_the_new_checkpoint_is_whole(tmp_path, monkeypatch):
+    """Every fsync, rename, chmod, removal and file of a save that replaces, and retires, an older one."""
+    out = tmp_path / "run"
+    pair = test_checkpoint.trainer()
+    test_checkpoint.train(*pair, [0])
+    for step in (1, 2):
+        test_checkpoint.save(out, step, pair)
+
+    def child(folder, fatal):
+        acts = [0]
+
+        def deadly(act):
+            def run(*args, **how):
+                acts[0] += 1
+                if acts[0] == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return act(*args, **how)
+            return run
+        for module, name in ((os, "fsync"), (os, "rename"), (os, "chmod"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
+                             (checkpoint, "save_file"), (checkpoint, "remove"), (checkpoint, "digest")):
+            setattr(module, name, deadly(getattr(module, name)))
+        test_checkpoint.save(folder, 2, pair, keep_last=1)      # the same step once more, and step 1 goes
+
+    fatal, outcomes = 0, []
+    while True:
+        fatal += 1
+        folder = tmp_path / f"{fatal}"
+        shutil.copytree(out, folder)
+        pid = os.fork()
+        if not pid:
+            try:
+                child(folder, fatal)
+            finally:
+                os._exit(0)
+        code = ended(pid)
+        found = checkpoint.find(folder, "auto", pytest.fail)
+        assert found and checkpoint.whole(found) is None and not litter(folder)
+        outcomes.append(found.name)
+        shutil.rmtree(folder)
+        if code == 0:
+            break
+    assert fatal > 25 and outcomes[0] == outcomes[-1] == "step_0000002"
+
+
+def test_a_checkpoint_written_in_place_would_not_survive(tmp_path):
+    pair = test_checkpoint.trainer()
+    path = test_checkpoint.save(tmp_path, 1, pair)
+    assert checkpoint.whole(path) is None
+    (path / "trained.safetensors").write_bytes((path / "trained.safetensors").read_bytes()[:-7])   # killed here
+    assert "is damaged" in checkpoint.whole(path)
+
+
+# ---- told to stop ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_it_saves_the_step_it_is_in_once_and_goes_on_bit_by_bit(name, settings, peace, tmp_path):
+    out = tmp_path / "run"
+    assert ended(life({**settings, "save_every": 100}, out, 2, name)) == 143, (out / "said.txt").read_text()
+    assert [n for n, _ in checkpoint.steps_in(out)] == [3] and not (out / "finished.json").exists()
+    said = (out / "said.txt").read_text()
+    assert said.count("stopped by a signal after step 3/10") == 1 and "Traceback" not in said
+    assert ended(life(settings, out)) == 0
+    assert result(out) == peace[0]
+
+
+def test_when_one_of_two_ranks_is_told_both_stop_at_the_same_step(settings, tmp_path):
+    settings = {**settings, "save_every": 100, "steps": 5, "parallel": "ddp"}
+
+    def go(out, told=None):
+        def rank(r):
+            script, calls = SCRIPTS["sft"], []
+            loss = script.token_loss
+
+            def telling(model, batch):
+                calls.append(0)
+                if r == 1 and len(calls) == told:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return loss(model, batch)
+            script.token_loss = telling
+            return run("sft", settings, out)
+        out.parent.mkdir(exist_ok=True)
+        return fork(2, rank, out.parent)
+
+    assert go(tmp_path / "a" / "run") == [None, None]
+    assert go(tmp_path / "b" / "run", told=3) == [143, 143]
+    (step, _), = checkpoint.steps_in(tmp_path / "b" / "run")
+    assert 1 < step < 5
+    (tmp_path / "b" / "store").unlink()
+    assert go(tmp_path / "b" / "run") == [None, None]
+    a, b = ({k: v[0] for k, v in files(tmp_path / x / "run" / "checkpoints" / "step_0000005").items()
+             if k.endswith("safetensors")} for x in "ab")
+    assert a == b
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+def broken_saves(monkeypatch, bad):
+    commit = checkpoint.commit
+
+    def full(folder, fill):
+        if "step_" in folder.name and int(folder.name[5:]) in bad:
+            raise OSError(f"{folder} could not be written: No space left on device (12 bytes free)")
+        commit(folder, fill)
+    monkeypatch.setattr(checkpoint, "commit", full)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_training_goes_on(settings, peace, tmp_path, monkeypatch,
+                                                                              capsys):
+    broken_saves(monkeypatch, {2, 3, 5, 6})            # never three in a row
+    run("sft", settings, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count("No space left on device (12 bytes free); training goes on from memory") == 4
+    (tmp_path / "run" / "seen.txt").write_text("")
+    assert result(tmp_path / "run")[:3] == peace[0][:3]
+
+
+def test_three_in_a_row_stop_the_run_and_the_last_good_one_is_there(settings, tmp_path, monkeypatch):
+    broken_saves(monkeypatch, {3, 4, 5})
+    with pytest.raises(SystemExit, match=r"3 checkpoints in a row could not be written: .*step_0000005.*12 bytes free"):
+        run("sft", settings, tmp_path / "run")
+    assert checkpoint.find(tmp_path / "run", "auto").name == "step_0000002"
+
+
+def test_a_model_that_cannot_be_published_is_published_by_the_next_start(settings, peace, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(stage.hf, "save", lambda *a: (_ for _ in ()).throw(OSError("model could not be written")))
+        with pytest.raises(SystemExit, match="model could not be written. The last checkpoint is whole"):
+            run("sft", settings, tmp_path / "run")
+    assert not (tmp_path / "run" / "finished.json").exists()
+    run("sft", settings, tmp_path / "run")
+    (tmp_path / "run" / "seen.txt").write_text("")
+    assert result(tmp_path / "run")[0] == peace[0][0]
