@@ -376,7 +376,7 @@ class Steps(torch.utils.data.Dataset):
 
 def loader(steps, order, workers):
     """StepData for the steps in `order`. A worker prepares whole steps, so their number changes nothing."""
-    own = torch.Generator()    # or the loader would draw a seed from dropout's generator, and a resumed run would differ
+    own = torch.Generator()    # or the loader draws a seed from dropout's generator, and a resumed run differs
     return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
                                        prefetch_factor=2 if workers else None)
 
