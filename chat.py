@@ -114,7 +114,7 @@ class Script:
             learnt = b"".join(bytes([learn]) * len(s) for s, learn in texts)  # one byte per character
             new, offsets = self.tok.text("".join(s for s, _ in texts))
             for i, (a, b) in zip(new, offsets):
-                touched = learnt[a:max(b, a + 1)]                             # a lone prefix may have no width
+                touched = learnt[a:b]
                 if 0 in touched and 1 in touched:
                     raise BadSample("an answer's first token reaches back into its prompt", repr(self.tok.decode([i])))
                 ids.append(i)
@@ -272,7 +272,7 @@ def stop_ids(tok, name):
 def truncate(ids, labels, image_id, image_tokens, max_len):
     """Keep at most max_len tokens, and no part of an image -> ids, labels, images kept."""
     n = min(len(ids), max_len)
-    if n < len(ids) and ids[n - 1] == ids[n] == image_id:              # the cut may lie inside an image block
+    if n < len(ids) and ids[n] == image_id:                            # the cut may lie inside an image block
         first = n
         while first and ids[first - 1] == image_id:
             first -= 1

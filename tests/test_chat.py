@@ -1,4 +1,4 @@
-"""What is written, and what of it is learnt, under every template. `python tests/test_chat.py` writes tests/golden/ anew."""
+"""What is written, and what of it is learnt, under every template. `python tests/test_chat.py` writes golden/ anew."""
 
 import io
 import json
@@ -17,10 +17,12 @@ from chat import IGNORE, IMAGE, TEMPLATES, BadSample, Tokenizer, encode, stop_id
 I, Q = 3, 4  # the id of <image> in conftest's tokenizers, and an image short enough to read in a failed assertion
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TURNS = [("What is this?", "It is a black cat."), (" And that? ", "Two dogs.\n\nPlaying in the park"), ("Why", "1")]
-HOSTILE = ["</s>", "<s>", "<image>", "<pad>", "<unk>", "<|im_end|>", "<|im_start|>assistant", "<|eot_id|>", "USER: x", "ASSISTANT:",
-           "[/INST]", "[INST] <<SYS>>", "<|start_header_id|>assistant<|end_header_id|>", "<0x0A>", "a</s>b <image>", "\x00",
-           "\x1b[31m", "e\u0301 combining", "👩‍👩‍👧 family", "مرحبا", "\u202eright to left", "一二三", "a\r\nb", "tab\tstop", "x  y   z",
-           "\ufeffmark", "\u200bzero width", "…", "\u0301alone", "\n\ninner\n\n", "." * 50, "\u2028", "Z̷̢a̸l", "\U0010ffff", "%s{}\\n"]
+HOSTILE = ["</s>", "<s>", "<image>", "<pad>", "<unk>", "<|im_end|>", "<|im_start|>assistant", "<|eot_id|>", "USER: x",
+           "ASSISTANT:", "[/INST]", "[INST] <<SYS>>", "<|start_header_id|>assistant<|end_header_id|>\n\n",
+           "<0x0A>", "a</s>b <image>",
+           "\x00", "\x1b[31m", "e\u0301 combining", "👩‍👩‍👧 family", "مرحبا", "\u202eright to left", "一二三", "a\r\nb",
+           "tab\tstop", "x  y   z", "\ufeffmark", "\u200bzero width", "…", "\u0301alone", "\n\ninner\n\n", "." * 50,
+           "a\u2028b", "Z̷̢a̸l", "\U0010ffff", "%s{}\\n"]
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +54,12 @@ def run_texts(tok, ids, labels):
 
 def said(tok, template, run):
     """What a learnt run says, without what the template puts around an answer."""
-    text = tok.full.decode([i for i in run if i not in stop_ids(tok, template) or template == "plain"], skip_special_tokens=False)
-    before, after = {"plain": ("", "\n"), "vicuna_v1": (" ", ""), "llava_llama_2": (" ", " "), "mistral": (" ", " ")}.get(template, ("", ""))
+    around = {"plain": ("", "\n"), "vicuna_v1": (" ", ""), "llava_llama_2": (" ", " "), "mistral": (" ", " ")}
+    before, after = around.get(template, ("", ""))
+    ends = set() if template == "plain" else stop_ids(tok, template)
+    text = tok.full.decode([i for i in run if i not in ends], skip_special_tokens=False).removeprefix(before)
     assert text.endswith(after)
-    return text.removeprefix(before)[:len(text.removeprefix(before)) - len(after)]
+    return text[:len(text) - len(after)]
 
 
 def literal(tok, template, turns, images=0, system=None):
@@ -90,7 +94,8 @@ TWO = [("<image>\nq", "a"), ("r", "b")]  # the conversation of the literal rende
                 "<|start_header_id|>assistant<|end_header_id|>\n\n{a<|eot_id|>}"
                 "<|start_header_id|>user<|end_header_id|>\n\nr<|eot_id|>"
                 "<|start_header_id|>assistant<|end_header_id|>\n\n{b<|eot_id|>}"),
-    ("chatml", "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<image>\nq<|im_end|>\n<|im_start|>assistant\n{a<|im_end|>}\n"
+    ("chatml", "<|im_start|>system\nS<|im_end|>\n"
+               "<|im_start|>user\n<image>\nq<|im_end|>\n<|im_start|>assistant\n{a<|im_end|>}\n"
                "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n{b<|im_end|>}\n"),
 ])
 def test_a_template_writes_what_its_model_expects_and_learns_what_is_in_braces(bytes_folder, template, written):
@@ -98,21 +103,26 @@ def test_a_template_writes_what_its_model_expects_and_learns_what_is_in_braces(b
 
 
 @pytest.mark.parametrize("template, begin", [
-    ("vicuna_v1", "<s>USER: r"), ("llava_llama_2", "<s>[INST] r"), ("mistral", "<s>[INST] r"), ("chatml", "<|im_start|>user\nr"),
-    ("llama_3", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nr")])
+    ("vicuna_v1", "<s>USER: r"), ("llava_llama_2", "<s>[INST] r"), ("mistral", "<s>[INST] r"),
+    ("chatml", "<|im_start|>user\nr"), ("llama_3", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nr")])
 def test_an_empty_system_text_leaves_no_trace(bytes_folder, template, begin):
     assert literal(Tokenizer(bytes_folder), template, [("r", "b")], system="").startswith(begin)
 
 
+def test_llama_3_trims_the_system_text_as_its_own_template_does(bytes_folder):
+    tok = Tokenizer(bytes_folder)
+    assert literal(tok, "llama_3", [("q", "a")], system=" S\n") == literal(tok, "llama_3", [("q", "a")], system="S")
+
+
 def test_the_default_system_text_is_the_one_that_llava_1_5_was_trained_with(bytes_folder):
     assert literal(Tokenizer(bytes_folder), "vicuna_v1", [("Hi", "Yo")]) == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-        "polite answers to the user's questions. USER: Hi ASSISTANT:{ Yo</s>}")
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: Hi ASSISTANT:{ Yo</s>}")
 
 
 @pytest.mark.parametrize("user, written", [
-    ("<image>\nq", "<image>\nq"), ("q\n<image>", "<image>\nq"), ("a <image> b", "<image>\na  b"), (" <image> ", "<image>"),
-    ("<image>q", "<image>\nq")])
+    ("<image>\nq", "<image>\nq"), ("q\n<image>", "<image>\nq"), ("a <image> b", "<image>\na  b"),
+    (" <image> ", "<image>"), ("<image>q", "<image>\nq")])
 def test_a_single_marker_moves_to_the_front_of_its_turn_as_in_llava(bytes_folder, user, written):
     assert f"USER: {written} ASSISTANT:" in literal(Tokenizer(bytes_folder), "vicuna_v1", [(user, "x")], 1, "")
 
@@ -166,9 +176,9 @@ def test_bos_stands_once_at_the_start_whether_or_not_the_tokenizer_adds_its_own(
         (tmp_path / f).write_text((tok_folder / f).read_text("utf-8"), "utf-8")
     if adds_bos:
         spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
-        spec["post_processor"] = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
-                                                                           {"Sequence": {"id": "A", "type_id": 0}}],
-                                  "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+        one, two = ({"Sequence": {"id": i, "type_id": 0}} for i in "AB")
+        spec["post_processor"] = {"type": "TemplateProcessing", "single": [bos, one], "pair": [one, two],
                                   "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
     tok = Tokenizer(tmp_path)
@@ -177,7 +187,8 @@ def test_bos_stands_once_at_the_start_whether_or_not_the_tokenizer_adds_its_own(
         ids, _ = encode(tok, template, [("q", "a")] * turns, 0, I, Q)
         assert ids[0] == tok.id(bos) and ids.count(tok.id(bos)) == 1
     assert encode(tok, "chatml", [("q", "a")] * turns, 0, I, Q)[0].count(tok.id("<s>")) == 0
-    assert encode(tok, "llava_llama_2", [("q", "a")] * turns, 0, I, Q)[0].count(tok.id("<s>")) == turns  # LLaVA's own form
+    ids, _ = encode(tok, "llava_llama_2", [("q", "a")] * turns, 0, I, Q)
+    assert ids.count(tok.id("<s>")) == turns, "in LLaVA's form of this template each turn begins with BOS"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -189,7 +200,8 @@ def test_control_tokens_cannot_be_typed(tok, template):
     assert clean[I] == Q
     for text in HOSTILE:
         assert controls(text.replace(IMAGE, "<im age>")) == clean, text
-    assert encode(tok, template, [("<image>", "an <image> tag")], 1, I, Q)[0].count(I) == Q, "an answer holds no pictures"
+    ids, _ = encode(tok, template, [("<image>", "an <image> tag")], 1, I, Q)
+    assert ids.count(I) == Q, "an answer holds no pictures"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -212,13 +224,13 @@ def test_as_many_markers_as_images_or_the_sample_is_refused_with_both_counts(byt
             assert ids.count(I) == images * Q and len(names) == images
             assert {y for i, y in zip(ids, labels) if i == I} <= {IGNORE}, "an image position is never learnt"
         else:
-            count = 1 if images == 0 else markers  # without images, the turns that begin or end with a marker are counted
+            count = 1 if images == 0 else markers  # without images, turns that begin or end with a marker are counted
             with pytest.raises(BadSample, match=rf"{images} image\(s\) but {count} marker\(s\)"):
                 encoder(row)
 
 
 def test_an_answer_that_melts_into_its_prompt_is_refused_not_learnt_in_part(tmp_path):
-    tok = by_hand(tmp_path, "pieces", ["\nT"])  # a tokenizer with a token for newline and T: chatml's prompt ends in the newline
+    tok = by_hand(tmp_path, "pieces", ["\nT"])  # knows a token for newline and T; chatml's prompt ends in the newline
     encode(tok, "chatml", [("q", "the")], 0, I, Q)
     with pytest.raises(BadSample, match="reaches back into its prompt"):
         encode(tok, "chatml", [("q", "The")], 0, I, Q)
@@ -250,8 +262,9 @@ def test_the_stop_id_is_what_ends_a_learnt_turn(tok, template):
 
 
 @pytest.mark.parametrize("file, text, message", [
-    ("tokenizer.json", None, "holds no tokenizer.json"), ("tokenizer.json", "", "cannot be read"), ("tokenizer.json", "{}", "cannot be read"),
-    ("tokenizer.json", "[1]", "cannot be read"), ("tokenizer_config.json", "{", "cannot be read"),
+    ("tokenizer.json", None, "holds no tokenizer.json"), ("tokenizer.json", "", "cannot be read"),
+    ("tokenizer.json", "{}", "cannot be read"), ("tokenizer.json", "[1]", "cannot be read"),
+    ("tokenizer_config.json", "{", "cannot be read"),
     ("tokenizer_config.json", '{"eos_token": "<nope>"}', "no token '<nope>'")])
 def test_a_broken_tokenizer_stops_with_one_line(bytes_folder, tmp_path, file, text, message):
     for f in ("tokenizer.json", "tokenizer_config.json"):
@@ -266,8 +279,8 @@ def test_a_broken_tokenizer_stops_with_one_line(bytes_folder, tmp_path, file, te
 
 def test_a_template_that_the_tokenizer_cannot_write_stops_with_the_missing_token(bytes_folder, tmp_path):
     tok = by_hand(tmp_path, "bytes", [])
-    for template, missing in [("llama_3", r"<\|begin_of_text\|>"), ("nope", "unknown template 'nope': one of plain, vicuna_v1")]:
-        with pytest.raises(SystemExit, match=missing):
+    for template, message in [("llama_3", r"no token '<\|begin_of_text\|>'"), ("nope", "unknown template 'nope': one")]:
+        with pytest.raises(SystemExit, match=message):
             encode(tok, template, [("q", "a")], 0, I, Q)
     tok.bos = None
     with pytest.raises(SystemExit, match="needs a BOS and an EOS token"):
@@ -299,14 +312,15 @@ def test_ten_thousand_turns_take_time_that_grows_with_their_number(tok):
 def test_the_mask_is_shown_in_colours(bytes_folder):
     tok, out = Tokenizer(bytes_folder), io.StringIO()
     chat.show(tok, *encode(tok, "vicuna_v1", [("<image>\nq", "a")], 1, I, Q, ""), I, out)
-    assert out.getvalue() == ("\033[90m<s>\033[0m\033[90mUSER: \033[0m\033[90m[4 x image]\033[0m\033[90m\nq ASSISTANT:\033[0m"
-                              "\033[32m a\033[0m\033[32m</s>\033[0m\n")
+    grey, green = "\033[90m{}\033[0m".format, "\033[32m{}\033[0m".format
+    assert out.getvalue() == (grey("<s>") + grey("USER: ") + grey("[4 x image]") + grey("\nq ASSISTANT:")
+                              + green(" a") + green("</s>") + "\n")
 
 
 # ---- others' rules --------------------------------------------------------------------------------------------------
 
 def llava_v1(full, turns, system):
-    """LLaVA's preprocess_v1 with a legacy Llama tokenizer: render, tokenise around the images, find rounds by splitting text."""
+    """LLaVA's preprocess_v1 with a legacy Llama tokenizer: render, tokenise around the images, split into rounds."""
     text = system + " "
     for user, answer in turns:
         if IMAGE in user:
@@ -348,10 +362,12 @@ def test_labels_equal_those_of_llavas_round_splitting_where_that_is_right(tmp_pa
 
 
 JINJA = {
-    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
-              "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}",
-    "llama_3": "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{% if m.role == 'assistant' %}"
-               "{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"}
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+              "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+              "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}",
+    "llama_3": "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+               "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}"
+               "{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"}
 
 
 @pytest.mark.parametrize("template", JINJA)
@@ -360,8 +376,9 @@ def test_ids_and_mask_equal_those_of_the_jinja_template_in_transformers(bytes_fo
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(bytes_folder)
     tok, rng = Tokenizer(bytes_folder), random.Random(1)
     words = ["cat", "Two dogs,", "1", "é", "(x)", "…", "a\nb", "a  b", "👩‍👩‍👧", "!"]
+    say = lambda: " ".join(rng.choices(words, k=rng.randint(1, 6)))  # noqa: E731
     for n in range(100):
-        turns = [tuple(" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(2)) for _ in range(rng.randint(1, 4))]
+        turns = [(say(), say()) for _ in range(rng.randint(1, 4))]
         messages = [{"role": "system", "content": "Sys."}]
         for user, answer in turns:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
@@ -374,14 +391,19 @@ def test_ids_and_mask_equal_those_of_the_jinja_template_in_transformers(bytes_fo
 
 # ---- golden files ---------------------------------------------------------------------------------------------------
 
-def by_hand(folder, kind, words=("the cat is a black dog What this It user system assistant USER ASSISTANT image and you of").split()):
+WORDS = "the cat is a black dog What this It user system assistant USER ASSISTANT image and you of".split()
+
+
+def by_hand(folder, kind, words=WORDS):
     """A tokenizer whose merges are written down, not trained, so that no release of a library changes it."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as HF
     from tokenizers import decoders, models, normalizers, pre_tokenizers
     specials = ["<unk>", "<s>", "</s>", "<image>"]
     if kind == "bytes":
-        specials += ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"] if words else []
+        if words:
+            specials += ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+            specials += ["<|eot_id|>"]
         letters, space = sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ"
     else:
         specials += ["<|im_start|>", "<|im_end|>"]
@@ -398,7 +420,8 @@ def by_hand(folder, kind, words=("the cat is a black dog What this It user syste
     else:
         tok = HF(models.BPE(**model, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
     tok.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
     folder.mkdir(exist_ok=True)
     tok.save(str(folder / "tokenizer.json"))
@@ -439,7 +462,8 @@ def golden(folder):
             out[f"{template}_{kind}.json"] = samples = []
             for turns, images, system in CONVERSATIONS:
                 ids, labels = encode(tok, template, turns, images, I, Q, system)
-                edges = [n for n in range(len(ids) + 1) if (0 < n and labels[n - 1] != IGNORE) != (n < len(ids) and labels[n] != IGNORE)]
+                learnt = [False, *(y != IGNORE for y in labels), False]
+                edges = [n for n in range(len(ids) + 1) if learnt[n] != learnt[n + 1]]
                 samples.append([ids, [edges[n:n + 2] for n in range(0, len(edges), 2)]])
     return out
 
@@ -457,4 +481,5 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, samples in golden(Path(folder)).items():
-            (GOLDEN / name).write_text("[\n" + ",\n".join(json.dumps(s, separators=(",", ":")) for s in samples) + "\n]\n")
+            lines = ",\n".join(json.dumps(s, separators=(",", ":")) for s in samples)
+            (GOLDEN / name).write_text(f"[\n{lines}\n]\n")
