@@ -246,8 +246,8 @@ Ours beside transformers' LlavaForConditionalGeneration (sdpa, fused AdamW): sam
 trained set, each side in a process of its own, by turns. CPU time of the median of {steps} steps; medians over
 {repeats} processes; ratios are of pairs, least and most in brackets. Padding: tokens that transformers computes for
 each real one. Memory: peak of the process; net of what it held after its imports. Apart: the two losses, in the first
-and in the last step. The toy rows have no goal in time: with 512 words there is no head to save on, and what is left of
-a step is two thirds products that both sides need.
+and in the last step. The toy rows have no goal in time: with 512 words there is no head to save on, and most of
+what is left of a step are products that both sides need.
 
 | row | tokens | padding | learnt | ms, ours | ms, theirs | **times faster** | goal | MiB, ours | MiB, theirs \
 | **memory** | goal | net | apart |
