@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import re
+import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -374,11 +375,16 @@ class Steps(torch.utils.data.Dataset):
         return StepData(micro, names, dropped, truncated)
 
 
+def deaf(worker):
+    """Schedulers tell every process to stop; the trainer still needs its loaders until the end of the step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def loader(steps, order, workers):
     """StepData for the steps in `order`. A worker prepares whole steps, so their number changes nothing."""
     own = torch.Generator()    # or the loader draws a seed from dropout's generator, and a resumed run differs
     return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
-                                       prefetch_factor=2 if workers else None)
+                                       prefetch_factor=2 if workers else None, worker_init_fn=deaf)
 
 
 # ---- python data.py -------------------------------------------------------------------------------------------------

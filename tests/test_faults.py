@@ -37,6 +37,7 @@ def life(settings, out, told=None, name=signal.SIGTERM):
     code = 1
     try:
         torch.set_num_threads(1)
+        os.setpgrp()
         os.makedirs(out, exist_ok=True)
         sys.stdout = sys.stderr = open(out / "said.txt", "a")
         count = stage.Run.count
@@ -44,8 +45,10 @@ def life(settings, out, told=None, name=signal.SIGTERM):
         def noting(self, step, batch, result, waited):
             with open(out / "seen.txt", "a") as f:
                 f.write(json.dumps([step, batch.names]) + "\n")
-            if step == told:                           # schedulers repeat themselves
-                os.kill(os.getpid(), name), os.kill(os.getpid(), name)
+            if step == told:                           # schedulers repeat themselves, and speak to the loaders too
+                for _ in range(2):
+                    os.system(f"kill -{int(name)} -{os.getpid()}")
+                time.sleep(0.2)                        # a loader that dies of it has the time to
             count(self, step, batch, result, waited)
 
         stage.Run.count = noting
@@ -176,10 +179,10 @@ def test_a_checkpoint_written_in_place_would_not_survive(tmp_path):
 
 # ---- told to stop ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
-def test_told_to_stop_it_saves_the_step_it_is_in_once_and_goes_on_bit_by_bit(name, settings, peace, tmp_path):
+@pytest.mark.parametrize("name, workers", [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGUSR1, 1)])
+def test_told_to_stop_it_saves_the_step_it_is_in_once_and_goes_on_bit_by_bit(name, workers, settings, peace, tmp_path):
     out = tmp_path / "run"
-    assert ended(life({**settings, "save_every": 100}, out, 2, name)) == 143, (out / "said.txt").read_text()
+    assert ended(life({**settings, "save_every": 100, "workers": workers}, out, 2, name)) == 143, (out / "said.txt").read_text()
     assert [n for n, _ in checkpoint.steps_in(out)] == [3] and not (out / "finished.json").exists()
     said = (out / "said.txt").read_text()
     assert said.count("stopped by a signal after step 3/10") == 1 and "Traceback" not in said
