@@ -241,6 +241,10 @@ def test_files_are_mixed_by_weight_and_each_runs_through_all_its_samples_first(w
     assert len(of[1]) == pytest.approx(275, abs=5)  # a quarter, rounded once per epoch
     assert Counter(of[1]).keys() == set(range(10)) and max(Counter(of[1]).values()) - min(Counter(of[1]).values()) <= 2
     assert Counter(of[0]).most_common()[0][1] - Counter(of[0]).most_common()[-1][1] <= 2
+    assert len({tuple(f for f, _ in drawn[e * 110:(e + 1) * 110]) for e in range(10)}) == 10, "files alternate anew"
+    half = world(f"{tmp_path / 'a.json'}:50,{small}:60", batch_size=110)  # an epoch is half of a, six times b
+    seen = [{i for f, i in half.samples(e) if f == 0} for e in range(4)]
+    assert seen[0] | seen[1] == seen[2] | seen[3] == set(range(100)) and seen[0] != seen[2], "shuffled for every lap"
     for share in (f"{tmp_path / 'a.json'},{small}", f"{small},{tmp_path / 'a.json'}"):
         assert len(set(sum((world(share).samples(s) for s in range(11)), []))) == 110
     assert {f for s in range(11) for f, _ in world(f"{tmp_path / 'a.json'}:1,{small}:0").samples(s)} == {0}
@@ -369,9 +373,9 @@ def test_a_step_of_bad_samples_alone_is_empty_not_an_error(world, tmp_path):
 def test_a_killed_worker_ends_in_a_clear_error_within_ten_seconds(world):
     batches = iter(loader(world(), [s % 10 for s in range(10_000)], 2))
     next(batches)
-    os.kill(batches._workers[0].pid, signal.SIGKILL)
     began = time.time()
     with pytest.raises(RuntimeError, match="DataLoader worker .*(killed|exited unexpectedly)"):
+        os.kill(batches._workers[0].pid, signal.SIGKILL)  # the handler of SIGCHLD may raise at once
         for _ in range(100):
             next(batches)
     assert time.time() - began < 10
@@ -416,6 +420,10 @@ def test_ranks_share_the_work_and_streams_are_filled(seed):
         assert len(streams) <= least * 1.7 + 1  # the bound of best fit, sorted or not, where `least` is the best
         sums = sorted(sum(costs[i] for i in s) for s in streams)
         assert len(sums) < 2 or sums[0] + sums[1] > room, "no two streams fit into one"
+
+
+def test_the_fullest_stream_that_has_room_is_filled_first():
+    assert sorted(fill(range(5), [7, 6, 3, 2, 2], 10)) == [[0, 2], [1, 3, 4]]  # the emptiest first needs three
 
 
 def test_one_that_is_longer_than_a_stream_gets_its_own():

@@ -159,6 +159,16 @@ def test_a_thin_picture_is_neither_refused_nor_blown_up(size, aspect):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB; (3, 70000) squared is 20 GB
 
 
+def test_of_a_very_thin_picture_the_crop_shows_the_middle():
+    ramp = np.clip((np.arange(5000) - 2497) * 50, 0, 255).astype(np.uint8)  # rises around the middle pixel alone
+    lying = np.repeat(ramp[None, :, None], 3, 2)
+    S, W = 336, 336 * 5000
+    truth = (((W - S) // 2 + np.arange(S) + 0.5) * 5000 / W - 0.5 - 2497) * 50  # cubic interpolation keeps a line
+    for image, axis in ((lying, 1), (lying.transpose(1, 0, 2), 0)):
+        x = preprocess(Image.fromarray(image), ImageSpec(S, "crop")).numpy()
+        assert np.abs(x[0].mean(1 - axis) - truth).max() <= 1
+
+
 # ---- the corpus -----------------------------------------------------------------------------------------------------
 
 def corpus():
