@@ -4,8 +4,8 @@
     python demo/pretrain.py eyes   [--steps=N --out=DIR --head=contrastive|classes]    # -> demo/eyes
 
 Stage 1 is meaningful only if the language model can already reason about a scene in words before it can see one, as Vicuna can.
-So the tongue learns captions, small talk, and above all questions answered from a *written* scene; it never meets one of the
-held-out pairs of a colour and a shape, and is tested on scenes that contain them.
+So the tongue learns captions, small talk, and above all questions answered from a *written* scene; neither tongue nor eyes ever meet
+one of the held-out combinations (demo/toy.py), and both are examined on scenes made of nothing else.
 """
 
 import json
@@ -72,25 +72,28 @@ def train_tokenizer(folder, vocab=1024, scenes=3000):
 
 # ---- the tongue ---------------------------------------------------------------------------------------------------------------
 
-def reading(tok, rng, forms=4):
+def reading(tok, rng):
     """One document of the tongue's schooling -> (ids, labels, no images). Only answers are learnt: a random scene cannot be."""
     def turns(conversation):
         return [(u["value"], a["value"]) for u, a in zip(conversation[::2], conversation[1::2])]
 
-    kind = rng.random()
-    scene = toy.make_scene(rng)
-    if kind < 0.82:
-        ids, labels = encode(tok, "vicuna_v1", turns(toy.conversation(scene, rng, toy.written(scene, rng, forms) + "\n", turns=10)), 0, 3, 0, system="")
-    elif kind < 0.97:
+    kind, scene = rng.random(), toy.make_scene(rng)
+    if kind < 0.68:
+        asked = toy.conversation(scene, rng, toy.written(scene, rng) + "\n", turns=10, short=rng.random() < 0.5)
+    elif kind < 0.71:
+        asked = toy.dialogue(rng.sample(toy.facts(), 5), rng.random() < 0.7)
+    else:
         w = Script(tok, 0)
         w.control(tok.bos)
-        if kind < 0.95:
-            w.text(toy.written(scene, rng, forms) + "\n")
-        w.text(toy.caption(scene, rng.random() < 0.75) + "\n", learn=True)
-        ids, labels = w.ids(3, 0)
-    else:
-        ids, labels = encode(tok, "vicuna_v1", turns(toy.dialogue(rng.sample(toy.facts(), 5), rng.random() < 0.7)), 0, 3, 0, system="")
-    return ids, labels, []
+        if kind < 0.90:                                     # the scene said again, three times
+            w.text(toy.written(scene, rng) + "\n")
+            for _ in range(3):
+                w.text(toy.restated(scene, rng) + "\n", learn=True)
+        else:                                               # a caption, mostly of a written scene
+            w.text(toy.written(scene) + "\n" if kind < 0.98 else "")
+            w.text(toy.caption(scene, rng.random() < 0.75) + "\n", learn=True)
+        return (*w.ids(3, 0), [])
+    return (*encode(tok, "vicuna_v1", turns(asked), 0, 3, 0, system=""), [])
 
 
 @torch.no_grad()
@@ -99,8 +102,8 @@ def reading_score(lm, tok, scenes=100, seed="exam"):
     prompts, answers, kinds = [], [], []
     for i in range(scenes):
         rng = random.Random(f"{seed}/{i}")
-        scene = toy.make_scene(rng, held_out=True)
-        for kind, q, a, _ in toy.questions(scene, rng, held_out=True):
+        scene = toy.make_scene(rng, test=True)
+        for kind, q, a, _ in toy.questions(scene, rng):
             ids, _ = encode(tok, "vicuna_v1", [(f"{toy.written(scene, rng)}\n{q}\n{toy.SHORT}", None)], 0, 3, 0, system="")
             prompts.append(ids), kinds.append(kind)
             answers.append(tok.text(" " + a)[0] + [tok.eos])
@@ -132,23 +135,22 @@ def step_all(opts, step, steps, warmup):
 
 
 def train_tongue():
-    s = settings(steps=10000, docs=24, out=str(HERE / "tongue"), width=128, depth=6, lr=3e-3, matrix_lr=0.01, exam_every=250, simple=0.25, seed=0)
+    s = settings(steps=20000, docs=8, out=str(HERE / "tongue"), width=128, depth=6, lr=3e-3, matrix_lr=0.01, embed=0.1, exam_every=500, seed=0)
     out = Path(s["out"])
     tok = train_tokenizer(out)
     cfg = TextConfig(vocab_size=-(-len(tok) // 64) * 64, hidden_size=s["width"], intermediate_size=s["width"] * 11 // 4, num_hidden_layers=s["depth"],
                      num_attention_heads=s["width"] // 32, num_key_value_heads=s["width"] // 32, head_dim=32, rms_norm_eps=1e-5,
-                     max_position_embeddings=2048)
+                     max_position_embeddings=2048, qk_norm=True)
     lm = Llama(cfg)
     init_weights(lm, s["seed"])
     with torch.no_grad():
-        lm.model.embed_tokens.weight.mul_(35)               # N(0, 0.7): the words should outweigh what untrained blocks add
+        lm.model.embed_tokens.weight.mul_(s["embed"] / 0.02)
     opts = optimizers([lm], s["lr"], s["matrix_lr"])
     print(f"tongue: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} words", flush=True)
     began, log = time.time(), []
     for step in range(s["steps"]):
         rng = random.Random(f"tongue/{s['seed']}/{step}")
-        forms = 1 if step < s["steps"] * s["simple"] else 4       # first one way to write a scene down, then all
-        batch = pack([reading(tok, rng, forms) for _ in range(s["docs"])], 1)
+        batch = pack([reading(tok, rng) for _ in range(s["docs"])], 1)
         rows = (batch.labels != IGNORE).nonzero()[:, 0]
         with torch.autocast("cpu", torch.bfloat16):
             x = lm.model.embed_tokens(batch.ids).bfloat16()
@@ -169,11 +171,11 @@ def save_tongue(out, lm, cfg, record):
     from safetensors.torch import save_file
     save_file({k: v.to(torch.float16).contiguous() for k, v in lm.state_dict().items()}, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": cfg.vocab_size, "hidden_size": cfg.hidden_size,
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": cfg.vocab_size, "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.intermediate_size, "num_hidden_layers": cfg.num_hidden_layers, "num_attention_heads": cfg.num_attention_heads,
         "num_key_value_heads": cfg.num_key_value_heads, "head_dim": cfg.head_dim, "rms_norm_eps": cfg.rms_norm_eps, "rope_theta": cfg.rope_theta,
         "rope_scaling": None, "hidden_act": "silu", "max_position_embeddings": cfg.max_position_embeddings, "attention_bias": False,
-        "mlp_bias": False, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float16"}, indent=2))
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float16"}, indent=2))
     (out / "training.json").write_text(json.dumps(record, indent=1))
 
 
@@ -219,28 +221,32 @@ class Eyes(torch.nn.Module):
         return (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
 
 
-def sights(n, seed, held_out=False):
+def twin(scene, rng):
+    """The scene with one thing changed: its colour, its shape, its size or its place."""
+    while True:
+        new = json.loads(json.dumps(scene))
+        o, change = rng.choice(new["objects"]), rng.choice(["color", "shape", "size", "place"])
+        if change == "place":
+            taken = {(x["row"], x["column"]) for x in toy.things(scene)}
+            o["row"], o["column"] = rng.choice([(r, k) for r in range(3) for k in range(3) if (r, k) not in taken])
+        else:
+            o[change] = rng.choice({"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES}[change])
+        new["objects"].sort(key=lambda x: (x["row"], x["column"]))
+        pairs = {toy.pair(x) for x in new["objects"]}
+        if new != scene and len(pairs) == len(new["objects"]) and not any(toy.held_out(**x) for x in new["objects"]):
+            return new
+
+
+def sights(n, seed, test=False):
     """n scenes, each second one a near twin of the one before (one thing changed): -> images (n, 3, S, S), captions, seen (n, 9, 4)."""
     import numpy as np
     images, captions, seen = [], [], torch.zeros(n, 9, 4, dtype=torch.long)
     for i in range(n):
         rng = random.Random(f"sight/{seed}/{i}")
-        if i % 2 == 0 or held_out:
-            scene = toy.make_scene(rng, held_out)
+        if i % 2 == 0 or test:
+            scene = toy.make_scene(rng, test)
         else:
-            scene = json.loads(json.dumps(scene))
-            o, change = rng.choice(scene["objects"]), rng.randrange(4)
-            taken = {(x["color"], x["shape"]) for x in scene["objects"]}
-            pairs = [p for p in toy.PAIRS if p not in toy.HELD_OUT and p not in taken]
-            same = [p for p in pairs if p[0] == o["color"]] if change == 0 else [p for p in pairs if p[1] == o["shape"]]
-            if change < 2 and same:
-                o["color"], o["shape"] = rng.choice(same)
-            elif change == 2:
-                o["size"] = toy.SIZES[o["size"] == "small"]
-            else:
-                free = [(r, c) for r in range(3) for c in range(3) if (r, c) not in {(x["row"], x["column"]) for x in toy.things(scene)}]
-                o["row"], o["column"] = rng.choice(free)
-                scene["objects"].sort(key=lambda x: (x["row"], x["column"]))
+            scene = twin(scene, rng)
         images.append(torch.from_numpy(np.array(toy.draw(scene, rng.getrandbits(32)))).permute(2, 0, 1))
         captions.append(toy.caption(scene, True))
         for o in toy.things(scene):
@@ -251,8 +257,8 @@ def sights(n, seed, held_out=False):
 
 
 def probe(eyes, train, test, layer):
-    """How much a linear reader sees in the features of one layer: share of attributes of *present* things named right in unseen
-    scenes with unseen pairs, per kind. Ridge regression on the cell's patches, side by side; the eyes stay as they are."""
+    """How much a linear reader sees in the features of one layer: share of attributes of *present* things named right in held-out
+    scenes, per kind. Ridge regression on the cell's patches, side by side; the eyes stay as they are."""
     n = toy.SIDE // EYES["patch_size"] // 3
 
     @torch.no_grad()
@@ -293,7 +299,7 @@ def train_eyes():
     opts = optimizers([eyes], s["lr"], s["matrix_lr"])
     began, log = time.time(), []
     images, captions, seen = sights(s["scenes"], s["seed"])
-    exam, test = tuple(x[:3000] for x in (images, captions, seen)), sights(600, "exam", held_out=True)
+    exam, test = tuple(x[:3000] for x in (images, captions, seen)), sights(600, "exam", test=True)
     docs = [([tok.bos, *tok.text(c)[0], tok.eos],) for c in captions]
     print(f"eyes: {sum(p.numel() for p in eyes.vision_model.parameters()):,} parameters, drawn in {time.time() - began:.0f} s", flush=True)
     g = torch.Generator().manual_seed(s["seed"])

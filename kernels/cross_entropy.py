@@ -49,7 +49,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if need_h:
                 torch.matmul(g, weight, out=dh[i : i + chunk])
             if need_w:
-                dw += g.T @ h
+                dw.addmm_(g.T, h) if dw.dtype == dtype else dw.add_(g.T @ h)   # the first needs no second (V, C)
         ctx.save_for_backward(dh, dw)
         return loss
 

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# From nothing to a model that answers questions about pictures: toy data, stage 1, stage 2, scores, a page and a plot.
+# Times were measured on two cores of an AMD EPYC (AVX-512) in November 2026; see README.md for the scores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+run="$python -m torch.distributed.run"            # the same as `torchrun`, from whichever environment python comes
+
+$run train_align.py "$@"                          # TIME_ALIGN  draws the pictures, then the connector learns the language of the model
+$run train_sft.py "$@"                            # TIME_SFT    connector and language model learn to converse
+$python eval.py --model=runs/sft                  # TIME_EVAL   held-out questions; answers_seeing.jsonl and a page beside it
+$python eval.py --model=runs/sft --blind          #             what can be guessed without a picture
+$python eval.py --model=runs/sft --shuffled       #             what can be guessed from another picture
+$python sample.py --model=runs/sft --image=runs/toy/images/test_00000.png --prompt="Describe the image."
+$python plot.py runs/align runs/sft --out=runs/curves.png || echo "no curves: pip install matplotlib"

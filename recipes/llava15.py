@@ -1,0 +1,20 @@
+"""LLaVA-1.5, stage 2 (Liu et al. 2023, arXiv:2310.03744): 665k conversations, connector and language model learn, lr 2e-5, batch 128,
+one epoch. With --lora_r=128 --lora_alpha=256 --lora_dropout=0.05 --lr=2e-4 --connector_lr=2e-5: the paper's LoRA variant.
+
+    torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py --init=runs/align --data=llava_v1_5_mix665k.json --images=DIR
+
+Not run here: no machine with the data was at hand. The numbers are the paper's and its scripts'."""
+
+template = "vicuna_v1"
+image_aspect = "pad"
+batch_size = 128
+max_len = 2048
+max_tokens = 16384
+epochs = 1.0
+lr = 2e-5
+warmup = 0.03
+weight_decay = 0.0
+workers = 4
+save_every = 500
+eval_every = 0
+sample_every = 0
