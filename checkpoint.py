@@ -198,7 +198,7 @@ def restore(path, model, optimizer, world):
             if (value.shape, value.dtype) != (like.shape, like.dtype):
                 want = f"{like.dtype} {tuple(like.shape)}"
                 stop(f"{path}: {name} is {value.dtype} {tuple(value.shape)}, the model's is {want}")
-            value = value.to(like.device)
+            value = value.to(like.device, copy=True)             # what was read may be a view of the file
             if hasattr(like, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
                 value = distribute_tensor(value, like.device_mesh, like.placements)
