@@ -1,4 +1,4 @@
-"""What is minimised. Losses are sums; engine.train_step divides once, by a count it took before the first backward pass."""
+"""What is minimised. Losses are sums; engine.train_step divides once, by a count taken before the first backward."""
 
 
 def token_loss(model, batch):

@@ -182,7 +182,8 @@ def test_a_checkpoint_written_in_place_would_not_survive(tmp_path):
 @pytest.mark.parametrize("name, workers", [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGUSR1, 1)])
 def test_told_to_stop_it_saves_the_step_it_is_in_once_and_goes_on_bit_by_bit(name, workers, settings, peace, tmp_path):
     out = tmp_path / "run"
-    assert ended(life({**settings, "save_every": 100, "workers": workers}, out, 2, name)) == 143, (out / "said.txt").read_text()
+    code = ended(life({**settings, "save_every": 100, "workers": workers}, out, 2, name))
+    assert code == 143, (out / "said.txt").read_text()
     assert [n for n, _ in checkpoint.steps_in(out)] == [3] and not (out / "finished.json").exists()
     said = (out / "said.txt").read_text()
     assert said.count("stopped by a signal after step 3/10") == 1 and "Traceback" not in said
