@@ -154,9 +154,9 @@ def save(out, step, model, optimizer, world, state, keep_last, keep=()):
 
     commit(Path(out, "checkpoints", f"step_{step:07}"), fill)
     steps = steps_in(out)
-    lives = [s for s, _ in steps if s <= step][-max(1, keep_last):]
+    lives = {*keep, *[s for s, _ in steps if s <= step][-max(1, keep_last):]}
     for s, path in steps:
-        if s > step or (s not in lives and s not in keep):
+        if s not in lives:
             discard(path)
 
 
