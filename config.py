@@ -97,9 +97,9 @@ def load(Settings, argv, doc=""):
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
             known(key, arg)
-            if not equals:
+            if not equals and fields[key] is not bool:
                 stop(f"{arg}: write --{key}=value")
-            values[key] = read(text, fields[key], key)
+            values[key] = read(text, fields[key], key) if equals else True   # --blind is --blind=true
         elif arg.endswith(".py"):
             for key, value in run(arg).items():
                 known(key, arg)

@@ -141,10 +141,9 @@ def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
         if p.requires_grad:
             decays = p.ndim >= 2 and "embed" not in name
             groups.setdefault((lrs[name], weight_decay if decays else 0.0), []).append((name, p))
-    fused = any(p.device.type == "cuda" for g in groups.values() for _, p in g)
     return torch.optim.AdamW(
         [{"params": [p for _, p in g], "names": [n for n, _ in g], "lr": lr, "peak": lr, "weight_decay": wd}
-         for (lr, wd), g in groups.items()], betas=betas, eps=eps, fused=fused)
+         for (lr, wd), g in groups.items()], betas=betas, eps=eps, fused=True)
 
 
 def lr_at(step, steps, warmup, lr, floor=0.0):

@@ -3,7 +3,8 @@
     torchrun train_align.py                                        # the toy world, on a CPU, in about a minute
     torchrun train_align.py recipes/llava15_align.py --data=blip_laion_cc_sbu_558k.json --images=DIR
     torchrun --nproc_per_node=8 train_align.py recipes/llava15_align.py ...              # eight GPUs
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_align.py recipes/llava15_align.py ...
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train_align.py recipes/llava15_align.py ...                                      # four nodes of eight
 
 Settings are given as --key=value or in recipe files; `python train_align.py --help` prints them all.
 """
@@ -27,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 @dataclasses.dataclass
 class Settings:
     # data
-    data: str = "toy"                    # json or jsonl in LLaVA form; a.json:0.7,b.json:0.3 mixes by weight; toy = the toy world
+    data: str = "toy"                    # LLaVA json or jsonl; a.json:0.7,b.json:0.3 mixes; toy = the toy world
     images: str = "."                    # folder that image names are relative to
     val_data: str = ""                   # the same form; none: no validation, no samples
     template: str = "plain"              # plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral
@@ -41,8 +42,8 @@ class Settings:
     connector: str = "mlp"               # mlp, linear
     # optimisation
     batch_size: int = 32                 # samples per optimizer step, over all processes
-    max_tokens: int = 4096               # tokens in one packed stream: lower it when memory is short, the gradient stays the same
-    max_len: int = 512                   # tokens of one sample; what is longer is cut, never inside an image, and counted
+    max_tokens: int = 4096               # tokens in one packed stream: less needs less memory, the gradient is the same
+    max_len: int = 512                   # tokens of one sample; the rest is cut, never inside an image, and counted
     epochs: float = 1.0                  # over the data, where steps is 0
     steps: int = 0                       # optimizer steps
     lr: float = 2e-3                     # of the connector
@@ -73,7 +74,6 @@ class Settings:
 def main(s):
     world = engine.start(s.device, s.dtype, s.seed)
     stage.toy_world(s, world, "align")
-    out = Path(s.out)
 
     # what is trained
     model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
@@ -91,13 +91,13 @@ def main(s):
         return stage.one_sample(samples, folder.tok, world)
 
     # on which machine
-    model = engine.parallelize(model.to(world.device), world, [*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers],
-                               s.parallel, s.recompute, s.compile)
+    blocks = [*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers]
+    model = engine.parallelize(model.to(world.device), world, blocks, s.parallel, s.recompute, s.compile)
     optimizer = engine.adamw(model, lrs, s.weight_decay)
     run = stage.Run(s, world, model, folder, samples, encode, spec, steps)
     start = run.resume(optimizer)
 
-    # ---- the loop: the same in train_sft.py -----------------------------------------------------------------------------------
+    # ---- the loop: the same in train_sft.py --------------------------------------------------------------------------
     batches = iter(data.loader(samples, [0] * steps if s.overfit else range(start, steps), s.workers))
     for step in range(start, steps):
         began = time.time()
@@ -116,7 +116,7 @@ def main(s):
             run.save(step, optimizer)
         if run.stopping(step, optimizer):
             return 143
-    # ---------------------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------------------
     if s.overfit:
         return run.by_heart(first)
     run.publish()

@@ -1,12 +1,13 @@
 """Stage 2: connector and language model learn to converse about pictures; the language model whole, or through LoRA.
 
-    torchrun train_sft.py                                          # the toy world, on a CPU, after train_align.py: a few minutes
+    torchrun train_sft.py                                          # the toy world, on a CPU, after train_align.py
     torchrun train_sft.py --lora_r=32 --lr=4e-3 --out=runs/lora    # the same through LoRA
     torchrun train_sft.py recipes/llava15.py --init=runs/align --data=llava_v1_5_mix665k.json --images=DIR
     torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py ...                      # eight GPUs
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_sft.py recipes/llava15.py ...
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train_sft.py recipes/llava15.py ...                                              # four nodes of eight
 
-Settings are given as --key=value or in recipe files; `python train_align.py --help` prints them all.
+Settings are given as --key=value or in recipe files; `python train_sft.py --help` prints them all.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 @dataclasses.dataclass
 class Settings:
     # data
-    data: str = "toy"                    # json or jsonl in LLaVA form; a.json:0.7,b.json:0.3 mixes by weight; toy = the toy world
+    data: str = "toy"                    # LLaVA json or jsonl; a.json:0.7,b.json:0.3 mixes; toy = the toy world
     images: str = "."                    # folder that image names are relative to
     val_data: str = ""                   # the same form; none: no validation, no samples
     template: str = "vicuna_v1"          # plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral
@@ -43,8 +44,8 @@ class Settings:
     connector: str = "mlp"               # mlp, linear
     # optimisation
     batch_size: int = 32                 # samples per optimizer step, over all processes
-    max_tokens: int = 4096               # tokens in one packed stream: lower it when memory is short, the gradient stays the same
-    max_len: int = 512                   # tokens of one sample; what is longer is cut, never inside an image, and counted
+    max_tokens: int = 4096               # tokens in one packed stream: less needs less memory, the gradient is the same
+    max_len: int = 512                   # tokens of one sample; the rest is cut, never inside an image, and counted
     epochs: float = 1.0                  # over the data, where steps is 0
     steps: int = 0                       # optimizer steps
     lr: float = 1e-3                     # of the language model, or of its adapters
@@ -52,7 +53,7 @@ class Settings:
     lora_r: int = 0                      # rank of the adapters; 0 = train the whole language model
     lora_alpha: float = 64.0             # adapters are scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0
-    lora_targets: str = "all-linear"     # of the language model, but not its head; or q_proj,v_proj ...; or globs over names
+    lora_targets: str = "all-linear"     # of the language model but its head; or q_proj,v_proj ...; or globs
     warmup: float = 0.03                 # share of the steps
     weight_decay: float = 0.0
     grad_clip: float = 1.0               # norm; 0 = never
@@ -80,12 +81,14 @@ class Settings:
 def main(s):
     world = engine.start(s.device, s.dtype, s.seed)
     stage.toy_world(s, world, "sft")
-    out = Path(s.out)
 
     # what is trained
     model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
-    adapter = lora.apply(model, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_targets, s.seed) if s.lora_r else None
-    lrs = engine.choose(model, {"multi_modal_projector.*": s.connector_lr or s.lr, "*.lora_*" if s.lora_r else "language_model.*": s.lr}, world.dtype)
+    adapter = None
+    if s.lora_r:
+        adapter = lora.apply(model, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_targets, s.seed)
+    table = {"multi_modal_projector.*": s.connector_lr or s.lr, "*.lora_*" if s.lora_r else "language_model.*": s.lr}
+    lrs = engine.choose(model, table, world.dtype)
 
     # on what
     cfg, spec = model.cfg, hf.image_spec(folder.pre, s.image_aspect)
@@ -99,13 +102,13 @@ def main(s):
         return stage.one_sample(samples, folder.tok, world)
 
     # on which machine
-    model = engine.parallelize(model.to(world.device), world, [*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers],
-                               s.parallel, s.recompute, s.compile)
+    blocks = [*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers]
+    model = engine.parallelize(model.to(world.device), world, blocks, s.parallel, s.recompute, s.compile)
     optimizer = engine.adamw(model, lrs, s.weight_decay)
     run = stage.Run(s, world, model, folder, samples, encode, spec, steps, adapter)
     start = run.resume(optimizer)
 
-    # ---- the loop: the same in train_align.py -----------------------------------------------------------------------------------
+    # ---- the loop: the same in train_align.py ------------------------------------------------------------------------
     batches = iter(data.loader(samples, [0] * steps if s.overfit else range(start, steps), s.workers))
     for step in range(start, steps):
         began = time.time()
@@ -124,7 +127,7 @@ def main(s):
             run.save(step, optimizer)
         if run.stopping(step, optimizer):
             return 143
-    # ---------------------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------------------
     if s.overfit:
         return run.by_heart(first)
     run.publish()

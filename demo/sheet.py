@@ -1,0 +1,44 @@
+"""A picture of what a model says about pictures, from the file that eval.py wrote.
+
+    python demo/sheet.py runs/sft/answers_seeing.jsonl [OUT.png]     # -> OUT.png, by default demo/result.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+ZOOM, WIDTH, LINE, GAP = 3, 680, 22, 18  # pixels
+IMAGES = Path("runs/toy/images")
+
+
+def sheet(rows, columns=2, pictures=6, questions=8):
+    """rows of answers.jsonl -> PIL image: a picture, and beside it question, answer, and the truth where the answer is wrong."""
+    by_picture = {}
+    for row in rows:
+        by_picture.setdefault(row["image"], []).append(row)
+    chosen = [(name, asked) for name, asked in by_picture.items() if len(asked) >= questions - 1][:pictures]
+    side = 72 * ZOOM
+    height = max(side, questions * LINE) + GAP
+    out = Image.new("RGB", (columns * WIDTH + GAP, -(-len(chosen) // columns) * height + GAP), "white")
+    d, font = ImageDraw.Draw(out), ImageFont.load_default(size=14)
+    for n, (name, asked) in enumerate(chosen):
+        x, y = GAP + n % columns * WIDTH, GAP + n // columns * height
+        out.paste(Image.open(IMAGES / name).convert("RGB").resize((side, side), Image.NEAREST), (x, y))
+        for i, row in enumerate(asked[:questions]):
+            at = (x + side + 12, y + i * LINE)
+            question = row["prompt"].splitlines()[0].replace(" to the left or to the right of ", " left or right of ")
+            d.text(at, question, fill=(90, 90, 90), font=font)
+            answer = row["text"] + ("" if row["score"] >= 1 else f" (it is {row['answers'][0]})")
+            d.text((at[0] + d.textlength(question, font=font) + 8, at[1]), answer, fill=(20, 130, 50) if row["score"] >= 1 else (200, 40, 40), font=font)
+    return out
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit(__doc__)
+    answers = [json.loads(line) for line in Path(sys.argv[1]).read_text("utf-8").splitlines()]
+    target = sys.argv[2] if len(sys.argv) == 3 else str(Path(__file__).resolve().parent / "result.png")
+    sheet(answers).save(target)
+    print(target)
