@@ -14,7 +14,8 @@ IMAGES = Path("runs/toy/images")
 
 
 def sheet(rows, columns=2, pictures=6, questions=8):
-    """rows of answers.jsonl -> PIL image: a picture, and beside it question, answer, and the truth where the answer is wrong."""
+    """rows of answers.jsonl -> PIL image: a picture, and beside it question, answer, and the truth where the answer is
+    wrong."""
     by_picture = {}
     for row in rows:
         by_picture.setdefault(row["image"], []).append(row)
@@ -31,7 +32,8 @@ def sheet(rows, columns=2, pictures=6, questions=8):
             question = row["prompt"].splitlines()[0].replace(" to the left or to the right of ", " left or right of ")
             d.text(at, question, fill=(90, 90, 90), font=font)
             answer = row["text"] + ("" if row["score"] >= 1 else f" (it is {row['answers'][0]})")
-            d.text((at[0] + d.textlength(question, font=font) + 8, at[1]), answer, fill=(20, 130, 50) if row["score"] >= 1 else (200, 40, 40), font=font)
+            d.text((at[0] + d.textlength(question, font=font) + 8, at[1]), answer,
+                   fill=(20, 130, 50) if row["score"] >= 1 else (200, 40, 40), font=font)
     return out
 
 

@@ -1,18 +1,20 @@
-"""The toy world: scenes drawn from a seed, written to disk as ordinary LLaVA json and PNG files, so that training cannot tell it
-from the world. Answers are computed from the scene graph.
+"""The toy world: scenes drawn from a seed, written to disk as ordinary LLaVA json and PNG files, so that training
+cannot tell it from the world. Answers are computed from the scene graph.
 
-    python demo/toy.py OUT [--align=N --sft=N --seed=N]    # OUT/{align,sft,val_align,val_sft}.json, OUT/questions.jsonl, OUT/images/
+    python demo/toy.py OUT [--align=N --sft=N --seed=N]    # OUT/{align,sft,val_align,val_sft}.json,
+                                                           # OUT/questions.jsonl, OUT/images/
 
-One to four shapes stand on a 3 x 3 grid, no two alike in colour and shape; in some scenes a sign shows a digit. An example:
+One to four shapes stand on a 3 x 3 grid, no two alike in colour and shape; in some scenes a sign shows a digit. An
+example:
 
     scene      large red circle top left, small blue star middle right, sign 7 bottom center
     caption    a red circle, a blue star and a sign
     detailed   top left: a large red circle; middle right: a small blue star; bottom center: a sign that says 7
     questions  What color is the circle? red      Where is the blue star? middle right      Is there a red star? no
 
-What is held out: a thing is a colour, a shape, a size and a place, 648 combinations. A sixth of them (`held_out`) never occurs in
-any training scene, drawn or written; every shape in a test scene is one of those. So nothing in a test scene has been seen before,
-though each of its words has.
+What is held out: a thing is a colour, a shape, a size and a place, 648 combinations. A sixth of them (`held_out`)
+never occurs in any training scene, drawn or written; every shape in a test scene is one of those. So nothing in a test
+scene has been seen before, though each of its words has.
 """
 
 import json
@@ -33,17 +35,17 @@ SHORT = "Answer the question using a single word or phrase."
 TYPES = ["color", "shape", "size", "count", "place", "relation", "exists", "read"]
 
 
-# ---- the scene graph ----------------------------------------------------------------------------------------------------------
+# ---- the scene graph ------------------------------------------------------------------------------------------------
 
 def held_out(color, shape, size, row, column):
-    """Is this combination kept for testing? One in six, spread so that any two words of a thing still meet in training."""
+    """Is this combination kept for testing? One in six, spread so that any two words of a thing meet in training."""
     return ([*COLORS].index(color) + SHAPES.index(shape) + 3 * SIZES.index(size) + 2 * row + column) % 6 == 0
 
 
 def make_scene(rng, test=False):
     """{objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}, objects in reading order."""
     pairs = PAIRS
-    if rng.random() < 0.5:                                 # alike on purpose: neither a colour nor a shape alone tells them apart
+    if rng.random() < 0.5:                                 # alike on purpose: neither colour nor shape tells them apart
         few, kinds = rng.sample([*COLORS], 2), rng.sample(SHAPES, 3)
         pairs = [p for p in PAIRS if p[0] in few and p[1] in kinds]
     cells = [(r, k) for r in range(3) for k in range(3)]
@@ -78,7 +80,7 @@ def things(scene):
     return sorted(everything, key=lambda o: (o["row"], o["column"]))
 
 
-# ---- the picture --------------------------------------------------------------------------------------------------------------
+# ---- the picture ----------------------------------------------------------------------------------------------------
 
 def draw(scene, seed):
     """-> PIL image, SIDE x SIDE RGB, on a shaded and slightly noisy ground."""
@@ -97,8 +99,10 @@ def draw(scene, seed):
         x, y = (CELL * (k + 0.5) + rng.uniform(-2, 2) for k in (o["column"], o["row"]))
         if "digit" in o:
             w, h = 7.5, 9.5
-            d.rectangle([(x - w) * ups, (y - h) * ups, (x + w) * ups, (y + h) * ups], fill=(250, 250, 250), outline=(0, 0, 0), width=ups)
-            d.text((x * ups, y * ups), str(o["digit"]), fill=(0, 0, 0), font=ImageFont.load_default(size=17 * ups), anchor="mm")
+            d.rectangle([(x - w) * ups, (y - h) * ups, (x + w) * ups, (y + h) * ups], fill=(250, 250, 250),
+                        outline=(0, 0, 0), width=ups)
+            d.text((x * ups, y * ups), str(o["digit"]), fill=(0, 0, 0), font=ImageFont.load_default(size=17 * ups),
+                   anchor="mm")
             continue
         r = (rng.uniform(9.0, 10.5) if o["size"] == "large" else rng.uniform(4.8, 6.0))
         fill = tuple(int(v) for v in (np.array(COLORS[o["color"]]) + rng.integers(-14, 15, 3)).clip(0, 255))
@@ -126,7 +130,7 @@ def draw(scene, seed):
     return Image.fromarray((pixels + rng.normal(0, 5, pixels.shape)).clip(0, 255).astype("uint8"))
 
 
-# ---- words --------------------------------------------------------------------------------------------------------------------
+# ---- words ----------------------------------------------------------------------------------------------------------
 
 def listing(words):
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
@@ -144,9 +148,11 @@ def caption(scene, detailed):
 
 
 def written(scene, rng=None):
-    """The scene in words, in reading order or shuffled by rng: what a language model reads instead of the picture. One form only: earlier tongues that were
-    taught four forms at once could still not look up two attributes together after 2,000 steps."""
-    names = [f"{place(o)}: " + (f"sign {o['digit']}" if "digit" in o else f"{o['size']} {pair(o)}") for o in things(scene)]
+    """The scene in words, in reading order or shuffled by rng: what a language model reads instead of the picture. One
+    form only: earlier tongues that were taught four forms at once could still not look up two attributes together after
+    2,000 steps."""
+    names = [f"{place(o)}: " + (f"sign {o['digit']}" if "digit" in o else f"{o['size']} {pair(o)}")
+             for o in things(scene)]
     if rng:
         rng.shuffle(names)
     return "; ".join(names)
@@ -158,12 +164,14 @@ def restated(scene, rng):
         return written(scene, rng)
     order = things(scene)
     rng.shuffle(order)
-    return "; ".join((f"sign {o['digit']}: " if "digit" in o else f"{pair(o)}: {o['size']}, ") + place(o) for o in order)
+    return "; ".join((f"sign {o['digit']}: " if "digit" in o else f"{pair(o)}: {o['size']}, ") + place(o)
+                     for o in order)
 
 
 def questions(scene, rng):
-    """All kinds of questions whose answer is certain: a list of (type, question, short answer, answer in a sentence), one draw
-    per kind and scene. Yes and no are equally likely; a "no" prefers a colour and a shape that are there, but not together."""
+    """All kinds of questions whose answer is certain: a list of (type, question, short answer, answer in a sentence),
+    one draw per kind and scene. Yes and no are equally likely; a "no" prefers a colour and a shape that are there, but
+    not together."""
     objects, out = scene["objects"], []
     count = {k: {} for k in ("color", "shape", "size")}
     for o in objects:
@@ -176,20 +184,24 @@ def questions(scene, rng):
         out.append(("color", f"What color is the {o['shape']}?", o["color"], f"The {o['shape']} is {o['color']}."))
     else:
         o = rng.choice(objects)
-        out.append(("color", f"What color is the shape at the {place(o)}?", o["color"], f"The shape at the {place(o)} is {o['color']}."))
+        out.append(("color", f"What color is the shape at the {place(o)}?", o["color"],
+                    f"The shape at the {place(o)} is {o['color']}."))
     single = [o for o in objects if count["color"][o["color"]] == 1]
     if single and rng.random() < 0.5:
         o = rng.choice(single)
         out.append(("shape", f"Which shape is {o['color']}?", o["shape"], f"The {o['shape']} is {o['color']}."))
     else:
         o = rng.choice(objects)
-        out.append(("shape", f"Which shape is at the {place(o)}?", o["shape"], f"There is a {o['shape']} at the {place(o)}."))
+        out.append(("shape", f"Which shape is at the {place(o)}?", o["shape"],
+                    f"There is a {o['shape']} at the {place(o)}."))
     o = rng.choice(objects)
     out.append(("size", f"What size is the {pair(o)}?", o["size"], f"The {pair(o)} is {o['size']}."))
 
     what, n = rng.choice([("shapes", len(objects))]
-                         + [(f"{c} shapes", count["color"].get(c, 0)) for c in COLORS if c in count["color"] or rng.random() < 0.1]
-                         + [(f"{s}s" if s != "cross" else "crosses", count["shape"].get(s, 0)) for s in SHAPES if s in count["shape"] or rng.random() < 0.1]
+                         + [(f"{c} shapes", count["color"].get(c, 0))
+                            for c in COLORS if c in count["color"] or rng.random() < 0.1]
+                         + [(f"{s}s" if s != "cross" else "crosses", count["shape"].get(s, 0))
+                            for s in SHAPES if s in count["shape"] or rng.random() < 0.1]
                          + [(f"{s} shapes", count["size"].get(s, 0)) for s in SIZES])
     out.append(("count", f"How many {what} are there?", str(n), f"The number of {what} is {n}."))
     o = rng.choice(objects)
@@ -199,7 +211,8 @@ def questions(scene, rng):
         a, b, axis = rng.choice(two)
         words = ("above", "below") if axis == "row" else ("left", "right")
         word = words[a[axis] > b[axis]]
-        sentence = f"The {pair(a)} is {word} the {pair(b)}." if axis == "row" else f"The {pair(a)} is to the {word} of the {pair(b)}."
+        sentence = (f"The {pair(a)} is {word} the {pair(b)}." if axis == "row"
+                    else f"The {pair(a)} is to the {word} of the {pair(b)}.")
         ask = " or ".join(words) if axis == "row" else "to the left or to the right of"
         out.append(("relation", f"Is the {pair(a)} {ask} the {pair(b)}?", word, sentence))
     if rng.random() < 0.5:
@@ -232,7 +245,8 @@ def facts():
 
 
 def dialogue(asked, short, opening=""):
-    """[(question, short, sentence)] -> LLaVA turns; the opening (a picture, a written scene) and the instruction stand in the first."""
+    """[(question, short, sentence)] -> LLaVA turns; the opening (a picture, a written scene) and the instruction stand
+    in the first."""
     turns = []
     for i, (question, answer, sentence) in enumerate(asked):
         text = (opening if i == 0 else "") + question + (f"\n{SHORT}" if short and i == 0 else "")
@@ -254,14 +268,16 @@ def conversation(scene, rng, opening, turns=8, short=None):
     return dialogue(asked[:turns], rng.random() < 0.7 if short is None else short, opening)
 
 
-# ---- files --------------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
+VERSION = 3  # of what is written: raise it when the same numbers would draw other files
 SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
 
 
 def write(out, split="all", seed=0, **sizes):
-    """Write the world below the folder `out`: OUT/SPLIT.json (test: OUT/questions.jsonl) and OUT/images/. split: align or sft, each
-    with its validation file and the test questions, or all. What is there already, in the same size, stays. -> splits drawn"""
+    """Write the world below the folder `out`: OUT/SPLIT.json (test: OUT/questions.jsonl) and OUT/images/. split: align
+    or sft, each with its validation file and the test questions, or all. What is there already, in the same size,
+    stays. -> splits drawn"""
     out, sizes = Path(out), {**SCENES, **sizes}
     (out / "images").mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -269,10 +285,11 @@ def write(out, split="all", seed=0, **sizes):
         if split not in ("all", name) and name not in (f"val_{split}", "test"):
             continue
         file, mark = out / ("questions.jsonl" if name == "test" else f"{name}.json"), out / f".{name}"
-        numbers = json.dumps(dict(scenes=sizes[name], seed=seed, version=3))
+        numbers = json.dumps(dict(scenes=sizes[name], seed=seed, version=VERSION))
         if mark.is_file() and mark.read_text() == numbers:
             continue
-        rows = {"align": captions, "sft": conversations, "test": exam}[name.removeprefix("val_")](scenes(out, name, sizes[name], seed))
+        rows = {"align": captions, "sft": conversations, "test": exam}[name.removeprefix("val_")](
+            scenes(out, name, sizes[name], seed))
         text = "".join(json.dumps(r) + "\n" for r in rows) if name == "test" else json.dumps(rows)
         file.write_text(text)
         mark.write_text(numbers)
