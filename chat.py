@@ -140,7 +140,8 @@ class Script:
 
 def plain(w, system, turns):
     """Stage 1: picture, caption, newline. What the person said is not read, only its pictures."""
-    w.control(w.tok.bos)
+    if w.tok.bos is not None:                           # Qwen has none
+        w.control(w.tok.bos)
     for user, answer in turns:
         for _ in range(user.count(IMAGE) if w.images else 0):
             w.parts.append(("image",))

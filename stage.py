@@ -31,6 +31,8 @@ from kernels.cross_entropy import CHUNK_BYTES
 from loss import token_loss
 
 ROOT = Path(__file__).resolve().parent
+IDLE = {"out", "resume", "log_every", "sample_every", "eval_every", "save_every", "keep_last", "keep_best", "workers",
+        "device", "parallel", "recompute", "compile", "dry_run", "max_tokens", "steps", "epochs"}  # settings that change no weight
 PATIENCE = 10  # updates in a row whose gradient is not finite, before the run stops
 TRIES = 3      # checkpoints in a row that could not be written, before the run stops
 
@@ -49,6 +51,29 @@ def toy_world(s, world, split):
         dist.barrier()
     s.data, s.images, s.val_data = (str(place / n) for n in (f"{split}.json", "images", f"val_{split}.json"))
     s.system = s.system or ""                                # the toy's tongue was schooled without a system text
+
+
+RANGES = {"steps": (0, None), "epochs": (0, None), "batch_size": (1, None), "lr": (0, None), "connector_lr": (0, None),
+          "warmup": (0, 0.99), "weight_decay": (0, None), "grad_clip": (0, None), "workers": (0, None), "lora_r": (0, None),
+          "lora_dropout": (0, 0.99), "max_dropped": (0, 1), "save_every": (0, None), "log_every": (0, None),
+          "eval_every": (0, None), "sample_every": (0, None), "keep_last": (1, None), "seed": (0, None)}
+
+
+def check(s):
+    """Settings that cannot be meant end here, in one line, before anything is read."""
+    for key, (low, high) in RANGES.items():
+        value = getattr(s, key, low)
+        if value < low or high is not None and value > high:
+            stop(f"{key}={value}: expected {'at least' if high is None else 'between'} {low}"
+                 + ("" if high is None else f" and {high}") + (", a share of the steps" if key == "warmup" else ""))
+    if not s.steps and not s.epochs:
+        stop("steps=0 and epochs=0.0: nothing to do")
+    if s.connector not in ("mlp", "linear"):
+        stop(f"connector={s.connector}: mlp or linear")
+    if s.keep_best and not (s.val_data or s.data == "toy"):
+        stop("keep_best needs val_data")
+    if s.keep_best and (not s.save_every or s.eval_every % s.save_every):
+        stop("keep_best: eval_every must be a multiple of save_every, for only a checkpoint that is written can be kept")
 
 
 def one_sample(samples, tok, world):
@@ -133,12 +158,9 @@ class Run:
         self.s, self.world, self.model, self.folder, self.samples, self.steps = s, world, model, folder, samples, steps
         self.adapter, self.cfg, self.spec = adapter, engine.unwrap(model).cfg, spec
         self.out = Path(s.out, "overfit") if s.overfit else Path(s.out)     # an exercise leaves the run as it is
-        self.seen, self.reasons, self.best = Counter(), Counter(), None     # best: (validation loss, step)
+        self.seen, self.reasons, self.best = Counter(), {}, None   # kind: (count, first line); (validation loss, step)
         self.bad_updates = self.bad_saves = 0                               # in a row
         self.done = self.told = False
-        if s.keep_best and (not s.val_data or s.eval_every % s.save_every):
-            stop("keep_best needs val_data, and eval_every must be a multiple of save_every: only a checkpoint that is "
-                 "written can be kept")
         self.val = None
         if s.val_data:
             self.val = Once(s.val_data, s.images, encode, spec, min(s.batch_size, 32), s.max_tokens, 0, world.rank,
@@ -158,9 +180,20 @@ class Run:
         return h.hexdigest()
 
     def finished(self):
+        """Was this very run done before? The same folder with other settings or data is a mistake, not a finished run."""
         file = self.out / "finished.json"
-        return (file.is_file() and json.loads(file.read_text())["steps"] >= self.steps
-                and (self.out / "model" / "config.json").is_file())
+        if not file.is_file() or not (self.out / "model" / "config.json").is_file():
+            return False
+        done = json.loads(file.read_text())
+        if done["steps"] < self.steps:
+            return False                                             # it was asked to go on
+        if done["data"] != self.fingerprint:
+            stop(f"{self.out} holds a run finished on other data: --out=DIR writes elsewhere, --resume=none starts again")
+        for key, old in done["settings"].items():
+            if key not in IDLE and old != getattr(self.s, key, old):
+                stop(f"{self.out} holds a run finished with {key}={old}, not {getattr(self.s, key)}: --out=DIR writes "
+                     "elsewhere, --resume=none starts again")
+        return True
 
     def resume(self, optimizer):
         """-> the step to go on from; of a finished run the last one, and then nothing is touched any more."""
@@ -183,7 +216,7 @@ class Run:
                 if old != new.get(key) and key not in ("out", "resume"):
                     world.print(f"resumed with {key}={new.get(key)}, before it was {old}")
             start, self.best = state["step"], state["best"]
-            self.seen, self.reasons = Counter(state["seen"]), Counter(state["reasons"])
+            self.seen, self.reasons = Counter(state["seen"]), state["reasons"]
             world.print(f"resumed from {path}")
         if world.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -203,7 +236,7 @@ class Run:
 
     def count(self, step, batch, result, waited):
         """Count what was dropped, cut or skipped, over all ranks; stop when it is too much."""
-        names = [f"{name}: {why}" for name, why in batch.dropped]
+        names = [[why.split(": ")[0], f"{name}: {why}"] for name, why in batch.dropped]   # [kind, line]
         images = sum(len(b.images) for b in batch.micro)
         used, dropped, cut, images, told = (int(v) for v in self.world.sum(
             [len(batch.names), len(names), batch.truncated, images, len(self.signals)]))
@@ -213,9 +246,12 @@ class Run:
         units = dict(tokens=result["tokens"], supervised=result["supervised_tokens"], images=images)
         self.logger.count(result["tokens"], used, sum(f * units[u] for u, f in self.flops.items()), waited)
         if dropped:
-            self.reasons.update(line for rank in self.world.gather(names) for line in rank)
+            for kind, line in (pair for rank in self.world.gather(names) for pair in rank):
+                count, first = self.reasons.get(kind, (0, line))
+                self.reasons[kind] = (count + 1, first)
         if self.seen["dropped"] > self.s.max_dropped * max(self.seen["samples"], 100):
-            worst = "\n  ".join(list(self.reasons)[:5])
+            common = sorted(self.reasons.values(), reverse=True)[:5]
+            worst = "\n  ".join(f"{count} like {first}" for count, first in common)
             stop(f"{self.seen['dropped']} of {self.seen['samples']} samples could not be used, over "
                  f"max_dropped={self.s.max_dropped}:\n  {worst}")
         self.bad_updates = 0 if result["updated"] else self.bad_updates + 1
@@ -351,7 +387,7 @@ class Run:
             if self.adapter:
                 trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
                 lora.save_adapter(self.out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout,
-                                  s.init or s.llm)
+                                  hf.find_model(s.init).resolve() if s.init else s.llm)
                 state = lora.merge_state(state, s.lora_alpha / s.lora_r)
             card = (f"# {Path(s.out).name}\n\nTrained with pumice: {self.steps} steps of {s.batch_size} samples from "
                     f"{s.data}, template {s.template}. Started from {s.init or f'{s.vision} and {s.llm}'}."
@@ -359,7 +395,8 @@ class Run:
             dtype = self.world.dtype if self.world.dtype != torch.float32 else torch.float16
             hf.save(self.out / "model", state, self.cfg, self.folder, s.template, s.system, s.image_aspect, dtype, card)
             tmp = self.out / ".tmp-finished"
-            tmp.write_text(json.dumps({"steps": self.steps, **self.seen}))
+            tmp.write_text(json.dumps({"steps": self.steps, **self.seen, "data": self.fingerprint,
+                                       "settings": dataclasses.asdict(s)}))
             os.replace(tmp, self.out / "finished.json")
         except OSError as e:
             stop(f"{e}. The last checkpoint is whole, the same command tries again")

@@ -79,11 +79,14 @@ class Settings:
 
 
 def main(s):
+    stage.check(s)
     world = engine.start(s.device, s.dtype, s.seed)
     stage.toy_world(s, world, "sft")
 
     # what is trained
     model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
+    if s.system is None:
+        s.system = folder.meta.get("system")             # what the model that we start from was trained with, if it says so
     adapter = None
     if s.lora_r:
         adapter = lora.apply(model, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_targets, s.seed)

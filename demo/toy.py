@@ -158,16 +158,6 @@ def written(scene, rng=None):
     return "; ".join(names)
 
 
-def restated(scene, rng):
-    """The scene said again in another order, by place or by name: a lookup in every word of it."""
-    if rng.random() < 0.5:
-        return written(scene, rng)
-    order = things(scene)
-    rng.shuffle(order)
-    return "; ".join((f"sign {o['digit']}: " if "digit" in o else f"{pair(o)}: {o['size']}, ") + place(o)
-                     for o in order)
-
-
 def questions(scene, rng):
     """All kinds of questions whose answer is certain: a list of (type, question, short answer, answer in a sentence),
     one draw per kind and scene. Yes and no are equally likely; a "no" prefers a colour and a shape that are there, but

@@ -102,8 +102,8 @@ def attention_torch(q, k, v, lo, hi):
             continue
         qr = qr.reshape(n, H, Lq, K)
         kr, vr = (t.repeat_interleave(g, dim=1) for t in (kr, vr))                               # (n, H, Lk, K)
-        if kind == "full":
-            o = F.scaled_dot_product_attention(qr, kr, vr)
+        if kind in ("full", "causal"):
+            o = F.scaled_dot_product_attention(qr, kr, vr, is_causal=kind == "causal")
         else:
             o = []
             for r in range(a, b, ROWS):

@@ -109,8 +109,11 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same
         out = tmp_path / f"{runs}" / "run"
         while True:
             pid, moment = life(settings, out), time.time() + rng.uniform(0.02, seconds)
-            while time.time() < moment and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                time.sleep(0.001)
+            writing = kills % 3 == 0                   # each third waits from there for a write, or none might hit one
+            while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if time.time() > moment and (not writing or litter(out)):
+                    break
+                time.sleep(0.0005)
             os.kill(pid, signal.SIGKILL)
             code = ended(pid)
             if code == 0:

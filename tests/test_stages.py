@@ -297,6 +297,23 @@ def test_other_data_under_the_same_name_is_refused_and_changed_settings_are_said
     assert rows(tmp_path / "run" / "log.jsonl")[-2]["lr"] == engine.lr_at(5, 6, 1, 5e-3)
 
 
+def test_a_finished_run_is_not_taken_for_another_one_in_the_same_folder(world, tmp_path):
+    run("align", world, tmp_path / "run")
+    assert "finished with lr=0.002, not 0.1" in refusal("align", world, tmp_path / "run", lr=0.1)
+    file = tmp_path / "data.jsonl"
+    file.write_text(open(world["data"]).read().replace("black cat, 0", "black dog, 0"))
+    assert "finished on other data" in refusal("align", {**world, "data": str(file)}, tmp_path / "run")
+
+
+@pytest.mark.parametrize("wrong, line", [
+    (dict(warmup=100.0), "warmup=100.0: expected between 0 and 0.99, a share of the steps"), (dict(lr=-1.0), "lr=-1.0: expected at least 0"),
+    (dict(grad_clip=-1.0), "grad_clip=-1.0"), (dict(steps=-5), "steps=-5"), (dict(steps=0, epochs=0.0), "nothing to do"),
+    (dict(connector="foo"), "connector=foo: mlp or linear"), (dict(workers=-1), "workers=-1"), (dict(batch_size=0), "batch_size=0"),
+    (dict(keep_best=True, save_every=0), "keep_best: eval_every must be a multiple of save_every")])
+def test_a_setting_that_cannot_be_meant_ends_in_one_line(world, tmp_path, wrong, line):
+    assert line in refusal("align", world, tmp_path / "run", **wrong)
+
+
 def test_a_gradient_that_is_not_finite_is_seen_on_any_step_and_ten_in_a_row_stop_the_run(world, tmp_path, monkeypatch,
                                                                                          capsys):
     calls = []
