@@ -31,8 +31,9 @@ from kernels.cross_entropy import CHUNK_BYTES
 from loss import token_loss
 
 ROOT = Path(__file__).resolve().parent
+# settings that may differ between two runs that are the same
 IDLE = {"out", "resume", "log_every", "sample_every", "eval_every", "save_every", "keep_last", "keep_best", "workers",
-        "device", "parallel", "recompute", "compile", "dry_run", "max_tokens", "steps", "epochs"}  # settings that change no weight
+        "device", "parallel", "recompute", "compile", "dry_run", "max_tokens", "steps", "epochs"}
 PATIENCE = 10  # updates in a row whose gradient is not finite, before the run stops
 TRIES = 3      # checkpoints in a row that could not be written, before the run stops
 
@@ -54,8 +55,8 @@ def toy_world(s, world, split):
 
 
 RANGES = {"steps": (0, None), "epochs": (0, None), "batch_size": (1, None), "lr": (0, None), "connector_lr": (0, None),
-          "warmup": (0, 0.99), "weight_decay": (0, None), "grad_clip": (0, None), "workers": (0, None), "lora_r": (0, None),
-          "lora_dropout": (0, 0.99), "max_dropped": (0, 1), "save_every": (0, None), "log_every": (0, None),
+          "warmup": (0, 0.99), "weight_decay": (0, None), "grad_clip": (0, None), "workers": (0, None),
+          "lora_r": (0, None), "lora_dropout": (0, 0.99), "max_dropped": (0, 1), "save_every": (0, None), "log_every": (0, None),
           "eval_every": (0, None), "sample_every": (0, None), "keep_last": (1, None), "seed": (0, None)}
 
 
@@ -73,7 +74,7 @@ def check(s):
     if s.keep_best and not (s.val_data or s.data == "toy"):
         stop("keep_best needs val_data")
     if s.keep_best and (not s.save_every or s.eval_every % s.save_every):
-        stop("keep_best: eval_every must be a multiple of save_every, for only a checkpoint that is written can be kept")
+        stop("keep_best: eval_every must be a multiple of save_every, for only what is written can be kept")
 
 
 def one_sample(samples, tok, world):
@@ -180,7 +181,7 @@ class Run:
         return h.hexdigest()
 
     def finished(self):
-        """Was this very run done before? The same folder with other settings or data is a mistake, not a finished run."""
+        """Was this very run done before? Other settings or data in the same folder are a mistake, not a finished run."""
         file = self.out / "finished.json"
         if not file.is_file() or not (self.out / "model" / "config.json").is_file():
             return False
@@ -188,7 +189,8 @@ class Run:
         if done["steps"] < self.steps:
             return False                                             # it was asked to go on
         if done["data"] != self.fingerprint:
-            stop(f"{self.out} holds a run finished on other data: --out=DIR writes elsewhere, --resume=none starts again")
+            stop(f"{self.out} holds a run finished on other data: --out=DIR writes elsewhere, "
+                 "--resume=none starts again")
         for key, old in done["settings"].items():
             if key not in IDLE and old != getattr(self.s, key, old):
                 stop(f"{self.out} holds a run finished with {key}={old}, not {getattr(self.s, key)}: --out=DIR writes "

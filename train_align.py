@@ -79,7 +79,7 @@ def main(s):
     # what is trained
     model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
     if s.system is None:
-        s.system = folder.meta.get("system")             # what the model that we start from was trained with, if it says so
+        s.system = folder.meta.get("system")             # what the model we start from was trained with, if it says so
     lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype)
 
     # on what

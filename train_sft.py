@@ -86,7 +86,7 @@ def main(s):
     # what is trained
     model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
     if s.system is None:
-        s.system = folder.meta.get("system")             # what the model that we start from was trained with, if it says so
+        s.system = folder.meta.get("system")             # what the model we start from was trained with, if it says so
     adapter = None
     if s.lora_r:
         adapter = lora.apply(model, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_targets, s.seed)

@@ -3,7 +3,8 @@
 # Times were measured on two cores of an AMD EPYC (AVX-512) in November 2026; see README.md for the scores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
+python=.venv/bin/python                           # as the README installs it
+[ -x "$python" ] || python=${PYTHON:-python3}
 run="$python -m torch.distributed.run"            # the same as `torchrun`, from whichever environment python comes
 
 $run train_align.py "$@"                          # TIME_ALIGN  draws the pictures, then the connector learns the language of the model
@@ -12,4 +13,5 @@ $python eval.py --model=runs/sft                  # TIME_EVAL   held-out questio
 $python eval.py --model=runs/sft --blind          #             what can be guessed without a picture
 $python eval.py --model=runs/sft --shuffled       #             what can be guessed from another picture
 $python sample.py --model=runs/sft --image=runs/toy/images/test_00000.png --prompt="Describe the image."
+$python demo/sheet.py runs/sft/answers_seeing.jsonl runs/answers.png
 $python plot.py runs/align runs/sft --out=runs/curves.png || echo "no curves: pip install matplotlib"

@@ -1,9 +1,11 @@
-"""LLaVA-1.5, stage 2 (Liu et al. 2023, arXiv:2310.03744): 665k conversations, connector and language model learn, lr 2e-5, batch 128,
-one epoch. With --lora_r=128 --lora_alpha=256 --lora_dropout=0.05 --lr=2e-4 --connector_lr=2e-5: the paper's LoRA variant.
+"""LLaVA-1.5, stage 2 (Liu et al. 2023, arXiv:2310.03744): 665k conversations, connector and language model learn,
+lr 2e-5, batch 128, one epoch, warm-up 3 %. The paper's LoRA variant: --lora_r=128 --lora_alpha=256 --lora_dropout=0.05 --lr=2e-4
+--connector_lr=2e-5.
 
-    torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py --init=runs/align --data=llava_v1_5_mix665k.json --images=DIR
+    torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py --init=runs/align --data=FILE --images=DIR
 
-Not run here: no machine with the data was at hand. The numbers are the paper's and its scripts'."""
+Not run here: no machine with data and weights was at hand; the numbers are the paper's and its scripts'.
+"""
 
 template = "vicuna_v1"
 image_aspect = "pad"
@@ -13,7 +15,6 @@ max_tokens = 16384
 epochs = 1.0
 lr = 2e-5
 warmup = 0.03
-weight_decay = 0.0
 workers = 4
 save_every = 500
 eval_every = 0
