@@ -7,9 +7,9 @@ python=.venv/bin/python                           # as the README installs it
 [ -x "$python" ] || python=${PYTHON:-python3}
 run="$python -m torch.distributed.run"            # the same as `torchrun`, from whichever environment python comes
 
-$run train_align.py "$@"                          # TIME_ALIGN  draws the pictures, then the connector learns the language of the model
-$run train_sft.py "$@"                            # TIME_SFT    connector and language model learn to converse
-$python eval.py --model=runs/sft                  # TIME_EVAL   held-out questions; answers_seeing.jsonl and a page beside it
+$run train_align.py "$@"                          # 26 s   draws the pictures, then the connector learns the language of the model
+$run train_sft.py "$@"                            # 95 s   connector and language model learn to converse
+$python eval.py --model=runs/sft                  # 6 s    held-out questions; answers_seeing.jsonl and a page beside it
 $python eval.py --model=runs/sft --blind          #             what can be guessed without a picture
 $python eval.py --model=runs/sft --shuffled       #             what can be guessed from another picture
 $python sample.py --model=runs/sft --image=runs/toy/images/test_00000.png --prompt="Describe the image."
