@@ -148,9 +148,7 @@ def caption(scene, detailed):
 
 
 def written(scene, rng=None):
-    """The scene in words, in reading order or shuffled by rng: what a language model reads instead of the picture. One
-    form only: earlier tongues that were taught four forms at once could still not look up two attributes together after
-    2,000 steps."""
+    """The scene in words, in reading order or shuffled by rng: what a language model reads instead of the picture."""
     names = [f"{place(o)}: " + (f"sign {o['digit']}" if "digit" in o else f"{o['size']} {pair(o)}")
              for o in things(scene)]
     if rng:
