@@ -291,7 +291,7 @@ def test_the_plan_says_what_trains_at_which_rate_and_what_the_first_step_holds()
 @pytest.mark.parametrize("device, dtype, words", [("cuda", "auto", "no GPU"), ("cpu", "fp8", "dtype=fp8")])
 def test_a_machine_that_cannot_is_told_in_one_line(device, dtype, words):
     if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("this machine can")
+        pytest.skip("tests the message of a machine without a GPU; this one has one")
     with pytest.raises(SystemExit, match=words):
         engine.start(device, dtype)
 
