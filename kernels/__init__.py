@@ -1,0 +1,18 @@
+"""Triton, where there is one, and the choice between a kernel and its definition in plain torch.
+
+A kernel file reads from top to bottom: the argument in bytes, the definition, the kernels, the operators that torch
+sees, the function that model.py calls. To learn Triton, read norm, swiglu, rope, cross_entropy, attention."""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the files are read all the same, and the definitions serve
+    from types import SimpleNamespace
+    triton, tl = SimpleNamespace(jit=lambda f: f, next_power_of_2=None), SimpleNamespace(constexpr=None)
+
+here = hasattr(tl, "load")
+choice = "auto"  # auto: kernels for tensors on a GPU; torch, triton: always the one or the other (tests, comparisons)
+
+
+def use_triton(x):
+    return here and x.is_cuda if choice == "auto" else choice == "triton"

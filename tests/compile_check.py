@@ -1,0 +1,58 @@
+"""Compile Triton kernels for a card that is not there, and read what the assembler says: registers, spills, opcodes.
+
+    from compile_check import ARCHS, compile_for, fits
+    found = compile_for(kernel, {"X": "*bf16", "N": "i32"}, {"BLOCK": 128}, arch=90, num_warps=8)
+    fits(found)                              # no spills, shared memory within the card's limit
+    assert found["HGMMA"]                    # and what this kernel is meant to use
+
+The triton wheel carries ptxas, cuobjdump and nvdisasm, so that this needs neither a GPU nor CUDA; it needs kernels that
+were imported without TRITON_INTERPRET. It says nothing about correctness, hangs or speed."""
+
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+
+import pytest
+
+ARCHS = 80, 90                                    # A100, H100 and H200
+SMEM = {80: 163 * 1024, 90: 227 * 1024}           # bytes of shared memory one program may have
+OPCODES = "HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDL", "STL"
+
+
+def compile_for(kernel, signature, constants, arch, num_warps=4, num_stages=3, unaligned=()):
+    """-> {reg, stack, smem, warps, wide, arch and a count of every opcode above}. `wide` counts loads and stores of 16
+    bytes per thread.
+
+    signature: {argument: "*bf16", "*i32", "i32", "i64", "fp32" ...}; constants: {argument: value} of the constexprs, and
+    None for a pointer that is not given. Pointers and integers are taken as multiples of 16, as Triton itself finds most
+    of them to be; name those that are not (a number of rows, a stride) in `unaligned`."""
+    triton = pytest.importorskip("triton", reason="no Triton on this system")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("interpreted kernels cannot be compiled")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    assert signature.keys() | constants.keys() == set(kernel.arg_names), \
+        f"missing or unknown: {signature.keys() ^ constants.keys() ^ set(kernel.arg_names)}"
+    full = {a: signature.get(a, "constexpr") for a in kernel.arg_names}
+    hints = {(i,): [["tt.divisibility", 16]] for i, (a, t) in enumerate(full.items())
+             if (t[0] == "*" or t in ("i32", "i64")) and a not in unaligned}
+    built = triton.compile(ASTSource(kernel, full, constants, hints), target=GPUTarget("cuda", arch, 32),
+                           options={"num_warps": num_warps, "num_stages": num_stages})
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(built.asm["cubin"])
+        f.flush()
+        usage, sass = (subprocess.run([tools / "cuobjdump", flag, f.name], capture_output=True, text=True, check=True)
+                       .stdout for flag in ("-res-usage", "-sass"))
+    found = {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", usage)}
+    found |= {op: len(re.findall(rf"\b{op}\b", sass)) for op in OPCODES}
+    return found | {"wide": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", sass)), "arch": arch,
+                    "smem": built.metadata.shared, "warps": built.metadata.num_warps}
+
+
+def fits(found):
+    """Nothing of a compiled kernel spills into memory, and its shared memory exists."""
+    assert found["stack"] == found["LDL"] == found["STL"] == 0, f"spills: {found}"
+    assert found["smem"] <= SMEM[found["arch"]], f"more shared memory than {SMEM[found['arch']]}: {found}"

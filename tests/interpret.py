@@ -1,0 +1,23 @@
+"""Run tests of Triton kernels on a CPU: a process of its own, for TRITON_INTERPRET must be set before Triton is imported.
+
+    def test_the_kernels():
+        interpret("norm")          # pytest on tests/interpreted/norm.py, a file that pytest alone does not collect
+
+By hand: TRITON_INTERPRET=1 python -m pytest tests/interpreted/norm.py. What the interpreter gets wrong, and must not be
+tested there: tl.dot of bf16 multiplies raw bits, and a cast of fp32 to bf16 truncates."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+def interpret(name):
+    pytest.importorskip("triton", reason="no Triton on this system")
+    got = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"interpreted/{name}.py"],
+                         cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert got.returncode == 0, got.stdout[-6000:] + got.stderr[-2000:]
