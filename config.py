@@ -9,7 +9,9 @@ import difflib
 import inspect
 import json
 import math
+import os
 import runpy
+import sys
 import traceback
 import types
 import typing
@@ -29,6 +31,26 @@ LLAVA = {  # what people who come from LLaVA type
 def stop(message):
     """A mistake of the user's: one line, no traceback."""
     raise SystemExit(f"error: {message}")
+
+
+def within(s, ranges):
+    """Stop at a setting outside its range. ranges: name -> (least, most), and what it counts if that is often
+    mistaken; most None = anything finite."""
+    for key, (low, high, *what) in ranges.items():
+        value = getattr(s, key, low)
+        if not low <= value <= (sys.float_info.max if high is None else high):
+            stop(f"{key}={value}: expected {'at least' if high is None else 'between'} {low}"
+                 + ("" if high is None else f" and {high}") + "".join(f", {w}" for w in what))
+
+
+def unwritable(folder):
+    """Why no file can be made in a folder, which need not exist yet -> a reason, or None. Nothing is written."""
+    at = os.path.abspath(folder)
+    while not os.path.lexists(at):
+        at = os.path.dirname(at)
+    if not os.path.isdir(at):
+        return f"{at} is not a folder"
+    return None if os.access(at, os.W_OK | os.X_OK) else f"{at} cannot be written to"
 
 
 def kinds(annotation):
@@ -125,3 +147,18 @@ def strict_json(text, where):
         return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: {e}") from None
+
+
+def read_json(path):
+    """A file that holds one json object -> dict"""
+    try:
+        found = strict_json(Path(path).read_text("utf-8"), path)
+    except FileNotFoundError:
+        stop(f"{path} is missing")
+    except OSError as e:
+        stop(f"{path} cannot be read: {e.strerror}")
+    except UnicodeDecodeError:
+        stop(f"{path} is not text in utf-8")
+    except ValueError as e:
+        stop(str(e))
+    return found if isinstance(found, dict) else stop(f"{path} is not a json object")

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 import chat
 from chat import IGNORE, BadSample
-from config import load, stop, strict_json
+from config import load, read_json, stop, strict_json, within
 
 MAX_PIXELS = 64_000_000    # a header may promise more than memory holds: refuse before decoding
 MAX_SIDE = 8_000           # a thin picture padded to a square would be more than memory holds: reduce it first
@@ -404,14 +404,10 @@ def main(argv):
     s = load(Check, [a for a in argv if a.startswith("--")], __doc__)
     if len(files) != 1 or not s.model:
         stop("usage: python data.py FILE --images=DIR --model=DIR [--template=NAME]")
+    within(s, {"max_len": (1, None), "image_tokens": (1, None), "show": (0, None)})
     folder = Path(s.model)
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
-    tok, cfg = chat.Tokenizer(folder), {}
-    if (folder / "config.json").is_file():
-        try:
-            cfg = strict_json((folder / "config.json").read_text("utf-8"), folder / "config.json")
-        except ValueError as e:
-            stop(str(e))
+    tok, cfg = chat.Tokenizer(folder), read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     image_id = cfg.get("image_token_index", tok.specials.get(chat.IMAGE, len(tok)))
     encode = Encoder(tok, s.template, image_id, cfg.get("image_seq_length", s.image_tokens), s.max_len)
     rows, lengths, reasons, learnt, images, cut = Rows(files[0]), [], defaultdict(list), 0, 0, 0

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -76,9 +77,13 @@ def start(device="auto", dtype="auto", seed=0):
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        stop(f"device={device}: auto, cpu, cuda or cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
         stop(f"device={device}, but this machine has no GPU that torch can use")
     dev = torch.device("cuda", local) if device == "cuda" else torch.device(device)
+    if dev.type == "cuda" and dev.index >= torch.cuda.device_count():
+        stop(f"device={dev}, but this machine has {torch.cuda.device_count()} GPU(s)")
     if dev.type == "cuda":
         torch.cuda.set_device(dev)
         torch.backends.cuda.matmul.allow_tf32 = True

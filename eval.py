@@ -101,9 +101,12 @@ def toy_questions(world, task):
     file = Path("runs/toy/questions.jsonl")
     yes_or_no = file.with_name("questions_pope.jsonl")
     if world.rank == 0:
-        toy.write("runs/toy", "test")
-        lines = file.read_text("utf-8").splitlines(keepends=True)
-        write(yes_or_no, "".join(q for q in lines if json.loads(q)["answer"] in ("yes", "no")))
+        try:
+            toy.write("runs/toy", "test")
+            lines = file.read_text("utf-8").splitlines(keepends=True)
+            write(yes_or_no, "".join(q for q in lines if json.loads(q)["answer"] in ("yes", "no")))
+        except OSError as e:
+            config.stop(f"the toy world cannot be drawn in runs/toy: {e.strerror or e}")
     world.gather(None)                                           # nobody reads before all is written
     return str(yes_or_no if task == "pope" else file), "runs/toy/images"
 
@@ -165,23 +168,40 @@ def write(path, text):
     os.replace(tmp, path)
 
 
+def place(s, name):
+    """The file for the answers: the one asked for, or one in the run. A published model may lie where only reading is
+    allowed; then they go to answers/ here, and a line says so. All before the first question is asked."""
+    run = Path(s.model)
+    run = run.parent if run.name == "model" else run
+    out = Path(s.answers or run / f"answers_{name}.jsonl")
+    problem = f"{out} is a folder" if out.is_dir() else config.unwritable(out.parent)
+    if problem and not s.answers:
+        print(f"{problem}; the answers go to {Path('answers', run.resolve().name)}", file=sys.stderr)
+        out = Path("answers", run.resolve().name, out.name)
+        problem = config.unwritable(out.parent)
+    if problem:
+        config.stop(f"{problem}: --answers=FILE says where the answers may go")
+    return out
+
+
 def main(s):
     if s.task not in SCORES:
         config.stop(f"task={s.task}: {', '.join(SCORES)}")
     if s.blind and s.shuffled:
         config.stop("--blind and --shuffled are two different controls: choose one")
-    if s.batch_size < 1 or s.limit < 0:
-        config.stop(f"batch_size={s.batch_size}, limit={s.limit}: at least 1, at least 0")
+    config.within(s, {"batch_size": (1, None), "limit": (0, None), "max_new_tokens": (1, None)})
     world = engine.start(s.device, s.dtype)
     data, images = (s.data, s.images or str(Path(s.data).parent)) if s.data else toy_questions(world, s.task)
     rows = read_questions(data, s.task)[: s.limit or None]
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"
     names = other_pictures(rows) if s.shuffled else [r["image"] for r in rows]
     speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system)
+    name = how if s.task == "exact" else f"{s.task}_{how}"
+    out = place(s, name) if world.rank == 0 else None
     if s.blind:                                                  # zeros where the tower's features would be
         speaker.model.vision_tower.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
 
-    began, mine, heard = time.time(), range(world.rank, len(rows), world.size), []
+    code, began, mine, heard = 0, time.time(), range(world.rank, len(rows), world.size), []
     for i in range(0, len(mine), s.batch_size):
         at = mine[i : i + s.batch_size]
         heard += zip(at, ask(speaker, [rows[j] for j in at], [names[j] for j in at], images, s.max_new_tokens))
@@ -196,16 +216,20 @@ def main(s):
     if s.task == "pope":
         result |= pope_numbers(said, rows, kinds)
     if world.rank == 0:
-        run, name = Path(s.model), how if s.task == "exact" else f"{s.task}_{how}"
-        out = Path(s.answers or (run.parent if run.name == "model" else run) / f"answers_{name}.jsonl")
-        write(out, "".join(json.dumps({"question_id": r["question_id"], "prompt": r["text"], "text": a, "score": p,
-                                       "answers": r["answers"], "image": n, "type": r["type"]}) + "\n"
-                           for r, a, p, n in zip(rows, said, points, names)))
-        if s.report:
-            page = out.with_name(f"report_{name}.html")
-            write(page, report(rows, said, points, names, images, result))
-        print(f"answers in {out}" + (f", a page in {page}" if s.report else ""), file=sys.stderr)
+        page = out.with_name(f"report_{name}.html")
+        lines = [json.dumps({"question_id": r["question_id"], "prompt": r["text"], "text": a, "score": p,
+                             "answers": r["answers"], "image": n, "type": r["type"]}) + "\n"
+                 for r, a, p, n in zip(rows, said, points, names)]
+        try:
+            write(out, "".join(lines))
+            if s.report:
+                write(page, report(rows, said, points, names, images, result))
+            print(f"answers in {out}" + (f", a page in {page}" if s.report else ""), file=sys.stderr)
+        except OSError as e:                                     # a full disk does not cost the score
+            print(f"error: {e.filename or out} could not be written: {e.strerror}", file=sys.stderr)
+            code = 1
         print(json.dumps(result))
+    return code
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import chat
 from checkpoint import commit
-from config import stop
+from config import read_json, stop
 from data import ImageSpec
 from model import ACTIVATIONS, VLM, TextConfig, VisionConfig, VLMConfig, init_weights
 
@@ -43,16 +43,6 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM"),
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
-
-def read_json(path):
-    try:
-        found = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        stop(f"{path} is missing")
-    except (OSError, ValueError) as e:
-        stop(f"{path} is not json: {e}")
-    return found if isinstance(found, dict) else stop(f"{path} is not a json object")
-
 
 def read_tensors(folder, stem="model"):
     """All tensors of a folder, from one file or from the shards of an index that stay inside it -> {name: tensor}"""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from checkpoint import commit
-from config import stop
-from hf import read_json, read_tensors, rename
+from config import read_json, stop
+from hf import read_tensors, rename
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
 

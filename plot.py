@@ -26,7 +26,11 @@ def read_log(run):
     if not file.is_file():
         config.stop(f"{run} is no run: there is no {file}")
     curves = {k: ([], []) for k in CURVES}
-    for n, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        config.stop(f"{file} cannot be read as text")
+    for n, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             for k, (steps, values) in curves.items():

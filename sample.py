@@ -27,6 +27,7 @@ class Settings:
 
 
 def main(s):
+    config.within(s, {"max_new_tokens": (1, None), "temperature": (0, 100), "seed": (0, 2**32)})
     speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system)
     turns = []
     try:

@@ -26,7 +26,7 @@ import engine
 import hf
 import lora
 from answer import Speaker
-from config import stop
+from config import read_json, stop, unwritable, within
 from kernels.cross_entropy import CHUNK_BYTES
 from loss import token_loss
 
@@ -46,8 +46,11 @@ def toy_world(s, world, split):
     import toy
     place = Path("runs/toy")
     if world.rank == 0:
-        if toy.write(place, split):
-            world.print(f"drew the toy world's pictures for {split} in {place}")
+        try:
+            if toy.write(place, split):
+                world.print(f"drew the toy world's pictures for {split} in {place}")
+        except OSError as e:
+            stop(f"the toy world cannot be drawn in {place}: {e.strerror or e}")
     if world.size > 1:
         dist.barrier()
     s.data, s.images, s.val_data = (str(place / n) for n in (f"{split}.json", "images", f"val_{split}.json"))
@@ -55,18 +58,17 @@ def toy_world(s, world, split):
 
 
 RANGES = {"steps": (0, None), "epochs": (0, None), "batch_size": (1, None), "lr": (0, None), "connector_lr": (0, None),
-          "warmup": (0, 0.99), "weight_decay": (0, None), "grad_clip": (0, None), "workers": (0, None),
-          "lora_r": (0, None), "lora_dropout": (0, 0.99), "max_dropped": (0, 1), "save_every": (0, None), "log_every": (0, None),
-          "eval_every": (0, None), "sample_every": (0, None), "keep_last": (1, None), "seed": (0, None)}
+          "warmup": (0, 0.99, "a share of the steps"), "weight_decay": (0, None), "grad_clip": (0, None),
+          "workers": (0, None), "lora_r": (0, None), "lora_dropout": (0, 0.99), "max_dropped": (0, 1),
+          "save_every": (0, None), "log_every": (0, None), "eval_every": (0, None), "sample_every": (0, None),
+          "keep_last": (1, None), "seed": (0, 2**32)}
 
 
 def check(s):
     """Settings that cannot be meant end here, in one line, before anything is read."""
-    for key, (low, high) in RANGES.items():
-        value = getattr(s, key, low)
-        if value < low or high is not None and value > high:
-            stop(f"{key}={value}: expected {'at least' if high is None else 'between'} {low}"
-                 + ("" if high is None else f" and {high}") + (", a share of the steps" if key == "warmup" else ""))
+    within(s, RANGES)
+    if (problem := unwritable(s.out)) and not s.dry_run:
+        stop(f"out={s.out}: {problem}")
     if not s.steps and not s.epochs:
         stop("steps=0 and epochs=0.0: nothing to do")
     if s.connector not in ("mlp", "linear"):
@@ -181,11 +183,11 @@ class Run:
         return h.hexdigest()
 
     def finished(self):
-        """Was this very run done before? Other settings or data in the same folder are a mistake, not a finished run."""
+        """Was this very run done before? Other settings or data in the same folder are a mistake, no finished run."""
         file = self.out / "finished.json"
         if not file.is_file() or not (self.out / "model" / "config.json").is_file():
             return False
-        done = json.loads(file.read_text())
+        done = read_json(file)
         if done["steps"] < self.steps:
             return False                                             # it was asked to go on
         if done["data"] != self.fingerprint:
@@ -209,7 +211,7 @@ class Run:
         path = checkpoint.find(out, how, world.print) if world.rank == 0 else None    # one looks and cleans up for all
         path = world.gather(str(path) if path else None)[0]
         if path:
-            state = json.loads(Path(path, "state.json").read_text())
+            state = read_json(Path(path, "state.json"))
             if state["data"] != self.fingerprint:
                 stop(f"{path} was trained on other data than {s.data}; --resume=none starts again")
             checkpoint.restore(Path(path), self.model, optimizer, world)
@@ -221,7 +223,10 @@ class Run:
             self.seen, self.reasons = Counter(state["seen"]), state["reasons"]
             world.print(f"resumed from {path}")
         if world.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as e:                             # what no look beforehand shows: a file system that refuses
+                stop(f"out={out}: {e.strerror}")
             if how == "none":
                 for name in ("log.jsonl", "samples.jsonl", "finished.json", "checkpoints", "model", "adapter"):
                     checkpoint.remove(out / name)

@@ -115,6 +115,30 @@ def test_help_shows_how_to_run_and_every_setting_with_its_comment(capsys, flag):
 
 
 @pytest.mark.parametrize("text, message", [
+    (None, "is missing"), ("folder", "cannot be read: Is a directory"), (b"\xff", "is not text in utf-8"),
+    (b"[1]", "is not a json object"), (b'{"a": 1, "a": 2}', "duplicate key 'a'"),
+    (b'{"a": NaN}', "NaN is not JSON"), (b"{", "line 1 column 2")])
+def test_a_json_file_that_is_no_object_ends_in_one_line_that_names_it(tmp_path, text, message):
+    file = tmp_path / "x.json"
+    if text == "folder":
+        file.mkdir()
+    elif text is not None:
+        file.write_bytes(text)
+    with pytest.raises(SystemExit) as e:
+        config.read_json(file)
+    line = str(e.value)
+    assert line.startswith(f"error: {file}") and message in line and "\n" not in line
+
+
+def test_the_nearest_folder_that_exists_says_whether_a_folder_can_be_written(tmp_path, monkeypatch):
+    assert config.unwritable(tmp_path / "a" / "b") is None and not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    assert config.unwritable(tmp_path / "file" / "b") == f"{tmp_path / 'file'} is not a folder"
+    monkeypatch.setattr("os.access", lambda path, mode: False)            # root may write everywhere
+    assert config.unwritable(tmp_path / "a" / "b") == f"{tmp_path} cannot be written to"
+
+
+@pytest.mark.parametrize("text, message", [
     ('{"a": 1, "b": 2, "a": 3}', "duplicate key 'a'"), ('[NaN]', "NaN is not JSON"),
     ('[-Infinity]', "-Infinity is not JSON"), ('[1,', "line 1 column"), ("{'a': 1}", "line 1 column 2"),
     ("[1]]", "Extra data"), ("[" * 100_000, "recursion"), ("9" * 5000, "limit"), ("", "line 1 column 1")])

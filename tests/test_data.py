@@ -464,7 +464,9 @@ def test_checking_from_the_command_line_exits_with_one_where_samples_are_bad(tmp
 
 @pytest.mark.parametrize("args, message", [
     ([], "usage: python data.py FILE"), (["x.json"], "usage:"), (["--model=m"], "usage:"),
-    (["x.json", "y.json", "--model={tok}"], "usage:"), (["none.json", "--model={tok}"], "no data file none.json"),
+    (["x.json", "y.json", "--model={tok}"], "usage:"), (["x.json", "--model=m", "--max_len=0"], "max_len=0: expected"),
+    (["x.json", "--model=m", "--image_tokens=0"], "image_tokens=0: expected"),
+    (["none.json", "--model={tok}"], "no data file none.json"),
     (["none.json", "--model=nowhere"], "nowhere holds no tokenizer.json"),
     (["{good}", "--model={tok}", "--template=x"], "unknown template 'x'"),
     (["{good}", "--model={broken}"], "config.json: .*line 1 column 2")])

@@ -288,12 +288,22 @@ def test_the_plan_says_what_trains_at_which_rate_and_what_the_first_step_holds()
 
 # ---- processes ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("device, dtype, words", [("cuda", "auto", "no GPU"), ("cpu", "fp8", "dtype=fp8")])
+@pytest.mark.parametrize("device, dtype, words", [
+    ("cuda", "auto", "no GPU"), ("cuda:7", "auto", "no GPU"), ("cpu", "fp8", "dtype=fp8"), ("cpu", "", "dtype=: auto"),
+    *((d, "auto", f"device={d}: auto, cpu, cuda or cuda:N") for d in ("foo", "", "cuda:", "cuda:x", "cpu:0", "mps"))])
 def test_a_machine_that_cannot_is_told_in_one_line(device, dtype, words):
-    if device == "cuda" and torch.cuda.is_available():
+    if device.startswith("cuda") and torch.cuda.is_available():
         pytest.skip("tests the message of a machine without a GPU; this one has one")
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(SystemExit) as e:
         engine.start(device, dtype)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_gpu_that_is_not_there_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit, match=r"device=cuda:2, but this machine has 2 GPU\(s\)"):
+        engine.start("cuda:2")
 
 
 def test_sigterm_is_heard_and_ends_nothing():

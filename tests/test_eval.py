@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import pytest
@@ -173,11 +174,60 @@ def test_pope_and_vqa_work_on_the_toy_worlds_own_questions(model_folder, world, 
 
 
 @pytest.mark.parametrize("settings, complaint", [
-    (dict(task="ocr"), "task=ocr"), (dict(blind=True, shuffled=True), "choose one"), (dict(batch_size=0), "at least 1"),
-    (dict(model="nowhere"), "nowhere holds no model")])
+    (dict(task="ocr"), "task=ocr"), (dict(blind=True, shuffled=True), "choose one"),
+    (dict(batch_size=0), "at least 1"),
+    (dict(model="nowhere"), "nowhere holds no model"), (dict(device="foo"), "device=foo: auto"),
+    (dict(dtype="foo"), "dtype=foo: auto"), (dict(limit=-1), "limit=-1: expected"),
+    (dict(max_new_tokens=0), "max_new_tokens=0: expected")])
 def test_wrong_settings_end_in_one_clear_line(world, settings, complaint):
     with pytest.raises(SystemExit, match=complaint):
         eval.main(dataclasses.replace(eval.Settings(data=str(world / "q.jsonl"), device="cpu"), **settings))
+
+
+def test_answers_go_where_they_can_be_written_and_a_line_says_where(model_folder, world, capsys, monkeypatch):
+    """Root may write everywhere, so that it may not is pretended."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(model_folder) and access(path, mode))
+    monkeypatch.chdir(world)
+    asked = dict(model=str(model_folder / "model"), answers="")
+    eval.main(eval.Settings(data="q.jsonl", device="cpu", max_new_tokens=2, **asked))
+    out, err = capsys.readouterr()
+    place = world / "answers" / model_folder.name
+    assert json.loads(out.splitlines()[-1])["n"] == 11
+    assert {p.name for p in place.iterdir()} == {"answers_seeing.jsonl", "report_seeing.html"}
+    line = f"{model_folder} cannot be written to; the answers go to answers/{model_folder.name}"
+    assert err.splitlines()[0] == line
+    assert not list(model_folder.glob("answers*"))
+
+
+@pytest.mark.parametrize("answers, complaint", [("q.jsonl/a.jsonl", "q.jsonl is not a folder"), (".", ". is a folder")])
+def test_an_answers_file_that_cannot_be_is_one_line_before_any_question(model_folder, world, monkeypatch, answers,
+                                                                        complaint):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(answer.Speaker, "say", lambda *a: pytest.fail("asked"))
+    with pytest.raises(SystemExit, match=complaint) as stopped:
+        eval.main(eval.Settings(model=str(model_folder), data="q.jsonl", answers=answers, device="cpu"))
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_full_disk_does_not_cost_the_score(model_folder, world, capsys, monkeypatch):
+    full = OSError(28, "No space left on device", "a.jsonl")
+    monkeypatch.setattr(eval, "write", lambda *a: (_ for _ in ()).throw(full))
+    code = eval.main(eval.Settings(model=str(model_folder), data=str(world / "q.jsonl"), answers=str(world / "a.jsonl"),
+                                   device="cpu", max_new_tokens=2))
+    out, err = capsys.readouterr()
+    assert code == 1 and json.loads(out.splitlines()[-1])["n"] == 11
+    assert "error: a.jsonl could not be written: No space left on device" in err
+
+
+@pytest.mark.parametrize("settings, complaint", [
+    (dict(device="foo"), "device=foo: auto"), (dict(dtype="foo"), "dtype=foo: auto"), (dict(seed=2**70), "seed="),
+    (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=float("inf")), "temperature=inf"),
+    (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(template="foo"), "unknown template 'foo'")])
+def test_wrong_settings_of_sample_end_in_one_clear_line(model_folder, settings, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(dataclasses.replace(sample.Settings(model=str(model_folder), prompt="q", device="cpu"), **settings))
+    assert complaint in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_sample_prints_the_answer_and_nothing_else(model_folder, world, capsys):

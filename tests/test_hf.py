@@ -295,7 +295,9 @@ def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava):
     assert "vision tower of type 'llama'" in error(hf.load, add_files(copy[1], pre=PRE), towers[1])
     (copy[1] / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
     assert "is not a whole safetensors file" in error(hf.load, *copy)
-    for text, says in (("{", "is not json"), ("[1]", "is not a json object")):
+    for text, says in (("{", "config.json: Expecting"), ("[1]", "is not a json object"),
+                       ('{"a": NaN}', "NaN is not JSON"),
+                       ('{"hidden_size": 32, "hidden_size": 64}', "duplicate key 'hidden_size'")):
         (copy[1] / "config.json").write_text(text)
         assert says in error(hf.load, *copy)
 

@@ -52,6 +52,17 @@ def test_a_log_without_curves_ends_in_one_line(tmp_path, rows, complaint):
         plot.main([str(make_run(tmp_path / "c", rows))])
 
 
+def test_a_log_that_is_no_text_and_a_picture_that_cannot_be_written_end_in_one_line(runs, tmp_path):
+    for out, complaint in (("none/x.png", "cannot write .*none/x.png"), ("x.foo", "cannot write .*x.foo: .*foo")):
+        with pytest.raises(SystemExit, match=complaint) as stopped:
+            plot.main([runs[0], f"--out={tmp_path / out}"])
+        assert "\n" not in str(stopped.value)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "log.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit, match="log.jsonl cannot be read as text"):
+        plot.main([str(tmp_path / "c")])
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(SystemExit, match="is no run"):
         plot.main([str(tmp_path)])

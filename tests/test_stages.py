@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import signal
 import time
 import tokenize
@@ -306,12 +307,35 @@ def test_a_finished_run_is_not_taken_for_another_one_in_the_same_folder(world, t
 
 
 @pytest.mark.parametrize("wrong, line", [
-    (dict(warmup=100.0), "warmup=100.0: expected between 0 and 0.99, a share of the steps"), (dict(lr=-1.0), "lr=-1.0: expected at least 0"),
-    (dict(grad_clip=-1.0), "grad_clip=-1.0"), (dict(steps=-5), "steps=-5"), (dict(steps=0, epochs=0.0), "nothing to do"),
-    (dict(connector="foo"), "connector=foo: mlp or linear"), (dict(workers=-1), "workers=-1"), (dict(batch_size=0), "batch_size=0"),
+    (dict(warmup=100.0), "warmup=100.0: expected between 0 and 0.99, a share of the steps"),
+    (dict(lr=-1.0), "lr=-1.0: expected at least 0"), (dict(lr=math.inf), "lr=inf: expected at least 0"),
+    (dict(grad_clip=-1.0), "grad_clip=-1.0"), (dict(steps=-5), "steps=-5"), (dict(workers=-1), "workers=-1"),
+    (dict(steps=0, epochs=0.0), "nothing to do"), (dict(steps=0, epochs=math.inf), "epochs=inf: expected at least 0"),
+    (dict(seed=2**70), "seed="), (dict(batch_size=0), "batch_size=0"),
+    (dict(connector="foo"), "connector=foo: mlp or linear"), (dict(device="foo"), "device=foo: auto, cpu, cuda or cuda"),
+    (dict(dtype="foo"), "dtype=foo: auto, bf16, fp32, fp64"),
     (dict(keep_best=True, save_every=0), "keep_best: eval_every must be a multiple of save_every")])
 def test_a_setting_that_cannot_be_meant_ends_in_one_line(world, tmp_path, wrong, line):
-    assert line in refusal("align", world, tmp_path / "run", **wrong)
+    said = refusal("align", world, tmp_path / "run", **wrong)
+    assert line in said and "\n" not in said and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_read(world, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    line = f"error: out={tmp_path / 'file' / 'run'}: {tmp_path / 'file'} is not a folder"
+    assert refusal("align", world, tmp_path / "file" / "run", vision="no_eyes") == line
+    with monkeypatch.context() as m:
+        m.setattr("os.access", lambda path, mode: False)                          # root may write everywhere
+        assert "cannot be written to" in refusal("align", world, tmp_path / "run", vision="no_eyes")
+    line = refusal("align", world, "/proc/pumice/run")                            # which only the attempt shows
+    assert line.startswith("error: out=/proc/pumice/run: ") and "\n" not in line
+
+
+def test_the_toy_world_that_cannot_be_drawn_is_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("")
+    assert refusal("align", {**world, "data": "toy"}, tmp_path / "out").startswith(
+        "error: the toy world cannot be drawn in runs/toy: ")
 
 
 def test_a_gradient_that_is_not_finite_is_seen_on_any_step_and_ten_in_a_row_stop_the_run(world, tmp_path, monkeypatch,
