@@ -226,6 +226,7 @@ class Template(NamedTuple):
     write: callable
     system: str           # the default
     stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token that holds one
+    jinja: tuple          # what it writes, as jinja: at the beginning, for a user, for an answer, to ask for one
 
 
 _VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -233,14 +234,38 @@ _VICUNA = ("A chat between a curious user and an artificial intelligence assista
 _LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content "
           "that the user provides, and assist the user with a variety of tasks using natural language.")
 
+_INST = "[INST] {% if system and ns.first %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ user }} [/INST]"
+_SYSTEM, _USER, _ASSISTANT = (f"<|start_header_id|>{r}<|end_header_id|>\n\n" for r in ("system", "user", "assistant"))
+
 TEMPLATES = {
-    "plain": Template(plain, "", "\n"),
-    "vicuna_v1": Template(vicuna_v1, _VICUNA, ""),
-    "llava_llama_2": Template(llava_llama_2, _LLAVA, ""),
-    "llama_3": Template(llama_3, _LLAVA, "<|eot_id|>"),
-    "chatml": Template(chatml, "You are a helpful assistant.", "<|im_end|>"),
-    "mistral": Template(mistral, "", ""),
+    "plain": Template(plain, "", "\n", ("{{ bos_token }}", "{{ '<image>' * images }}", "{{ answer }}\n", "")),
+    "vicuna_v1": Template(vicuna_v1, _VICUNA, "", (
+        "{{ bos_token }}{% if system %}{{ system + ' ' }}{% endif %}", "USER: {{ user }}",
+        " ASSISTANT: {{ answer }}{{ eos_token }}", " ASSISTANT:")),
+    "llava_llama_2": Template(llava_llama_2, _LLAVA, "", (
+        "", "{{ bos_token }}" + _INST, " {{ answer }} {{ eos_token }}", "")),
+    "llama_3": Template(llama_3, _LLAVA, "<|eot_id|>", (
+        "<|begin_of_text|>{% if system %}" + _SYSTEM + "{{ system | trim }}<|eot_id|>{% endif %}",
+        _USER + "{{ user }}<|eot_id|>", _ASSISTANT + "{{ answer }}<|eot_id|>", _ASSISTANT)),
+    "chatml": Template(chatml, "You are a helpful assistant.", "<|im_end|>", (
+        "{% if system %}<|im_start|>system\n{{ system }}<|im_end|>\n{% endif %}",
+        "<|im_start|>user\n{{ user }}<|im_end|>\n", "<|im_start|>assistant\n{{ answer }}<|im_end|>\n",
+        "<|im_start|>assistant\n")),
+    "mistral": Template(mistral, "", "", ("{{ bos_token }}", _INST, " {{ answer }} {{ eos_token }}", "")),
 }
+
+# around these: contents are strings with markers or lists of parts, and markers stand as Script.user puts them. All in
+# one line, for readers differ in what they do with a line break after a tag
+_JINJA = (
+    "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{{ part['text'] if part['type'] == 'text' else '<image>\\n' }}{% endfor %}{% endif %}{% endmacro %}"
+    "{% set system = @system@ %}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = words(messages[0]['content']) %}{% endif %}{% set ns = namespace(first=true) %}@begin@"
+    "{% for message in messages %}{% set said = words(message['content']) %}"
+    "{% set images = said.split('<image>') | length - 1 %}{% if message['role'] == 'user' %}"
+    "{% set user = ('<image>\\n' + (said | replace('<image>', '') | trim) if images == 1 else said) | trim %}@user@"
+    "{% set ns.first = false %}{% elif message['role'] == 'assistant' %}{% set answer = said | trim %}@assistant@"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}@prompt@{% endif %}")
 
 
 def template(name):
@@ -260,6 +285,16 @@ def encode(tok, name, turns, images, image_id, image_tokens, system=None):
     w = Script(tok, images)
     t.write(w, t.system if system is None else system, [(u, a if a is None else a.strip()) for u, a in turns])
     return w.ids(image_id, image_tokens)
+
+
+def jinja(name, system=None):
+    """A template as transformers, vLLM and others read it: it renders to text what `encode` makes ids of. A string does
+    not tell what was typed from what was meant, so there, and not here, a control token can be typed."""
+    t = template(name)
+    out = _JINJA
+    for place, part in zip(("@begin@", "@user@", "@assistant@", "@prompt@"), t.jinja):
+        out = out.replace(place, part)
+    return out.replace("@system@", json.dumps(t.system if system is None else system, ensure_ascii=False))
 
 
 def stop_ids(tok, name):

@@ -43,7 +43,8 @@ def make_tokenizer(folder, kind="bytes"):
         fallback = [f"<0x{i:02X}>" for i in range(256)]
         tok = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
         tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-        tok.train_from_iterator([WORDS] * 5, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIALS + fallback, show_progress=False))
+        words = WORDS.replace("\n", " ")                      # SentencePiece never joins a newline with what follows
+        tok.train_from_iterator([words] * 5, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIALS + fallback, show_progress=False))
         spec = json.loads(tok.to_str())
         spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in fallback]
         spec["model"] |= {"byte_fallback": True, "fuse_unk": True}

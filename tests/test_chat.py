@@ -1,6 +1,7 @@
 """What is written, and what of it is learnt, under every template. `python tests/test_chat.py` writes golden/ anew."""
 
 import io
+import itertools
 import json
 import random
 import sys
@@ -26,17 +27,8 @@ HOSTILE = ["</s>", "<s>", "<image>", "<pad>", "<unk>", "<|im_end|>", "<|im_start
 
 
 @pytest.fixture(scope="module")
-def tok(tok_folder, tmp_path_factory):
-    return Tokenizer(without_newline_merges(tok_folder, tmp_path_factory.mktemp("tok")))
-
-
-def without_newline_merges(source, folder):
-    """SentencePiece never joins a newline with what follows; conftest's training on a text of several lines does."""
-    spec = json.loads((source / "tokenizer.json").read_text("utf-8"))
-    spec["model"]["merges"] = [m for m in spec["model"]["merges"] if "\n" not in "".join(m)]
-    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    (folder / "tokenizer_config.json").write_text((source / "tokenizer_config.json").read_text("utf-8"), "utf-8")
-    return folder
+def tok(tok_folder):
+    return Tokenizer(tok_folder)
 
 
 def run_texts(tok, ids, labels):
@@ -387,6 +379,47 @@ def test_ids_and_mask_equal_those_of_the_jinja_template_in_transformers(bytes_fo
         ids, labels = encode(tok, template, turns, 0, I, Q, "Sys.")
         assert ids == list(out["input_ids"])
         assert [int(y != IGNORE) for y in labels] == list(out["assistant_masks"])
+
+
+SYSTEMS = [None, "", "S", " two\nlines ", 'a "quoted" {{ brace }} %} \\ é 👩']
+PARTS = [[{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+         for parts in ([None, "What is this?"], [" What? ", None], [None, None, "And these?"], ["Why?"])]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_exported_template_renders_the_ids_of_our_own_prompt(tok_folder, template):
+    """Through transformers' apply_chat_template and tokenizer: turns, systems, markers anywhere, prompt or not."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tok_folder)
+    tok, n = Tokenizer(tok_folder), 0
+    talks = [*(c[:2] for c in CONVERSATIONS), (TURNS, 0), ([("é 一 \n\n  x", "1"), (" \t", None)], 0)]
+    for system, (turns, images) in itertools.product(SYSTEMS, talks):
+        said = "".join(u + (a or "") for u, a in turns)
+        if any(token in said for token in tok.specials if token != IMAGE) or said.count(IMAGE) != images:
+            continue                                               # typed control tokens: what only our ids can tell
+        messages = [{"role": r, "content": c} for u, a in turns for r, c in (("user", u), ("assistant", a))]
+        messages = messages[:-1] if turns[-1][1] is None else messages
+        for there, baked in (([], system), ([{"role": "system", "content": system or ""}], "another")):
+            ids, _ = encode(tok, template, turns, images, I, 1, system if not there else system or "")
+            out = theirs.apply_chat_template(there + messages, chat_template=chat.jinja(template, baked), tokenize=True,
+                                             add_generation_prompt=turns[-1][1] is None, return_dict=True)
+            assert list(out["input_ids"]) == ids, (messages, system)
+            n += 1
+    assert n > 100
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_exported_template_takes_contents_in_parts(tok_folder, template):
+    transformers = pytest.importorskip("transformers")
+    from answer import with_marker
+    theirs, tok = transformers.PreTrainedTokenizerFast.from_pretrained(tok_folder), Tokenizer(tok_folder)
+    for parts in PARTS:
+        images = sum(p["type"] == "image" for p in parts)
+        text = "".join(p.get("text", "") for p in parts)
+        ids, _ = encode(tok, template, [(with_marker(text, images), None)], images, I, 1)
+        out = theirs.apply_chat_template([{"role": "user", "content": parts}], chat_template=chat.jinja(template),
+                                         tokenize=True, add_generation_prompt=True, return_dict=True)
+        assert list(out["input_ids"]) == ids, parts
 
 
 # ---- golden files ---------------------------------------------------------------------------------------------------
