@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.norm import rms_norm
-from kernels.rope import rope
+from kernels.norm import layer_norm, rms_norm
+from kernels.rope import rope_qk
 from kernels.swiglu import swiglu
 
 IGNORE = -100  # the label of a position that is not learnt
@@ -97,6 +97,12 @@ def quick_gelu(x):
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x, add=None):
+        """x (..., D) -> its norm; with add (..., D): x + add, the norm of that"""
+        return layer_norm(x, self.weight, self.bias, self.eps, add)
+
+
 class ViTAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -123,9 +129,9 @@ class ViTMLP(nn.Module):
 class ViTBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.self_attn = ViTAttention(cfg)
-        self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.mlp = ViTMLP(cfg)
         scaled = cfg.model_type.startswith("dinov2")  # DINOv2 multiplies each branch by a learnt vector
         self.layer_scale1 = nn.Parameter(torch.ones(cfg.hidden_size)) if scaled else None
@@ -133,8 +139,8 @@ class ViTBlock(nn.Module):
 
     def forward(self, x, lo, hi):
         h = self.self_attn(self.layer_norm1(x), lo, hi)
-        x = x + (h if self.layer_scale1 is None else h * self.layer_scale1)
-        h = self.mlp(self.layer_norm2(x))
+        x, y = self.layer_norm2(x, h if self.layer_scale1 is None else h * self.layer_scale1)
+        h = self.mlp(y)
         return x + (h if self.layer_scale2 is None else h * self.layer_scale2)
 
 
@@ -170,7 +176,7 @@ class VisionModel(nn.Module):
         super().__init__()
         clip = cfg.model_type == "clip_vision_model"
         self.embeddings = ViTEmbeddings(cfg)
-        self.pre_layrnorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # a published typo
+        self.pre_layrnorm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # a published typo
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth))
 
@@ -222,8 +228,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x, add=None):
+        """x (..., C) -> its norm; with add (..., C): x + add, the norm of that"""
+        return rms_norm(x, self.weight, self.eps, add)
 
 
 def rope_frequencies(cfg, device=None):
@@ -263,10 +270,9 @@ class LlamaAttention(nn.Module):
         k, v = (f(x).unflatten(-1, (-1, self.K)) for f in (self.k_proj, self.v_proj))  # (N, G, K)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        k = rope(k, cos, sin)
+        q, k = rope_qk(q, k, cos, sin, rows)
         if rows is not None:
-            cos, sin, lo, hi = cos[rows], sin[rows], lo[rows], hi[rows]
-        q = rope(q, cos, sin)
+            lo, hi = lo[rows], hi[rows]
         if cache is not None:
             k, v = cache.append(self, k, v)                                # (M, G, K)
         return self.o_proj(attention(q, k, v, lo, hi).flatten(1))
@@ -293,8 +299,8 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
         h = self.self_attn(self.input_layernorm(x), cos, sin, lo, hi, rows, cache)
-        x = (x if rows is None else x[rows]) + h
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, y = self.post_attention_layernorm(x if rows is None else x[rows], h)
+        return x + self.mlp(y)
 
 
 class Llama(nn.Module):
