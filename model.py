@@ -344,6 +344,13 @@ class VLM(nn.Module):
         self.multi_modal_projector = Connector(cfg.connector, cfg.vision.hidden_size, cfg.text.hidden_size)
         self.language_model = Llama(cfg.text)
 
+    def train(self, mode=True):
+        """What is frozen as a whole stays in eval mode, whatever is asked for: it is used, not trained."""
+        super().train(mode)
+        for part in self.children():
+            part.train(mode and any(p.requires_grad for p in part.parameters()))
+        return self
+
     def see(self, images):
         """(I, 3, S, S) uint8 -> (I, Q, C). A frozen tower builds no graph."""
         learns = any(p.requires_grad for p in self.vision_tower.parameters())
@@ -416,6 +423,8 @@ def generate(model, prompts, images, stop, max_new_tokens=64, temperature=0.0, b
     in the order of the holes. Ends at an id in `stop`, which is not returned; ids in `banned` (vocabulary padding) are
     never said, nor are holes. Greedy at temperature 0. Returns B lists of ids. Leaves every module's mode and the
     global random state as they were."""
+    if not prompts:
+        return []
     device = images.device
     training = [m for m in model.modules() if m.training]
     model.eval()

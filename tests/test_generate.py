@@ -87,6 +87,10 @@ def test_an_answer_ends_at_a_stop_token_and_does_not_hold_it():
     assert generate(model, [ids], pictures, set(), 0) == [[]]
 
 
+def test_nobody_asked_nothing_is_said():
+    assert generate(tiny_vlm(), [], NOTHING, {2}) == []
+
+
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_banned_ids_are_never_said(temperature):
     """All but ten ids are banned, those first among them that the model would have said."""
