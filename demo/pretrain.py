@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import lessons  # noqa: E402
 import toy  # noqa: E402
-from chat import Script, Tokenizer, encode  # noqa: E402
+from chat import Tokenizer, encode  # noqa: E402
 from data import pack  # noqa: E402
 from engine import lr_at  # noqa: E402
 from kernels.cross_entropy import linear_cross_entropy  # noqa: E402
@@ -51,10 +52,12 @@ def optimizers(model, lr, matrix_lr):
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def update(opts, step, steps, warmup=100):
+def update(opts, step, steps, warmup=100, hold=0):
+    """One step of all optimizers; the learning rate stays at its peak for `hold` steps after the warm-up."""
+    at = step if step < warmup else max(warmup, step - hold)
     for o in opts:
         for g in o.param_groups:
-            g["lr"] = lr_at(step, steps, warmup, g.setdefault("peak", g["lr"]))
+            g["lr"] = lr_at(at, steps - hold, warmup, g.setdefault("peak", g["lr"]))
         o.step()
         o.zero_grad(set_to_none=True)
 
@@ -80,6 +83,7 @@ def train_tokenizer(folder, vocab=1024, scenes=3000):
             scene = toy.make_scene(rng)
             yield toy.written(scene, rng)
             yield toy.caption(scene, i % 2 == 0)
+            yield " " + "\n ".join(sum(lessons.drill(rng, easy=False)[1], ()))
             for t in toy.conversation(scene, rng, "", short=i % 2 == 0):
                 yield f"USER: {t['value']} ASSISTANT: {t['value']}\n"
         for q, a, s in toy.facts():
@@ -102,32 +106,6 @@ def train_tokenizer(folder, vocab=1024, scenes=3000):
 
 # ---- the tongue -----------------------------------------------------------------------------------------------------
 
-def asked(tok, opening, questions, short):
-    """[(question, short answer, sentence)] behind an opening -> a document (ids, labels, no images)"""
-    c = toy.dialogue(questions, short, opening)
-    turns = [(u["value"], a["value"]) for u, a in zip(c[::2], c[1::2])]
-    return (*encode(tok, "vicuna_v1", turns, 0, 3, 0, system=""), [])
-
-
-def reading(tok, rng, turns):
-    """One document of the tongue's schooling. Only answers are learnt: a random scene cannot be foretold. With several
-    questions about one scene a reader may answer by elimination, without looking; with one it may not."""
-    draw, scene = rng.random(), toy.make_scene(rng)
-    if draw < 0.05:
-        return asked(tok, "", rng.sample(toy.facts(), 4), rng.random() < 0.7)
-    if draw < 0.15:                                             # a caption, mostly of a written scene
-        w = Script(tok, 0)
-        w.control(tok.bos)
-        w.text(toy.written(scene) + "\n" if draw < 0.13 else "")
-        w.text(toy.caption(scene, rng.random() < 0.75) + "\n", learn=True)
-        return (*w.ids(3, 0), [])
-    pool = {}
-    for _ in range(2 * turns):
-        pool.update({q[1]: q[1:] for q in toy.questions(scene, rng)})
-    some = rng.sample(list(pool.values()), min(turns, len(pool)))
-    return asked(tok, toy.written(scene, rng) + "\n", some, rng.random() < 0.7)
-
-
 @torch.no_grad()
 def reading_score(lm, tok, scenes=100, seed="exam"):
     """Exact match per type on written, held-out scenes, each question alone -> {"all": share, type: share}. A greedy
@@ -149,33 +127,40 @@ def reading_score(lm, tok, scenes=100, seed="exam"):
 
 
 def train_tongue():
-    s = settings(steps=2500, docs=40, turns=1, width=128, depth=4, lr=3e-3, matrix_lr=0.005, embed=0.7, exam_every=500,
-                 seed=0, out=str(HERE / "tongue"))
+    s = settings(pairs=700, records=3000, questions=6000, tokens=2048, width=128, depth=4, lr=3e-3, matrix_lr=0.005,
+                 embed=0.7, residual=0.3, exam_every=1000, exam=100, seed=0, out=str(HERE / "tongue"))
     out, heads = Path(s["out"]), s["width"] // 32
+    plan = [name for name in ("pairs", "records", "questions") for _ in range(s[name])]
     tok = train_tokenizer(out)
     cfg = TextConfig(vocab_size=-(-len(tok) // 64) * 64, hidden_size=s["width"],
                      intermediate_size=s["width"] * 11 // 4, num_hidden_layers=s["depth"], num_attention_heads=heads,
                      num_key_value_heads=heads, head_dim=32, rms_norm_eps=1e-5, max_position_embeddings=2048)
     lm = Llama(cfg)
     init_weights(lm, s["seed"])
+    g = torch.Generator().manual_seed(s["seed"])
     with torch.no_grad():
         lm.model.embed_tokens.weight.mul_(s["embed"] / 0.02)
+        for layer in lm.model.layers:
+            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # not 0 as elsewhere: learns sooner
+                p.copy_(torch.randn(p.shape, generator=g) * s["residual"] * p.shape[1] ** -0.5)
     opts = optimizers(lm, s["lr"], s["matrix_lr"])
     print(f"tongue: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} words", flush=True)
     began, log = time.time(), []
-    for step in range(s["steps"]):
-        rng = random.Random(f"tongue/{s['seed']}/{step}")
-        b = pack([reading(tok, rng, s["turns"]) for _ in range(s["docs"])], 1)
+    for step, name in enumerate(plan):
+        rng, docs = random.Random(f"tongue/{s['seed']}/{step}"), []
+        while sum(len(d[0]) for d in docs) < s["tokens"]:
+            docs.append(lessons.lesson(name, tok, rng))
+        b = pack(docs, 1)
         rows = (b.labels != IGNORE).nonzero()[:, 0]
         with torch.autocast("cpu", torch.bfloat16):
             hidden = lm(lm.model.embed_tokens(b.ids).bfloat16(), b.pos, b.lo, b.hi, rows)
             loss = linear_cross_entropy(hidden, lm.head_weight, b.labels[rows]) / len(rows)
         loss.backward()
-        update(opts, step, s["steps"])
+        update(opts, step, len(plan), hold=s["pairs"] + s["records"])
         if step % 100 == 0:
-            print(f"step {step} loss {loss.item():.4f} minutes {(time.time() - began) / 60:.1f}", flush=True)
-        if (step + 1) % s["exam_every"] == 0 or step + 1 == s["steps"]:
-            score = {k: round(v, 3) for k, v in reading_score(lm, tok).items()}
+            print(f"step {step} {name} loss {loss.item():.4f} minutes {(time.time() - began) / 60:.1f}", flush=True)
+        if (step + 1) % s["exam_every"] == 0 or step + 1 == len(plan):
+            score = {k: round(v, 3) for k, v in reading_score(lm, tok, s["exam"]).items()}
             log.append(dict(step=step + 1, minutes=round((time.time() - began) / 60, 1), loss=round(loss.item(), 4),
                             exam=score))
             print(log[-1], flush=True)
@@ -219,7 +204,7 @@ class Eyes(torch.nn.Module):
                                            num_attention_heads=4, num_key_value_heads=4, head_dim=32,
                                            tie_word_embeddings=True))
             self.visual_projection, self.text_projection = (torch.nn.Linear(D, D, bias=False) for _ in range(2))
-            self.logit_scale = torch.nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07)
+            self.logit_scale = torch.nn.Parameter(torch.full((1,), 2.6592))  # log(1 / 0.07)
         else:
             self.classes = torch.nn.Linear(D, sum(len(v) + 1 for v in LABELS.values()))
 
@@ -300,8 +285,8 @@ def probe(eyes, train, test, layer):
 
 
 def train_eyes():
-    s = settings(steps=2000, batch=96, scenes=16000, head="classes", lr=1e-3, matrix_lr=0.01, exam_every=500, seed=0,
-                 out=str(HERE / "eyes"), tongue=str(HERE / "tongue"))
+    s = settings(steps=2000, batch=96, scenes=16000, head="classes", lr=1e-3, matrix_lr=0.01, exam_every=500, exam=600,
+                 seed=0, out=str(HERE / "eyes"), tongue=str(HERE / "tongue"))
     if s["head"] not in ("contrastive", "classes"):
         raise SystemExit(f"error: head={s['head']}: contrastive or classes")
     out = Path(s["out"])
@@ -314,7 +299,7 @@ def train_eyes():
     opts = optimizers(eyes, s["lr"], s["matrix_lr"])
     began, log = time.time(), []
     images, captions, seen = sights(s["scenes"], s["seed"])
-    exam, test = tuple(x[:3000] for x in (images, captions, seen)), sights(600, "exam", test=True)
+    exam, test = tuple(x[:3000] for x in (images, captions, seen)), sights(s["exam"], "exam", test=True)
     docs = [[tok.bos, *tok.text(c)[0], tok.eos] for c in captions]
     n = sum(p.numel() for p in eyes.vision_model.parameters())
     print(f"eyes: {n:,} parameters, {s['scenes']} scenes drawn in {time.time() - began:.0f} s", flush=True)
