@@ -16,9 +16,8 @@ def load(path, device="auto", dtype="auto", template="", system=None):
     """A run folder, its model/ or any LLaVA folder -> Speaker"""
     world = engine.start(device, dtype)
     model, folder = hf.load(init=path)
-    aspect = "squash" if not model.cfg.vision.class_token else "pad" if folder.pre.get("do_pad") else "crop"
     return Speaker(model.to(world.device, world.dtype), folder, template or folder.meta.get("template") or "vicuna_v1",
-                   folder.meta.get("system") if system is None else system, folder.meta.get("image_aspect") or aspect)
+                   folder.meta.get("system") if system is None else system, hf.aspect(folder, model.cfg))
 
 
 class Speaker:

@@ -8,6 +8,7 @@ of older and newer spellings, and writing is none. A missing or unexpected tenso
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -40,6 +41,15 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM"),
                       num_key_value_heads=32, max_position_embeddings=32768),
         "qwen3": dict(architecture="Qwen3ForCausalLM", vocab_size=151936, intermediate_size=22016,
                       num_key_value_heads=32, max_position_embeddings=32768, head_dim=128)}
+
+
+# what makes transformers' image processors do what image_aspect says, for pictures of side S
+PROCESSORS = {
+    "pad": lambda S: {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
+    "crop": lambda S: {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
+                       "size": {"shortest_edge": S}, "crop_size": {"height": S, "width": S}},
+    "squash": lambda S: {"image_processor_type": "SiglipImageProcessor", "do_center_crop": False,
+                         "size": {"height": S, "width": S}, "crop_size": None}}
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -83,8 +93,16 @@ def vision_config(c, feature_layer=-2, pre={}):
         stop(f"vision tower of type {kind!r}: {', '.join(VISION)} are known here")
     fields = {f.name for f in dataclasses.fields(VisionConfig)}
     given = {k: v for k, v in c.items() if k in fields and v is not None}
-    given |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if k in pre}
+    given |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if pre.get(k) is not None}
     cfg = VisionConfig(**VISION[kind] | given | dict(model_type=kind, feature_layer=feature_layer))
+    if not pre.get("do_normalize", True):
+        cfg.image_mean, cfg.image_std = (0.0,) * 3, (1.0,) * 3
+    # the processor computes (factor x - mean) / std of a byte x, the model (x / 255 - mean) / std
+    factor = pre.get("rescale_factor", 1 / 255) if pre.get("do_rescale", True) else 1
+    if not isinstance(factor, int | float) or factor <= 0:
+        stop(f"preprocessor_config.json: rescale_factor={factor!r} is no number above 0")
+    factor *= 255
+    cfg.image_mean, cfg.image_std = (tuple(v / factor for v in t) for t in (cfg.image_mean, cfg.image_std))
     if cfg.hidden_act not in ACTIVATIONS:
         stop(f"vision tower with hidden_act {cfg.hidden_act!r}: {', '.join(ACTIVATIONS)} are known here")
     return cfg
@@ -136,7 +154,8 @@ class Folder(NamedTuple):
     text: dict                  # config of the language model, as published
     pre: dict                   # preprocessor_config.json
     spare: dict                 # tensors that are not built: blocks behind the feature layer, the last norm
-    meta: dict                  # template and system text of a model that was trained here
+    meta: dict                  # template, system text and image_aspect of a model that was trained here
+    marks: dict = {}            # {name: mark(tensor)} of what was read
 
 
 def load(vision="", llm="", init="", connector="mlp", seed=0):
@@ -175,6 +194,9 @@ def load(vision="", llm="", init="", connector="mlp", seed=0):
     cfg = VLMConfig(vision_config(v, layer, pre), text_config(t), connector, image_id)
     if init and (how := c.get("vision_feature_select_strategy", "default")) != strategy(cfg.vision):
         stop(f"{folder}: vision_feature_select_strategy {how!r} with {cfg.vision.model_type} is not known here")
+    if (side := image_spec(pre, "pad").side) != cfg.vision.image_size:
+        stop(f"{where}: preprocessor_config.json makes pictures of side {side}, the tower reads "
+             f"{cfg.vision.image_size}")
     if cfg.text.vocab_size < len(tok):
         stop(f"{where}: the tokenizer knows {len(tok)} ids, the embedding {cfg.text.vocab_size}")
     with torch.device("meta"):
@@ -197,9 +219,23 @@ def load(vision="", llm="", init="", connector="mlp", seed=0):
         for k, p in model.named_parameters():
             if k not in new:
                 p.copy_(tensors.pop(k))
+    marks = {k: mark(p) for k, p in model.named_parameters() if k not in new}
     if new:
         init_weights(model.multi_modal_projector, seed)
-    return model, Folder(tok, v, t, pre, spare, meta)
+    return model, Folder(tok, v, t, pre, spare, meta, marks)
+
+
+def mark(tensor):
+    """A short digest: shape, the sum of all bits, and some thousand values in their places. As fast as memory, where a
+    real hash of 7B parameters takes a minute on every rank; no other model has it."""
+    bits = tensor.detach().float().cpu().contiguous().flatten().view(torch.int32)
+    some = bits[:: max(1, len(bits) // 1024)].tolist()
+    return hashlib.sha256(repr((tuple(tensor.shape), int(bits.sum()), some)).encode()).hexdigest()[:16]
+
+
+def fingerprint(marks):
+    """{name: mark} -> one digest of a base, whatever the order of its tensors"""
+    return hashlib.sha256(json.dumps(sorted(marks.items())).encode()).hexdigest()[:16]
 
 
 def not_built(name, depth):
@@ -224,14 +260,32 @@ def find_model(path):
     stop(f"{path} holds no model: no model.safetensors in it or in {path / 'model'}")
 
 
+def aspect(folder, cfg):
+    """How the pictures of a LLaVA folder became squares: ours says so, of others the image processor does."""
+    crops = folder.pre.get("do_center_crop", cfg.vision.class_token)
+    does = "pad" if folder.pre.get("do_pad") else "crop" if crops else "squash"
+    says = folder.meta.get("image_aspect") or does
+    if (says == "pad") != (does == "pad"):
+        stop(f"{folder.tok.folder}: pumice.json says image_aspect={says}, preprocessor_config.json "
+             f"{'pads' if does == 'pad' else 'does not pad'}")
+    return says
+
+
 def image_spec(pre, aspect):
     """preprocessor_config.json and the wished aspect -> ImageSpec"""
     if aspect not in ("pad", "crop", "squash"):
         stop(f"image_aspect={aspect}: pad, crop or squash")
-    size = pre.get("crop_size") or pre.get("size", 224)
-    side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
-    mean = tuple(pre.get("image_mean", ImageSpec(0).mean))
-    return ImageSpec(side, aspect, Image.Resampling(pre.get("resample", 3)), mean)
+    if not pre.get("do_resize", True):
+        stop("preprocessor_config.json: do_resize=false is not known here, where every picture becomes one square")
+    size = (pre.get("crop_size") if pre.get("do_center_crop", True) else None) or pre.get("size", 224)
+    sides = {size} if isinstance(size, int) else {size.get(k) for k in ("height", "width", "shortest_edge")} - {None}
+    resample = pre.get("resample", 3)
+    if len(sides) != 1 or not isinstance(side := sides.pop(), int) or side < 1:
+        stop(f"preprocessor_config.json: pictures of size {size} are no squares of one side")
+    if resample not in list(Image.Resampling):
+        stop(f"preprocessor_config.json: resample={resample} is no filter of Pillow's")
+    mean = tuple(pre.get("image_mean") or ImageSpec(0).mean)
+    return ImageSpec(side, aspect, Image.Resampling(resample), mean)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -240,7 +294,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
     """A complete llava-hf folder, whole or absent. state: the tensors of a VLM by name."""
     v, t, tok = cfg.vision, cfg.text, folder.tok
     names = {i: name for name, i in tok.specials.items()}
-    pad, image = pad_id(tok), names[cfg.image_token_index]
+    pad, image, talk = pad_id(tok), names[cfg.image_token_index], chat.jinja(template, system)
     stops = sorted(chat.stop_ids(tok, template)) if chat.template(template).stop != "\n" else [tok.eos]
 
     def published(old, new, keys):
@@ -256,9 +310,8 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
     vision["num_channels"] = 3
     if v.model_type == "siglip_vision_model":
         vision["vision_use_head"] = False                                     # the pooling head is not kept
-    pre = folder.pre | {"processor_class": "LlavaProcessor"}
-    if aspect == "pad":
-        pre |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    pre = {k: x for k, x in folder.pre.items() if k != "do_pad"}
+    pre |= {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size)
     tokenizer = read_json(tok.folder / "tokenizer.json") | {"post_processor": None}   # the template writes BOS
     files = {
         "config.json": {
@@ -276,7 +329,8 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos),
             "eos_token": names.get(tok.eos), "pad_token": names.get(pad), "model_max_length": t.max_position_embeddings,
             "padding_side": "left", "clean_up_tokenization_spaces": False, "image_token": image,
-            "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor"},
+            "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor",
+            "chat_template": talk},                                           # where transformers before 4.50 look
         "preprocessor_config.json": pre,
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "patch_size": v.patch_size, "image_token": image,
@@ -293,6 +347,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
             write(tmp / name, obj)
         front = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
         (tmp / "README.md").write_text(f"{front}{card}\n", "utf-8")
+        (tmp / "chat_template.jinja").write_text(talk, "utf-8")
 
     commit(out, fill)
 

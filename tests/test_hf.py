@@ -379,7 +379,7 @@ def test_transformers_tokenizes_as_we_do(towers, tmp_path):
     assert T.GenerationConfig.from_pretrained(out).eos_token_id == 2
 
 
-@pytest.mark.parametrize("aspect", ["crop", "pad"])
+@pytest.mark.parametrize("aspect", ["crop", "pad", "squash"])
 def test_the_whole_folder_answers_in_transformers_as_here(towers, tmp_path, aspect):
     """Tokens, pixels to the last bit, and greedy words: the folder alone says everything."""
     T = pytest.importorskip("transformers")
@@ -405,6 +405,28 @@ def test_the_whole_folder_answers_in_transformers_as_here(towers, tmp_path, aspe
     assert [w for w in words if w != 2] == said and len(said) > 0
 
 
+@pytest.mark.parametrize("template", ["plain", "vicuna_v1", "llava_llama_2", "llama_3", "chatml", "mistral"])
+def test_the_exported_folder_writes_our_prompts_by_itself(towers, tmp_path, template):
+    """Processor and tokenizer of the folder: template and system text of training, a picture as its Q holes."""
+    T = pytest.importorskip("transformers")
+    from PIL import Image
+
+    from answer import Speaker
+    model, folder = hf.load(*towers)
+    hf.save(tmp_path / "out", model.state_dict(), model.cfg, folder, template, "Be brief.", "pad", torch.float32)
+    content = [{"type": "image", "image": Image.new("RGB", (9, 12))}, {"type": "text", "text": "What is this?"}]
+    how = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+    there = T.AutoProcessor.from_pretrained(tmp_path / "out").apply_chat_template(
+        [{"role": "user", "content": content}], return_tensors="pt", **how)
+    speaker = Speaker(*hf.load(init=tmp_path / "out"), template, "Be brief.", "pad")
+    assert there["input_ids"][0].tolist() == speaker.prompt([("<image>\nWhat is this?", None)], 1).tolist()
+    assert there["pixel_values"].shape == (1, 3, 8, 8)
+    (tmp_path / "out" / "chat_template.jinja").unlink()              # as transformers before 4.50 read it
+    turns = [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yo"), ("user", "?"))]
+    there = T.AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(turns, **how)
+    assert list(there["input_ids"]) == speaker.prompt([("Hi", "Yo"), ("?", None)], 0).tolist()
+
+
 def test_the_config_says_how_the_model_was_trained(towers, tmp_path):
     model, folder = hf.load(*towers)
     out = tmp_path / "out"
@@ -426,4 +448,62 @@ def test_image_preprocessing_is_read_from_either_spelling():
     assert hf.image_spec({"crop_size": 8, "image_mean": mean}, "crop") == ImageSpec(8, "crop", 3, mean)
     assert hf.image_spec({"size": {"height": 9, "width": 9}, "resample": 2}, "squash")[:3] == (9, "squash", 2)
     assert hf.image_spec({"crop_size": {"height": 7, "width": 7}, "size": {"shortest_edge": 9}}, "pad").side == 7
+    assert hf.image_spec({"do_center_crop": False, "crop_size": 7, "size": 9}, "squash").side == 9
     assert "image_aspect=stretch: pad, crop or squash" in error(hf.image_spec, {}, "stretch")
+
+
+@pytest.mark.parametrize("new", [
+    dict(do_normalize=False), dict(rescale_factor=1 / 127.5), dict(do_rescale=False),
+    dict(do_normalize=False, rescale_factor=0.5), dict(image_mean=[0.5] * 3, image_std=[0.25] * 3)])
+def test_the_tower_sees_the_numbers_that_the_image_processor_would_have_made(towers, copy, new):
+    """do_normalize and rescale_factor included, but for the order of two roundings."""
+    pytest.importorskip("transformers")
+    from PIL import Image
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from data import preprocess
+    add_files(copy[0], pre=PRE | new)
+    model, folder = hf.load(*copy)
+    image = Image.effect_noise((23, 14), 90).convert("RGB")
+    there = CLIPImageProcessorPil(**PRE | new)(image, return_tensors="pt")["pixel_values"].float()
+    mine = preprocess(image, hf.image_spec(folder.pre, "crop"))
+    embeddings = model.vision_tower.vision_model.embeddings
+    with torch.no_grad():                                          # a patch embedding that hands its pixels on
+        embeddings.patch_embedding.weight.zero_().view(32, -1).copy_(torch.eye(48)[:32])
+        embeddings.class_embedding.zero_(), embeddings.position_embedding.weight.zero_()
+        seen = embeddings(mine[None])[0, 1:, :32]
+    patches = there[0].unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 0, 3, 4).reshape(4, 48)[:, :32]
+    torch.testing.assert_close(seen, patches, rtol=1e-6, atol=1e-6 * patches.abs().max().item())
+
+
+@pytest.mark.parametrize("new, says", [
+    (dict(do_resize=False), "do_resize=false is not known here"), (dict(resample=9), "resample=9 is no filter"),
+    (dict(crop_size={"height": 8, "width": 9}), "are no squares of one side"), (dict(crop_size={}, size={}), "squares"),
+    (dict(size={"longest_edge": 8}, do_center_crop=False), "no squares"), (dict(rescale_factor=0), "=0 is no number"),
+    (dict(rescale_factor="1/255"), "rescale_factor='1/255' is no number"),
+    (dict(crop_size=7), "makes pictures of side 7, the tower reads 8")])
+def test_an_image_processor_that_does_something_else_is_refused(copy, new, says):
+    add_files(copy[0], pre=PRE | new)
+    assert says in error(hf.load, *copy)
+
+
+def test_a_folder_that_contradicts_itself_about_padding_is_refused(towers, tmp_path):
+    first = hf.load(*towers)
+    for aspect in ("pad", "crop", "squash"):
+        model, folder = hf.load(init=export(*first, tmp_path / aspect, aspect=aspect))
+        assert hf.aspect(folder, model.cfg) == hf.aspect(folder._replace(meta={}), model.cfg) == aspect
+        other = "crop" if aspect == "pad" else "pad"
+        line = error(hf.aspect, folder._replace(meta={"image_aspect": other}), model.cfg)
+        assert f"pumice.json says image_aspect={other}, preprocessor_config.json" in line
+        again = hf.load(init=export(model, folder, tmp_path / f"{aspect}_{other}", aspect=other))
+        assert hf.aspect(again[1]._replace(meta={}), model.cfg) == other     # nothing of the old way is left behind
+
+
+def test_a_fingerprint_knows_every_bit_and_place_and_no_order_of_names():
+    x = torch.arange(3000.0).view(60, 50)
+    assert hf.mark(x) == hf.mark(x.double())
+    flipped, moved = x.clone(), x.clone()
+    flipped[59, 49] = flipped[59, 49].nextafter(torch.tensor(1e9))
+    moved[0, :2] = x[0, [1, 0]]
+    assert len({hf.mark(t) for t in (x, flipped, moved, x.view(50, 60), x.T)}) == 5
+    assert hf.fingerprint({"a": "1", "b": "2"}) == hf.fingerprint({"b": "2", "a": "1"}) != hf.fingerprint({"a": "2"})
