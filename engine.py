@@ -11,6 +11,7 @@ DDP and FSDP average over ranks, so each rank's loss is multiplied by their numb
 
 import contextlib
 import dataclasses
+import datetime
 import fnmatch
 import functools
 import gc
@@ -20,10 +21,11 @@ import os
 import platform
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import torch
@@ -35,6 +37,11 @@ from config import stop
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
+# a rank waits for a collective, which a slow disk may hold up for long; and for the others between two steps, for less:
+# so that where one hangs in the middle of a step, those who wait for it say who it is before time is up for all
+TIMEOUT, MEET = datetime.timedelta(minutes=30), datetime.timedelta(minutes=20)
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -43,6 +50,7 @@ class World:
     size: int
     device: torch.device
     dtype: torch.dtype             # of the computation; what is trained is stored in fp32 (or fp64)
+    side: object = None            # a gloo group beside NCCL's, for meet(); None = the default group is gloo
 
     def sum(self, numbers):
         """Element-wise sum over ranks of a list of numbers -> list of floats."""
@@ -62,6 +70,18 @@ class World:
         parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8, device=self.device) for _ in sizes]
         dist.all_gather(parts, torch.nn.functional.pad(text, (0, int(max(sizes)) - len(text))))
         return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, sizes)]
+
+    def meet(self, where):
+        """Wait for every rank. One that hangs is named, which no collective does: those only say that time is up."""
+        if self.size == 1:
+            return
+        try:
+            dist.monitored_barrier(self.side, timeout=MEET, wait_all_ranks=True)
+        except RuntimeError as e:                              # rank 0 alone knows who is missing
+            missing = re.search(r"Ranks? ([\d, ]+) failed to pass", str(e))
+            who = f"rank(s) {missing[1].strip(' ,')} of {self.size}" if missing else "another rank"
+            stop(f"{where}: {who} did not come within {MEET.total_seconds():.0f} s; it hangs in reading its data or in "
+                 "the step before")
 
     def autocast(self):
         low = self.dtype in (torch.bfloat16, torch.float16)
@@ -93,9 +113,10 @@ def start(device="auto", dtype="auto", seed=0):
     if dtype not in kinds:
         stop(f"dtype={dtype}: auto, {', '.join(kinds)}")
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", timeout=TIMEOUT)
+    side = dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 and dev.type == "cuda" else None
     torch.manual_seed(seed + rank)         # what is random while training (dropout) differs between ranks
-    return World(rank, size, dev, kinds[dtype])
+    return World(rank, size, dev, kinds[dtype], side)
 
 
 def listen():
@@ -135,6 +156,7 @@ def choose(model, table, dtype=torch.bfloat16):
         stop(f"no parameter is called {unused[0]!r}; the model has, for example, {next(iter(model.state_dict()))}")
     if not lrs:
         stop(f"nothing would be trained: the learning rate of {', '.join(table) or 'everything'} is 0")
+    model.train()                          # the model itself leaves in eval mode what is frozen as a whole
     return lrs
 
 
@@ -300,6 +322,24 @@ def append(file, row):
             f.write(json.dumps(row) + "\n")
     except OSError as e:
         print(f"a line of {file} is lost: {e.strerror}", flush=True)
+
+
+class Spikes:
+    """Losses that stand out: more than 6 standard deviations above the mean of up to 128 before them, of at least 32.
+    A spike enters that mean too, so that a new level of the loss is soon the usual one."""
+
+    def __init__(self, losses=()):
+        self.losses = deque(losses, maxlen=128)
+
+    def look(self, loss):
+        """-> deviations above the mean if this one stands out, else None"""
+        n, found = len(self.losses), None
+        if n >= 32:
+            mean, deviation = statistics.fmean(self.losses), statistics.stdev(self.losses)
+            if loss > mean + 6 * deviation > mean:
+                found = (loss - mean) / deviation
+        self.losses.append(loss)
+        return found
 
 
 class Log:

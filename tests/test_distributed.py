@@ -1,6 +1,8 @@
 """However one optimizer step is cut into micro-batches and ranks, it is the same step. All of it in float64, where
 honest layouts agree to 1e-14 and the classic mistakes stand out by ten orders of magnitude."""
 
+import datetime
+import time
 import warnings
 
 import pytest
@@ -345,3 +347,34 @@ def test_sums_and_gathered_things_are_the_same_on_every_rank(tmp_path):
 def test_every_field_of_a_batch_travels_to_the_device():
     b = batches([[0]])[0].to("cpu")
     assert isinstance(b, Batch) and len(b) == 6
+
+
+def test_a_rank_that_hangs_is_named_with_the_step_and_a_mismatch_ends(tmp_path, monkeypatch):
+    """Rank 1 comes to steps 1 and 2 and then no more; without the meeting both would wait for half an hour."""
+    monkeypatch.setattr(engine, "MEET", datetime.timedelta(seconds=1))
+
+    def rank(r):
+        w = world(r, 2)
+        try:
+            for step in (1, 2, 3):
+                if step == 3 and r == 1:
+                    time.sleep(3)
+                    return "slept"
+                w.meet(f"step {step}")
+                w.sum([1.0])
+        except SystemExit as e:
+            return str(e)
+    said = fork(2, rank, tmp_path)
+    assert said == ["error: step 3: rank(s) 1 of 2 did not come within 1 s; it hangs in reading its data or in the "
+                    "step before", "slept"]
+
+
+def test_the_group_is_made_with_a_time_limit_and_alone_nobody_waits(monkeypatch):
+    made = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **how: made.update(how))
+    state = torch.get_rng_state()
+    engine.start("cpu", "fp32")
+    torch.set_rng_state(state)
+    assert made["timeout"] == engine.TIMEOUT > engine.MEET
+    world().meet("step 1")

@@ -122,6 +122,21 @@ def test_frozen_weights_keep_their_bits_and_every_trained_one_moves_in_its_first
     assert digest(False) == frozen and len(optimizer.state) == len(lrs)
 
 
+@pytest.mark.parametrize("table, trains", [
+    ({"multi_modal_projector.*": 1e-3}, {"multi_modal_projector"}),
+    (TABLE, {"multi_modal_projector", "language_model"}),
+    ({"*.layers.1.mlp.fc1.*": 1e-3}, {"vision_tower"})])
+def test_what_is_frozen_as_a_whole_is_in_eval_mode_whatever_is_asked_for(table, trains):
+    model = tiny_vlm()
+    engine.choose(model, table, torch.float64)
+    for ask in (lambda: None, model.train, lambda: model.eval().train()):
+        ask()
+        assert {n for n, m in model.named_children() if m.training} == trains
+        assert all(m.training == (n.split(".")[0] in trains) for n, m in model.named_modules() if n)
+    model.eval()
+    assert not any(m.training for m in model.modules())
+
+
 def test_a_glob_that_fits_nothing_is_named_and_so_is_a_table_that_trains_nothing():
     with pytest.raises(SystemExit, match=r"'multi_modal_projektor\.\*'; the model has, for example, vision_tower"):
         engine.choose(tiny_vlm(), {"multi_modal_projektor.*": 1e-3})
@@ -267,6 +282,21 @@ def test_log_rows_hold_rates_since_the_last_row_and_the_time_left(tmp_path, caps
     said = capsys.readouterr().out
     assert "step  20/100  loss 1.5000  lr 1.00e-03  norm 0.250" in said and "left 2:40" in said
     assert engine.clock(3725) == "1:02:05" and engine.rss() > 2**20
+
+
+def test_a_spike_is_seen_once_and_no_clean_step_is_taken_for_one():
+    g = torch.Generator().manual_seed(0)
+    clean = (2 + 3 * torch.exp(-torch.arange(10_000) / 300) + 0.1 * torch.randn(10_000, generator=g)).tolist()
+    spikes = engine.Spikes()
+    assert not any(spikes.look(x) for x in clean)
+    spike = spikes.look(clean[-1] + 0.8)
+    assert 6 < spike < 10
+    assert not any(spikes.look(x) for x in clean[-500:]) and len(spikes.losses) == 128
+    assert sum(bool(spikes.look(x + 5)) for x in clean[-500:]) < 6           # a new level is soon the usual one
+    young = engine.Spikes()
+    assert not any(young.look(x) for x in [1.0, 1.1] * 15 + [9.0])           # too few to say what is usual
+    constant = engine.Spikes([1.0] * 40)
+    assert constant.look(1.0) is None
 
 
 def test_a_log_that_cannot_be_written_costs_the_line_and_not_the_run(tmp_path, capsys):
