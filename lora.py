@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from checkpoint import commit
 from config import read_json, stop
-from hf import read_tensors, rename
+from hf import fingerprint, mark, read_tensors, rename
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
 
@@ -65,17 +65,22 @@ def apply(model, r, alpha, dropout, pattern, seed=0):
     return names
 
 
+def scales(model):
+    """-> {name: alpha / r} of the wrapped layers, each its own"""
+    return {n: m.scale for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
 @torch.no_grad()
-def merge_state(state, scale):
-    """Tensors of a wrapped model by name -> those of the plain model: W + scale B A, in fp32 (fp64 for fp64). The
-    tensors given are not changed, so merging twice gives the same."""
+def merge_state(state, scales):
+    """Tensors of a wrapped model by name -> those of the plain model: W + scale B A, in fp32 (fp64 for fp64), with the
+    scale of each layer by name. The tensors given are not changed, so merging twice gives the same."""
     out = {k: v for k, v in state.items() if ".lora_" not in k}
     for k in state:
         if k.endswith(".lora_A.weight"):
             name = k.removesuffix(".lora_A.weight")
             A, B, W = state[k], state[f"{name}.lora_B.weight"], state[f"{name}.weight"]
             wide = torch.promote_types(torch.float32, W.dtype)
-            delta = B.to(wide) @ A.to(wide) * scale
+            delta = B.to(wide) @ A.to(wide) * scales[name]
             if not delta.isfinite().all():
                 stop(f"the adapter of {name} is not finite and is not merged")
             out[f"{name}.weight"] = W.to(wide) + delta
@@ -91,8 +96,9 @@ def in_memory(name):
     return name
 
 
-def save_adapter(out, state, r, alpha, dropout, base):
-    """A PEFT folder, whole or absent. What is trained besides adapters, the connector, goes along by its own name."""
+def save_adapter(out, state, r, alpha, dropout, base, mark):
+    """A PEFT folder, whole or absent. What is trained besides adapters, the connector, goes along by its own name.
+    mark: hf.fingerprint of all other tensors, which are the base."""
     tensors = {PREFIX + in_memory(k): v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
     names = sorted({in_memory(k).split(".lora_")[0] for k in state if ".lora_" in k})
     extra = sorted({in_memory(k).rpartition(".")[0] for k in state if ".lora_" not in k})
@@ -104,15 +110,23 @@ def save_adapter(out, state, r, alpha, dropout, base):
     def fill(tmp):
         save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
         (tmp / "adapter_config.json").write_text(json.dumps(config, indent=2))
+        (tmp / "pumice.json").write_text(json.dumps({"base": mark}))
 
     commit(out, fill)
 
 
+def own(pattern, name, usual):
+    """The value of a layer under PEFT's rank_pattern or alpha_pattern: that of the first key, a regular expression,
+    that its name ends in."""
+    return next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name)), usual)
+
+
 def load_adapter(model, folder):
-    """Wrap `model` with the adapter of a PEFT folder. Every tensor must find its place."""
+    """Wrap `model`, as hf.load read it, with the adapter of a PEFT folder. Every tensor must find its place, and the
+    model must be the one that the adapter was trained on, where the folder says which that was."""
     folder = Path(folder)
     c = read_json(folder / "adapter_config.json")
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+    for key in ("use_dora", "use_rslora", "fan_in_fan_out"):
         if c.get(key):
             stop(f"{folder}: {key}={c[key]} is not known here")
     if c.get("bias", "none") != "none":
@@ -122,15 +136,22 @@ def load_adapter(model, folder):
     names = sorted({k.split(".lora_")[0] for k in tensors if ".lora_" in k})
     if not names:
         stop(f"{folder} holds no adapter")
-    apply(model, c["r"], c["lora_alpha"], c.get("lora_dropout", 0.0), ",".join(names))
-    own = dict(model.named_parameters())
-    if missing := sorted(k for k in own.keys() - tensors.keys() if ".lora_" in k):
+    if (folder / "pumice.json").is_file():
+        base = {k: mark(p) for k, p in model.named_parameters() if k not in tensors}
+        if (was := read_json(folder / "pumice.json").get("base")) != fingerprint(base):
+            stop(f"{folder} was trained on another base (fingerprint {was}) than this model ({fingerprint(base)})")
+    for name in names:
+        r, alpha = (own(c.get(f"{kind}_pattern"), in_memory(name), c[key]) for kind, key in
+                    (("rank", "r"), ("alpha", "lora_alpha")))
+        apply(model, r, alpha, c.get("lora_dropout", 0.0), name)
+    params = dict(model.named_parameters())
+    if missing := sorted(k for k in params.keys() - tensors.keys() if ".lora_" in k):
         stop(f"{folder}: {missing[0]} is missing")
     with torch.no_grad():
         for k, v in tensors.items():
-            if k not in own or own[k].shape != v.shape:
+            if k not in params or params[k].shape != v.shape:
                 stop(f"{folder}: {k} {tuple(v.shape)} does not fit this model")
             if not v.isfinite().all():
                 stop(f"{folder}: {k} is not finite")
-            own[k].copy_(v)
+            params[k].copy_(v)
     return names

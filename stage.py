@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parent
 # settings that may differ between two runs that are the same
 IDLE = {"out", "resume", "log_every", "sample_every", "eval_every", "save_every", "keep_last", "keep_best", "workers",
         "device", "parallel", "recompute", "compile", "dry_run", "max_tokens", "steps", "epochs"}
+# settings without which a checkpoint means something else: which samples a step sees follows from the first two and the
+# step alone, and adapters were learnt under their scale
+FIXED = ("seed", "batch_size", "lora_alpha")
 PATIENCE = 10  # updates in a row whose gradient is not finite, before the run stops
 TRIES = 3      # checkpoints in a row that could not be written, before the run stops
 
@@ -77,6 +80,16 @@ def check(s):
         stop("keep_best needs val_data")
     if s.keep_best and (not s.save_every or s.eval_every % s.save_every):
         stop("keep_best: eval_every must be a multiple of save_every, for only what is written can be kept")
+
+
+def inherit(s, folder, cfg, template):
+    """What the settings leave open is as the model was trained that we start from; a new one is made as LLaVA-1.5. The
+    template of stage 1 is not handed on: it knows no questions."""
+    known = folder.meta.get("template", "plain")
+    s.template = s.template or (known if known != "plain" else template)
+    s.image_aspect = s.image_aspect or (hf.aspect(folder, cfg) if s.init else "pad")
+    if s.system is None:
+        s.system = folder.meta.get("system")
 
 
 def one_sample(samples, tok, world):
@@ -156,14 +169,24 @@ class Once(data.Steps):
         return math.ceil(self.total / self.batch_size)
 
 
+def tolerated(share, n):
+    """Samples of n that may be unusable: the share asked for, and three standard deviations of chance above it, so that
+    one bad sample among the first few stops nothing. A share of 0 means none."""
+    return share * n + (3 * math.sqrt(max(1, share * n)) if share else 0)
+
+
 class Run:
     def __init__(self, s, world, model, folder, samples, encode, spec, steps, adapter=None):
         self.s, self.world, self.model, self.folder, self.samples, self.steps = s, world, model, folder, samples, steps
         self.adapter, self.cfg, self.spec = adapter, engine.unwrap(model).cfg, spec
         self.out = Path(s.out, "overfit") if s.overfit else Path(s.out)     # an exercise leaves the run as it is
+        frozen = [n for n, p in engine.unwrap(model).named_parameters() if not p.requires_grad]
+        self.base = hf.fingerprint({n: folder.marks[n] for n in frozen})
+        self.origin = s.init or f"{s.vision} and {s.llm}"
         self.seen, self.reasons, self.best = Counter(), {}, None   # kind: (count, first line); (validation loss, step)
         self.bad_updates = self.bad_saves = 0                               # in a row
-        self.done = self.told = False
+        self.spikes = engine.Spikes()
+        self.done = self.told = self.begun = False
         self.val = None
         if s.val_data:
             self.val = Once(s.val_data, s.images, encode, spec, min(s.batch_size, 32), s.max_tokens, 0, world.rank,
@@ -176,9 +199,10 @@ class Run:
 
     @functools.cached_property
     def fingerprint(self):
-        """Of the data files, so that a run is not resumed on other data."""
+        """Of the data files and how they are mixed, so that a run is not resumed on other data."""
         h = hashlib.sha256()
-        for r in self.samples.files:
+        for r, draws in zip(self.samples.files, self.samples.counts):
+            h.update(b"%d of %d bytes" % (draws, len(r.blob)))
             h.update(r.blob)
         return h.hexdigest()
 
@@ -193,6 +217,9 @@ class Run:
         if done["data"] != self.fingerprint:
             stop(f"{self.out} holds a run finished on other data: --out=DIR writes elsewhere, "
                  "--resume=none starts again")
+        if done.get("base") != self.base:
+            stop(f"{self.out} holds a run finished on another base, for what is frozen in {self.origin} has changed "
+                 "since: --out=DIR writes elsewhere, --resume=none starts again")
         for key, old in done["settings"].items():
             if key not in IDLE and old != getattr(self.s, key, old):
                 stop(f"{self.out} holds a run finished with {key}={old}, not {getattr(self.s, key)}: --out=DIR writes "
@@ -211,30 +238,49 @@ class Run:
         path = checkpoint.find(out, how, world.print) if world.rank == 0 else None    # one looks and cleans up for all
         path = world.gather(str(path) if path else None)[0]
         if path:
-            state = read_json(Path(path, "state.json"))
+            state, new = read_json(Path(path, "state.json")), dataclasses.asdict(s)
             if state["data"] != self.fingerprint:
-                stop(f"{path} was trained on other data than {s.data}; --resume=none starts again")
+                stop(f"{path} was trained on other data than {s.data}, or on another mixture of it; "
+                     "--resume=none starts again")
+            for key in FIXED:
+                if (old := state["settings"].get(key)) != new.get(key):
+                    stop(f"{path} was trained with {key}={old}, not {new.get(key)}: --resume=none starts again")
+            if state.get("base") != self.base:
+                stop(f"{path} was trained on another base: what is frozen in {self.origin} has changed since; "
+                     "--resume=none starts again")
             checkpoint.restore(Path(path), self.model, optimizer, world)
-            new = dataclasses.asdict(s)
             for key, old in state["settings"].items():
                 if old != new.get(key) and key not in ("out", "resume"):
                     world.print(f"resumed with {key}={new.get(key)}, before it was {old}")
             start, self.best = state["step"], state["best"]
             self.seen, self.reasons = Counter(state["seen"]), state["reasons"]
+            self.spikes = engine.Spikes(state["losses"])
             world.print(f"resumed from {path}")
         if world.rank == 0:
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as e:                             # what no look beforehand shows: a file system that refuses
                 stop(f"out={out}: {e.strerror}")
-            if how == "none":
-                for name in ("log.jsonl", "samples.jsonl", "finished.json", "checkpoints", "model", "adapter"):
-                    checkpoint.remove(out / name)
-            for name in ("log.jsonl", "samples.jsonl"):
-                checkpoint.trim_log(out / name, start)
-            hf.write(out / "config.json", {"settings": dataclasses.asdict(s), "versions": engine.versions()})
         self.logger = engine.Log(out, world, self.steps, start)
         return start
+
+    def begin(self):
+        """The first step is done and its gradients are checked: from here on the folder is this run's. What another one
+        left in it goes now, and not before: a mistake in the new one must not cost the old one."""
+        self.begun = True
+        if self.world.rank > 0:
+            return
+        try:
+            if self.s.overfit or self.s.resume == "none":
+                for name in ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl"):
+                    if (self.out / name).exists():
+                        checkpoint.discard(self.out / name)
+            for name in ("log.jsonl", "samples.jsonl"):
+                checkpoint.trim_log(self.out / name, self.logger.start)
+            about = {"settings": dataclasses.asdict(self.s), "versions": engine.versions()}
+            hf.write(self.out / "config.json", about)
+        except OSError as e:
+            stop(f"out={self.out}: {e.strerror}")
 
     def due(self, step, every):
         return every > 0 and (step + 1) % every == 0 or step + 1 == self.steps
@@ -256,11 +302,19 @@ class Run:
             for kind, line in (pair for rank in self.world.gather(names) for pair in rank):
                 count, first = self.reasons.get(kind, (0, line))
                 self.reasons[kind] = (count + 1, first)
-        if self.seen["dropped"] > self.s.max_dropped * max(self.seen["samples"], 100):
+        if self.seen["dropped"] > tolerated(self.s.max_dropped, self.seen["samples"]):
             common = sorted(self.reasons.values(), reverse=True)[:5]
             worst = "\n  ".join(f"{count} like {first}" for count, first in common)
             stop(f"{self.seen['dropped']} of {self.seen['samples']} samples could not be used, over "
                  f"max_dropped={self.s.max_dropped}:\n  {worst}")
+        if not self.begun:
+            self.begin()
+        if result["updated"] and (spike := self.spikes.look(result["loss"])):
+            names = [n for rank in self.world.gather(batch.names) for n in rank]
+            self.world.print(f"step {step + 1}: loss {result['loss']:.4f} is {spike:.1f} standard deviations above the "
+                             f"last ones; all its samples are in log.jsonl: {', '.join(names[:8])} ...")
+            if self.world.rank == 0:
+                engine.append(self.out / "log.jsonl", {"step": step + 1, "spike": spike, "samples": names})
         self.bad_updates = 0 if result["updated"] else self.bad_updates + 1
         if not result["updated"]:
             self.world.print(f"step {step + 1}: gradient norm {result['grad_norm']}, loss {result['loss']}, "
@@ -357,7 +411,7 @@ class Run:
         if self.s.overfit:
             return
         state = dict(settings=dataclasses.asdict(self.s), data=self.fingerprint, seen=self.seen, reasons=self.reasons,
-                     best=self.best)
+                     best=self.best, base=self.base, losses=list(self.spikes.losses))
         keep = (self.best[1],) if self.s.keep_best and self.best else ()
         problem = ""
         try:
@@ -394,15 +448,15 @@ class Run:
             if self.adapter:
                 trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
                 lora.save_adapter(self.out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout,
-                                  hf.find_model(s.init).resolve() if s.init else s.llm)
-                state = lora.merge_state(state, s.lora_alpha / s.lora_r)
+                                  hf.find_model(s.init).resolve() if s.init else s.llm, self.base)
+                state = lora.merge_state(state, lora.scales(model))
             card = (f"# {Path(s.out).name}\n\nTrained with pumice: {self.steps} steps of {s.batch_size} samples from "
-                    f"{s.data}, template {s.template}. Started from {s.init or f'{s.vision} and {s.llm}'}."
+                    f"{s.data}, template {s.template}. Started from {self.origin}."
                     + (f" Validation loss {self.best[0]:.4f} (step {self.best[1]})." if self.best else ""))
             dtype = self.world.dtype if self.world.dtype != torch.float32 else torch.float16
             hf.save(self.out / "model", state, self.cfg, self.folder, s.template, s.system, s.image_aspect, dtype, card)
             tmp = self.out / ".tmp-finished"
-            tmp.write_text(json.dumps({"steps": self.steps, **self.seen, "data": self.fingerprint,
+            tmp.write_text(json.dumps({"steps": self.steps, **self.seen, "data": self.fingerprint, "base": self.base,
                                        "settings": dataclasses.asdict(s)}))
             os.replace(tmp, self.out / "finished.json")
         except OSError as e:

@@ -32,8 +32,8 @@ class Settings:
     images: str = "."                    # folder that image names are relative to
     val_data: str = ""                   # the same form; none: no validation, no samples
     template: str = "plain"              # plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral
-    system: str | None = None            # system text; none = the template's own
-    image_aspect: str = "pad"            # pad (LLaVA-1.5), crop (CLIP), squash (SigLIP)
+    system: str | None = None            # system text; none = as init was trained with, else the template's own
+    image_aspect: str = ""               # pad (LLaVA-1.5), crop (CLIP), squash (SigLIP); empty: as init, else pad
     max_dropped: float = 0.01            # share of samples that may be unusable before the run stops
     # model
     vision: str = str(HERE / "demo/eyes")    # folder of a CLIP or SigLIP tower
@@ -78,8 +78,7 @@ def main(s):
 
     # what is trained
     model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
-    if s.system is None:
-        s.system = folder.meta.get("system")             # what the model we start from was trained with, if it says so
+    stage.inherit(s, folder, model.cfg, "plain")
     lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype)
 
     # on what
@@ -106,6 +105,7 @@ def main(s):
         began = time.time()
         batch = next(batches)
         waited = time.time() - began
+        world.meet(f"step {step + 1}")
         lr = engine.set_lr(optimizer, step, steps, warmup)
         result = engine.train_step(model, optimizer, batch.micro, token_loss, world, s.grad_clip, check=step == start)
         run.count(step, batch, result, waited)

@@ -33,9 +33,10 @@ class Settings:
     data: str = "toy"                    # LLaVA json or jsonl; a.json:0.7,b.json:0.3 mixes; toy = the toy world
     images: str = "."                    # folder that image names are relative to
     val_data: str = ""                   # the same form; none: no validation, no samples
-    template: str = "vicuna_v1"          # plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral
-    system: str | None = None            # system text; none = the template's own
-    image_aspect: str = "pad"            # pad (LLaVA-1.5), crop (CLIP), squash (SigLIP)
+    template: str = ""                   # plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral; empty: as init
+                                         # was trained with, or vicuna_v1 after stage 1
+    system: str | None = None            # system text; none = as init was trained with, else the template's own
+    image_aspect: str = ""               # pad (LLaVA-1.5), crop (CLIP), squash (SigLIP); empty: as init, else pad
     max_dropped: float = 0.01            # share of samples that may be unusable before the run stops
     # model
     init: str = "runs/align"             # a run or a LLaVA folder to start from; empty: two towers and a new connector
@@ -85,8 +86,7 @@ def main(s):
 
     # what is trained
     model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
-    if s.system is None:
-        s.system = folder.meta.get("system")             # what the model we start from was trained with, if it says so
+    stage.inherit(s, folder, model.cfg, "vicuna_v1")
     adapter = None
     if s.lora_r:
         adapter = lora.apply(model, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_targets, s.seed)
@@ -117,6 +117,7 @@ def main(s):
         began = time.time()
         batch = next(batches)
         waited = time.time() - began
+        world.meet(f"step {step + 1}")
         lr = engine.set_lr(optimizer, step, steps, warmup)
         result = engine.train_step(model, optimizer, batch.micro, token_loss, world, s.grad_clip, check=step == start)
         run.count(step, batch, result, waited)

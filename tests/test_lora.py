@@ -11,6 +11,7 @@ from test_hf import EXAMPLES, error
 from test_model import all_logits, exact_norms, gradients, ours, their_logits, theirs
 
 import engine
+import hf
 import lora
 from data import pack
 
@@ -33,6 +34,12 @@ def wrapped(r=4, alpha=8.0, dropout=0.0, pattern="all-linear", learnt=True, dtyp
 def trained(model):
     """What stage 2 with LoRA trains, by name: adapters and connector"""
     return {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n or "projector" in n}
+
+
+def mark_of(model, without=None):
+    """The fingerprint of what is not in the adapter's file"""
+    without = without or trained(model)
+    return hf.fingerprint({n: hf.mark(p) for n, p in model.named_parameters() if n not in without and "lora_" not in n})
 
 
 def say(model, batch=BATCH):
@@ -131,18 +138,18 @@ def test_dropout_is_silent_in_evaluation_and_only_there():
 
 @pytest.mark.parametrize("dtype, gate", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_a_merged_model_says_what_the_wrapped_one_says(dtype, gate):
-    model, _ = wrapped(dtype=dtype)
+    model, names = wrapped(dtype=dtype)
     merged = tiny_vlm(dtype=dtype)
     state = model.state_dict()
     before = {k: v.clone() for k, v in state.items()}
-    plain = lora.merge_state(state, 8.0 / 4)
+    plain = lora.merge_state(state, lora.scales(model))
     merged.load_state_dict(plain)                                             # all names of a plain model, and no other
     scale = say(model).abs().max()
     assert (say(merged) - say(model)).abs().max() <= gate * 10 * scale        # logits: ten layers' roundings
     assert all(torch.equal(state[k], before[k]) for k in before)              # the base is as it was: twice is once
-    again = lora.merge_state(state, 8.0 / 4)
+    again = lora.merge_state(state, lora.scales(model))
     assert all(torch.equal(again[k], plain[k]) for k in plain)
-    merged.load_state_dict(lora.merge_state(state, 8.0))                      # alpha instead of alpha / r would be seen
+    merged.load_state_dict(lora.merge_state(state, dict.fromkeys(names, 8.0)))        # alpha instead of alpha / r: seen
     assert (say(merged) - say(model)).abs().max() > 1000 * gate * scale
 
 
@@ -152,7 +159,7 @@ def test_merging_into_bf16_is_formed_in_fp32():
     state, name = model.state_dict(), f"{names[0]}.weight"
     A, B = (state[f"{names[0]}.lora_{x}.weight"].double() for x in "AB")
     true = state[name].double() + 2 * B @ A
-    got = lora.merge_state(state, 2.0)[name]
+    got = lora.merge_state(state, lora.scales(model))[name]
     assert got.dtype == torch.float32 and (got.double() - true).abs().max() <= 1e-6
 
 
@@ -160,7 +167,7 @@ def test_an_adapter_that_is_not_finite_is_not_merged():
     model, names = wrapped()
     with torch.no_grad():
         model.get_parameter(f"{names[1]}.lora_A.weight")[0, 0] = torch.nan
-    assert f"the adapter of {names[1]} is not finite" in error(lora.merge_state, model.state_dict(), 2.0)
+    assert f"the adapter of {names[1]} is not finite" in error(lora.merge_state, model.state_dict(), lora.scales(model))
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -170,13 +177,15 @@ def test_adapter_and_connector_come_back_bit_by_bit(tmp_path):
     model, names = wrapped(pattern="q_proj,down_proj", dtype=torch.float32)
     with torch.no_grad():
         model.multi_modal_projector.linear_1.weight.add_(0.1)
-    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base")
+    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
     back = tiny_vlm(dtype=torch.float32)
     assert lora.load_adapter(back, tmp_path / "adapter") == sorted(names)
     assert torch.equal(say(back), say(model))
     bare = tiny_vlm(dtype=torch.float32)                                      # without the connector it would not
     adapters = {n: p for n, p in trained(model).items() if ".lora_" in n}
-    lora.save_adapter(tmp_path / "bare", adapters, 4, 8.0, 0.0, "base")
+    lora.save_adapter(tmp_path / "bare", adapters, 4, 8.0, 0.0, "base", mark_of(model, adapters))
+    assert "was trained on another base" in error(lora.load_adapter, bare, tmp_path / "bare")
+    (tmp_path / "bare" / "pumice.json").unlink()
     lora.load_adapter(bare, tmp_path / "bare")
     assert not torch.equal(say(bare), say(model))
 
@@ -192,7 +201,7 @@ def test_peft_reads_what_we_write(tmp_path):
         if ".lora_" in n or "projector" in n:
             torch.nn.init.normal_(p.data, std=0.1)
             p.data = p.data.float()                                           # what a file holds
-    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base")
+    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
     model.double()
     before = their_logits(base, EXAMPLES, model.cfg.vision)
     there = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").double().eval()
@@ -222,17 +231,57 @@ def test_we_read_what_peft_writes(tmp_path, save_too):
     assert (say(model.double(), pack(EXAMPLES, 8)) - true).abs().max() <= 1e-10 * max(1, true.abs().max())
 
 
+def test_layers_of_their_own_rank_and_scale_are_read_and_merged_each_by_its_own(tmp_path):
+    """PEFT's rank_pattern and alpha_pattern: with one scale for all, the merged model would say something else."""
+    peft = pytest.importorskip("peft")
+    there = exact_norms(theirs(v={"image_size": 8}))
+    model, plain = ours(there), ours(there)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=r".*language_model.*\.(q_proj|up_proj)",
+                             rank_pattern={r"layers\.0\.self_attn\.q_proj": 2}, alpha_pattern={"up_proj": 20},
+                             init_lora_weights=False)
+    there = peft.get_peft_model(there, config).float()
+    there.save_pretrained(tmp_path / "adapter")
+    there = exact_norms(there).double().eval()
+    lora.load_adapter(model, tmp_path / "adapter")
+    scales = lora.scales(model)
+    assert sorted(scales.values()) == [1.5, 3.0, 5.0, 5.0]
+    true = their_logits(there, EXAMPLES, model.cfg.vision)
+    gate, batch = 1e-10 * max(1, true.abs().max()), pack(EXAMPLES, 8)
+    assert (say(model.double(), batch) - true).abs().max() <= gate
+    plain.double().load_state_dict(lora.merge_state(model.state_dict(), scales))
+    assert (say(plain, batch) - true).abs().max() <= gate
+    plain.load_state_dict(lora.merge_state(model.state_dict(), dict.fromkeys(scales, 1.5)))
+    assert (say(plain, batch) - true).abs().max() > 1e6 * gate
+
+
+def test_an_adapter_is_refused_by_any_base_but_its_own(tmp_path):
+    model, _ = wrapped(dtype=torch.float32)
+    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
+    for spoil in ("language_model.lm_head.weight", "vision_tower.vision_model.pre_layrnorm.bias"):
+        other = tiny_vlm(dtype=torch.float32)
+        with torch.no_grad():
+            p = other.get_parameter(spoil).view(-1)
+            p[-1] = p[-1].nextafter(torch.tensor(9.0))                        # the last bit of one weight
+        assert "was trained on another base" in error(lora.load_adapter, other, tmp_path / "adapter")
+        assert not any("lora_" in n for n, _ in other.named_parameters())
+    other = tiny_vlm(dtype=torch.float32)
+    torch.nn.init.zeros_(other.multi_modal_projector.linear_1.weight)         # the connector comes with the adapter
+    lora.load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(say(other), say(model))
+    (tmp_path / "adapter" / "pumice.json").unlink()                           # as PEFT itself writes one
+    lora.load_adapter(tiny_vlm(seed=1, dtype=torch.float32), tmp_path / "adapter")
+
+
 @pytest.fixture
 def adapter(tmp_path):
     model, _ = wrapped(pattern="q_proj")
-    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base")
+    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
     return tmp_path / "adapter"
 
 
 def test_what_peft_may_hold_and_we_do_not_know_is_refused(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for key, value in (("use_dora", True), ("use_rslora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 8}),
-                       ("alpha_pattern", {"q_proj": 1})):
+    for key, value in (("use_dora", True), ("use_rslora", True), ("bias", "all"), ("fan_in_fan_out", True)):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {key: value}))
         assert f"{key}={value} is not known here" in error(lora.load_adapter, tiny_vlm(), adapter)
 
