@@ -16,3 +16,10 @@ choice = "auto"  # auto: kernels for tensors on a GPU; torch, triton: always the
 
 def use_triton(x):
     return here and x.is_cuda if choice == "auto" else choice == "triton"
+
+
+def architecture(x):
+    """Which row of a table of block sizes holds: 90 for Hopper and the large Blackwells, 80 for all others (and for
+    interpreted kernels), whose rows stay below the 99 KiB of shared memory that the smaller cards have."""
+    import torch
+    return 90 if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10) else 80

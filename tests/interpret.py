@@ -6,6 +6,7 @@
 By hand: TRITON_INTERPRET=1 python -m pytest tests/interpreted/norm.py. What the interpreter gets wrong, and must not be
 tested there: tl.dot of bf16 multiplies raw bits, and a cast of fp32 to bf16 truncates."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,3 +22,16 @@ def interpret(name):
     got = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"interpreted/{name}.py"],
                          cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert got.returncode == 0, got.stdout[-6000:] + got.stderr[-2000:]
+
+
+def variant(module, right, wrong, folder):
+    """The module with one piece of its source changed, as a new module: to see that a test notices."""
+    source = Path(module.__file__).read_text()
+    assert source.count(right) == 1, f"{source.count(right)} times in {module.__file__}: {right}"
+    name = f"variant_of_{module.__name__.rpartition('.')[2]}_{abs(hash(wrong + right))}"
+    path = folder / f"{name}.py"
+    path.write_text(source.replace(right, wrong).replace("pumice::", f"{name}::"))
+    spec = importlib.util.spec_from_file_location(name, path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made

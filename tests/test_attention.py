@@ -12,18 +12,20 @@ TIGHT = 1e-12
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many bytes the largest tensor that any operation made has; views do not count."""
+    """Remembers how many bytes the largest tensor that any operation made has; views do not count. `all` lists them."""
 
     def __init__(self):
         super().__init__()
-        self.bytes = 0
+        self.bytes, self.all = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values())
+                 if isinstance(t, torch.Tensor)}
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+                self.all.append(t.untyped_storage().nbytes())
+                self.bytes = max(self.bytes, self.all[-1])
         return out
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_attention import Largest
 
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref, loss_and_gradients
 
 TIGHT = 1e-12  # sums of at most 200 terms of size about 1 in float64
 
@@ -116,12 +116,12 @@ def test_autocast_makes_products_in_bf16_and_gradients_in_the_dtype_of_the_weigh
 
 @pytest.mark.parametrize("chunk", [50, 500])
 def test_logits_never_exist_beyond_a_chunk(chunk):
-    """500 rows, 1,000 words: forward and backward together make nothing larger than one chunk of logits.
-    The definition makes all of them, and so does a chunk of all rows."""
+    """500 rows, 1,000 words: loss and gradients make nothing larger than one chunk of logits, and that once: a second
+    chunk would be alive beside the first. The definition makes all of them, and so does a chunk of all rows."""
     hidden, weight, labels = case(500, 16, 1000, dtype=torch.float32)
-    with Largest() as largest:
-        linear_cross_entropy(hidden, weight, labels, chunk).backward()
-    assert largest.bytes == chunk * 1000 * 4
+    with Largest() as largest, torch.no_grad():
+        loss_and_gradients(hidden, weight, labels, chunk, torch.float32, True, True)
+    assert largest.bytes == chunk * 1000 * 4 and largest.all.count(largest.bytes) == 1
     with Largest() as largest:
         linear_cross_entropy_ref(hidden, weight, labels).backward()
     assert largest.bytes == 500 * 1000 * 4
@@ -130,11 +130,49 @@ def test_logits_never_exist_beyond_a_chunk(chunk):
 def test_without_a_gradient_none_is_made():
     hidden, weight, labels = case(500, 16, 1000, dtype=torch.float32)
     with torch.no_grad(), Largest() as largest:
-        loss = linear_cross_entropy(hidden, weight, labels, chunk=2)
+        loss, dh, dw = loss_and_gradients(hidden, weight, labels, 2, torch.float32, False, False)
+        assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels, chunk=2))
     assert loss > 0 and largest.bytes == 2 * 1000 * 4 < hidden.nbytes  # neither dh nor dw, but the logits
+    assert dh.numel() == dw.numel() == 0
 
 
 def test_rows_and_labels_must_be_as_many():
     hidden, weight, labels = case()
     with pytest.raises(AssertionError, match="37 rows, 36 labels"):
         linear_cross_entropy(hidden, weight, labels[1:])
+
+
+def test_chunks_are_tall_and_bounded(monkeypatch):
+    """2,048 rows at least, and more while a chunk stays within its bytes: 2,097 of 32,000 words in fp32."""
+    import kernels.cross_entropy
+    rows = []
+    monkeypatch.setattr(kernels.cross_entropy, "op", lambda h, w, y, chunk, *_: (rows.append(chunk), None))
+    for V in (128256, 32000, 500):
+        linear_cross_entropy(torch.zeros(3, 1), torch.zeros(V, 1), torch.zeros(3, dtype=torch.long))
+    assert rows == [2048, 2097, 134217]
+
+
+def test_the_operator_is_what_torch_believes_it_to_be():
+    """Its schema, its shapes without data, its gradient: what torch.compile builds on."""
+    for frozen in (False, True):
+        hidden, weight, labels = case(5, 4, 7, dtype=torch.float32)
+        args = hidden, weight.requires_grad_(not frozen), labels, 2, torch.float32, True, not frozen
+        torch.library.opcheck(torch.ops.pumice.linear_cross_entropy, args)
+
+
+def test_one_graph_holds_it_all():
+    """torch.compile without a break in the graph gives the same loss and the same gradients; so it does in autocast."""
+    f = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    for R, autocast in ((37, False), (50, False), (50, True)):
+        hidden, weight, labels = case(R, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for ours, theirs in zip(*(with_gradients(g, hidden, weight, labels) for g in (f, linear_cross_entropy))):
+                assert torch.equal(ours, theirs)
+
+
+def test_a_second_derivative_is_refused():
+    """The gradient is made on the way forward and knows nothing of its own; silence would be a wrong number."""
+    hidden, weight, labels = case()
+    grad, = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
