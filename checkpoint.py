@@ -4,7 +4,7 @@ It is written beside its place as .tmp-*, every file synced, a manifest with a S
 kill or a full disk at any moment leaves the older one untouched. What a run is made of, beyond its settings:
 
     trained.safetensors      what is trained, by name, fp32      optimizer.safetensors    moments, by name
-    rng.safetensors          torch's random state of each rank   state.json               step, counters, settings
+    rng.safetensors          torch's random state of each rank   state.json               step, counters, settings, base
 """
 
 import hashlib

@@ -43,7 +43,7 @@ class Settings:
     task: str = "exact"            # exact, vqa, vqa_official, pope
     data: str = ""                 # jsonl of questions; empty: the toy world's held-out ones
     images: str = ""               # folder that image names are relative to; empty: the folder of the data
-    answers: str = ""              # file to write; empty: answers_HOW.jsonl in the run, report_HOW.html beside it
+    answers: str = ""              # file to write; empty: answers_HOW.jsonl in the run, or in answers/ here if locked
     blind: bool = False            # image features set to zero: what can be guessed from the words
     shuffled: bool = False         # the picture of another question: the fairer guess
     limit: int = 0                 # questions; 0 = all

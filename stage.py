@@ -74,6 +74,10 @@ def check(s):
         stop(f"out={s.out}: {problem}")
     if not s.steps and not s.epochs:
         stop("steps=0 and epochs=0.0: nothing to do")
+    towers = [k for k in ("vision", "llm") if getattr(s, k) != type(s).__dataclass_fields__[k].default]
+    if s.init and towers:
+        stop(f"init={s.init} brings its own towers, so {towers[0]}={getattr(s, towers[0])} would not be read: "
+             "--init= starts from vision and llm")
     if s.connector not in ("mlp", "linear"):
         stop(f"connector={s.connector}: mlp or linear")
     if s.keep_best and not (s.val_data or s.data == "toy"):

@@ -90,6 +90,7 @@ def run(kind, world, out, **changes):
     """-> what main returns"""
     script = SCRIPTS[kind]
     extra = {"init": ""} if kind == "sft" else {}
+    extra |= {"vision": "", "llm": ""} if changes.get("init") else {}
     return script.main(script.Settings(**{**world, **extra, "out": str(out), **changes}))
 
 
@@ -261,6 +262,7 @@ def test_two_processes_train_what_one_does(parallel, world, tmp_path):
     ("align", dict(llm="no_tongue"), ["no_tongue", "missing"]),
     ("align", dict(images="no_pictures"), ["could not be used", "is missing"]),
     ("sft", dict(init="runs/never"), ["runs/never", "no such folder"]),
+    ("sft", dict(init="runs/align", llm="x"), ["init=runs/align brings its own towers", "llm=x would not be read"]),
     ("sft", dict(parallel="both"), ["parallel=both", "fsdp"]),
     ("align", dict(recompute="some"), ["recompute=some", "block"]),
     ("align", dict(dtype="fp8"), ["dtype=fp8", "bf16"]),
