@@ -35,7 +35,7 @@ layer_norm_ref = F.layer_norm  # keeps its input and two numbers per row, which 
 
 
 class RMSNorm(torch.autograd.Function):
-    """The definition, keeping its input and r (N, 1): autograd alone would keep three more tensors of the input's size."""
+    """The definition, keeping its input and r (..., 1). Autograd alone would also keep x r, and of bf16 a copy in fp32."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -58,7 +58,7 @@ class RMSNorm(torch.autograd.Function):
         return dx, dw, None
 
 
-# ---- the kernels: B is None for RMSNorm, H for a norm without an addition ---------------------------------------------
+# ---- the kernels: B is None for RMSNorm, H for a norm without an addition --------------------------------------------
 
 @triton.jit
 def norm_forward(X, H, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -138,9 +138,11 @@ def norm_op(x: torch.Tensor, add: torch.Tensor | None, w: torch.Tensor, b: torch
             eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """-> x + add (empty without add), its norm; RMSNorm without b, LayerNorm with it."""
     s, y = norm_shapes(x, add, w, b, eps)
-    x, add, N = x.contiguous(), add if add is None else add.contiguous(), y.numel() // y.shape[-1]
-    tile, how, _ = tiles(y.shape[-1], y.element_size())
-    norm_forward[triton.cdiv(N, tile["ROWS"]),](x, add, w, b, s, y, N, y.shape[-1], eps, **tile, **how)
+    x, add, w, b = (t if t is None else t.contiguous() for t in (x, add, w, b))
+    C = x.shape[-1]
+    N = x.numel() // C
+    tile, how, _ = tiles(C, y.element_size())
+    norm_forward[triton.cdiv(N, tile["ROWS"]),](x, add, w, b, s, y, N, C, eps, **tile, **how)
     return s, y
 
 
@@ -156,7 +158,7 @@ def norm_shapes(x, add, w, b, eps):
 def norm_backward_op(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, ds: torch.Tensor | None, eps: float,
                      layer: bool, need_w: bool, need_b: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x: what was normalised; ds: a gradient it has from elsewhere. -> dx, dw, db; dw and db empty if not needed."""
-    x, dy, ds = (t if t is None else t.contiguous() for t in (x, dy, ds))
+    x, w, dy, ds = (t if t is None else t.contiguous() for t in (x, w, dy, ds))
     C = x.shape[-1]
     N = x.numel() // C
     tile, how, stages = tiles(C, x.element_size())

@@ -9,8 +9,8 @@ pairs instead.
 
 The argument in bytes. Every number of q and k is read once and written once, in one launch for both: with 32 heads of
 128 in bf16, 16 KB read and 16 KB written per token, against which the cosines, 512 bytes, are nothing. Plain torch
-writes four products, two sums and their concatenation: six times that. A rotation is undone by the rotation back,
-so the gradient is the same kernel with the angle negative, and neither q nor k is kept.
+makes four products, two sums and their concatenation: 4.5 times that. A rotation is undone by the rotation back, so
+the gradient is the same kernel with the angle negative, and neither q nor k is kept.
 
 Not in place, although it could be: nobody keeps the unrotated q and k (a linear layer keeps its input, not its output),
 so that they are freed at once and in-place would save no traffic and no memory that lasts. It would make autograd copy

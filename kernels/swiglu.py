@@ -2,9 +2,9 @@
 
     N rows   F width of the MLP        gate, up (N, F)   ->   (N, F)
 
-The argument in bytes. Element by element, so the floor is 3 N F forward (two reads, one write) and 5 N F backward (three
-reads, two writes); plain torch writes silu(gate) out and reads it back, and keeps it: 5 N F forward and half as much
-memory again for the widest tensors of the layer. One sigmoid more in the backward pass replaces that copy.
+The argument in bytes. Element by element, so the floor is 3 N F forward (two reads, one write) and 5 N F backward
+(three reads, two writes); plain torch writes silu(gate) out, reads it back and keeps it: 5 N F forward, and half as
+much memory again for the widest tensors of the layer. One sigmoid more in the backward pass replaces that copy.
 
 Nothing here knows of rows: both tensors are read as one long line, cut into pieces of BLOCK numbers.
 """

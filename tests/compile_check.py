@@ -25,9 +25,9 @@ def compile_for(kernel, signature, constants, arch, num_warps=4, num_stages=3, u
     """-> {reg, stack, smem, warps, wide, arch and a count of every opcode above}. `wide` counts loads and stores of 16
     bytes per thread.
 
-    signature: {argument: "*bf16", "*i32", "i32", "i64", "fp32" ...}; constants: {argument: value} of the constexprs, and
-    None for a pointer that is not given. Pointers and integers are taken as multiples of 16, as Triton itself finds most
-    of them to be; name those that are not (a number of rows, a stride) in `unaligned`."""
+    signature: {argument: "*bf16", "*i32", "i32", "i64", "fp32" ...}; constants: {argument: value} of the constexprs,
+    and None for a pointer that is not given. Pointers and integers are taken as multiples of 16, as Triton itself finds
+    most of them to be; name those that are not (a number of rows, a stride) in `unaligned`."""
     triton = pytest.importorskip("triton", reason="no Triton on this system")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("interpreted kernels cannot be compiled")
