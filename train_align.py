@@ -41,12 +41,12 @@ class Settings:
     init: str = ""                       # a run or a LLaVA folder to start from, instead of two towers
     connector: str = "mlp"               # mlp, linear
     # optimisation
-    batch_size: int = 32                 # samples per optimizer step, over all processes
+    batch_size: int = 16                 # samples per optimizer step, over all processes
     max_tokens: int = 4096               # tokens in one packed stream: less needs less memory, the gradient is the same
     max_len: int = 512                   # tokens of one sample; the rest is cut, never inside an image, and counted
-    epochs: float = 1.0                  # over the data, where steps is 0
+    epochs: float = 2.0                  # over the data, where steps is 0
     steps: int = 0                       # optimizer steps
-    lr: float = 2e-3                     # of the connector
+    lr: float = 5e-3                     # of the connector
     warmup: float = 0.03                 # share of the steps
     weight_decay: float = 0.0
     grad_clip: float = 1.0               # norm; 0 = never
@@ -65,7 +65,7 @@ class Settings:
     keep_last: int = 2                   # checkpoints
     keep_best: bool = False              # and the one with the lowest validation loss
     log_every: int = 10                  # steps
-    eval_every: int = 50                 # steps between validation losses
+    eval_every: int = 100                # steps between validation losses
     sample_every: int = 50               # steps between answers to fixed questions, in samples.jsonl
     dry_run: bool = False                # print the plan and one sample, and stop
     overfit: bool = False                # learn the first batch by heart, and say whether it worked
