@@ -54,7 +54,7 @@ class RMSNorm(torch.autograd.Function):
             dw = (dy * xhat).flatten(0, -2).sum(0).to(w.dtype)
         if need_x:  # what changes a row's length alone changes nothing: that part of the gradient is taken out
             g = dy * w
-            dx = ((g - xhat * (g * xhat).mean(-1, keepdim=True)) * r).to(x.dtype)
+            dx = g.addcmul_(xhat, (g * xhat).mean(-1, keepdim=True), value=-1).mul_(r).to(x.dtype)
         return dx, dw, None
 
 

@@ -34,7 +34,7 @@ class SwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
 # ---- the kernels ----------------------------------------------------------------------------------------------------
