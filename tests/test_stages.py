@@ -89,7 +89,7 @@ def signals():
 def run(kind, world, out, **changes):
     """-> what main returns"""
     script = SCRIPTS[kind]
-    extra = {"init": ""} if kind == "sft" else {}
+    extra = {"init": ""} if kind == "sft" else {"lr": 2e-3}
     extra |= {"vision": "", "llm": ""} if changes.get("init") else {}
     return script.main(script.Settings(**{**world, **extra, "out": str(out), **changes}))
 
