@@ -8,10 +8,18 @@
 The argument in bytes. A packed stream of N tokens holds documents of length L << N. A mask over it would be N x N, of
 which a share L / N is ever true; spans say the same in 2 N integers, and because they never move backwards along the
 stream the queries fall into runs that touch disjoint key ranges. Work and memory are then sum(L^2), not N^2.
+
+On a GPU the scores, too, are never written down. A program holds a tile of queries and walks over the keys that its
+tile can see, a block at a time (Dao et al. 2022): L keys are read once per tile and not once per query. What is kept
+for backward is q, k, v, out and one number per row, the logarithm of the sum.
 """
 
 import torch
 import torch.nn.functional as F
+
+from kernels import architecture, tl, triton, use_triton
+
+# ---- the definition, and what a CPU runs ----------------------------------------------------------------------------
 
 ROWS = 512  # queries handled at once inside one long document: a causal half wastes at most ROWS / L of its products
 
@@ -118,8 +126,311 @@ def attention_torch(q, k, v, lo, hi):
     return torch.cat(out)
 
 
+# ---- forward --------------------------------------------------------------------------------------------------------
+#
+# Where spans never move backwards, the bounds of a tile of queries are those of its first and last row: nobody in it
+# sees a key before lo[first] or from hi[last] on, and everybody sees all of [lo[last], hi[first]). Of the key blocks
+# between the outer bounds those inside the inner ones need no mask; in a long document they are almost all.
+
+
+@triton.jit
+def _cut(begin, end, lo, hi, B: tl.constexpr):
+    """Blocks of B from `begin` to `end`: those inside [lo, hi) are [a, b) and need no mask, the others lie before a and
+    from b on -> a, b, and where the others end if they are counted on from `begin` as though [a, b) were not there."""
+    a = begin + (lo - begin + B - 1) // B * B
+    b = a + tl.maximum(hi - a, 0) // B * B
+    return a, b, end - (b - a)
+
+
+@triton.jit
+def _tile(X, start, rows, end, stride, K: tl.constexpr, D: tl.constexpr):
+    """rows [start, start + B) of X, whose row stride is `stride` -> (B, D), zeros from row `end` and column K on.
+    The first row's offset is int64, for N H K passes 2**31; those inside a tile do not."""
+    d = tl.arange(0, D)
+    X += tl.cast(start, tl.int64) * stride
+    return tl.load(X + rows[:, None] * stride + d[None, :],
+                   mask=(start + rows[:, None] < end) & (d[None, :] < K), other=0.0)
+
+
+@triton.jit
+def _attend(q, KEYS, VALUES, j, end, lo, hi, m, l, acc, stride_k, stride_v, scale,
+            K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr):
+    """One block of keys for q (BM, D) -> the largest score so far m (BM,), the sum l (BM,), the output acc (BM, D)."""
+    c = tl.arange(0, BN)
+    k = _tile(KEYS, j, c, end, stride_k, K, D)                               # (BN, D)
+    v = _tile(VALUES, j, c, end, stride_v, K, D)
+    s = tl.dot(q, k.T, input_precision="ieee") * scale                       # (BM, BN), in base 2
+    if MASK:
+        s = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), s, -float("inf"))
+    higher = tl.maximum(m, tl.max(s, 1))
+    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # a row that has seen nothing: no nan
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(m - base)
+    l = l * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return higher, l, acc
+
+
+@triton.jit
+def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
+             scale, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """One tile of BM queries of one head. OUT (N, H, K) and LSE (H, N) are contiguous."""
+    start, h, H = tl.program_id(0) * BM, tl.program_id(1), tl.num_programs(1)
+    r, d = tl.arange(0, BM), tl.arange(0, D)
+    last = tl.minimum(start + BM, N) - 1
+    lo = tl.load(LO + start + r, mask=start + r < N, other=0)                # rows behind the last see nothing
+    hi = tl.load(HI + start + r, mask=start + r < N, other=0)
+    begin, end = tl.load(LO + start), tl.load(HI + last)
+    a, b, reach = _cut(begin, end, tl.load(LO + last), tl.load(HI + start), BN)
+
+    q = _tile(Q + h * stride_qh, start, r, N, stride_qn, K, D)
+    KEYS += h // g * stride_kh
+    VALUES += h // g * stride_vh
+    m = tl.full([BM], -float("inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    for j in range(a, b, BN):
+        m, l, acc = _attend(q, KEYS, VALUES, j, end, lo, hi, m, l, acc, stride_kn, stride_vn, scale, K, D, BN, False)
+    for i in range(begin, reach, BN):
+        j = tl.where(i < a, i, i + (b - a))
+        m, l, acc = _attend(q, KEYS, VALUES, j, end, lo, hi, m, l, acc, stride_kn, stride_vn, scale, K, D, BN, True)
+
+    n = start.to(tl.int64) + r
+    inside = n < N
+    out = acc / tl.where(l == 0, 1.0, l)[:, None]                            # an empty span: zeros
+    lse = tl.where(l == 0, float("inf"), m + tl.log2(l))                     # and p = exp2(s - inf) = 0 in backward
+    tl.store(LSE + h.to(tl.int64) * N + n, lse, mask=inside)
+    tl.store(OUT + (n[:, None] * H + h) * K + d[None, :], out.to(OUT.dtype.element_ty),
+             mask=inside[:, None] & (d[None, :] < K))
+
+
+# ---- backward -------------------------------------------------------------------------------------------------------
+#
+# With s = q k^T / sqrt(K), p = softmax(s), out = p v and an incoming gradient do:
+#
+#     dv = p^T do      dp = do v^T      ds = p (dp - delta)   where delta_i = sum_j p_ij dp_ij = do_i . out_i
+#     dq = ds k / sqrt(K)      dk = ds^T q / sqrt(K)
+#
+# Two kernels, one that owns tiles of queries and one that owns tiles of keys, each adding in an order that never
+# changes: seven products where one kernel with atomic additions needs five, for the same bits every time.
+
+
+@triton.jit
+def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, end, lo, hi, stride_k, stride_v, scale,
+              K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr):
+    c = tl.arange(0, BN)
+    k = _tile(KEYS, j, c, end, stride_k, K, D)                               # (BN, D)
+    v = _tile(VALUES, j, c, end, stride_v, K, D)
+    p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale - lse[:, None])  # (BM, BN)
+    if MASK:
+        p = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), p, 0.0)
+    ds = p * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, stride_qn, stride_qh, stride_kn, stride_kh,
+                stride_vn, stride_vh, stride_dn, stride_dh, scale, norm, g,
+                K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """One tile of queries of one head, as in _forward: its dq, and delta (H, N) for the other kernel."""
+    start, h, H = tl.program_id(0) * BM, tl.program_id(1), tl.num_programs(1)
+    r, d = tl.arange(0, BM), tl.arange(0, D)
+    n = start.to(tl.int64) + r
+    inside = n < N
+    last = tl.minimum(start + BM, N) - 1
+    lo = tl.load(LO + start + r, mask=inside, other=0)
+    hi = tl.load(HI + start + r, mask=inside, other=0)
+    begin, end = tl.load(LO + start), tl.load(HI + last)
+    a, b, reach = _cut(begin, end, tl.load(LO + last), tl.load(HI + start), BN)
+
+    do = _tile(DO + h * stride_dh, start, r, N, stride_dn, K, D)
+    out = _tile(OUT + h * K, start, r, N, H * K, K, D)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)                # (BM,)
+    tl.store(DELTA + h.to(tl.int64) * N + n, delta, mask=inside)
+    lse = tl.load(LSE + h.to(tl.int64) * N + n, mask=inside, other=float("inf"))
+    q = _tile(Q + h * stride_qh, start, r, N, stride_qn, K, D)
+    KEYS += h // g * stride_kh
+    VALUES += h // g * stride_vh
+    dq = tl.zeros([BM, D], tl.float32)
+    for j in range(a, b, BN):
+        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, end, lo, hi, stride_kn, stride_vn, scale,
+                       K, D, BN, False)
+    for i in range(begin, reach, BN):
+        j = tl.where(i < a, i, i + (b - a))
+        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, end, lo, hi, stride_kn, stride_vn, scale,
+                       K, D, BN, True)
+    tl.store(DQ + (n[:, None] * H + h) * K + d[None, :], (dq * norm).to(DQ.dtype.element_ty),
+             mask=inside[:, None] & (d[None, :] < K))
+
+
+@triton.jit
+def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, end, j, dk, dv, stride_q, stride_d, scale,
+                K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr):
+    """Everything transposed: keys are the rows here, so that p^T and ds^T are at hand for the products."""
+    r = tl.arange(0, BM)
+    q = _tile(Q, i, r, end, stride_q, K, D)                                  # (BM, D)
+    do = _tile(DO, i, r, end, stride_d, K, D)
+    lse = tl.load(LSE + i + r, mask=i + r < end, other=float("inf"))         # rows behind the last: p = 0
+    delta = tl.load(DELTA + i + r, mask=i + r < end, other=0.0)
+    p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])  # (BN, BM)
+    if MASK:
+        lo = tl.load(LO + i + r, mask=i + r < end, other=0)
+        hi = tl.load(HI + i + r, mask=i + r < end, other=0)
+        p = tl.where((lo[None, :] <= j[:, None]) & (j[:, None] < hi[None, :]), p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
+
+
+@triton.jit
+def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_qn, stride_qh, stride_kn,
+                 stride_kh, stride_vn, stride_vh, stride_dn, stride_dh, scale, norm, g,
+                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """One tile of BN keys of one group: its dk and dv, summed over the g heads that read it. The queries that see any
+    of the tile are [BY_HI[0], BY_LO[1]), those that see it all [BY_HI[1], BY_LO[0]): ranges() makes these tables."""
+    tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1)
+    start = tile * BN
+    c, d = tl.arange(0, BN), tl.arange(0, D)
+    begin, end = tl.load(BY_HI + tile), tl.load(BY_LO + tiles + tile)
+    a, b, reach = _cut(begin, end, tl.load(BY_HI + tiles + tile), tl.load(BY_LO + tile), BM)
+
+    k = _tile(KEYS + group * stride_kh, start, c, M, stride_kn, K, D)
+    v = _tile(VALUES + group * stride_vh, start, c, M, stride_vn, K, D)
+    dk = tl.zeros([BN, D], tl.float32)
+    dv = tl.zeros([BN, D], tl.float32)
+    for h in range(group * g, group * g + g):
+        q, do, row = Q + h * stride_qh, DO + h * stride_dh, tl.cast(h, tl.int64) * N
+        for i in range(a, b, BM):
+            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, end, start + c, dk, dv,
+                                 stride_qn, stride_dn, scale, K, D, BM, False)
+        for i in range(begin, reach, BM):
+            i = tl.where(i < a, i, i + (b - a))
+            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, end, start + c, dk, dv,
+                                 stride_qn, stride_dn, scale, K, D, BM, True)
+    n = start.to(tl.int64) + c
+    at = (n[:, None] * G + group) * K + d[None, :]
+    inside = (n[:, None] < M) & (d[None, :] < K)
+    tl.store(DK + at, (dk * norm).to(DK.dtype.element_ty), mask=inside)
+    tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=inside)
+
+
+def ranges(lo, hi, M, block):
+    """Which queries see a tile of keys, found by bisection, for spans are sorted, and on the device -> (2, tiles) twice
+
+        how many queries have hi <= first key, and hi <= last key    (too early for any of the tile; for all of it)
+        how many queries have lo <= first key, and lo <= last key    (all others come too late)"""
+    first = torch.arange(0, M, block, dtype=torch.int32, device=lo.device)
+    behind = torch.stack([first + 1, (first + block).clamp_(max=M)])
+    return torch.searchsorted(hi, behind, out_int32=True), torch.searchsorted(lo, behind, out_int32=True)
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+# (architecture, padded head dim) -> per kernel: queries, keys, warps, stages of the pipeline. The largest tiles found
+# that compile without spills (tests/test_attention_triton.py); none of them has been timed yet. 128 also serves 72, 80
+# and 96: tiles are powers of two, and products with the zeros behind a head cost as much as any.
+TILES = {
+    (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
+    (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
+    (80, 128): dict(forward=(128, 64, 8, 2), backward_q=(64, 64, 8, 1), backward_kv=(32, 64, 8, 2)),
+    (90, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 3)),
+    (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 3)),
+    (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
+}
+FP32 = 32, 32, 8, 1  # no tensor core keeps 24 bits: products without them, in small tiles that spill: right and slow
+
+
+def sizes(q, kernel):
+    """-> keyword arguments of a launch, and the tile that its grid counts"""
+    K = q.shape[2]
+    D = max(16, triton.next_power_of_2(K))
+    tile = FP32 if q.dtype == torch.float32 else TILES[architecture(q), max(32, D)][kernel]
+    return dict(K=K, D=D, BM=tile[0], BN=tile[1], num_warps=tile[2], num_stages=tile[3])
+
+
+# ---- the operators that torch sees ----------------------------------------------------------------------------------
+
+
+def rowwise(*tensors):
+    """Kernels walk along a head by 1; any other stride is taken as it is."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def numbers(q, k, v):
+    """Scale in base 2: exp(s / sqrt(K)) = exp2(s log2(e) / sqrt(K))."""
+    return dict(scale=q.shape[2]**-0.5 * 1.4426950408889634, g=q.shape[1] // k.shape[1])
+
+
+def strides(*tensors):
+    return [s for t in tensors for s in t.stride()[:2]]
+
+
+@torch.library.custom_op("pumice::attention", mutates_args=())
+def attention_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
+                     ) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out (N, H, K), log2 of the sums (H, N) fp32"""
+    N, H, K = q.shape
+    q, k, v = rowwise(q, k, v)
+    out, lse = _fake(q, k, v, lo, hi)
+    how = sizes(q, "forward")
+    if N:
+        _forward[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo.contiguous(), hi.contiguous(), out, lse, N,
+                                                 *strides(q, k, v), **numbers(q, k, v), **how)
+    return out, lse
+
+
+@attention_triton.register_fake
+def _fake(q, k, v, lo, hi):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("pumice::attention_backward", mutates_args=())
+def attention_triton_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor,
+                              hi: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+                              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> dq, dk, dv"""
+    (N, H, K), (M, G, _) = q.shape, k.shape
+    do, q, k, v = rowwise(do, q, k, v)
+    lo, hi = lo.contiguous(), hi.contiguous()
+    dq, dk, dv = _fake_backward(do, q, k, v, lo, hi, out, lse)
+    delta, norm = torch.empty_like(lse), K**-0.5
+    if N:
+        how = sizes(q, "backward_q")
+        _backward_q[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo, hi, out, lse, do, delta, dq, N,
+                                                    *strides(q, k, v, do), norm=norm, **numbers(q, k, v), **how)
+    if M:
+        how = sizes(q, "backward_kv")
+        by_hi, by_lo = ranges(lo, hi, M, how["BN"])
+        _backward_kv[(by_hi.shape[1], G)](q, k, v, lo, hi, lse, do, delta, by_hi, by_lo, dk, dv, N, M,
+                                          *strides(q, k, v, do), norm=norm, **numbers(q, k, v), **how)
+    return dq, dk, dv
+
+
+@attention_triton_backward.register_fake
+def _fake_backward(do, q, k, v, lo, hi, out, lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)                                         # or zeros would be made for lse
+    ctx.save_for_backward(*inputs, *output)
+
+
+@torch.autograd.function.once_differentiable
+def _gradients(ctx, do, _):
+    if do is None:
+        return (None,) * 5
+    return *attention_triton_backward(do, *ctx.saved_tensors), None, None
+
+
+attention_triton.register_autograd(_gradients, setup_context=_setup)
+
+
 def attention(q, k, v, lo, hi):
     """Span attention; shapes in the head of this file."""
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
     assert lo.shape[0] == hi.shape[0] == q.shape[0], f"{q.shape[0]} queries, {lo.shape[0]} spans"
+    if use_triton(q) and q.dtype != torch.float64 and q.shape[2] <= 128:
+        return attention_triton(q, k, v, lo, hi)[0]
     return attention_torch(q, k, v, lo, hi)

@@ -97,7 +97,8 @@ def test_inputs_may_be_slices():
 
 def test_rows_do_not_see_each_other():
     """Noise in one row leaves every bit of the others, in loss and in gradient."""
-    logits, labels = torch.randn(5, 150, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 149, 0, 64, -100])
+    logits = torch.randn(5, 150, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([3, 149, 0, 64, -100])
     noisy = logits.clone()
     noisy[2] = 1e30
     (_, g), (_, h) = (turn_triton(t, labels, True) for t in (logits, noisy))
