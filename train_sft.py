@@ -44,12 +44,12 @@ class Settings:
     llm: str = ""                        # folder of a Llama, Mistral or Qwen, where init is empty
     connector: str = "mlp"               # mlp, linear
     # optimisation
-    batch_size: int = 8                  # samples per optimizer step, over all processes
+    batch_size: int = 16                 # samples per optimizer step, over all processes
     max_tokens: int = 4096               # tokens in one packed stream: less needs less memory, the gradient is the same
     max_len: int = 512                   # tokens of one sample; the rest is cut, never inside an image, and counted
     epochs: float = 2.0                  # over the data, where steps is 0
     steps: int = 0                       # optimizer steps
-    lr: float = 2e-3                     # of the language model, or of its adapters
+    lr: float = 3e-3                     # of the language model, or of its adapters
     connector_lr: float = 0.0            # of the connector; 0 = as the language model
     lora_r: int = 0                      # rank of the adapters; 0 = train the whole language model
     lora_alpha: float = 64.0             # adapters are scaled by lora_alpha / lora_r
