@@ -1,7 +1,7 @@
 """What the tongue reads at school: three lessons, each a stream of documents (ids, labels, no images).
 
     pairs       red circle top left; star blue middle right         then:  circle red now -> top left
-    records     red top small left circle; 7 sign bottom center     then:  row circle red -> top    left top color -> red
+    records     red top small left circle; 7 sign bottom center     then:  row circle red -> top   left top color -> red
     questions   top left: small red circle; ... USER: Where is the red circle? ASSISTANT: top left
 
 To answer "where is the red circle" from a text, a transformer has to bring two words of the question to the place where
