@@ -194,8 +194,8 @@ class Eyes(torch.nn.Module):
     """A whole ViT (all blocks) and what its schooling needs: for "contrastive" a text encoder and two projections, as
     in CLIP (Radford et al. 2021); for "classes" one linear layer that names what stands in each of the nine cells.
 
-    After 1,000 steps of 96 scenes, one seed each, a linear reader of the features of held-out scenes (`probe`, block -2)
-    names 99.9 % of colours, 97.8 % of shapes, 99.8 % of sizes and 99.2 % of digits after "classes"; 99.7, 80.8, 99.4 and
+    After 1,000 steps of 96 scenes, one seed each, a linear reader of features of held-out scenes (`probe`, block -2)
+    names 99.9 % of colours, 97.8 % of shapes, 99.8 % of sizes, 99.2 % of digits after "classes"; 99.7, 80.8, 99.4,
     57.9 % after "contrastive": a batch of captions seldom hangs on one digit. Hence "classes"."""
 
     def __init__(self, head, words):
