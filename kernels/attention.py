@@ -143,22 +143,23 @@ def _cut(begin, end, lo, hi, B: tl.constexpr):
 
 
 @triton.jit
-def _tile(X, start, rows, end, stride, K: tl.constexpr, D: tl.constexpr):
-    """rows [start, start + B) of X, whose row stride is `stride` -> (B, D), zeros from row `end` and column K on.
-    The first row's offset is int64, for N H K passes 2**31; those inside a tile do not."""
+def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
+    """X from row `start` on, whose row stride is `stride`; rows (B,) = 0 ... B - 1 -> (B, D), zeros from row `count`
+    and column K on. The first row's offset is int64, for N H K passes 2**31; those inside a tile do not. The compiler
+    sees that a count of B, like a K of D, masks nothing, which is worth 20 registers."""
     d = tl.arange(0, D)
     X += tl.cast(start, tl.int64) * stride
     return tl.load(X + rows[:, None] * stride + d[None, :],
-                   mask=(start + rows[:, None] < end) & (d[None, :] < K), other=0.0)
+                   mask=(rows[:, None] < count) & (d[None, :] < K), other=0.0)
 
 
 @triton.jit
-def _attend(q, KEYS, VALUES, j, end, lo, hi, m, l, acc, stride_k, stride_v, scale,
+def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, scale,
             K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr):
     """One block of keys for q (BM, D) -> the largest score so far m (BM,), the sum l (BM,), the output acc (BM, D)."""
     c = tl.arange(0, BN)
-    k = _tile(KEYS, j, c, end, stride_k, K, D)                               # (BN, D)
-    v = _tile(VALUES, j, c, end, stride_v, K, D)
+    k = _tile(KEYS, j, c, count, stride_k, K, D)                               # (BN, D)
+    v = _tile(VALUES, j, c, count, stride_v, K, D)
     s = tl.dot(q, k.T, input_precision="ieee") * scale                       # (BM, BN), in base 2
     if MASK:
         s = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), s, -float("inf"))
@@ -183,17 +184,18 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, stride_qn, stride_qh, stride_
     begin, end = tl.load(LO + start), tl.load(HI + last)
     a, b, reach = _cut(begin, end, tl.load(LO + last), tl.load(HI + start), BN)
 
-    q = _tile(Q + h * stride_qh, start, r, N, stride_qn, K, D)
+    q = _tile(Q + h * stride_qh, start, r, N - start, stride_qn, K, D)
     KEYS += h // g * stride_kh
     VALUES += h // g * stride_vh
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     for j in range(a, b, BN):
-        m, l, acc = _attend(q, KEYS, VALUES, j, end, lo, hi, m, l, acc, stride_kn, stride_vn, scale, K, D, BN, False)
+        m, l, acc = _attend(q, KEYS, VALUES, j, BN, lo, hi, m, l, acc, stride_kn, stride_vn, scale, K, D, BN, False)
     for i in range(begin, reach, BN):
         j = tl.where(i < a, i, i + (b - a))
-        m, l, acc = _attend(q, KEYS, VALUES, j, end, lo, hi, m, l, acc, stride_kn, stride_vn, scale, K, D, BN, True)
+        m, l, acc = _attend(q, KEYS, VALUES, j, end - j, lo, hi, m, l, acc, stride_kn, stride_vn, scale,
+                            K, D, BN, True)
 
     n = start.to(tl.int64) + r
     inside = n < N
@@ -216,11 +218,11 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, stride_qn, stride_qh, stride_
 
 
 @triton.jit
-def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, end, lo, hi, stride_k, stride_v, scale,
+def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, stride_v, scale,
               K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr):
     c = tl.arange(0, BN)
-    k = _tile(KEYS, j, c, end, stride_k, K, D)                               # (BN, D)
-    v = _tile(VALUES, j, c, end, stride_v, K, D)
+    k = _tile(KEYS, j, c, count, stride_k, K, D)                               # (BN, D)
+    v = _tile(VALUES, j, c, count, stride_v, K, D)
     p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale - lse[:, None])  # (BM, BN)
     if MASK:
         p = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), p, 0.0)
@@ -243,39 +245,39 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, stride_qn, 
     begin, end = tl.load(LO + start), tl.load(HI + last)
     a, b, reach = _cut(begin, end, tl.load(LO + last), tl.load(HI + start), BN)
 
-    do = _tile(DO + h * stride_dh, start, r, N, stride_dn, K, D)
-    out = _tile(OUT + h * K, start, r, N, H * K, K, D)
+    do = _tile(DO + h * stride_dh, start, r, N - start, stride_dn, K, D)
+    out = _tile(OUT + h * K, start, r, N - start, H * K, K, D)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)                # (BM,)
     tl.store(DELTA + h.to(tl.int64) * N + n, delta, mask=inside)
     lse = tl.load(LSE + h.to(tl.int64) * N + n, mask=inside, other=float("inf"))
-    q = _tile(Q + h * stride_qh, start, r, N, stride_qn, K, D)
+    q = _tile(Q + h * stride_qh, start, r, N - start, stride_qn, K, D)
     KEYS += h // g * stride_kh
     VALUES += h // g * stride_vh
     dq = tl.zeros([BM, D], tl.float32)
     for j in range(a, b, BN):
-        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, end, lo, hi, stride_kn, stride_vn, scale,
+        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, BN, lo, hi, stride_kn, stride_vn, scale,
                        K, D, BN, False)
     for i in range(begin, reach, BN):
         j = tl.where(i < a, i, i + (b - a))
-        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, end, lo, hi, stride_kn, stride_vn, scale,
+        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, end - j, lo, hi, stride_kn, stride_vn, scale,
                        K, D, BN, True)
     tl.store(DQ + (n[:, None] * H + h) * K + d[None, :], (dq * norm).to(DQ.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < K))
 
 
 @triton.jit
-def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, end, j, dk, dv, stride_q, stride_d, scale,
+def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, stride_d, scale,
                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr):
     """Everything transposed: keys are the rows here, so that p^T and ds^T are at hand for the products."""
     r = tl.arange(0, BM)
-    q = _tile(Q, i, r, end, stride_q, K, D)                                  # (BM, D)
-    do = _tile(DO, i, r, end, stride_d, K, D)
-    lse = tl.load(LSE + i + r, mask=i + r < end, other=float("inf"))         # rows behind the last: p = 0
-    delta = tl.load(DELTA + i + r, mask=i + r < end, other=0.0)
+    q = _tile(Q, i, r, count, stride_q, K, D)                                  # (BM, D)
+    do = _tile(DO, i, r, count, stride_d, K, D)
+    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))         # rows behind the last: p = 0
+    delta = tl.load(DELTA + i + r, mask=r < count, other=0.0)
     p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])  # (BN, BM)
     if MASK:
-        lo = tl.load(LO + i + r, mask=i + r < end, other=0)
-        hi = tl.load(HI + i + r, mask=i + r < end, other=0)
+        lo = tl.load(LO + i + r, mask=r < count, other=0)
+        hi = tl.load(HI + i + r, mask=r < count, other=0)
         p = tl.where((lo[None, :] <= j[:, None]) & (j[:, None] < hi[None, :]), p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
@@ -294,18 +296,18 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
     begin, end = tl.load(BY_HI + tile), tl.load(BY_LO + tiles + tile)
     a, b, reach = _cut(begin, end, tl.load(BY_HI + tiles + tile), tl.load(BY_LO + tile), BM)
 
-    k = _tile(KEYS + group * stride_kh, start, c, M, stride_kn, K, D)
-    v = _tile(VALUES + group * stride_vh, start, c, M, stride_vn, K, D)
+    k = _tile(KEYS + group * stride_kh, start, c, M - start, stride_kn, K, D)
+    v = _tile(VALUES + group * stride_vh, start, c, M - start, stride_vn, K, D)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     for h in range(group * g, group * g + g):
         q, do, row = Q + h * stride_qh, DO + h * stride_dh, tl.cast(h, tl.int64) * N
         for i in range(a, b, BM):
-            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, end, start + c, dk, dv,
+            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, BM, start + c, dk, dv,
                                  stride_qn, stride_dn, scale, K, D, BM, False)
-        for i in range(begin, reach, BM):
+        for i in tl.range(begin, reach, BM, num_stages=1):  # a pipeline of four row vectors spills in Triton 3.6
             i = tl.where(i < a, i, i + (b - a))
-            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, end, start + c, dk, dv,
+            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, end - i, start + c, dk, dv,
                                  stride_qn, stride_dn, scale, K, D, BM, True)
     n = start.to(tl.int64) + c
     at = (n[:, None] * G + group) * K + d[None, :]
@@ -326,15 +328,15 @@ def ranges(lo, hi, M, block):
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
-# (architecture, padded head dim) -> per kernel: queries, keys, warps, stages of the pipeline. The largest tiles found
-# that compile without spills (tests/test_attention_triton.py); none of them has been timed yet. 128 also serves 72, 80
+# (architecture, padded head dim) -> per kernel: queries, keys, warps, stages of the pipeline. All compile without
+# spills in Triton 3.6 and 3.7 (tests/test_attention_triton.py); none of them has been timed yet. 128 also serves 72, 80
 # and 96: tiles are powers of two, and products with the zeros behind a head cost as much as any.
 TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
     (80, 128): dict(forward=(128, 64, 8, 2), backward_q=(64, 64, 8, 1), backward_kv=(32, 64, 8, 2)),
-    (90, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 3)),
-    (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 3)),
+    (90, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
+    (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
     (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
 }
 FP32 = 32, 32, 8, 1  # no tensor core keeps 24 bits: products without them, in small tiles that spill: right and slow
