@@ -330,7 +330,8 @@ def ranges(lo, hi, M, block):
 
 # (architecture, padded head dim) -> per kernel: queries, keys, warps, stages of the pipeline. All compile without
 # spills in Triton 3.6 and 3.7 (tests/test_attention_triton.py); none of them has been timed yet. 128 also serves 72, 80
-# and 96: tiles are powers of two, and products with the zeros behind a head cost as much as any.
+# and 96: tiles are powers of two, and products with the zeros behind a head cost as much as any (there dk and dv spill
+# two words on Hopper).
 TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
