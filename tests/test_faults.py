@@ -97,7 +97,8 @@ def peace(settings, tmp_path_factory):
 
 
 def litter(out):
-    return [p for p in out.rglob("*") if p.name.startswith((".tmp", ".old"))]
+    """Half-written things under a folder that another process is changing meanwhile (os.walk skips what has just gone)"""
+    return [name for _, folders, files in os.walk(out) for name in folders + files if name.startswith((".tmp", ".old"))]
 
 
 # ---- kill -9 --------------------------------------------------------------------------------------------------------
