@@ -27,7 +27,7 @@ import hf
 import lora
 from answer import Speaker
 from config import read_json, stop, unwritable, within
-from kernels.cross_entropy import CHUNK_BYTES
+from kernels.cross_entropy import logits_bytes
 from loss import token_loss
 
 ROOT = Path(__file__).resolve().parent
@@ -135,7 +135,7 @@ def memory(model, world, micro, s):
         length = float((b.hi - b.lo).float().mean()) if world.device.type == "cpu" else 0
         layer = N * (block + 2 * t.num_attention_heads * length)    # the plain attention keeps its products
         kept = t.num_hidden_layers * (N * C if s.recompute == "block" else layer) + layer * (s.recompute == "block")
-        most = max(most, kept * size + min(R * V, max(256 * V, CHUNK_BYTES // 4)) * 8)
+        most = max(most, kept * size + logits_bytes(R, V, torch.empty(0, dtype=world.dtype, device=world.device)))
     return states, most
 
 

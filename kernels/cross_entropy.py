@@ -25,6 +25,26 @@ CHUNK_BYTES = 256 << 20  # what one chunk of logits may take,
 CHUNK_ROWS = 2048        # but it has this many rows at least
 SLICE = 8192             # words of the weight's gradient that are multiplied at once where a sum needs a second buffer
 
+
+def chunk_rows(V, dtype):
+    """Rows of logits in `dtype` that exist at a time."""
+    return max(CHUNK_ROWS, CHUNK_BYTES // (V * dtype.itemsize))
+
+
+def by_kernel(x):
+    """Is a chunk of logits like x turned into its gradient by the kernel? It has no fp64."""
+    return use_triton(x) and x.dtype != torch.float64
+
+
+def logits_bytes(R, V, like):
+    """What the logits of R rows take at most, in dtype and on device of `like`: a chunk, which the kernel turns in
+    place; plain torch widens a low one and makes its exponentials once (stage.memory reads this)."""
+    each, wide = like.dtype.itemsize, max(4, like.dtype.itemsize)
+    if not by_kernel(like):
+        each = 2 * wide + (each if each < wide else 0)
+    return min(R, chunk_rows(V, like.dtype)) * V * each
+
+
 # ---- the definition -------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +125,7 @@ def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
     hidden, weight, labels = hidden.to(dtype), weight.to(dtype), labels.contiguous()
     loss, dh, dw = _outputs(hidden, weight, dtype, need_h, need_w)
     loss, dw = loss.zero_(), dw.zero_()
-    turn = turn_triton if use_triton(hidden) and dtype != torch.float64 else turn_torch
+    turn = turn_triton if by_kernel(hidden) else turn_torch
     room = hidden.new_empty(min(chunk, R), V)                                 # for all chunks, or two would be alive
     with torch.autocast(hidden.device.type, enabled=False):
         for i in range(0, R, chunk):
@@ -159,6 +179,6 @@ def linear_cross_entropy(hidden, weight, labels, chunk=None):
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    chunk = chunk or max(CHUNK_ROWS, CHUNK_BYTES // (weight.shape[0] * dtype.itemsize))
+    chunk = chunk or chunk_rows(weight.shape[0], dtype)
     need_h, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
     return op(hidden, weight, labels, chunk, dtype, need_h, need_w)[0]

@@ -1,10 +1,12 @@
 """Linear cross-entropy against its definition: any chunk, anything frozen, and never more logits than a chunk."""
 
+import itertools
+
 import pytest
 import torch
 from test_attention import Largest
 
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref, loss_and_gradients
+from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref, logits_bytes, loss_and_gradients
 
 TIGHT = 1e-12  # sums of at most 200 terms of size about 1 in float64
 
@@ -125,6 +127,28 @@ def test_logits_never_exist_beyond_a_chunk(chunk):
     with Largest() as largest:
         linear_cross_entropy_ref(hidden, weight, labels).backward()
     assert largest.bytes == 500 * 1000 * 4
+
+
+def most_held(f):
+    """The most bytes that torch held at once for f, temporaries inside its operators included"""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        f()
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("dtype, each", [(torch.bfloat16, 10), (torch.float32, 8), (torch.float64, 16)])
+def test_the_logits_take_what_is_said_of_them(dtype, each, monkeypatch):
+    """Fewer rows than a chunk, and more: what the plan of a run is told (stage.memory) is what is held; hidden and
+    its gradient, which are narrow, come on top, and in bf16 a copy that the CPU's product makes of its input."""
+    import kernels.cross_entropy
+    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_ROWS", 50)
+    for R in (20, 50, 130):
+        hidden, weight, labels = (t.detach() for t in case(R, 2, 2000, dtype=dtype))
+        said = logits_bytes(R, 2000, hidden)
+        held = most_held(lambda: loss_and_gradients(hidden, weight, labels, 50, dtype, True, False))
+        assert said == min(R, 50) * 2000 * each <= held < 1.25 * said
 
 
 def test_without_a_gradient_none_is_made():

@@ -16,7 +16,7 @@ import types
 
 import pytest
 import torch
-from conftest import example, fork, make_tokenizer, tiny_vlm
+from conftest import example, fork, make_tokenizer, tiny_config, tiny_vlm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -28,6 +28,7 @@ import lora
 import stage
 import train_align
 import train_sft
+from kernels.cross_entropy import CHUNK_ROWS
 from loss import token_loss
 from model import VLM, TextConfig, VisionConfig, VLMConfig, init_weights
 
@@ -534,6 +535,17 @@ def test_the_plan_guesses_memory_within_a_factor_of_two(also, lora_r, recompute)
     measured = peak.most + sum(p.nbytes for p in model.parameters())
     print(f"guess {guess / 2**20:.1f} MiB, measured {measured / 2**20:.1f}")
     assert measured / 2 < guess < measured * 2
+
+
+@pytest.mark.parametrize("R, rows", [(100, 100), (5000, CHUNK_ROWS)])
+def test_the_plan_counts_the_logits_that_the_loss_makes(R, rows):
+    """At 128k words a chunk is bounded by its rows: 2 GB in fp32, where a guess of 256 rows said a quarter of one."""
+    model = VLM(tiny_config(vocab_size=128256))
+    w = engine.World(0, 1, torch.device("cpu"), torch.float32)
+    s = types.SimpleNamespace(parallel="auto", recompute="block", batch_size=1)
+    ids, spans = torch.zeros(R, dtype=torch.long), torch.arange(R)
+    work = stage.memory(model, w, [types.SimpleNamespace(ids=ids, labels=ids, lo=spans, hi=spans + 1)], s)[1]
+    assert rows * 128256 * 8 <= work < 1.05 * rows * 128256 * 8
 
 
 def strip(code):
