@@ -9,12 +9,14 @@ import chat
 import engine
 import hf
 from data import BadSample, load_image, preprocess
+from kernels import choose_kernels
 from model import generate
 
 
-def load(path, device="auto", dtype="auto", template="", system=None):
+def load(path, device="auto", dtype="auto", template="", system=None, kernels="auto"):
     """A run folder, its model/ or any LLaVA folder -> Speaker"""
     world = engine.start(device, dtype)
+    choose_kernels(kernels, world.device)
     model, folder = hf.load(init=path)
     return Speaker(model.to(world.device, world.dtype), folder, template or folder.meta.get("template") or "vicuna_v1",
                    folder.meta.get("system") if system is None else system, hf.aspect(folder, model.cfg))

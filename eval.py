@@ -54,6 +54,7 @@ class Settings:
     report: bool = True            # write the page
     device: str = "auto"
     dtype: str = "auto"
+    kernels: str = "auto"          # torch, triton; auto = triton on a GPU
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def main(s):
     rows = read_questions(data, s.task)[: s.limit or None]
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"
     names = other_pictures(rows) if s.shuffled else [r["image"] for r in rows]
-    speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system)
+    speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
     name = how if s.task == "exact" else f"{s.task}_{how}"
     out = place(s, name) if world.rank == 0 else None
     if s.blind:                                                  # zeros where the tower's features would be

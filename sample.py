@@ -24,11 +24,12 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    kernels: str = "auto"          # torch, triton; auto = triton on a GPU
 
 
 def main(s):
     config.within(s, {"max_new_tokens": (1, None), "temperature": (0, 100), "seed": (0, 2**32)})
-    speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system)
+    speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
     turns = []
     try:
         pictures = [speaker.picture(file) for file in s.image.split(",") if file]

@@ -27,13 +27,14 @@ import hf
 import lora
 from answer import Speaker
 from config import read_json, stop, unwritable, within
+from kernels import use_triton
 from kernels.cross_entropy import logits_bytes
 from loss import token_loss
 
 ROOT = Path(__file__).resolve().parent
 # settings that may differ between two runs that are the same
 IDLE = {"out", "resume", "log_every", "sample_every", "eval_every", "save_every", "keep_last", "keep_best", "workers",
-        "device", "parallel", "recompute", "compile", "dry_run", "max_tokens", "steps", "epochs"}
+        "device", "parallel", "recompute", "compile", "kernels", "dry_run", "max_tokens", "steps", "epochs"}
 # settings without which a checkpoint means something else: which samples a step sees follows from the first two and the
 # step alone, and adapters were learnt under their scale
 FIXED = ("seed", "batch_size", "lora_alpha")
@@ -160,7 +161,8 @@ def plan(model, lrs, world, micro, steps, s):
             f"  memory, roughly: {states / 2**20:,.1f} MiB weights, gradients and moments "
             f"+ {work / 2**20:,.1f} MiB activations",
             f"  {cost / 1e9:,.2f} GFLOP per step and rank in matrix products; "
-            f"{world.size} x {world.device}, {world.dtype}"]
+            f"{world.size} x {world.device}, {world.dtype}, "
+            f"{'Triton kernels' if use_triton(torch.empty(0, device=world.device)) else 'plain torch'}"]
 
 
 class Once(data.Steps):

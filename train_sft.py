@@ -22,6 +22,7 @@ import engine
 import hf
 import lora
 import stage
+from kernels import choose_kernels
 from loss import token_loss
 
 HERE = Path(__file__).resolve().parent
@@ -64,6 +65,7 @@ class Settings:
     parallel: str = "auto"               # auto, ddp, fsdp
     recompute: str = "none"              # none, block: activations of a block are computed again in the backward pass
     compile: bool = False                # torch.compile, block by block
+    kernels: str = "auto"                # torch, triton; auto = triton on a GPU
     workers: int = 0                     # loader processes
     seed: int = 0
     # the run
@@ -82,6 +84,7 @@ class Settings:
 def main(s):
     stage.check(s)
     world = engine.start(s.device, s.dtype, s.seed)
+    choose_kernels(s.kernels, world.device)
     stage.toy_world(s, world, "sft")
 
     # what is trained

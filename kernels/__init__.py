@@ -3,6 +3,10 @@
 A kernel file reads from top to bottom: the argument in bytes, the definition, the kernels, the operators that torch
 sees, the function that model.py calls. To learn Triton, read norm, swiglu, rope, cross_entropy, attention."""
 
+import os
+
+from config import stop
+
 try:
     import triton
     import triton.language as tl
@@ -11,7 +15,19 @@ except ImportError:  # macOS, Windows: the files are read all the same, and the 
     triton, tl = SimpleNamespace(jit=lambda f: f, next_power_of_2=None), SimpleNamespace(constexpr=None)
 
 here = hasattr(tl, "load")
-choice = "auto"  # auto: kernels for tensors on a GPU; torch, triton: always the one or the other (tests, comparisons)
+choice = "auto"  # auto: kernels for tensors on a GPU; torch, triton: always the one or the other
+
+
+def choose_kernels(how, device):
+    """The setting `kernels` of the scripts, for the whole process. One line where it cannot be meant."""
+    global choice
+    if how not in ("auto", "torch", "triton"):
+        stop(f"kernels={how}: auto, torch, triton")
+    if how == "triton" and not here:
+        stop("kernels=triton, but Triton is not installed")
+    if how == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        stop("kernels=triton needs a GPU; on a CPU TRITON_INTERPRET=1 interprets them, a thousand times slower")
+    choice = how
 
 
 def use_triton(x):

@@ -17,14 +17,18 @@ import types
 import pytest
 import torch
 from conftest import example, fork, make_tokenizer, tiny_config, tiny_vlm
+from interpret import interpret
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import data
 import engine
+import eval
 import hf
+import kernels
 import lora
+import sample
 import stage
 import train_align
 import train_sft
@@ -443,11 +447,33 @@ def test_a_finished_run_is_not_taken_for_another_one_in_the_same_folder(world, t
     (dict(steps=0, epochs=0.0), "nothing to do"), (dict(steps=0, epochs=math.inf), "epochs=inf: expected at least 0"),
     (dict(seed=2**70), "seed="), (dict(batch_size=0), "batch_size=0"),
     (dict(connector="foo"), "connector=foo: mlp or linear"), (dict(device="foo"), "device=foo: auto, cpu"),
-    (dict(dtype="foo"), "dtype=foo: auto, bf16, fp32, fp64"),
+    (dict(dtype="foo"), "dtype=foo: auto, bf16, fp32, fp64"), (dict(kernels="foo"), "kernels=foo: auto, torch, triton"),
     (dict(keep_best=True, save_every=0), "keep_best: eval_every must be a multiple of save_every")])
 def test_a_setting_that_cannot_be_meant_ends_in_one_line(world, tmp_path, wrong, line):
     said = refusal("align", world, tmp_path / "run", **wrong)
     assert line in said and "\n" not in said and not (tmp_path / "run").exists()
+
+
+def test_kernels_without_a_gpu_are_refused_in_one_line(world, tmp_path, monkeypatch):
+    """In the training scripts, and where a model is only asked; and on a GPU without Triton."""
+    line = "error: kernels=triton needs a GPU; on a CPU TRITON_INTERPRET=1 interprets them, a thousand times slower"
+    monkeypatch.setattr("kernels.here", True)
+    assert refusal("align", world, tmp_path, kernels="triton") == refusal("sft", world, tmp_path, kernels="triton") == line
+    for script in (sample, eval):
+        settings = script.Settings(model=str(tmp_path), device="cpu", kernels="triton")
+        if script is eval:
+            settings.data = str(tmp_path / "questions.jsonl")
+            (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "What?", "answer": "A cat"}\n')
+        with pytest.raises(SystemExit) as e:
+            script.main(settings)
+        assert str(e.value) == line
+    monkeypatch.setattr("kernels.here", False)
+    assert refusal("align", world, tmp_path, kernels="triton") == "error: kernels=triton, but Triton is not installed"
+    assert not (tmp_path / "checkpoints").exists() and kernels.choice == "auto"
+
+
+def test_kernels_can_be_asked_for():
+    interpret("scripts")
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_read(world, tmp_path, monkeypatch):
