@@ -20,19 +20,83 @@ from hf import fingerprint, mark, read_tensors, rename
 PREFIX = "base_model.model."  # of every name in a PEFT file
 
 
+class Adapted(torch.autograd.Function):
+    """y = x W^T + b + s (d A^T) B^T for all layers that read the same x, with d = x, or x where `keep` says so.
+
+    One product serves all A; each adapter's second product is added onto the base's result by the matrix product itself
+    (addmm), and so are the gradients of x, so that no pass adds two large tensors. Kept for the backward pass: x, keep
+    and d A^T (N, sum of r). W is frozen and asks for nothing.
+
+    N rows   C width of x   O of a result, own of each layer   r rank, own of each layer
+    x (N, C)   keep (N, C) bool or None   scales: s of each layer   weights: W (O, C) of each layer
+    parts: b (O,) or None of each, then A (r, C) of each, then B (O, r) of each   ->   y (N, O) of each"""
+
+    @staticmethod
+    def forward(ctx, x, keep, scales, weights, *parts):
+        n = len(scales)
+        bias, A, B = parts[:n], parts[n : 2 * n], parts[2 * n :]
+        with torch.autocast(x.device.type, enabled=False):
+            xa = (x if keep is None else x * keep) @ torch.cat(A).to(x.dtype).T                        # (N, sum of r)
+            out = []
+            for s, W, b, B_i, xa_i in zip(scales, weights, bias, B, xa.split([a.shape[0] for a in A], 1)):
+                y = F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+                out.append(y.addmm_(xa_i, (s * B_i).to(x.dtype).T))
+        ctx.save_for_backward(x, keep, xa, *A, *B)
+        ctx.scales, ctx.weights = scales, weights
+        return tuple(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *dy):
+        x, keep, xa, *AB = ctx.saved_tensors
+        n, dx = len(dy), None
+        A, B = AB[:n], AB[n:]
+        ranks = [a.shape[0] for a in A]
+        with torch.autocast(x.device.type, enabled=False):
+            dxa = torch.cat([g @ (s * b).to(x.dtype) for g, s, b in zip(dy, ctx.scales, B)], 1)        # (N, sum of r)
+            dA = (dxa.T @ (x if keep is None else x * keep)).split(ranks)
+            dB = [(g.T @ xa_i).mul_(s) for g, s, xa_i in zip(dy, ctx.scales, xa.split(ranks, 1))]
+            if ctx.needs_input_grad[0]:
+                dx = dy[0] @ ctx.weights[0].to(x.dtype)
+                for g, W in zip(dy[1:], ctx.weights[1:]):
+                    dx.addmm_(g, W.to(x.dtype))
+                A = torch.cat(A).to(x.dtype)
+                dx = dx.addmm_(dxa, A) if keep is None else dx.add_((dxa @ A).mul_(keep))
+        grads = [g.to(p.dtype) for g, p in zip((*dA, *dB), AB)]
+        return dx, None, None, None, *[None] * n, *grads
+
+
 class LoRALinear(nn.Linear):
     def __init__(self, base, r, alpha, dropout):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias = base.requires_grad_(False).weight, base.bias
         self.scale, self.dropout = alpha / r, dropout
         self.lora_A = nn.Linear(base.in_features, r, bias=False)   # U(-1/sqrt(in), 1/sqrt(in)), as in PEFT
         self.lora_B = nn.Linear(r, base.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        d = F.dropout(x, self.dropout, self.training)
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(d.to(self.lora_A.weight.dtype))).to(x.dtype)
+        return self.together(x, (self,))[0]
+
+    @staticmethod
+    def together(x, layers):
+        """x (..., C) -> [layer(x) (..., O)] of layers of which some carry an adapter; model.together comes here. Those
+        adapters share one dropout mask, where PEFT draws one for each: as random, and a copy of x less for each."""
+        mine = [f for f in layers if isinstance(f, LoRALinear)]
+        p = mine[0].dropout
+        if any(f.dropout != p for f in mine):
+            return [f(x) for f in layers]
+        kind, keep, rest = x.device.type, None, x.shape[:-1]
+        z = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        z = z.flatten(0, -2)                                                   # (N, C)
+        if p and mine[0].training:
+            keep = torch.empty_like(z, dtype=torch.bool).bernoulli_(1 - p)
+        scales = tuple(f.scale if keep is None else f.scale / (1 - p) for f in mine)
+        ys = Adapted.apply(z, keep, scales, tuple(f.weight for f in mine), *(f.bias for f in mine),
+                           *(f.lora_A.weight for f in mine), *(f.lora_B.weight for f in mine))
+        done = {f: y.unflatten(0, rest) for f, y in zip(mine, ys)}
+        return [done[f] if f in done else f(x) for f in layers]
 
 
 def targets(model, pattern):

@@ -252,6 +252,13 @@ def rope_frequencies(cfg, device=None):
     return f
 
 
+def together(x, *layers):
+    """x (N, C) -> [layer(x)] of the linear layers that read the same x. Where one of them brings a way to do that at
+    once (the adapters of lora.py, which are put in from outside), it is taken."""
+    way = next((f.together for f in layers if hasattr(f, "together")), None)
+    return [f(x) for f in layers] if way is None else way(x, layers)
+
+
 class LlamaAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -265,9 +272,11 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
         """x (N, C) -> (N, C), or (R, C) if only `rows` are asked for: then only those make a query."""
-        asked = x if rows is None else x[rows]
-        q = self.q_proj(asked).unflatten(-1, (-1, self.K))                 # (R, H, K)
-        k, v = (f(x).unflatten(-1, (-1, self.K)) for f in (self.k_proj, self.v_proj))  # (N, G, K)
+        if rows is None:
+            q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            q, (k, v) = self.q_proj(x[rows]), together(x, self.k_proj, self.v_proj)
+        q, k, v = (t.unflatten(-1, (-1, self.K)) for t in (q, k, v))       # (R, H, K), (N, G, K), (N, G, K)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope_qk(q, k, cos, sin, rows)
@@ -286,7 +295,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
 
 
 class LlamaLayer(nn.Module):

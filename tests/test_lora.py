@@ -6,16 +6,18 @@ import shutil
 import pytest
 import torch
 from conftest import example, tiny_vlm
+from kernel_cases import TIGHT, normal
 from safetensors.torch import load_file, save_file
 from test_hf import EXAMPLES, error
 from test_model import all_logits, exact_norms, gradients, ours, their_logits, theirs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import hf
 import lora
 from data import pack
+from model import together
 
-TIGHT = 1e-12
 BATCH = pack([example(1), example(2, images=2, text=14)], 8)
 LEAVES = [*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
 
@@ -60,6 +62,166 @@ def test_a_wrapped_layer_computes_what_the_paper_says():
     x = torch.randn(4, 5, dtype=torch.float64)
     A, B, W = layer.lora_A.weight, layer.lora_B.weight, layer.weight
     torch.testing.assert_close(layer(x), x @ (W + 3.5 * B @ A).T + layer.bias, rtol=TIGHT, atol=TIGHT)
+
+
+# ---- few passes ---------------------------------------------------------------------------------------------------------
+
+def plainly(layer, x, keep=None, share=0.0):
+    """The definition, operator by operator, as PEFT writes it; keep: the mask of its dropout"""
+    wide = layer.lora_A.weight.dtype
+    d = x.to(wide) if keep is None else x.to(wide) * keep / (1 - share)
+    y = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    return y + (layer.scale * layer.lora_B(layer.lora_A(d))).to(y.dtype)
+
+
+def family(C=40, sizes=(24, 8, 8), ranks=(4, 2, 3), dropout=0.0, bias=True, dtype=torch.float64):
+    """Layers that read one x of width C, each with an adapter of its own rank that has learnt something"""
+    torch.manual_seed(0)
+    layers = [lora.LoRALinear(torch.nn.Linear(C, O, bias=bias), r, 3.0 * i + 1, dropout)
+              for i, (O, r) in enumerate(zip(sizes, ranks))]
+    for f in layers:
+        torch.nn.init.normal_(f.lora_B.weight, std=0.1)
+        f.weight.data = f.weight.data.to(dtype)                               # adapters stay fp32, as engine.choose
+        if dtype == torch.float64:                                            # keeps them, where the base is low
+            f.double()
+    return layers
+
+
+def parts(layers):
+    return [p for f in layers for p in (f.lora_A.weight, f.lora_B.weight)]
+
+
+def of_family(call, layers, x):
+    """-> outputs, and gradients of x and of the adapters, for an uneven gradient from above"""
+    x = x.detach().requires_grad_()
+    ys = call(x, layers)
+    up = [normal(*y.shape, seed=7).to(y.dtype) for y in ys]
+    return [*ys, *torch.autograd.grad(ys, [x, *parts(layers)], up)]
+
+
+@pytest.mark.parametrize("N, n, bias", [(17, 3, True), (1, 2, False), (33, 1, True), (0, 3, False)])
+def test_adapters_together_are_each_alone_and_so_are_their_gradients(N, n, bias):
+    layers, x = family(bias=bias)[:n], normal(N, 40)
+    ours = of_family(lora.LoRALinear.together, layers, x)
+    for a, b in zip(ours, of_family(lambda x, fs: [plainly(f, x) for f in fs], layers, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=TIGHT, atol=TIGHT)
+    for wrong in (lambda f: setattr(f, "scale", 1.1 * f.scale), lambda f: f.lora_B.weight.data.neg_()):
+        wrong(layers[-1])
+        if N:
+            assert not torch.allclose(lora.LoRALinear.together(x, layers)[-1], ours[n - 1])
+
+
+def test_one_mask_of_dropout_serves_all_that_read_the_same_and_is_scaled():
+    layers, x, p = family(dropout=0.25), normal(500, 40), 0.25
+    torch.manual_seed(5)
+    ours = of_family(lora.LoRALinear.together, layers, x)
+    torch.manual_seed(5)
+    keep = torch.empty(500, 40, dtype=torch.bool).bernoulli_(1 - p)
+    assert abs(keep.double().mean() - 0.75) < 0.02
+    for a, b in zip(ours, of_family(lambda x, fs: [plainly(f, x, keep, p) for f in fs], layers, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=TIGHT, atol=TIGHT)
+    layers[1].dropout = 0.5                                                   # no common mask: each has its own
+    assert [y.shape for y in lora.LoRALinear.together(x, layers)] == [y.shape for y in ours[:3]]
+
+
+def test_a_layer_without_an_adapter_and_more_dimensions_than_two():
+    (q, _, v), k, x = family(), torch.nn.Linear(40, 8).double(), normal(2, 3, 40)
+    got = together(x, k, q, v)
+    want = [k(x), plainly(q, x), plainly(v, x)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=TIGHT, atol=TIGHT)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_whole_model_with_adapters_computed_plainly_has_the_same_gradients(dropout, monkeypatch):
+    """Among its layers is the last one, whose queries are of some rows alone."""
+    def run():
+        model, _ = wrapped(dropout=dropout)
+        engine.choose(model, {"*.lora_*": 1e-3, "multi_modal_projector.*": 1e-3}, torch.float64)
+        torch.manual_seed(3)
+        return gradients(model, [BATCH])
+
+    def plain(x, layers):
+        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+        return [plainly(f, x, keep, dropout) for f in layers]
+    loss, got = run()
+    monkeypatch.setattr(lora.LoRALinear, "together", staticmethod(plain))
+    true, want = run()
+    assert abs(loss / true - 1) < TIGHT and got.keys() == want.keys()
+    assert all((got[n] - want[n]).norm() <= TIGHT * want[n].norm() for n in want)
+
+
+class Passes(TorchDispatchMode):
+    """Names of the operators that make a tensor of at least `size` numbers, and how many products read `x`"""
+
+    def __init__(self, size, x):
+        super().__init__()
+        self.size, self.x, self.seen, self.reads = size, x, [], 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out, name = f(*args, **(kwargs or {})), f.overloadpacket.__name__
+        views = {"t", "view", "detach", "alias", "split", "_unsafe_view", "transpose", "permute"}
+        self.seen += [name for t in (out if isinstance(out, (tuple, list)) else [out])
+                      if isinstance(t, torch.Tensor) and t.numel() >= self.size and name not in views]
+        self.reads += name in ("mm", "addmm") and any(isinstance(t, torch.Tensor) and t.data_ptr() == self.x.data_ptr()
+                                                      for t in args)
+        return out
+
+
+def test_no_pass_adds_two_large_tensors_and_one_product_reads_x_for_all_adapters():
+    N, C = 64, 40
+    layers, x = family(sizes=(C, C, C), bias=False), normal(N, C)
+    with Passes(N * C, x) as ours:
+        of_family(lora.LoRALinear.together, layers, x)
+    noise = {"randn", "normal_", "randn_like", "empty", "_to_copy"}           # the gradient from above is drawn here
+    large = [n for n in ours.seen if n not in noise]
+    assert sorted(large) == sorted(["mm", "addmm_"] * 3 + ["mm"] + ["addmm_"] * 3), large
+    assert ours.reads == 3 + 1 + 1                                            # W three times, A once, and dA once
+    with Passes(N * C, x) as naive:
+        of_family(lambda x, fs: [plainly(f, x) for f in fs], layers, x)
+    assert naive.reads == 3 + 3 + 3 and naive.seen.count("add") + naive.seen.count("add_") >= 3 + 5
+
+
+def kept(call, layers, x):
+    """Bytes that autograd keeps beyond x and the layers' own"""
+    seen = {}
+    own = {t.untyped_storage().data_ptr() for t in (x, *(p for f in layers for p in f.parameters()))}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        ys = call(x.requires_grad_(), layers)                                 # alive, or addresses would be used again
+    assert len(ys) == len(layers)
+    return sum(n for at, n in seen.items() if at not in own)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_is_kept_is_x_one_mask_and_the_small_products(dropout):
+    """In bf16 over fp32 adapters, as on a GPU, where the definition keeps a copy of x for every adapter, and with
+    dropout its masks as well."""
+    N, C = 200, 400
+    layers = family(C, (400, 100, 100), bias=False, dropout=dropout, dtype=torch.bfloat16)
+    x = normal(N, C, dtype=torch.bfloat16)
+    ours = kept(lora.LoRALinear.together, layers, x)
+    assert ours == N * (4 + 2 + 3) * 2 + (N * C if dropout else 0)
+
+    def plain(x, layers):
+        return [f.weight.new_zeros(0) if f is None else torch.nn.functional.linear(x, f.weight) + f.scale * f.lora_B(
+            f.lora_A(torch.nn.functional.dropout(x.to(f.lora_A.weight.dtype), f.dropout))) for f in layers]
+    assert kept(plain, layers, x) >= 3 * N * C * (2 + (1 if dropout else 0))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_compile_as_one_graph(dropout):
+    layers, x = family(dropout=dropout), normal(33, 40)
+
+    def run(call):
+        torch.manual_seed(0)
+        return of_family(call, layers, x)
+    whole = torch.compile(lambda x, fs: together(x, *fs), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(whole), run(lora.LoRALinear.together), strict=True):
+        torch.testing.assert_close(a, b, rtol=TIGHT, atol=TIGHT)
 
 
 def test_adapters_start_as_those_of_peft_do():
