@@ -64,7 +64,7 @@ def test_a_wrapped_layer_computes_what_the_paper_says():
     torch.testing.assert_close(layer(x), x @ (W + 3.5 * B @ A).T + layer.bias, rtol=TIGHT, atol=TIGHT)
 
 
-# ---- few passes ---------------------------------------------------------------------------------------------------------
+# ---- few passes -----------------------------------------------------------------------------------------------------
 
 def plainly(layer, x, keep=None, share=0.0):
     """The definition, operator by operator, as PEFT writes it; keep: the mask of its dropout"""
