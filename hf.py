@@ -171,12 +171,16 @@ def load(vision="", llm="", init="", connector="mlp", seed=0):
                 stop(f"{folder} holds {rename(k)} under two names")
         v, t, pre = c["vision_config"], c["text_config"], read_json(folder / "preprocessor_config.json")
         layer, image_id = c.get("vision_feature_layer", -2), c.get("image_token_index", c.get("image_token_id", 32000))
+        if (act := c.get("projector_hidden_act", "gelu")) == "linear":        # one matrix, as published_tensors writes it
+            unit, bias = (tensors.pop(f"multi_modal_projector.linear_2.{k}", None) for k in ("weight", "bias"))
+            if unit is None or bias is None or bias.any() or not unit.equal(torch.eye(*unit.shape, dtype=unit.dtype)):
+                stop(f"{folder}: a linear connector of two matrices is not known here")
         connector = "mlp" if any("linear_2" in k for k in tensors) else "linear"
         meta = read_json(folder / "pumice.json") if (folder / "pumice.json").is_file() else {}
         tok = chat.Tokenizer(folder)
         if not isinstance(layer, int):
             stop(f"{folder}: several feature layers {layer}; one is known here")
-        if (act := c.get("projector_hidden_act", "gelu")) != "gelu":
+        if act not in ("gelu", "linear"):
             stop(f"{folder}: projector_hidden_act {act!r} is not known here")
     else:
         vision, llm = Path(vision), Path(llm)
@@ -291,7 +295,8 @@ def image_spec(pre, aspect):
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16, card=""):
-    """A complete llava-hf folder, whole or absent. state: the tensors of a VLM by name."""
+    """A complete llava-hf folder, whole or absent, that transformers since 4.46 reads alike. state: the tensors of a VLM
+    by name; each is rounded to dtype when its shard is written, so that there is never a second copy of all of them."""
     v, t, tok = cfg.vision, cfg.text, folder.tok
     names = {i: name for name, i in tok.specials.items()}
     pad, image, talk = pad_id(tok), names[cfg.image_token_index], chat.jinja(template, system)
@@ -308,6 +313,8 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
     text["architectures"] = [TEXT[t.model_type]["architecture"]]
     vision = published(folder.vision, v, sizes + "image_size patch_size hidden_act layer_norm_eps")
     vision["num_channels"] = 3
+    if v.model_type.startswith("dinov2"):
+        vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
     if v.model_type == "siglip_vision_model":
         vision["vision_use_head"] = False                                     # the pooling head is not kept
     pre = {k: x for k, x in folder.pre.items() if k != "do_pad"}
@@ -316,7 +323,8 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
     files = {
         "config.json": {
             "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100,
-            "image_token_index": cfg.image_token_index, "image_seq_length": v.patches, "projector_hidden_act": "gelu",
+            "image_token_index": cfg.image_token_index, "image_seq_length": v.patches,
+            "projector_hidden_act": "gelu" if cfg.connector == "mlp" else "linear",
             "multimodal_projector_bias": True, "vision_feature_layer": v.feature_layer,
             "vision_feature_select_strategy": strategy(v), "pad_token_id": pad,
             "tie_word_embeddings": t.tie_word_embeddings, "torch_dtype": str(dtype).removeprefix("torch."),
@@ -327,22 +335,25 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos),
-            "eos_token": names.get(tok.eos), "pad_token": names.get(pad), "model_max_length": t.max_position_embeddings,
+            "eos_token": names.get(tok.eos), "pad_token": names.get(pad),
+            "unk_token": "<unk>" if "<unk>" in tok.specials else None, "model_max_length": t.max_position_embeddings,
             "padding_side": "left", "clean_up_tokenization_spaces": False, "image_token": image,
             "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor",
-            "chat_template": talk},                                           # where transformers before 4.50 look
+            "chat_template": talk},                                           # where transformers before 4.50 look,
+        "chat_template.json": {"chat_template": talk},                        # and their processors
         "preprocessor_config.json": pre,
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "patch_size": v.patch_size, "image_token": image,
-            "vision_feature_select_strategy": strategy(v), "num_additional_image_tokens": int(v.class_token)},
+            # a processor does nothing but count with these: P + 1 - 1 whichever the tower, for 4.46 always adds the 1
+            "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
         "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}
 
-    tensors = {k: x.detach().to("cpu", dtype).contiguous() for k, x in {**state, **folder.spare}.items()}
-    if bad := [k for k, x in tensors.items() if not x.isfinite().all()]:
-        stop(f"{out}: {bad[0]} is not finite in {dtype} and is not published")
+    tensors = published_tensors({**state, **folder.spare}, cfg)
+    if bad := next((k for k, x in tensors.items() if not x.to(dtype).isfinite().all()), None):
+        stop(f"{out}: {bad} is not finite in {dtype} and is not published")
 
     def fill(tmp):
-        write_shards(tmp, tensors)
+        write_shards(tmp, tensors, dtype)
         for name, obj in files.items():
             write(tmp / name, obj)
         front = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
@@ -361,20 +372,49 @@ def write(path, obj):
     path.write_text(json.dumps(obj, indent=2, ensure_ascii=False), "utf-8")
 
 
-def write_shards(folder, tensors):
-    """model.safetensors, or shards of at most SHARD bytes and their index."""
-    shards, size = [{}], 0
-    for k in sorted(tensors):
-        if shards[-1] and size + tensors[k].nbytes > SHARD:
-            shards.append({})
+# our names of a DINOv2's tensors and its own
+DINOV2 = (("vision_tower.vision_model.", "vision_tower."), ("class_embedding", "cls_token"), ("encoder.layers.", "encoder.layer."),
+          ("patch_embedding.", "patch_embeddings.projection."), ("position_embedding.weight", "position_embeddings"),
+          ("layer_norm", "norm"), ("self_attn.out_proj", "attention.output.dense"), ("self_attn.q_proj", "attention.attention.query"),
+          ("self_attn.k_proj", "attention.attention.key"), ("self_attn.v_proj", "attention.attention.value"),
+          ("layer_scale1", "layer_scale1.lambda1"), ("layer_scale2", "layer_scale2.lambda1"), ("post_layernorm", "layernorm"))
+
+
+def published_tensors(state, cfg):
+    """The tensors of a VLM as transformers' Llava names and shapes them. A connector of one matrix is written as two, the
+    second one the unit matrix and nothing between them: the same numbers, exactly, for there is no other way to say it."""
+    out = dict(state)
+    if cfg.connector == "linear":
+        C = cfg.text.hidden_size
+        out |= {"multi_modal_projector.linear_2.weight": torch.eye(C), "multi_modal_projector.linear_2.bias": torch.zeros(C)}
+    if not cfg.vision.model_type.startswith("dinov2"):
+        return out
+    tower = {k: out.pop(k) for k in list(out) if k.startswith("vision_tower.")}
+    for k, x in tower.items():
+        for ours, theirs in DINOV2:
+            k = k.replace(ours, theirs)
+        tokens = re.search("cls_token|register_tokens|position_embeddings", k)
+        out[k] = x.reshape(1, -1, x.shape[-1]) if tokens else x
+    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, cfg.vision.hidden_size))   # never read
+    return out
+
+
+def write_shards(folder, tensors, dtype):
+    """model.safetensors, or shards of at most SHARD bytes and their index; tensors are rounded one shard at a time."""
+    nbytes = {k: tensors[k].numel() * dtype.itemsize for k in sorted(tensors)}
+    shards, size = [[]], 0
+    for k, n in nbytes.items():
+        if shards[-1] and size + n > SHARD:
+            shards.append([])
             size = 0
-        shards[-1][k] = tensors[k]
-        size += tensors[k].nbytes
+        shards[-1].append(k)
+        size += n
     n = len(shards)
     names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        save_file({k: tensors[k].detach().to("cpu", dtype).contiguous() for k in shard}, folder / name,
+                  metadata={"format": "pt"})                       # transformers 4.46 reads no file without it
     if n > 1:
         write(folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "metadata": {"total_size": sum(nbytes.values())},
             "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}})
