@@ -30,6 +30,7 @@ DECODERS = {   # with a template that such a model would be given
     "qwen3": ("chatml", dict(rope_theta=1e6, head_dim=16, tie_word_embeddings=True))}
 ASPECTS, DTYPES = ("crop", "pad", "squash"), (torch.float32, torch.float16, torch.bfloat16)
 CASES = ["-".join(c) for c in itertools.product(TOWERS, DECODERS, ("mlp", "linear"))]
+TOWERS["registers"] = TOWERS["dinov2"] | dict(model_type="dinov2_with_registers", num_register_tokens=4)   # cannot be said
 QUESTION, SYSTEM = "What is this?", "Be brief."
 NEWER = {"qwen3": (4, 51)}    # came to transformers with this version; LlavaImageProcessor, which pads, came after 4.46
 
