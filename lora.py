@@ -18,6 +18,11 @@ from config import read_json, stop
 from hf import fingerprint, mark, read_tensors, rename
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
+# keys of adapter_config.json that make another function of the same tensors. Ways to begin are no matter, but for those
+# that change the base as well (PiSSA, OLoRA, CorDA ...)
+UNKNOWN = ("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+           "kasa_config", "monteclora_config", "layer_replication", "target_parameters")
+BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Adapted(torch.autograd.Function):
@@ -83,11 +88,10 @@ class LoRALinear(nn.Linear):
     def together(x, layers):
         """x (..., C) -> [layer(x) (..., O)] of layers of which some carry an adapter; model.together comes here. Those
         adapters share one dropout mask, where PEFT draws one for each: as random, and a copy of x less for each."""
-        mine = [f for f in layers if isinstance(f, LoRALinear)]
-        p = mine[0].dropout
-        if any(f.dropout != p for f in mine):
+        mine = [f for f in layers if type(f) is LoRALinear]
+        if len({f.dropout for f in mine}) != 1:                                # none, or no mask that would do for all
             return [f(x) for f in layers]
-        kind, keep, rest = x.device.type, None, x.shape[:-1]
+        p, kind, keep, rest = mine[0].dropout, x.device.type, None, x.shape[:-1]
         z = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
         z = z.flatten(0, -2)                                                   # (N, C)
         if p and mine[0].training:
@@ -97,6 +101,28 @@ class LoRALinear(nn.Linear):
                            *(f.lora_A.weight for f in mine), *(f.lora_B.weight for f in mine))
         done = {f: y.unflatten(0, rest) for f, y in zip(mine, ys)}
         return [done[f] if f in done else f(x) for f in layers]
+
+
+class DoRALinear(LoRALinear):
+    """DoRA (Liu et al. 2024): the rows of W + s B A, each at the length that a vector says. It is read and merged here;
+    training it would want a gradient that takes the rows' own lengths as constant."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features))
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            stop("a DoRA adapter is read and merged here, not trained")
+        W = merged(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale, self.lora_magnitude_vector)
+        return F.linear(x, W.to(self.weight.dtype), self.bias)
+
+
+def merged(W, A, B, scale, lengths=None):
+    """W + scale B A (O, C) in fp32 (fp64 for fp64); with lengths (O,), DoRA's: its rows, made as long as that."""
+    wide = torch.promote_types(torch.float32, W.dtype)
+    V = W.to(wide) + B.to(wide) @ A.to(wide) * scale
+    return V if lengths is None else V * (lengths.to(wide) / V.norm(dim=1))[:, None]
 
 
 def targets(model, pattern):
@@ -115,8 +141,8 @@ def targets(model, pattern):
     return out
 
 
-def apply(model, r, alpha, dropout, pattern, seed=0):
-    """Wrap layers in place. -> their names"""
+def apply(model, r, alpha, dropout, pattern, seed=0, kind=LoRALinear):
+    """Wrap layers in place, by LoRALinear or another `kind`. -> their names"""
     names = targets(model, pattern)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -125,7 +151,7 @@ def apply(model, r, alpha, dropout, pattern, seed=0):
             base = model.get_submodule(name)
             if isinstance(base, LoRALinear):
                 stop(f"{name} carries an adapter already")
-            setattr(model.get_submodule(parent), leaf, LoRALinear(base, r, alpha, dropout))
+            setattr(model.get_submodule(parent), leaf, kind(base, r, alpha, dropout))
     return names
 
 
@@ -136,18 +162,17 @@ def scales(model):
 
 @torch.no_grad()
 def merge_state(state, scales):
-    """Tensors of a wrapped model by name -> those of the plain model: W + scale B A, in fp32 (fp64 for fp64), with the
-    scale of each layer by name. The tensors given are not changed, so merging twice gives the same."""
+    """Tensors of a wrapped model by name -> those of the plain model (merged), with the scale of each layer by name.
+    The tensors given are not changed, so merging twice gives the same."""
     out = {k: v for k, v in state.items() if ".lora_" not in k}
     for k in state:
         if k.endswith(".lora_A.weight"):
             name = k.removesuffix(".lora_A.weight")
-            A, B, W = state[k], state[f"{name}.lora_B.weight"], state[f"{name}.weight"]
-            wide = torch.promote_types(torch.float32, W.dtype)
-            delta = B.to(wide) @ A.to(wide) * scales[name]
-            if not delta.isfinite().all():
+            W = merged(state[f"{name}.weight"], state[k], state[f"{name}.lora_B.weight"], scales[name],
+                       state.get(f"{name}.lora_magnitude_vector"))
+            if not W.isfinite().all():
                 stop(f"the adapter of {name} is not finite and is not merged")
-            out[f"{name}.weight"] = W.to(wide) + delta
+            out[f"{name}.weight"] = W
     return out
 
 
@@ -190,9 +215,11 @@ def load_adapter(model, folder):
     model must be the one that the adapter was trained on, where the folder says which that was."""
     folder = Path(folder)
     c = read_json(folder / "adapter_config.json")
-    for key in ("use_dora", "use_rslora", "fan_in_fan_out"):
+    for key in UNKNOWN:
         if c.get(key):
             stop(f"{folder}: {key}={c[key]} is not known here")
+    if (how := c.get("init_lora_weights")) not in BEGINNINGS:
+        stop(f"{folder}: init_lora_weights={how} changed the base as well, which is not known here")
     if c.get("bias", "none") != "none":
         stop(f"{folder}: bias={c['bias']} is not known here")
     tensors = read_tensors(folder, "adapter_model")
@@ -207,7 +234,8 @@ def load_adapter(model, folder):
     for name in names:
         r, alpha = (own(c.get(f"{kind}_pattern"), in_memory(name), c[key]) for kind, key in
                     (("rank", "r"), ("alpha", "lora_alpha")))
-        apply(model, r, alpha, c.get("lora_dropout", 0.0), name)
+        alpha *= r**0.5 if c.get("use_rslora") else 1                         # rsLoRA scales by alpha / sqrt(r)
+        apply(model, r, alpha, c.get("lora_dropout", 0.0), name, kind=DoRALinear if c.get("use_dora") else LoRALinear)
     params = dict(model.named_parameters())
     if missing := sorted(k for k in params.keys() - tensors.keys() if ".lora_" in k):
         stop(f"{folder}: {missing[0]} is missing")

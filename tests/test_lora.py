@@ -393,6 +393,42 @@ def test_we_read_what_peft_writes(tmp_path, save_too):
     assert (say(model.double(), pack(EXAMPLES, 8)) - true).abs().max() <= 1e-10 * max(1, true.abs().max())
 
 
+@pytest.mark.parametrize("how, ranks", [
+    (dict(use_rslora=True), {}), (dict(use_dora=True), {}), (dict(use_dora=True, use_rslora=True), {}),
+    (dict(use_rslora=True), {r"layers\.0\.self_attn\.q_proj": 2})])
+def test_rslora_and_dora_of_peft_are_read_and_merged(tmp_path, how, ranks):
+    """As if they were plain LoRA, they would say something else."""
+    peft = pytest.importorskip("peft")
+    base = exact_norms(theirs(v={"image_size": 8}))
+    model, plain, other = ours(base), ours(base), ours(base)
+    there = peft.get_peft_model(base, peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=r".*language_model.*\.(q_proj|up_proj|down_proj)", rank_pattern=ranks,
+        init_lora_weights=False, **how)).float()
+    for n, p in there.named_parameters():
+        if "lora_magnitude" in n:
+            p.data *= 1 + 0.2 * torch.rand_like(p)                            # at first it is the length that rows have
+    there.save_pretrained(tmp_path / "adapter")
+    there = exact_norms(there).double().eval()
+    assert len(lora.load_adapter(model, tmp_path / "adapter")) == 6
+    model.double()
+    true = their_logits(there, EXAMPLES, model.cfg.vision)
+    gate, batch = 1e-10 * max(1, true.abs().max()), pack(EXAMPLES, 8)
+    assert (say(model, batch) - true).abs().max() <= gate
+    plain.double().load_state_dict(lora.merge_state(model.state_dict(), lora.scales(model)))
+    assert (say(plain, batch) - true).abs().max() <= gate
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": False}))
+    if "use_dora" in how:
+        assert "not trained" in error(gradients, model.train(), [batch])
+        tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        lengths = next(k for k in tensors if "lora_magnitude" in k)
+        save_file({k: v for k, v in tensors.items() if k != lengths}, tmp_path / "adapter" / "adapter_model.safetensors")
+        assert "lora_magnitude_vector is missing" in error(lora.load_adapter, other, tmp_path / "adapter")
+    else:
+        lora.load_adapter(other, tmp_path / "adapter")
+        assert (say(other.double(), batch) - true).abs().max() > 1e6 * gate
+
+
 def test_layers_of_their_own_rank_and_scale_are_read_and_merged_each_by_its_own(tmp_path):
     """PEFT's rank_pattern and alpha_pattern: with one scale for all, the merged model would say something else."""
     peft = pytest.importorskip("peft")
@@ -443,9 +479,12 @@ def adapter(tmp_path):
 
 def test_what_peft_may_hold_and_we_do_not_know_is_refused(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for key, value in (("use_dora", True), ("use_rslora", True), ("bias", "all"), ("fan_in_fan_out", True)):
+    for key, value in (("bias", "all"), *((key, True) for key in lora.UNKNOWN)):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {key: value}))
         assert f"{key}={value} is not known here" in error(lora.load_adapter, tiny_vlm(), adapter)
+    for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq"):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": how}))
+        assert f"{how} changed the base" in error(lora.load_adapter, tiny_vlm(), adapter)
 
 
 @pytest.mark.parametrize("change, says", [
