@@ -1,16 +1,20 @@
 """Published folders in and out. The state dict of model.VLM is the llava-hf layout already, so reading is one renaming
-of older and newer spellings, and writing is none. A missing or unexpected tensor is an error that names it.
+of other spellings, and writing is none. A missing, unexpected or misshapen tensor is an error that names it.
 
-    folder        what is read from it
-    vision        config.json (CLIP, SigLIP), preprocessor_config.json, *.safetensors
-    llm           config.json (Llama, Mistral, Qwen2, Qwen3), tokenizer.json, tokenizer_config.json, *.safetensors
-    init          a LLaVA folder, or the folder of a run: all of that at once
+    folder        what is read from it; a name `org/name` is looked up in the hub's cache, then downloaded
+    vision        config.json (CLIP or SigLIP, one half or both; DINOv2), preprocessor_config.json, weights
+    llm           config.json (Llama, Mistral, Qwen2, Qwen3), tokenizer, weights
+    init          all of that at once: a run; a llava-hf folder; one of the LLaVA repository, whole, or mm_projector.bin
+                  alone, or a LoRA beside non_lora_trainables.bin
+    weights       safetensors; else *.bin, opened by torch.load(weights_only=True), which runs no code; in shards or not
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,25 +27,55 @@ import chat
 from checkpoint import commit
 from config import read_json, stop
 from data import ImageSpec
-from model import ACTIVATIONS, VLM, TextConfig, VisionConfig, VLMConfig, init_weights
+from model import ACTIVATIONS, VLM, TextConfig, VisionConfig, VisionTower, VLMConfig, init_weights
 
-# what published files hold and nobody needs: position ids and rope tables are made anew, a CLIP's text half is not ours
-UNUSED = re.compile(r"(.*\.)?(position_ids|rotary_emb\.inv_freq)$|text_model\.|(visual|text)_projection\."
-                    r"|logit_(scale|bias)$|(vision_model\.)?head\.")
+# what published files hold and nobody needs: tables that are made anew, the text half of a CLIP or SigLIP, the pooling
+# head of a SigLIP, what DINOv2 puts in the place of a hidden patch
+UNUSED = re.compile(r"vision_tower\.vision_model\.(embeddings\.(position_ids|mask_token)$|text_model\.|head\."
+                    r"|(visual|text)_projection\.|logit_(scale|bias)$)|language_model\..*rotary_emb\.inv_freq$")
 SHARD = 5 * 10**9  # bytes per file, as published models have them
 
 # what an absent key of config.json means, class by class, where it is not the default of VisionConfig or TextConfig
+DINO = dict(hidden_act="gelu", layer_norm_eps=1e-6, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 VISION = {"clip_vision_model": {},
           "siglip_vision_model": dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, patch_size=16,
-                                      image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))}
-TEXT = {"llama": dict(architecture="LlamaForCausalLM"),
+                                      image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)),
+          "dinov2": dict(DINO, patch_size=14),
+          "dinov2_with_registers": dict(DINO, patch_size=16, num_register_tokens=4)}
+QWEN = dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768)
+TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None, head_dim=None,
+                      max_position_embeddings=2048),
         "mistral": dict(architecture="MistralForCausalLM", intermediate_size=14336, num_key_value_heads=8,
-                        max_position_embeddings=131072, sliding_window=4096),
-        "qwen2": dict(architecture="Qwen2ForCausalLM", vocab_size=151936, intermediate_size=22016,
-                      num_key_value_heads=32, max_position_embeddings=32768),
-        "qwen3": dict(architecture="Qwen3ForCausalLM", vocab_size=151936, intermediate_size=22016,
-                      num_key_value_heads=32, max_position_embeddings=32768, head_dim=128)}
+                        head_dim=None, max_position_embeddings=131072, sliding_window=4096),
+        "qwen2": dict(QWEN, architecture="Qwen2ForCausalLM", head_dim=None, sliding_window=4096),
+        "qwen3": dict(QWEN, architecture="Qwen3ForCausalLM", head_dim=128, sliding_window=4096)}
+# the tower of a LLaVA whose config.json has no vision_config
+LLAVA_EYES = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                  num_attention_heads=16, image_size=336, patch_size=14)
+# config.json of the LLaVA repository: the language models it knows, and what its other keys may say
+LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
+              "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
+              "image_aspect_ratio": ("square", "pad")}
 
+# spellings of a LLaVA tensor, one after the other, until it is the llava-hf one, which is ours
+SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
+    (r"^base_model\.model\.", ""),                                                    # PEFT
+    (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),   # the LLaVA repository
+    (r"^(model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),           # and a language model alone
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),                      # transformers 4.52 on, in memory
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]            # transformers 5, new ones
+# ours -> DINOv2's
+DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "position_embeddings"),
+              ("patch_embedding.", "patch_embeddings.projection."), ("encoder.layers.", "encoder.layer."),
+              ("self_attn.q_proj", "attention.attention.query"), ("self_attn.k_proj", "attention.attention.key"),
+              ("self_attn.v_proj", "attention.attention.value"), ("self_attn.out_proj", "attention.output.dense"),
+              ("layer_scale1", "layer_scale1.lambda1"), ("layer_scale2", "layer_scale2.lambda1"),
+              ("layer_norm", "norm"), ("post_layernorm", "layernorm"))
 
 # what makes transformers' image processors do what image_aspect says, for pictures of side S
 PROCESSORS = {
@@ -52,38 +86,134 @@ PROCESSORS = {
                          "size": {"height": S, "width": S}, "crop_size": None}}
 
 
+# ---- finding --------------------------------------------------------------------------------------------------------
+
+def find(name):
+    """A folder, or `org/name` of a model -> Path of the folder: as it is; in the hub's cache; downloaded."""
+    if Path(name).exists():
+        return Path(name)
+    env = os.environ
+    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
+    cache = Path(env.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    # ./out and /out name no model, nor does runs/sft while there is a folder runs
+    if not re.fullmatch(r"[\w.-]*\w/[\w.-]+", str(name)) or Path(name).parent.exists():
+        stop(f"{name} holds no model: there is no such folder")
+    at = cache / f"models--{str(name).replace('/', '--')}"
+    main = at / "refs" / "main"
+    for snapshot in [at / "snapshots" / main.read_text("utf-8").strip()] if main.is_file() else at.glob("snapshots/*"):
+        if (snapshot / "config.json").is_file() and weights(snapshot):
+            return snapshot
+    absent = f"{name}: there is no such folder, and no such model in {cache}"
+    if env.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "true", "yes"):
+        stop(f"{absent}; HF_HUB_OFFLINE forbids to look further")
+    try:
+        import huggingface_hub as hub  # only here: everything else works without it and without a network
+        files = hub.HfApi().list_repo_files(name)
+        kind = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", kind],
+                                          ignore_patterns=["*/*"]))
+    except ImportError:
+        stop(f"{absent}; pip install huggingface_hub would let it be downloaded")
+    except Exception as e:  # a network has many
+        stop(f"{absent}, and the download failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+
+
+def weights(folder, stem="model"):
+    """The file of a folder that holds its tensors, or says which shard does; None if there is none"""
+    other = "pytorch_model" if stem == "model" else stem
+    names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{other}.bin", f"{other}.bin.index.json")
+    return next((folder / n for n in names if (folder / n).is_file()), None)
+
+
+def find_model(path):
+    """A run folder, its model/, or any LLaVA folder or name -> the folder with config.json of a model in it."""
+    path = find(path)
+    for p in (path / "model", path):
+        if any(weights(p, stem) for stem in ("model", "mm_projector", "non_lora_trainables")):
+            return p
+    stop(f"{path} holds no model: no model.safetensors in it or in {path / 'model'}")
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 def read_tensors(folder, stem="model"):
     """All tensors of a folder, from one file or from the shards of an index that stay inside it -> {name: tensor}"""
     folder = Path(folder)
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        where = read_json(index).get("weight_map")
+    file = weights(folder, stem) or stop(f"{folder / stem}.safetensors is missing")
+    names, where, out = [file.name], {}, {}
+    if file.suffix == ".json":
+        where = read_json(file).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
-            stop(f"{index} has no weight_map that says which tensor lies in which file")
+            stop(f"{file} has no weight_map that says which tensor lies in which file")
         names = sorted(set(where.values()))
         if bad := [n for n in names if Path(n).name != n]:
-            stop(f"{index} names a shard outside its folder: {bad[0]}")
-    else:
-        names, where = [f"{stem}.safetensors"], {}
-    out = {}
+            stop(f"{file} names a shard outside its folder: {bad[0]}")
     for name in names:
         if not (folder / name).is_file():
-            pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
-            hint = "is a pickle, which can run code: convert it to safetensors first"
-            stop(f"{folder / name} is missing" + (f"; {pickles[0].name} {hint}" if pickles else ""))
-        try:
-            with safe_open(folder / name, "pt") as f:
-                for key in f.keys():
-                    if key in out:
-                        stop(f"{folder}: {key} stands in two shards")
-                    out[key] = f.get_tensor(key)
-        except SafetensorError as e:
-            stop(f"{folder / name} is not a whole safetensors file: {e}")
+            stop(f"{folder / name} is missing")
+        new = (read_pickle if name.endswith(".bin") else read_safetensors)(folder / name)
+        if twice := sorted(out.keys() & new.keys()):
+            stop(f"{folder}: {twice[0]} stands in two shards")
+        out |= new
     if lost := sorted(set(where) - set(out)):
         stop(f"{folder}: {lost[0]} stands in the index and in no shard")
     return out
+
+
+def read_safetensors(file):
+    try:
+        with safe_open(file, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e:
+        stop(f"{file} is not a whole safetensors file: {e}")
+
+
+def read_pickle(file):
+    """A file of torch.save. Of pickles only tensors are let in, so that nothing can be run."""
+    try:
+        found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as e:  # damaged bytes raise many kinds
+        stop(f"{file} is no whole file of tensors and nothing else, so it is not opened ({type(e).__name__})")
+    if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):
+        stop(f"{file} is no dict of tensors by name")
+    return found
+
+
+def rename(name):
+    """Any known spelling of a LLaVA tensor -> the llava-hf one, which is ours."""
+    for theirs, ours in SPELLINGS:
+        name = theirs.sub(ours, name)
+    return name
+
+
+def renamed(tensors, where, spell=rename):
+    """{name: tensor} under our names; two names for one thing are an error."""
+    out = {}
+    for k, x in tensors.items():
+        if out.setdefault(spell(k), x) is not x:
+            stop(f"{where} holds {spell(k)} under two names")
+    return out
+
+
+def dino_name(name):
+    """Our name of a tensor of a DINOv2 -> the published one"""
+    for ours, theirs in DINO_NAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------------
+
+def typed(Config, what, d):
+    """The values of d that Config has a field for, if they are of its types -> Config"""
+    fields = {f.name: f.type for f in dataclasses.fields(Config)}
+    for k, x in d.items():
+        kind = fields.get(k)
+        if kind in (int, float, bool) and type(x) is not kind and not (kind is float and type(x) is int):
+            stop(f"{what}: {k}={x!r} in its config.json, where {kind.__name__} belongs")
+        if kind is int and x < 1 and k not in ("num_register_tokens", "feature_layer"):
+            stop(f"{what}: {k}={x} in its config.json")
+    return Config(**{k: x for k, x in d.items() if k in fields})
 
 
 def vision_config(c, feature_layer=-2, pre={}):
@@ -91,10 +221,18 @@ def vision_config(c, feature_layer=-2, pre={}):
     kind = c.get("model_type", "clip_vision_model")
     if kind not in VISION:
         stop(f"vision tower of type {kind!r}: {', '.join(VISION)} are known here")
-    fields = {f.name for f in dataclasses.fields(VisionConfig)}
-    given = {k: v for k, v in c.items() if k in fields and v is not None}
-    given |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if pre.get(k) is not None}
-    cfg = VisionConfig(**VISION[kind] | given | dict(model_type=kind, feature_layer=feature_layer))
+    if c.get("use_swiglu_ffn") or c.get("num_channels", 3) != 3:
+        stop(f"vision tower with use_swiglu_ffn={c.get('use_swiglu_ffn', False)} and num_channels="
+             f"{c.get('num_channels', 3)}: false and 3 are known here")
+    d = VISION[kind] | {k: x for k, x in c.items() if x is not None}
+    d |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if pre.get(k) is not None}
+    if kind.startswith("dinov2"):
+        d["intermediate_size"] = int(d.get("hidden_size", 768) * d.get("mlp_ratio", 4))
+    cfg = typed(VisionConfig, "vision tower", d | dict(model_type=kind, feature_layer=feature_layer))
+    if not -cfg.num_hidden_layers - 1 <= feature_layer <= cfg.num_hidden_layers:
+        stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
+    if cfg.hidden_size % cfg.num_attention_heads:
+        stop(f"vision tower of width {cfg.hidden_size} with {cfg.num_attention_heads} heads")
     if not pre.get("do_normalize", True):
         cfg.image_mean, cfg.image_std = (0.0,) * 3, (1.0,) * 3
     # the processor computes (factor x - mean) / std of a byte x, the model (x / 255 - mean) / std
@@ -109,43 +247,62 @@ def vision_config(c, feature_layer=-2, pre={}):
 
 
 def text_config(c):
-    """config.json of a language model -> TextConfig; absent keys as above. Flat rope keys win over transformers 5's."""
+    """config.json of a language model -> TextConfig; absent keys take the defaults of their class, as above."""
     kind = c.get("model_type", "llama")
     if kind not in TEXT:
         stop(f"language model of type {kind!r}: {', '.join(TEXT)} are known here")
     if (act := c.get("hidden_act", "silu")) != "silu":
         stop(f"language model with hidden_act {act!r}: silu is known here")
-    fields = {f.name for f in dataclasses.fields(TextConfig)}
-    window = c.get("sliding_window", TEXT[kind].get("sliding_window"))        # null is a value here: no window
-    d = TEXT[kind] | {k: v for k, v in c.items() if v is not None}
-    heads, width = d.setdefault("num_attention_heads", 32), d.setdefault("hidden_size", 4096)
-    d.setdefault("num_key_value_heads", heads)
-    d.setdefault("head_dim", width // heads)
-    rope = dict(d.get("rope_parameters", {}))                                 # transformers 5
-    d.setdefault("rope_theta", rope.pop("rope_theta", 1e4))
-    if rope.get("rope_type", "default") != "default":
-        d.setdefault("rope_scaling", rope)
-    scaling = d.get("rope_scaling", {})
-    if (how := scaling.get("rope_type", scaling.get("type", "default"))) not in ("default", "linear", "llama3"):
-        stop(f"rope scaling {how!r}: default, linear and llama3 are known here")
-    if kind in ("qwen2", "qwen3"):                                            # a window from some layer on, if at all
-        L, first = d.get("num_hidden_layers", 32), d.get("max_window_layers", 28)
-        window = window if d.get("use_sliding_window") and first < L else None
-        if window and first > 0:
-            stop(f"a sliding window in layers {first} to {L - 1} alone is not known here")
-    bias = d.get("attention_bias", False)
+    null = ("num_key_value_heads", "head_dim", "sliding_window")              # here null is a value, and not an absence
+    d = TEXT[kind] | {k: x for k, x in c.items() if x is not None or k in null}
+    plain = typed(TextConfig, "language model", {k: x for k, x in d.items() if x is not None})
+    heads, L = plain.num_attention_heads, plain.num_hidden_layers
+    d["num_key_value_heads"] = d["num_key_value_heads"] or heads
+    d["head_dim"] = d["head_dim"] or plain.hidden_size // heads
+    if heads % d["num_key_value_heads"]:
+        stop(f"language model with {heads} heads for {d['num_key_value_heads']} keys and values")
+    d |= rope(d, plain.max_position_embeddings)
+    window = d.get("sliding_window") if kind != "llama" else None
+    if kind in ("qwen2", "qwen3"):                                            # in some of its layers, if at all
+        first = d.get("max_window_layers", 28) if d.get("use_sliding_window") else L
+        slide = [t == "sliding_attention" for t in d.get("layer_types") or ()] or [i >= first for i in range(L)]
+        window = window if any(slide) else None
+        if window and window < plain.max_position_embeddings and not all(slide):
+            stop(f"language model with a sliding window in {sum(slide)} of its {L} layers: all or none is known here")
+        window = window if all(slide) else None
+    bias = d.get("attention_bias", False) if kind in ("llama", "qwen3") else False
     d |= dict(model_type=kind, sliding_window=window, qkv_bias=bias or kind == "qwen2", o_bias=bias,
-              qk_norm=kind == "qwen3")
-    return TextConfig(**{k: v for k, v in d.items() if k in fields})
+              qk_norm=kind == "qwen3", mlp_bias=d.get("mlp_bias", False) if kind == "llama" else False)
+    return typed(TextConfig, "language model", d)
 
 
-def rename(name):
-    """Any known spelling of a LLaVA tensor -> the llava-hf one, which is ours."""
-    name = re.sub(r"^model\.(vision_tower|multi_modal_projector)\.", r"\1.", name)    # transformers 4.52 on, in memory
-    name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
-    name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
-    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)   # transformers 5, new ones
+def rope(c, length):
+    """rope_theta and rope_scaling, flat until transformers 4, or in one dict of transformers 5 -> both, flat"""
+    d = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
+    theta, kind = d.pop("rope_theta", c.get("rope_theta", 1e4)), d.get("rope_type", d.get("type", "default"))
+    need = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    if kind not in need:
+        stop(f"rope scaling {kind!r}: default, linear and llama3 are known here")
+    if lost := [k for k in need[kind] if not isinstance(d.get(k), int | float)]:
+        stop(f"rope scaling {kind!r} without a number for {lost[0]}")
+    if (part := d.get("partial_rotary_factor", c.get("partial_rotary_factor", 1))) != 1:
+        stop(f"partial_rotary_factor={part}: 1 is known here")
+    if kind == "llama3":
+        d.setdefault("original_max_position_embeddings", length)
+    return dict(rope_theta=theta, rope_scaling=d if need[kind] else None)
 
+
+def read_pre(folder):
+    """What is done to pictures: preprocessor_config.json, or the part of processor_config.json that took its place in
+    transformers 5"""
+    both = folder / "processor_config.json"
+    if not (folder / "preprocessor_config.json").is_file() and both.is_file():
+        if isinstance(pre := read_json(both).get("image_processor"), dict):
+            return pre
+    return read_json(folder / "preprocessor_config.json")
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
 
 class Folder(NamedTuple):
     """What a model came with beside its weights, for writing it out again."""
@@ -158,75 +315,145 @@ class Folder(NamedTuple):
     marks: dict = {}            # {name: mark(tensor)} of what was read
 
 
+def tower(folder):
+    """-> config, preprocessor_config, {our name: tensor} of a vision tower"""
+    v, pre = read_json(folder / "config.json"), read_pre(folder)
+    if nested := v.get("vision_config_dict") or v.get("vision_config"):       # a CLIP or SigLIP with both its halves
+        v = {"model_type": f"{v.get('model_type')}_vision_model", **nested}
+    return v, pre, renamed({f"vision_tower.{k}": x for k, x in read_tensors(folder).items()}, folder)
+
+
+def llava(folder, c):
+    """A llava-hf folder -> Folder, tensors, feature layer, id of the image token"""
+    if c.get("model_type") != "llava":
+        stop(f"{folder} holds a {c.get('model_type')!r}, not a llava model")
+    v, t, layer = c.get("vision_config") or LLAVA_EYES, c.get("text_config") or {}, c.get("vision_feature_layer", -2)
+    t = t | {"tie_word_embeddings": bool(c.get("tie_word_embeddings") or t.get("tie_word_embeddings"))}
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
+    if not isinstance(layer, int):
+        stop(f"{folder}: several feature layers {layer}; one is known here")
+    how, usual = c.get("vision_feature_select_strategy", "default"), strategy(vision_config(v, layer))
+    if how != usual:
+        stop(f"{folder}: vision_feature_select_strategy {how!r} with {v.get('model_type')} is not known here")
+    meta = read_json(folder / "pumice.json") if (folder / "pumice.json").is_file() else {}
+    tensors = renamed(read_tensors(folder), folder)
+    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # one matrix, as published_tensors writes it
+        unit, bias = (tensors.pop(f"multi_modal_projector.linear_2.{k}", None) for k in ("weight", "bias"))
+        if unit is None or bias is None or bias.any() or not unit.equal(torch.eye(*unit.shape, dtype=unit.dtype)):
+            stop(f"{folder}: a linear connector of two matrices is not known here")
+    elif act != "gelu":
+        stop(f"{folder}: projector_hidden_act {act!r} is not known here")
+    image_id = c.get("image_token_index", c.get("image_token_id", 32000))
+    return Folder(chat.Tokenizer(folder), v, t, read_pre(folder), {}, meta), tensors, layer, image_id
+
+
+def original(folder, c):
+    """A folder of the LLaVA repository -> Folder, tensors, feature layer. Its config.json names the tower, and where
+    only a connector or a LoRA was trained, the language model below it."""
+    for key, known in LLAVA_KEYS.items():
+        if (value := c.get(key)) not in (None, *known):
+            stop(f"{folder}: {key}={value!r}, where {' or '.join(map(repr, known))} is known here")
+    base, extra, scale = folder, {}, 0
+    if weights(folder, "adapter_model"):
+        a = read_json(folder / "adapter_config.json")
+        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+            if a.get(key):
+                stop(f"{folder}: {key}={a[key]} is not known here")
+        base, scale = find(a["base_model_name_or_path"]), a["lora_alpha"] / a["r"]
+        extra = read_tensors(folder, "adapter_model") | read_tensors(folder, "non_lora_trainables")
+    elif not weights(folder):
+        if not c.get("_name_or_path"):
+            stop(f"{folder} holds a connector, and its config.json has no _name_or_path for the language model")
+        base, extra = find(c["_name_or_path"]), read_tensors(folder, "mm_projector")
+    v, pre, tensors = tower(find(c["mm_vision_tower"]))
+    tensors |= renamed(read_tensors(base), base) | renamed(extra, folder)     # what was trained last counts
+    for k in [k for k in tensors if k.endswith(".lora_A.weight")]:
+        name = k.removesuffix(".lora_A.weight")
+        A, B, W = (tensors.pop(k, None) for k in (k, f"{name}.lora_B.weight", f"{name}.weight"))
+        if B is None or W is None or W.shape != (len(B), A.shape[1]):
+            stop(f"{folder}: the adapter of {name} has no matrix that it fits")
+        tensors[f"{name}.weight"] = W.float() + scale * (B.float() @ A.float())
+    t = {k: x for k, x in c.items() if not re.match("mm_|tune_mm_|freeze_mm_|use_mm_|image_", k)}
+    t["model_type"] = LLAVA_TEXT.get(c.get("model_type"), c.get("model_type"))
+    tok = chat.Tokenizer(folder if any(folder.glob("tokenizer*")) else base)
+    pads = c.get("image_aspect_ratio") == "pad"
+    return Folder(tok, v, t, pre | {"do_pad": pads}, {}, {}), tensors, c.get("mm_vision_select_layer", -2)
+
+
 def load(vision="", llm="", init="", connector="mlp", seed=0):
     """-> VLM in fp32, Folder. From two towers with a new connector, or from `init`; every tensor accounted for."""
-    where = init or f"{vision} + {llm}"
+    where, layer, image_id = init or f"{vision} + {llm}", -2, None
     if init:
-        folder = find_model(init)
-        c, tensors = read_json(folder / "config.json"), {}
-        if c.get("model_type") != "llava" or not c.get("vision_config") or not c.get("text_config"):
-            stop(f"{folder} holds a {c.get('model_type')!r}, not a llava model with its vision_config and text_config")
-        for k, x in read_tensors(folder).items():
-            if tensors.setdefault(rename(k), x) is not x:
-                stop(f"{folder} holds {rename(k)} under two names")
-        v, t, pre = c["vision_config"], c["text_config"], read_json(folder / "preprocessor_config.json")
-        layer, image_id = c.get("vision_feature_layer", -2), c.get("image_token_index", c.get("image_token_id", 32000))
-        if (act := c.get("projector_hidden_act", "gelu")) == "linear":        # one matrix, as published_tensors writes it
-            unit, bias = (tensors.pop(f"multi_modal_projector.linear_2.{k}", None) for k in ("weight", "bias"))
-            if unit is None or bias is None or bias.any() or not unit.equal(torch.eye(*unit.shape, dtype=unit.dtype)):
-                stop(f"{folder}: a linear connector of two matrices is not known here")
+        at = find_model(init)
+        c = read_json(at / "config.json")
+        if "mm_vision_tower" in c:
+            folder, tensors, layer = original(at, c)
+        else:
+            folder, tensors, layer, image_id = llava(at, c)
         connector = "mlp" if any("linear_2" in k for k in tensors) else "linear"
-        meta = read_json(folder / "pumice.json") if (folder / "pumice.json").is_file() else {}
-        tok = chat.Tokenizer(folder)
-        if not isinstance(layer, int):
-            stop(f"{folder}: several feature layers {layer}; one is known here")
-        if act not in ("gelu", "linear"):
-            stop(f"{folder}: projector_hidden_act {act!r} is not known here")
     else:
-        vision, llm = Path(vision), Path(llm)
-        v, t = read_json(vision / "config.json"), read_json(llm / "config.json")
-        pre = read_json(vision / "preprocessor_config.json")
-        if "vision_config" in v:                                              # a CLIP or SigLIP with both its halves
-            v = {"model_type": f"{v.get('model_type')}_vision_model", **v["vision_config"]}
-        tensors = {"vision_tower.vision_model." + k.removeprefix("vision_model."): x
-                   for k, x in read_tensors(vision).items() if not UNUSED.match(k)}
-        tensors |= {"language_model." + k: x for k, x in read_tensors(llm).items()}
-        layer, meta, tok = -2, {}, chat.Tokenizer(llm)
+        eyes, tongue = find(vision), find(llm)
+        t, (v, pre, tensors) = read_json(tongue / "config.json"), tower(eyes)
+        folder = Folder(chat.Tokenizer(tongue), v, t, pre, {}, {})
+        tensors |= renamed(read_tensors(tongue), tongue)
+    tok = folder.tok
+    if image_id is None:
         image_id = tok.specials.get(chat.IMAGE)
-        if image_id is None or image_id >= t.get("vocab_size", 32000):
-            stop(f"the tokenizer in {llm} has no {chat.IMAGE} token with a row in the embedding")
-    cfg = VLMConfig(vision_config(v, layer, pre), text_config(t), connector, image_id)
-    if init and (how := c.get("vision_feature_select_strategy", "default")) != strategy(cfg.vision):
-        stop(f"{folder}: vision_feature_select_strategy {how!r} with {cfg.vision.model_type} is not known here")
-    if (side := image_spec(pre, "pad").side) != cfg.vision.image_size:
+        if image_id is None or image_id >= folder.text.get("vocab_size", 32000):
+            stop(f"the tokenizer in {tok.folder} has no {chat.IMAGE} token with a row in the embedding")
+    cfg = VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector, image_id)
+    if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size:
         stop(f"{where}: preprocessor_config.json makes pictures of side {side}, the tower reads "
              f"{cfg.vision.image_size}")
     if cfg.text.vocab_size < len(tok):
         stop(f"{where}: the tokenizer knows {len(tok)} ids, the embedding {cfg.text.vocab_size}")
+    head, words = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
+    if cfg.text.tie_word_embeddings and head is not None:                     # as transformers 5 has it
+        cfg.text.tie_word_embeddings = words is not None and torch.equal(head, words)
     with torch.device("meta"):
         model = VLM(cfg)
-    want = dict(model.named_parameters())
-    if cfg.text.tie_word_embeddings:
-        tensors.pop("language_model.lm_head.weight", None)
-    spare = {k: tensors.pop(k) for k in list(tensors) if not_built(k, cfg.vision.depth)}
-    new = set() if init else {k for k in want if k.startswith("multi_modal_projector.")}
-    if missing := sorted(want.keys() - tensors.keys() - new):
-        stop(f"{where}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
-    tensors = {k: x for k, x in tensors.items() if not UNUSED.match(re.sub(r"^(vision_tower|language_model)\.", "", k))}
-    if extra := sorted(tensors.keys() - want.keys()):
-        stop(f"{where}: {len(extra)} unexpected tensor(s), the first is {extra[0]}")
-    for k in want.keys() - new:
-        if tensors[k].shape != want[k].shape:
-            stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(want[k].shape)}")
+    tensors, spare = account(model, tensors, where, () if init else "multi_modal_projector.")
     model = model.to_empty(device="cpu")
+    marks = {}
     with torch.no_grad():
         for k, p in model.named_parameters():
-            if k not in new:
+            if k in tensors:
                 p.copy_(tensors.pop(k))
-    marks = {k: mark(p) for k, p in model.named_parameters() if k not in new}
-    if new:
+                marks[k] = mark(p)
+    if not init:
         init_weights(model.multi_modal_projector, seed)
-    return model, Folder(tok, v, t, pre, spare, meta, marks)
+    return model, folder._replace(spare=spare, marks=marks)
+
+
+def account(model, tensors, where, new=()):
+    """{our name: tensor} of a folder -> what the model holds of it, and what it need not: the blocks behind the feature
+    layer and the norm behind them, of which there are all or none. Names that begin with `new` are not expected.
+    Whatever is missing, unexpected or misshapen ends here, by its name."""
+    cfg = model.cfg
+    with torch.device("meta"):
+        whole = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))
+    want = {k: p.shape for k, p in model.named_parameters() if not k.startswith(new)}
+    spare = {f"vision_tower.{k}": p.shape for k, p in whole.named_parameters()}
+    spare |= {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}
+    spare = {k: s for k, s in spare.items() if k not in want}
+    if cfg.vision.model_type.startswith("dinov2"):
+        ours = {dino_name(k): k for k in (*want, *spare)}
+        tensors = renamed(tensors, where, lambda k: ours.get(k, k))
+    if cfg.text.tie_word_embeddings:
+        tensors = {k: x for k, x in tensors.items() if k != "language_model.lm_head.weight"}
+    tensors = {k: x for k, x in tensors.items() if not UNUSED.match(k)}
+    known = want | (spare if tensors.keys() & spare.keys() else {})
+    if missing := sorted(known.keys() - tensors.keys()):
+        stop(f"{where}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+    if extra := sorted(tensors.keys() - known.keys()):
+        stop(f"{where}: {len(extra)} unexpected tensor(s), the first is {extra[0]}")
+    for k, shape in known.items():
+        while tensors[k].ndim > len(shape) and len(tensors[k]) == 1 and k.startswith("vision_tower."):
+            tensors[k] = tensors[k][0]                                        # DINOv2's tokens are batches of one
+        if tensors[k].shape != shape or not tensors[k].is_floating_point():
+            stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(shape)}")
+    return {k: tensors[k] for k in want}, {k: tensors[k] for k in known if k in spare}
 
 
 def mark(tensor):
@@ -242,26 +469,9 @@ def fingerprint(marks):
     return hashlib.sha256(json.dumps(sorted(marks.items())).encode()).hexdigest()[:16]
 
 
-def not_built(name, depth):
-    """Does a tensor belong to a part of the vision tower that lies behind the feature layer?"""
-    found = re.match(r"vision_tower\.vision_model\.(post_layernorm\.|encoder\.layers\.(\d+)\.)", name)
-    return bool(found) and (found[2] is None or int(found[2]) >= depth)
-
-
 def strategy(vision):
     """In the words of transformers: is the first token of the tower, a class token, left behind?"""
     return "default" if vision.class_token else "full"
-
-
-def find_model(path):
-    """A run folder, its model/, or any LLaVA folder -> the folder with config.json of a model in it."""
-    path = Path(path)
-    for p in (path / "model", path):
-        if (p / "model.safetensors").is_file() or (p / "model.safetensors.index.json").is_file():
-            return p
-    if not path.exists():
-        stop(f"{path} holds no model: there is no such folder")
-    stop(f"{path} holds no model: no model.safetensors in it or in {path / 'model'}")
 
 
 def aspect(folder, cfg):
@@ -372,14 +582,6 @@ def write(path, obj):
     path.write_text(json.dumps(obj, indent=2, ensure_ascii=False), "utf-8")
 
 
-# our names of a DINOv2's tensors and its own
-DINOV2 = (("vision_tower.vision_model.", "vision_tower."), ("class_embedding", "cls_token"), ("encoder.layers.", "encoder.layer."),
-          ("patch_embedding.", "patch_embeddings.projection."), ("position_embedding.weight", "position_embeddings"),
-          ("layer_norm", "norm"), ("self_attn.out_proj", "attention.output.dense"), ("self_attn.q_proj", "attention.attention.query"),
-          ("self_attn.k_proj", "attention.attention.key"), ("self_attn.v_proj", "attention.attention.value"),
-          ("layer_scale1", "layer_scale1.lambda1"), ("layer_scale2", "layer_scale2.lambda1"), ("post_layernorm", "layernorm"))
-
-
 def published_tensors(state, cfg):
     """The tensors of a VLM as transformers' Llava names and shapes them. A connector of one matrix is written as two, the
     second one the unit matrix and nothing between them: the same numbers, exactly, for there is no other way to say it."""
@@ -391,8 +593,7 @@ def published_tensors(state, cfg):
         return out
     tower = {k: out.pop(k) for k in list(out) if k.startswith("vision_tower.")}
     for k, x in tower.items():
-        for ours, theirs in DINOV2:
-            k = k.replace(ours, theirs)
+        k = dino_name(k.replace(".vision_model.", "."))
         tokens = re.search("cls_token|register_tokens|position_embeddings", k)
         out[k] = x.reshape(1, -1, x.shape[-1]) if tokens else x
     out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, cfg.vision.hidden_size))   # never read

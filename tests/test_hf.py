@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,7 +182,8 @@ def test_configs_of_all_families_survive_the_way_out_and_back(name, tmp_path, by
     ("mistral", {"sliding_window": None}, dict(sliding_window=None)),
     ("qwen2", {"sliding_window": 9}, dict(sliding_window=None, qkv_bias=True, o_bias=False)),
     ("qwen2", {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0}, dict(sliding_window=7)),
-    ("qwen3", {"hidden_size": 1024, "num_attention_heads": 16}, dict(head_dim=128, qk_norm=True, qkv_bias=False)),
+    ("qwen3", {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8},
+     dict(head_dim=128, qk_norm=True, qkv_bias=False)),
     ("llama", {"attention_bias": True, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
      dict(qkv_bias=True, o_bias=True, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})),
     ("llama", {"rope_parameters": LLAMA3},
@@ -242,11 +244,21 @@ def test_old_files_may_hold_tables_that_are_recomputed(copy, towers):
     assert same(hf.load(*copy), hf.load(*towers))
 
 
-def test_pickles_are_not_opened(copy):
-    """Reading one can run code, so its presence is a reason to say so, and no more."""
-    (copy[1] / "model.safetensors").unlink()
-    (copy[1] / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
-    assert "pytorch_model.bin is a pickle, which can run code: convert it to safetensors first" in error(hf.load, *copy)
+def test_pickles_give_tensors_and_run_nothing(copy, towers):
+    """torch.save's files, new and old, are opened with weights_only=True; what is more than tensors is refused."""
+    for part, zipped in zip(copy, (True, False)):
+        tensors = load_file(part / "model.safetensors")
+        (part / "model.safetensors").unlink()
+        torch.save(tensors, part / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert same(hf.load(*copy), hf.load(*towers))
+    file = copy[1] / "pytorch_model.bin"
+    for bad in (b"\x80\x02cos\nsystem\n(X\x04\0\0\0exittR.", b"", b"PK\x03\x04", b"no pickle"):
+        file.write_bytes(bad)
+        assert "is no whole file of tensors and nothing else" in error(hf.load, *copy)
+    torch.save(Path("/"), file)
+    assert "is no whole file of tensors and nothing else, so it is not opened (Unpickling" in error(hf.load, *copy)
+    torch.save({"state_dict": tensors}, file)
+    assert "is no dict of tensors by name" in error(hf.load, *copy)
 
 
 def shards(folder, name="model-00002-of-00002.safetensors"):
@@ -303,13 +315,13 @@ def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava):
 
 
 @pytest.mark.parametrize("part, new, says", [
-    (0, dict(model_type="beit"), "vision tower of type 'beit': clip_vision_model, siglip_vision_model are known"),
+    (0, dict(model_type="beit"), "vision tower of type 'beit': clip_vision_model, siglip_vision_model, dinov2, "),
     (0, dict(hidden_act="relu"), "vision tower with hidden_act 'relu'"),
     (1, dict(model_type="mamba"), "language model of type 'mamba': llama, mistral, qwen2, qwen3 are known"),
     (1, dict(hidden_act="gelu"), "language model with hidden_act 'gelu'"),
     (1, dict(rope_scaling={"rope_type": "yarn"}), "rope scaling 'yarn'"),
     (1, dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1),
-     "a sliding window in layers 1 to 1 alone"),
+     "a sliding window in 1 of its 2 layers"),
     (1, dict(vocab_size=3), "has no <image> token with a row in the embedding"),
     (1, dict(vocab_size=400), "the tokenizer knows"),
 ])
@@ -321,7 +333,8 @@ def test_what_is_not_known_here_is_refused(copy, part, new, says):
 @pytest.mark.parametrize("new, says", [
     (dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy 'full'"),
     (dict(projector_hidden_act="relu"), "projector_hidden_act 'relu'"),
-    (dict(vision_feature_layer=[-2, -5]), "several feature layers"), (dict(text_config=None), "not a llava model"),
+    (dict(vision_feature_layer=[-2, -5]), "several feature layers"),
+    (dict(model_type="llava_next"), "not a llava model"),
 ])
 def test_a_llava_of_another_kind_is_refused(llava, tmp_path, new, says):
     folder = shutil.copytree(llava, tmp_path / "other")
