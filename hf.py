@@ -95,8 +95,8 @@ def find(name):
     env = os.environ
     home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
     cache = Path(env.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    # ./out and /out name no model, nor does runs/sft while there is a folder runs
-    if not re.fullmatch(r"[\w.-]*\w/[\w.-]+", str(name)) or Path(name).parent.exists():
+    # ./out and /out name no model, nor does runs/sft, nor anything in a folder that there is
+    if not re.fullmatch(r"(?!runs/)[\w.-]*\w/[\w.-]+", str(name)) or Path(name).parent.exists():
         stop(f"{name} holds no model: there is no such folder")
     at = cache / f"models--{str(name).replace('/', '--')}"
     main = at / "refs" / "main"
@@ -338,12 +338,14 @@ def llava(folder, c):
         stop(f"{folder}: vision_feature_select_strategy {how!r} with {v.get('model_type')} is not known here")
     meta = read_json(folder / "pumice.json") if (folder / "pumice.json").is_file() else {}
     tensors = renamed(read_tensors(folder), folder)
-    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # one matrix, as published_tensors writes it
+    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # as published_tensors writes one matrix
         unit, bias = (tensors.pop(f"multi_modal_projector.linear_2.{k}", None) for k in ("weight", "bias"))
         if unit is None or bias is None or bias.any() or not unit.equal(torch.eye(*unit.shape, dtype=unit.dtype)):
             stop(f"{folder}: a linear connector of two matrices is not known here")
     elif act != "gelu":
         stop(f"{folder}: projector_hidden_act {act!r} is not known here")
+    if v.get("model_type") == "dinov2_with_registers" and not meta:
+        stop(f"{folder}: a tower whose register tokens are read along with the patches is not known here")
     image_id = c.get("image_token_index", c.get("image_token_id", 32000))
     return Folder(chat.Tokenizer(folder), v, t, read_pre(folder), {}, meta), tensors, layer, image_id
 
@@ -505,8 +507,8 @@ def image_spec(pre, aspect):
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16, card=""):
-    """A complete llava-hf folder, whole or absent, that transformers since 4.46 reads alike. state: the tensors of a VLM
-    by name; each is rounded to dtype when its shard is written, so that there is never a second copy of all of them."""
+    """A complete llava-hf folder, whole or absent, that transformers since 4.46 reads alike. state: the tensors of a
+    VLM by name; each is rounded to dtype when its shard is written, so that there is never a second copy of all of them."""
     v, t, tok = cfg.vision, cfg.text, folder.tok
     names = {i: name for name, i in tok.specials.items()}
     pad, image, talk = pad_id(tok), names[cfg.image_token_index], chat.jinja(template, system)
@@ -583,12 +585,13 @@ def write(path, obj):
 
 
 def published_tensors(state, cfg):
-    """The tensors of a VLM as transformers' Llava names and shapes them. A connector of one matrix is written as two, the
-    second one the unit matrix and nothing between them: the same numbers, exactly, for there is no other way to say it."""
+    """The tensors of a VLM as transformers' Llava names and shapes them. A connector of one matrix is written as two,
+    the second one the unit matrix and nothing between them: the same numbers, exactly; there is no other way to say it."""
     out = dict(state)
     if cfg.connector == "linear":
         C = cfg.text.hidden_size
-        out |= {"multi_modal_projector.linear_2.weight": torch.eye(C), "multi_modal_projector.linear_2.bias": torch.zeros(C)}
+        out["multi_modal_projector.linear_2.weight"] = torch.eye(C)
+        out["multi_modal_projector.linear_2.bias"] = torch.zeros(C)
     if not cfg.vision.model_type.startswith("dinov2"):
         return out
     tower = {k: out.pop(k) for k in list(out) if k.startswith("vision_tower.")}

@@ -504,4 +504,4 @@ def test_an_adapter_that_is_not_whole_is_refused(adapter, change, says):
 def test_a_folder_without_an_adapter_is_one_line(adapter, tmp_path):
     assert "adapter_config.json is missing" in error(lora.load_adapter, tiny_vlm(), tmp_path)
     shutil.move(adapter / "adapter_model.safetensors", adapter / "adapter_model.bin")
-    assert "adapter_model.bin is a pickle" in error(lora.load_adapter, tiny_vlm(), adapter)
+    assert "adapter_model.bin is no whole file of tensors and nothing else" in error(lora.load_adapter, tiny_vlm(), adapter)
