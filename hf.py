@@ -508,7 +508,7 @@ def image_spec(pre, aspect):
 
 def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16, card=""):
     """A complete llava-hf folder, whole or absent, that transformers since 4.46 reads alike. state: the tensors of a
-    VLM by name; each is rounded to dtype when its shard is written, so that there is never a second copy of all of them."""
+    VLM by name; each is rounded to dtype when its shard is written, so there is no second copy of all of them."""
     v, t, tok = cfg.vision, cfg.text, folder.tok
     names = {i: name for name, i in tok.specials.items()}
     pad, image, talk = pad_id(tok), names[cfg.image_token_index], chat.jinja(template, system)
@@ -586,7 +586,7 @@ def write(path, obj):
 
 def published_tensors(state, cfg):
     """The tensors of a VLM as transformers' Llava names and shapes them. A connector of one matrix is written as two,
-    the second one the unit matrix and nothing between them: the same numbers, exactly; there is no other way to say it."""
+    the second one the unit matrix and nothing between them: the same numbers, exactly."""
     out = dict(state)
     if cfg.connector == "linear":
         C = cfg.text.hidden_size
