@@ -28,6 +28,7 @@ import answer
 import config
 import engine
 import metrics
+from card import remember
 from data import BadSample, load_image, safe_path
 
 SCORES = {"exact": metrics.exact, "vqa": metrics.vqa_accuracy,
@@ -229,7 +230,9 @@ def main(s):
         except OSError as e:                                     # a full disk does not cost the score
             print(f"error: {e.filename or out} could not be written: {e.strerror}", file=sys.stderr)
             code = 1
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
+        if not s.answers:
+            remember(out.parent, f"{Path(data).name} {name}", result, speaker.cfg)
     return code
 
 

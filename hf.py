@@ -568,8 +568,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
         write_shards(tmp, tensors, dtype)
         for name, obj in files.items():
             write(tmp / name, obj)
-        front = "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
-        (tmp / "README.md").write_text(f"{front}{card}\n", "utf-8")
+        (tmp / "README.md").write_text(card, "utf-8")
         (tmp / "chat_template.jinja").write_text(talk, "utf-8")
 
     commit(out, fill)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import card
 import chat
 import checkpoint
 import data
@@ -456,11 +457,9 @@ class Run:
                 lora.save_adapter(self.out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout,
                                   hf.find_model(s.init).resolve() if s.init else s.llm, self.base)
                 state = lora.merge_state(state, lora.scales(model))
-            card = (f"# {Path(s.out).name}\n\nTrained with pumice: {self.steps} steps of {s.batch_size} samples from "
-                    f"{s.data}, template {s.template}. Started from {self.origin}."
-                    + (f" Validation loss {self.best[0]:.4f} (step {self.best[1]})." if self.best else ""))
             dtype = self.world.dtype if self.world.dtype != torch.float32 else torch.float16
-            hf.save(self.out / "model", state, self.cfg, self.folder, s.template, s.system, s.image_aspect, dtype, card)
+            hf.save(self.out / "model", state, self.cfg, self.folder, s.template, s.system, s.image_aspect, dtype,
+                    card.text(self.out, self.cfg))
             tmp = self.out / ".tmp-finished"
             tmp.write_text(json.dumps({"steps": self.steps, **self.seen, "data": self.fingerprint, "base": self.base,
                                        "settings": dataclasses.asdict(s)}))

@@ -1,4 +1,4 @@
-"""What hf.save writes, read by transformers alone: every tower with every decoder and connector that a LLaVA folder can say.
+"""What hf.save writes, read by transformers alone: each tower, decoder and connector that a LLaVA folder can say.
 
     python tests/clients.py write DIR     folders, and in each what this repository makes of it (expected.safetensors)
     python tests/clients.py read DIR      any transformers from 4.46 on: the same keys, pixels, ids, logits and words?
@@ -6,6 +6,8 @@
 The two halves share nothing but the folders, so that the reader may be an old one: tests/older_transformers.sh.
 """
 
+import contextlib
+import io
 import itertools
 import json
 import sys
@@ -19,18 +21,20 @@ from safetensors.torch import load_file, save_file
 
 TOWERS = {
     "clip": dict(model_type="clip_vision_model", intermediate_size=48, projection_dim=16),
-    "siglip": dict(model_type="siglip_vision_model", intermediate_size=48, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
+    "siglip": dict(model_type="siglip_vision_model", intermediate_size=48, layer_norm_eps=1e-6,
+                   hidden_act="gelu_pytorch_tanh"),
     "dinov2": dict(model_type="dinov2", mlp_ratio=2, layer_norm_eps=1e-6, hidden_act="gelu", qkv_bias=True)}
 DECODERS = {   # with a template that such a model would be given
-    "llama": ("vicuna_v1", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                              "original_max_position_embeddings": 64}, rope_theta=5e5)),
+    "llama": ("vicuna_v1", dict(rope_theta=5e5, rope_scaling={
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64})),
     "mistral": ("mistral", dict(sliding_window=12)),
     "qwen2": ("chatml", dict(rope_theta=1e6, use_sliding_window=False, sliding_window=9, max_window_layers=2,
                              tie_word_embeddings=True)),
     "qwen3": ("chatml", dict(rope_theta=1e6, head_dim=16, tie_word_embeddings=True))}
 ASPECTS, DTYPES = ("crop", "pad", "squash"), (torch.float32, torch.float16, torch.bfloat16)
 CASES = ["-".join(c) for c in itertools.product(TOWERS, DECODERS, ("mlp", "linear"))]
-TOWERS["registers"] = TOWERS["dinov2"] | dict(model_type="dinov2_with_registers", num_register_tokens=4)   # cannot be said
+TOWERS["registers"] = TOWERS["dinov2"] | dict(model_type="dinov2_with_registers", num_register_tokens=4)   # it cannot
 QUESTION, SYSTEM = "What is this?", "Be brief."
 NEWER = {"qwen3": (4, 51)}    # came to transformers with this version; LlavaImageProcessor, which pads, came after 4.46
 
@@ -48,10 +52,11 @@ def make(case, tok):
     v = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4) | TOWERS[tower]
     t = dict(model_type=decoder, vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128) | more
-    known = {k: v[k] for k in v.keys() & VisionConfig.__dataclass_fields__.keys()} | {"intermediate_size": v.get("intermediate_size", 64)}
+    known = {"intermediate_size": 64} | {k: x for k, x in v.items() if k in VisionConfig.__dataclass_fields__}
     dtype = DTYPES[n // 3 % 3]
     torch.manual_seed(n)
-    model, whole = (VLM(VLMConfig(VisionConfig(**known, feature_layer=layer), hf.text_config(t), connector, 3)) for layer in (-2, -1))
+    model, whole = (VLM(VLMConfig(VisionConfig(**known, feature_layer=layer), hf.text_config(t), connector, 3))
+                    for layer in (-2, -1))
     for name, p in whole.named_parameters():
         torch.nn.init.normal_(p, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.2)
         p.data = p.data.to(dtype).float()
@@ -59,8 +64,8 @@ def make(case, tok):
     model.load_state_dict({k: state[k] for k in model.state_dict()})
     spare = {k: state[k] for k in state.keys() - model.state_dict().keys()}
     spare |= {f"vision_tower.vision_model.post_layernorm.{k}": torch.ones(32) for k in ("weight", "bias")}
-    pre = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3, "size": {"shortest_edge": 8},
-           "crop_size": {"height": 8, "width": 8}, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255}
+    pre = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3, "do_convert_rgb": True,
+           "size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
     model.cfg.vision.image_mean, model.cfg.vision.image_std = pre["image_mean"], pre["image_std"]
     return model.eval(), hf.Folder(chat.Tokenizer(tok), v, t, pre, spare, {}), template, ASPECTS[n % 3], dtype
 
@@ -68,6 +73,7 @@ def make(case, tok):
 @torch.no_grad()
 def write(case, root, tok):
     """-> root/case, with the answers beside the model"""
+    import card
     import hf
     from answer import Speaker
     from data import pack, preprocess
@@ -75,7 +81,7 @@ def write(case, root, tok):
     model, folder, template, aspect, dtype = make(case, tok)
     connector, out = case.split("-")[2], Path(root, case)
     with mock.patch.object(hf, "SHARD", 20_000 if connector == "linear" else hf.SHARD):
-        hf.save(out, model.state_dict(), model.cfg, folder, template, SYSTEM, aspect, dtype)
+        hf.save(out, model.state_dict(), model.cfg, folder, template, SYSTEM, aspect, dtype, card.USE)
     Image.effect_noise((23, 14), 90).convert("RGB").save(out / "picture.png")
     speaker = Speaker(model, folder, template, SYSTEM, aspect)
     seen = preprocess(Image.open(out / "picture.png"), hf.image_spec(folder.pre, aspect))[None]
@@ -85,7 +91,8 @@ def write(case, root, tok):
     logits = model(*batch._replace(labels=torch.zeros_like(batch.ids)), head=logits_head)
     said = torch.tensor(generate(model, [ids], seen, speaker.stop, 8, banned=())[0])
     words = speaker.prompt([("Hi", "Yo"), ("And?", None)], 0)
-    save_file({"ids": ids, "pixels": (seen / 255 - mean) / std, "logits": logits, "said": said, "words": words}, out / "expected.safetensors")
+    save_file({"ids": ids, "pixels": (seen / 255 - mean) / std, "logits": logits, "said": said, "words": words},
+              out / "expected.safetensors")
     return out
 
 
@@ -102,32 +109,40 @@ def read(folder):
             T.AutoConfig.from_pretrained(folder)
         except KeyError as e:
             return f"refused, as it must be: {e} is not known to this version"
-    model, info = T.LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
+    model, info = T.LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32,
+                                                                  output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     image, ids = Image.open(folder / "picture.png"), want["ids"][None]
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=want["pixels"])
     with torch.no_grad():
-        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=want["pixels"]).logits[0]
+        logits = model.eval()(**inputs).logits[0]
     off = float((logits - want["logits"]).abs().max() / want["logits"].abs().max())
     assert off < 1e-5, off
-    said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=want["pixels"], max_new_tokens=8)[0]
-    stops = {e for e in [model.generation_config.eos_token_id] for e in (e if isinstance(e, list) else [e])}
-    said = [w for w in said[ids.shape[1]:].tolist() if w not in stops]
+    said = model.generate(**inputs, max_new_tokens=8)[0, ids.shape[1]:].tolist()
+    stop = model.generation_config.eos_token_id
+    said = [w for w in said if w not in (stop if isinstance(stop, list) else [stop])]
     assert said == want["said"].tolist(), (said, want["said"])
-    turns = [("user", [{"type": "image"}, {"type": "text", "text": QUESTION}])]
     try:
         processor = T.AutoProcessor.from_pretrained(folder)
         saw, tok = "pixels to 1e-6", processor.tokenizer
     except ValueError:                                    # no other may be taken instead: it would crop
         assert version < (4, 57) and "LlavaImageProcessor" in (folder / "preprocessor_config.json").read_text()
-        processor, tok, saw = None, T.AutoTokenizer.from_pretrained(folder), "its image processor is not known to this version"
+        processor, tok = None, T.AutoTokenizer.from_pretrained(folder)
+        saw = "its image processor is not known to this version"
     if processor:
-        text = processor.apply_chat_template([{"role": r, "content": c} for r, c in turns], add_generation_prompt=True)
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         there = processor(images=image, text=text, return_tensors="pt")
         assert there["input_ids"].tolist() == ids.tolist(), (there["input_ids"], ids)
         torch.testing.assert_close(there["pixel_values"], want["pixels"], rtol=0, atol=1e-6)
     turns = [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yo"), ("user", "And?"))]
     words = tok.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     assert tok(words)["input_ids"] == want["words"].tolist()
+    if processor and folder.name.endswith("llama-mlp"):   # what the card says one should type
+        printed = io.StringIO()
+        with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+            exec(Path("README.md").read_text().split("```")[1].removeprefix("python"), {})
+        assert printed.getvalue().strip()
     return f"all keys, logits to {off:.0e}, {len(said)} words, chat template, {saw}"
 
 

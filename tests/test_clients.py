@@ -1,4 +1,4 @@
-"""What transformers makes of a folder that hf.save wrote, alone and to the end; older versions: older_transformers.sh."""
+"""What transformers makes of a folder that hf.save wrote, alone; older versions: older_transformers.sh."""
 
 import json
 

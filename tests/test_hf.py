@@ -443,7 +443,7 @@ def test_the_exported_folder_writes_our_prompts_by_itself(towers, tmp_path, temp
 def test_the_config_says_how_the_model_was_trained(towers, tmp_path):
     model, folder = hf.load(*towers)
     out = tmp_path / "out"
-    hf.save(out, model.state_dict(), model.cfg, folder, "plain", "be brief", "pad", torch.float32, "a card")
+    hf.save(out, model.state_dict(), model.cfg, folder, "plain", "be brief", "pad", torch.float32, "a card\n")
     assert hf.load(init=out)[1].meta == {"template": "plain", "system": "be brief", "image_aspect": "pad"}
     pre = json.loads((out / "preprocessor_config.json").read_text())
     assert pre["image_processor_type"] == "LlavaImageProcessor" and pre["do_pad"]
