@@ -14,14 +14,16 @@ tile can see, a block at a time (Dao et al. 2022): L keys are read once per tile
 for backward is q, k, v, out and one number per row, the logarithm of the sum.
 """
 
+import functools
+
 import torch
-import torch.nn.functional as F
 
 from kernels import architecture, tl, triton, use_triton
 
 # ---- the definition, and what a CPU runs ----------------------------------------------------------------------------
 
-ROWS = 512  # queries handled at once inside one long document: a causal half wastes at most ROWS / L of its products
+WHOLE = 512  # keys of a run that is handled at once; of a longer one ROWS queries are: a causal half then wastes at
+ROWS = 64    # most ROWS / L of its products
 
 
 def attention_ref(q, k, v, lo, hi):
@@ -73,57 +75,95 @@ def runs(lo, hi):
     return out
 
 
-def attention_torch(q, k, v, lo, hi):
-    """The same, run by run; no (N, M) mask ever exists. Short runs are written out, long ones go to torch's fused
-    attention: on a CPU its backward takes 1 to 4 times as long as the plain products for documents of 160 tokens, but
-    it keeps no L x L matrix; only a long run with a pattern of its own keeps its mask, ROWS queries at a time."""
-    (N, H, K), G = q.shape, k.shape[1]
-    g, todo = H // G, runs(lo, hi)
-    if all(kind == "empty" for *_, kind in todo):
-        return q * 0 + k[:0].sum() + v[:0].sum()                  # nothing to read: zeros whose gradients are zeros
-    sizes, at = [], 0                                             # split, not slices: the gradients of slices are whole
-    for n, a, b, c, d, kind in todo:                              # streams of zeros, one for each document
-        sizes += [c - at, n * (d - c)] if kind != "empty" else [0, 0]
-        at = c + n * (d - c) if kind != "empty" else at
-    sizes.append(k.shape[0] - at)
-    ks, vs = k.split(sizes)[1::2], v.split(sizes)[1::2]
-    qs = q.split([n * (b - a) for n, a, b, *_ in todo])
-    longest = max((d - c for n, a, b, c, d, kind in todo if kind == "causal" and d - c <= ROWS), default=0)
-    ahead = torch.full((longest, longest), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+@functools.lru_cache(8)
+def _pieces(lo, hi):
+    lo, hi = (torch.frombuffer(bytearray(t), dtype=torch.int32) for t in (lo, hi))
     out = []
-    for (n, a, b, c, d, kind), qr, kr, vr in zip(todo, qs, ks, vs):
+    for n, a, b, c, d, kind in runs(lo, hi):
+        if d - c <= WHOLE:
+            out += [(n, a, b, c, d, kind)] if kind != "empty" else []
+            continue
+        for i in range(a, a + n * (b - a), b - a):
+            end = i + b - a
+            out += [(1, r, min(r + ROWS, end), int(lo[r]), int(hi[min(r + ROWS, end) - 1]), kind)
+                    for r in range(i, end, ROWS)]
+    return out
+
+
+def pieces(lo, hi):
+    """Those of the runs that see something, long ones cut to ROWS queries; then "causal" means that the last b - a keys
+    are a triangle. All layers ask for the same spans, and so does the backward pass: the last few are remembered."""
+    return _pieces(*(t.to("cpu", torch.int32).numpy().tobytes() for t in (lo, hi))) if lo.shape[0] else []
+
+
+def by_head(t, n, a, L, G):
+    """Rows a ... a + n L of t (N, H, K) -> (n, G, g, L, K), a view"""
+    return t[a : a + n * L].unflatten(0, (n, L)).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
+
+
+def probabilities(q, k, v, lo, hi):
+    """Piece by piece -> where it lies (n, a, Lq, c, Lk), its q / sqrt(K) and k, v (n G, g Lq or Lk, K), and what each
+    query takes of each key, (n G, g Lq, Lk)."""
+    G, K, todo = k.shape[1], k.shape[2], pieces(lo, hi)
+    q = q * K**-0.5
+    widest = max((b - a for n, a, b, c, d, kind in todo if kind == "causal"), default=0)
+    ahead = torch.full((widest, widest), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+    for n, a, b, c, d, kind in todo:
         Lq, Lk = b - a, d - c
-        if kind == "empty":
-            out.append(qr * 0)                                    # zeros that know their graph
-            continue
-        kr, vr = (t.view(n, Lk, G, K).transpose(1, 2) for t in (kr, vr))                         # (n, G, Lk, K)
-        qr = qr.view(n, Lq, G, g, K).permute(0, 2, 3, 1, 4)                                      # (n, G, g, Lq, K)
-        if Lk <= ROWS:
-            s = (qr.reshape(n, G, g * Lq, K) * K**-0.5) @ kr.transpose(-1, -2)                   # (n, G, g Lq, Lk)
-            if kind == "causal":
-                s = s.view(n, G, g, Lq, Lk) + ahead[:Lq, :Lk]
-            elif kind == "mask":
-                j = torch.arange(c, d, device=q.device)
-                s = s.view(n, G, g, Lq, Lk).masked_fill((j < lo[a:b, None]) | (hi[a:b, None] <= j), -torch.inf)
-            o = s.softmax(-1).view(n, G, g * Lq, Lk) @ vr                                        # (n, G, g Lq, K)
-            out.append(o.view(n, G, g, Lq, K).permute(0, 3, 1, 2, 4).reshape(n * Lq, H, K))
-            continue
-        qr = qr.reshape(n, H, Lq, K)
-        kr, vr = (t.repeat_interleave(g, dim=1) for t in (kr, vr))                               # (n, H, Lk, K)
-        if kind in ("full", "causal"):
-            o = F.scaled_dot_product_attention(qr, kr, vr, is_causal=kind == "causal")
-        else:
-            o = []
-            for r in range(a, b, ROWS):
-                e = min(r + ROWS, b)
-                first, last = int(lo[r]), int(hi[e - 1])                          # the keys that these rows can see
-                j = torch.arange(first, last, device=q.device)
-                seen = (lo[r:e, None] <= j) & (j < hi[r:e, None])                 # (rows, keys)
-                o.append(F.scaled_dot_product_attention(qr[:, :, r - a : e - a], kr[:, :, first - c : last - c],
-                                                        vr[:, :, first - c : last - c], attn_mask=seen))
-            o = torch.cat(o, 2)
-        out.append(o.transpose(1, 2).reshape(n * Lq, H, K))
-    return torch.cat(out)
+        x = by_head(q, n, a, Lq, G).reshape(n * G, -1, K)
+        y, z = (by_head(t, n, c, Lk, G).reshape(n * G, Lk, K) for t in (k, v))
+        s = torch.bmm(x, y.mT)
+        rows = s.view(n * G, -1, Lq, Lk)
+        if kind == "causal":
+            rows[..., Lk - Lq :].add_(ahead[:Lq, :Lq])
+        elif kind == "mask":
+            j = torch.arange(c, d, device=q.device)
+            rows.masked_fill_((j < lo[a:b, None]) | (hi[a:b, None] <= j), -torch.inf)
+        yield (n, a, Lq, c, Lk), x, y, z, s.softmax(-1)
+
+
+@torch.library.custom_op("pumice::attention_torch", mutates_args=())
+def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
+                    ) -> torch.Tensor:
+    """The same, piece by piece; no (N, M) mask ever exists, and nothing is kept but q, k and v. That the backward pass
+    makes the scores once more costs what autograd spends on keeping them: together the two passes take as long."""
+    out, G = q.new_zeros(q.shape), k.shape[1]
+    for (n, a, Lq, _, _), _, _, z, p in probabilities(q, k, v, lo, hi):
+        o = by_head(out, n, a, Lq, G)
+        o.copy_(torch.bmm(p, z).view(o.shape))
+    return out
+
+
+@torch.library.custom_op("pumice::attention_torch_backward", mutates_args=())
+def attention_torch_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor,
+                             hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> dq, dk, dv; the formulas stand above the kernels"""
+    G, K = k.shape[1:]
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
+    for (n, a, Lq, c, Lk), x, y, z, p in probabilities(q, k, v, lo, hi):
+        w = by_head(do, n, a, Lq, G).reshape(x.shape)
+        ds = torch.ops.aten._softmax_backward_data(torch.bmm(w, z.mT), p, -1, p.dtype)       # p (dp - sum p dp)
+        o = by_head(dq, n, a, Lq, G)
+        o.copy_(torch.bmm(ds, y).view(o.shape))
+        for grad, left, right in ((dk, ds, x), (dv, p, w)):
+            if n == 1:                                            # pieces of a long run share keys: gradients add up
+                grad[c : c + Lk].transpose(0, 1).baddbmm_(left.mT, right)
+            else:
+                by_head(grad, n, c, Lk, G).copy_(torch.bmm(left.mT, right).view(n, G, 1, Lk, K))
+    return dq.mul_(K**-0.5), dk, dv
+
+
+attention_torch.register_fake(lambda q, k, v, lo, hi: q.new_empty(q.shape))
+attention_torch_backward.register_fake(lambda do, q, k, v, lo, hi: tuple(t.new_empty(t.shape) for t in (q, k, v)))
+
+
+@torch.autograd.function.once_differentiable
+def _torch_gradients(ctx, do):
+    return *attention_torch_backward(do, *ctx.saved_tensors), None, None
+
+
+attention_torch.register_autograd(_torch_gradients,
+                                  setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------

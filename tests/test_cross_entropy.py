@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_attention import Largest
+from test_attention import Largest, allocations
 
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref, logits_bytes, loss_and_gradients
 
@@ -129,14 +129,6 @@ def test_logits_never_exist_beyond_a_chunk(chunk):
     assert largest.bytes == 500 * 1000 * 4
 
 
-def most_held(f):
-    """The most bytes that torch held at once for f, temporaries inside its operators included"""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
-        f()
-    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
-
 @pytest.mark.parametrize("dtype, each", [(torch.bfloat16, 10), (torch.float32, 8), (torch.float64, 16)])
 def test_the_logits_take_what_is_said_of_them(dtype, each, monkeypatch):
     """Fewer rows than a chunk, and more: what the plan of a run is told (stage.memory) is what is held; hidden and
@@ -147,7 +139,8 @@ def test_the_logits_take_what_is_said_of_them(dtype, each, monkeypatch):
     for R in (20, 50, 130):
         hidden, weight, labels = (t.detach() for t in case(R, 2, 2000, dtype=dtype))
         said = logits_bytes(R, 2000, hidden)
-        held = most_held(lambda: loss_and_gradients(hidden, weight, labels, 50, dtype, True, False))
+        made = allocations(lambda: loss_and_gradients(hidden, weight, labels, 50, dtype, True, False))
+        held = max(itertools.accumulate(made))
         assert said == min(R, 50) * 2000 * each <= held < 1.25 * said
 
 

@@ -236,9 +236,35 @@ def test_recomputation_changes_no_bit_of_the_gradient_of_adapters_behind_frozen_
     assert all(map(torch.equal, *found)) and all(g.abs().sum() > 0 for g in found[0])
 
 
+def gradients(f, module, *args):
+    """-> [output, gradients of x and of every trained parameter]"""
+    x = args[0].detach().requires_grad_()
+    out = f(x, *args[1:])
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    up = torch.linspace(-1, 2, out.numel(), dtype=x.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, wanted, up)]
+
+
+@pytest.mark.parametrize("kind", ["decoder layer", "rows of a decoder layer", "ViT block"])
+def test_a_block_is_one_graph_with_the_same_values_and_gradients(kind):
+    """torch.compile without a break, for streams of other spans and lengths too."""
+    model = tiny_vlm(qk_norm=True)
+    vit = kind == "ViT block"
+    block = model.vision_tower.vision_model.encoder.layers[0] if vit else model.language_model.model.layers[0]
+    f = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for seeds in ((0, 1), (2, 3, 4)):
+        b = batch(*seeds)
+        N = len(b.ids)
+        x = torch.randn(N, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(N))
+        angles = b.pos[:, None].double() * torch.ones(4)
+        rows = torch.arange(1, N, 2) if kind.startswith("rows") else None
+        args = (x, b.lo, b.hi) if vit else (x, angles.cos(), angles.sin(), b.lo, b.hi, rows)
+        for ours, theirs in zip(gradients(f, block, *args), gradients(block, block, *args)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU writes C++")
-def test_a_compiled_decoder_layer_gives_the_same_gradients():
-    """Not yet in one graph: how attention cuts the stream on a CPU depends on the spans."""
+def test_a_compiled_model_gives_the_same_gradients():
     found = []
     for compile in (False, True):
         model = tiny_vlm(num_hidden_layers=1)

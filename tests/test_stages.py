@@ -472,6 +472,23 @@ def test_kernels_without_a_gpu_are_refused_in_one_line(world, tmp_path, monkeypa
     assert not (tmp_path / "checkpoints").exists() and kernels.choice == "auto"
 
 
+def test_compiled_blocks_learn_what_plain_ones_do(world, tmp_path, monkeypatch):
+    """Each block in one graph, through streams of other lengths. The backend that writes C++ has its
+    test in test_engine.py and would take a minute here."""
+    compiled, plain = [], torch.nn.Module.compile
+
+    def in_one_graph(module):
+        compiled.append(type(module).__name__)
+        plain(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", in_one_graph)
+    for compile in (False, True):
+        run("sft", {**world, "val_data": ""}, tmp_path / str(compile), compile=compile, steps=2, dtype="fp64")
+    assert sorted(compiled) == ["LlamaLayer"] * 2 + ["ViTBlock"] * 2
+    a, b = ([r[k] for r in rows(tmp_path / name / "log.jsonl") for k in ("loss", "grad_norm")]
+            for name in ("False", "True"))
+    assert len(a) == 4 and a == pytest.approx(b, rel=1e-9)
+
+
 def test_kernels_can_be_asked_for():
     interpret("scripts")
 
