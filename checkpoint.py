@@ -165,6 +165,8 @@ def find(out, resume, say=print):
     if resume == "none":
         return None
     if resume != "auto":
+        if not Path(resume, MANIFEST).is_file():
+            stop(f"resume={resume} is no checkpoint: those of a run are called checkpoints/step_*")
         if problem := whole(resume):
             stop(f"resume={resume}: {problem}")
         return Path(resume)

@@ -53,6 +53,14 @@ def unwritable(folder):
     return None if os.access(at, os.W_OK | os.X_OK) else f"{at} cannot be written to"
 
 
+def foreign(folder, own):
+    """Does a folder that no run has made hold something under a name in `own`? -> a reason, or None. To write there would
+    cost somebody a model."""
+    about, there = Path(folder, "config.json"), [n for n in own if os.path.lexists(os.path.join(folder, n))]
+    if there and not (about.is_file() and "settings" in read_json(about)):
+        return f"it is no run, and its {there[0]} would be lost"
+
+
 def kinds(annotation):
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
@@ -100,6 +108,9 @@ def run(recipe):
 
 def load(Settings, argv, doc=""):
     """argv without the script's name -> an instance of Settings."""
+    for stream in (sys.stdout, sys.stderr):                # what a terminal cannot show is escaped and ends nothing
+        if hasattr(stream, "reconfigure"):                 # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")
     hints = typing.get_type_hints(Settings)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(Settings)}
 

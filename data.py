@@ -393,7 +393,8 @@ def loader(steps, order, workers):
 class Check:
     images: str = "."              # folder of the images
     model: str = ""                # folder with a tokenizer.json: a run, a LLaVA folder, a language model
-    template: str = "vicuna_v1"    # plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral
+    template: str = ""             # plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral; empty: as train_sft.py
+                                   # goes on from this model
     max_len: int = 2048            # tokens
     image_tokens: int = 576        # tokens of one image, where the model does not say
     show: int = 3                  # samples to print
@@ -409,7 +410,11 @@ def main(argv):
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
     tok, cfg = chat.Tokenizer(folder), read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     image_id = cfg.get("image_token_index", tok.specials.get(chat.IMAGE, len(tok)))
-    encode = Encoder(tok, s.template, image_id, cfg.get("image_seq_length", s.image_tokens), s.max_len)
+    meta = read_json(folder / "pumice.json") if (folder / "pumice.json").is_file() else {}
+    known = meta.get("template", "plain")
+    template = s.template or (known if known != "plain" else "vicuna_v1")
+    image_tokens = cfg.get("image_seq_length", s.image_tokens)
+    encode = Encoder(tok, template, image_id, image_tokens, s.max_len, meta.get("system"))
     rows, lengths, reasons, learnt, images, cut = Rows(files[0]), [], defaultdict(list), 0, 0, 0
     for i in range(len(rows)):
         try:

@@ -89,7 +89,15 @@ class World:
 
     def print(self, *words, **how):
         if self.rank == 0:
-            print(*words, flush=True, **how)
+            say(*words, **how)
+
+
+def say(*words, **how):
+    """Print. Where nobody listens any more (a closed terminal, a full disk behind it), training goes on in silence."""
+    try:
+        print(*words, flush=True, **how)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or Python complains once more at the end
 
 
 def start(device="auto", dtype="auto", seed=0):
@@ -130,7 +138,7 @@ def listen():
 
 def finish(code=0):
     """Leave in an order that lets gloo end quietly: main has returned, so its wrappers are garbage; then the group."""
-    sys.stdout.flush()
+    say(end="")
     gc.collect()
     if dist.is_initialized():
         dist.barrier()
@@ -321,7 +329,7 @@ def append(file, row):
         with open(file, "a") as f:
             f.write(json.dumps(row) + "\n")
     except OSError as e:
-        print(f"a line of {file} is lost: {e.strerror}", flush=True)
+        say(f"a line of {file} is lost: {e.strerror}")
 
 
 class Spikes:
@@ -372,10 +380,10 @@ class Log:
         if self.world.rank == 0:
             append(self.out / "log.jsonl", row)
             mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""
-            print(f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-                  f"norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
-                  f"{row['samples_per_s']:.1f} samples/s{mfu}  {memory / 2**20:,.0f} MiB  "
-                  f"waited {row['data_wait_s']:.1f} s  left {clock(eta)}", flush=True)
+            say(f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                f"norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
+                f"{row['samples_per_s']:.1f} samples/s{mfu}  {memory / 2**20:,.0f} MiB  "
+                f"waited {row['data_wait_s']:.1f} s  left {clock(eta)}")
         self.last, self.tokens, self.samples, self.flops, self.wait = now, 0, 0, 0, 0.0
         return row
 

@@ -166,7 +166,7 @@ def write(path, text):
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text, "utf-8")
+    tmp.write_text(text, "utf-8", "backslashreplace")             # json may hold a lone surrogate, utf-8 may not
     os.replace(tmp, path)
 
 

@@ -27,7 +27,7 @@ import engine
 import hf
 import lora
 from answer import Speaker
-from config import read_json, stop, unwritable, within
+from config import foreign, read_json, stop, unwritable, within
 from kernels import use_triton
 from kernels.cross_entropy import logits_bytes
 from loss import token_loss
@@ -39,6 +39,7 @@ IDLE = {"out", "resume", "log_every", "sample_every", "eval_every", "save_every"
 # settings without which a checkpoint means something else: which samples a step sees follows from the first two and the
 # step alone, and adapters were learnt under their scale
 FIXED = ("seed", "batch_size", "lora_alpha")
+OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")    # in a run, and config.json
 PATIENCE = 10  # updates in a row whose gradient is not finite, before the run stops
 TRIES = 3      # checkpoints in a row that could not be written, before the run stops
 
@@ -47,6 +48,8 @@ def toy_world(s, world, split):
     """data=toy: draw the toy world, once, and point the settings at it."""
     if s.data != "toy":
         return
+    if s.val_data or s.images != ".":
+        stop("data=toy brings its own images and val_data; the ones given would not be read")
     sys.path.insert(0, str(ROOT / "demo"))
     import toy
     place = Path("runs/toy")
@@ -62,17 +65,23 @@ def toy_world(s, world, split):
     s.system = s.system or ""                                # the toy's tongue was schooled without a system text
 
 
-RANGES = {"steps": (0, None), "epochs": (0, None), "batch_size": (1, None), "lr": (0, None), "connector_lr": (0, None),
+RANGES = {"steps": (0, None), "epochs": (0, 1e9), "batch_size": (1, None), "lr": (0, None), "connector_lr": (0, None),
           "warmup": (0, 0.99, "a share of the steps"), "weight_decay": (0, None), "grad_clip": (0, None),
           "workers": (0, None), "lora_r": (0, None), "lora_dropout": (0, 0.99), "max_dropped": (0, 1),
           "save_every": (0, None), "log_every": (0, None), "eval_every": (0, None), "sample_every": (0, None),
           "keep_last": (1, None), "seed": (0, 2**32)}
 
 
+def place(s):
+    """The folder of a run: an exercise leaves the run itself as it is."""
+    return Path(s.out, "overfit") if s.overfit else Path(s.out)
+
+
 def check(s):
     """Settings that cannot be meant end here, in one line, before anything is read."""
     within(s, RANGES)
-    if (problem := unwritable(s.out)) and not s.dry_run:
+    out = place(s)
+    if (problem := unwritable(out) or foreign(out, (*OWN, "config.json"))) and not s.dry_run:
         stop(f"out={s.out}: {problem}")
     if not s.steps and not s.epochs:
         stop("steps=0 and epochs=0.0: nothing to do")
@@ -80,6 +89,10 @@ def check(s):
     if s.init and towers:
         stop(f"init={s.init} brings its own towers, so {towers[0]}={getattr(s, towers[0])} would not be read: "
              "--init= starts from vision and llm")
+    idle = [k for k in ("lora_alpha", "lora_dropout", "lora_targets") if not getattr(s, "lora_r", 1)
+            and getattr(s, k) != type(s).__dataclass_fields__[k].default]
+    if idle:
+        stop(f"{idle[0]}={getattr(s, idle[0])} means nothing while lora_r is 0: the whole language model would train")
     if s.connector not in ("mlp", "linear"):
         stop(f"connector={s.connector}: mlp or linear")
     if s.keep_best and not (s.val_data or s.data == "toy"):
@@ -91,6 +104,8 @@ def check(s):
 def inherit(s, folder, cfg, template):
     """What the settings leave open is as the model was trained that we start from; a new one is made as LLaVA-1.5. The
     template of stage 1 is not handed on: it knows no questions."""
+    if s.connector not in ("mlp", cfg.connector):
+        stop(f"connector={s.connector}, but that of {s.init} is {cfg.connector}")
     known = folder.meta.get("template", "plain")
     s.template = s.template or (known if known != "plain" else template)
     s.image_aspect = s.image_aspect or (hf.aspect(folder, cfg) if s.init else "pad")
@@ -107,6 +122,8 @@ def one_sample(samples, tok, world):
             continue
         world.print(f"  {samples.name(f, i)}, {len(ids)} tokens, {len(names)} image(s), what is learnt in green:")
         return chat.show(tok, ids, labels, samples.encode.image_id) if world.rank == 0 else None
+    world.print("  none of the first step's samples can be used: python data.py says why")
+    return 1
 
 
 def rows(cfg):
@@ -186,7 +203,7 @@ class Run:
     def __init__(self, s, world, model, folder, samples, encode, spec, steps, adapter=None):
         self.s, self.world, self.model, self.folder, self.samples, self.steps = s, world, model, folder, samples, steps
         self.adapter, self.cfg, self.spec = adapter, engine.unwrap(model).cfg, spec
-        self.out = Path(s.out, "overfit") if s.overfit else Path(s.out)     # an exercise leaves the run as it is
+        self.out = place(s)
         frozen = [n for n, p in engine.unwrap(model).named_parameters() if not p.requires_grad]
         self.base = hf.fingerprint({n: folder.marks[n] for n in frozen})
         self.origin = s.init or f"{s.vision} and {s.llm}"
@@ -279,13 +296,14 @@ class Run:
             return
         try:
             if self.s.overfit or self.s.resume == "none":
-                for name in ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl"):
+                for name in OWN:
                     if (self.out / name).exists():
                         checkpoint.discard(self.out / name)
             for name in ("log.jsonl", "samples.jsonl"):
                 checkpoint.trim_log(self.out / name, self.logger.start)
             about = {"settings": dataclasses.asdict(self.s), "versions": engine.versions()}
-            hf.write(self.out / "config.json", about)
+            hf.write(self.out / ".tmp-config.json", about)   # half a config.json would make a stranger's folder of this
+            os.replace(self.out / ".tmp-config.json", self.out / "config.json")
         except OSError as e:
             stop(f"out={self.out}: {e.strerror}")
 
@@ -366,16 +384,18 @@ class Run:
             self.best = (loss, step + 1)
 
     def fixed_questions(self, n=4):
-        """[(sample, question, true answer, pictures)] from the first turns of the validation file."""
+        """[(sample, question, true answer, prompt (n,), pictures)] from the first turns of the validation file."""
         out = []
         for i in range(len(self.val.files[0])):
             try:
                 row = self.val.files[0][i]
-                turns, names, _ = data.conversation(row)
+                turns, names, system = data.conversation(row)
                 if names and turns[0][0].count(chat.IMAGE) == len(names):
+                    self.val.encode(row)                       # nobody is asked what could not be learnt
+                    prompt, _ = self.val.encode.encode([(turns[0][0], None)], len(names), system)
                     files = [data.safe_path(self.s.images, f) for f in names]
                     pictures = [data.preprocess(data.load_image(f), self.spec) for f in files]
-                    out.append((row.get("id"), turns[0][0], turns[0][1], pictures))
+                    out.append((row.get("id"), *turns[0], torch.tensor(prompt), pictures))
             except data.BadSample:
                 continue
             if len(out) == n:
@@ -387,11 +407,10 @@ class Run:
             return
         model = engine.unwrap(self.model)
         speaker = Speaker(model, self.folder, self.s.template, self.s.system, self.s.image_aspect)
-        prompts = [speaker.prompt([(q, None)], len(p)) for _, q, _, p in self.fixed]
         with self.world.autocast():
-            said = speaker.say(prompts, [x for *_, p in self.fixed for x in p])
+            said = speaker.say([p for *_, p, _ in self.fixed], [x for *_, p in self.fixed for x in p])
         if self.world.rank == 0:
-            for (i, q, a, _), answer in zip(self.fixed, said):
+            for (i, q, a, _, _), answer in zip(self.fixed, said):
                 row = {"step": step + 1, "id": i, "prompt": q, "expected": a, "answer": answer}
                 engine.append(self.out / "samples.jsonl", row)
         self.world.print(f"  says: {said[0]}\n  true: {self.fixed[0][2]}")

@@ -173,8 +173,15 @@ def test_bos_stands_once_at_the_start_whether_or_not_the_tokenizer_adds_its_own(
         spec["post_processor"] = {"type": "TemplateProcessing", "single": [bos, one], "pair": [one, two],
                                   "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    tok = Tokenizer(tmp_path)
-    assert len(tok.full.encode("x").ids) - len(tok.plain.encode("x").ids) == adds_bos
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    spec["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    spec["padding"] = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 4,
+                       "pad_type_id": 0, "pad_token": "<pad>"}
+    whole = Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    tok = Tokenizer(tmp_path)                              # as some are saved after training: it cuts and pads nothing
+    assert len(whole.full.encode("x").ids) - len(whole.plain.encode("x").ids) == adds_bos
+    assert encode(tok, "plain", [("q", "a b c d")], 0, I, Q) == encode(whole, "plain", [("q", "a b c d")], 0, I, Q)
     for template, bos in [("plain", "<s>"), ("vicuna_v1", "<s>"), ("mistral", "<s>"), ("llama_3", "<|begin_of_text|>")]:
         ids, _ = encode(tok, template, [("q", "a")] * turns, 0, I, Q)
         assert ids[0] == tok.id(bos) and ids.count(tok.id(bos)) == 1

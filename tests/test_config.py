@@ -1,6 +1,7 @@
 """Settings: what is read, and that every mistake ends in one line that says what to do."""
 
 import dataclasses
+import io
 import subprocess
 import sys
 
@@ -161,3 +162,11 @@ def test_on_the_command_line_a_mistake_is_one_line_on_stderr_and_exit_code_one()
     done = subprocess.run([sys.executable, "-c", "import config; config.stop('what to do')"], cwd=ROOT,
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: what to do\n")
+
+
+def test_what_a_terminal_cannot_show_is_escaped_and_ends_nothing(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    load(Settings, [])
+    print("\ufffd \ud800", flush=True)
+    assert narrow.buffer.getvalue() == b"\\ufffd \\ud800\n"

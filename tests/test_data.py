@@ -404,6 +404,22 @@ def test_a_packed_stream_gives_its_documents_back_and_predicts_no_strangers_firs
     assert [t.dtype for t in b] == [torch.int64] * 3 + [torch.int32] * 2 + [torch.uint8]
 
 
+def test_a_sample_of_which_only_the_first_token_is_to_be_learnt_has_nothing_to_learn(bytes_folder, tmp_path):
+    """Nothing comes before a first token, so nothing can be asked to predict it (a tokenizer without BOS, no picture)."""
+    for f in ("tokenizer.json", "tokenizer_config.json"):
+        text = (bytes_folder / f).read_text("utf-8")
+        (tmp_path / f).write_text(text if f == "tokenizer.json" else json.dumps({"eos_token": "</s>"}), "utf-8")
+    encoder = Encoder(Tokenizer(tmp_path), "plain", 3, 4, 1)
+    with pytest.raises(BadSample, match="nothing to learn within 1 tokens"):
+        encoder({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "a cat"}]})
+    ids, labels, _, _ = Encoder(encoder.tok, "plain", 3, 4, 9)(
+        {"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "a cat"}]})
+    assert labels == ids, "all is learnt, the first token too"
+    stream = pack([(ids, labels, [])] * 2, 8)
+    n = len(ids)
+    assert stream.labels.tolist() == ([*ids[1:], IGNORE]) * 2 and stream.labels[n - 1] == IGNORE
+
+
 def test_nothing_packs_into_an_empty_stream_of_the_same_types():
     b = pack([], 8)
     assert [t.dtype for t in b] == [t.dtype for t in pack([example(0)], 8)]
@@ -496,4 +512,11 @@ def test_a_model_folder_says_which_id_and_how_many_tokens_an_image_has(world, by
     (model / "config.json").write_text(json.dumps({"image_token_index": 3, "image_seq_length": 9}))
     args = [str(world.folder / "a.json"), f"--images={world.folder / 'images'}", f"--model={tmp_path / 'run'}"]
     assert data.main(args) == 0
-    assert "[9 x image]" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[9 x image]" in said and "A chat between" in said
+    for meta, shown in [(("chatml", "S"), "system\nS"), (("plain", ""), "USER: "), (("vicuna_v1", ""), "USER: ")]:
+        (model / "pumice.json").write_text(json.dumps(dict(zip(("template", "system"), meta))))
+        assert data.main(args) == 0
+        said = capsys.readouterr().out
+        assert shown in said and "A chat between" not in said, "as train_sft.py goes on from this model"
+    assert data.main([*args, "--template=mistral"]) == 0 and "[INST] " in capsys.readouterr().out

@@ -152,6 +152,14 @@ def test_a_bad_question_file_ends_in_one_clear_line(tmp_path, text, complaint):
         eval.read_questions(str(tmp_path / "gone.jsonl"), "exact")
 
 
+def test_what_no_encoding_knows_costs_one_question_and_neither_score_nor_page(model_folder, world, capsys):
+    write(world / "q.jsonl", [{"question_id": 1, "image": "0.png", "text": "What\ud800?", "answer": "a cat"},
+                              {"question_id": 2, "image": "1.png", "text": "What?", "answer": "\ud800", "type": "\ud800"}])
+    result, rows, page = run(model_folder, world, capsys)
+    assert result["n"] == 2 and result["unreadable"] == 1 and rows[1]["answers"] == ["\ud800"]
+    assert "expected <b>\\ud800</b>" in page.read_text("utf-8")
+
+
 def test_pope_takes_popes_own_files_and_nothing_but_yes_and_no(tmp_path):
     question = {"question_id": 1, "image": "a", "text": "Is it?", "label": "Yes", "category": "random"}
     write(tmp_path / "q.jsonl", [question])

@@ -7,12 +7,15 @@ import inspect
 import io
 import json
 import math
+import os
 import random
 import shutil
 import signal
+import sys
 import time
 import tokenize
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,7 +447,7 @@ def test_a_finished_run_is_not_taken_for_another_one_in_the_same_folder(world, t
     (dict(warmup=100.0), "warmup=100.0: expected between 0 and 0.99, a share of the steps"),
     (dict(lr=-1.0), "lr=-1.0: expected at least 0"), (dict(lr=math.inf), "lr=inf: expected at least 0"),
     (dict(grad_clip=-1.0), "grad_clip=-1.0"), (dict(steps=-5), "steps=-5"), (dict(workers=-1), "workers=-1"),
-    (dict(steps=0, epochs=0.0), "nothing to do"), (dict(steps=0, epochs=math.inf), "epochs=inf: expected at least 0"),
+    (dict(steps=0, epochs=0.0), "nothing to do"), (dict(steps=0, epochs=1e300), "epochs=1e+300: expected between 0"),
     (dict(seed=2**70), "seed="), (dict(batch_size=0), "batch_size=0"),
     (dict(connector="foo"), "connector=foo: mlp or linear"), (dict(device="foo"), "device=foo: auto, cpu"),
     (dict(dtype="foo"), "dtype=foo: auto, bf16, fp32, fp64"), (dict(kernels="foo"), "kernels=foo: auto, torch, triton"),
@@ -504,11 +507,64 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_read(world,
     assert line.startswith("error: out=/proc/pumice/run: ") and "\n" not in line
 
 
+@pytest.mark.parametrize("resume", ["auto", "none"])
+@pytest.mark.parametrize("theirs", ["config.json", "model/notes.txt", "checkpoints/best.pt", "log.jsonl"])
+def test_a_folder_that_is_no_run_loses_nothing(world, tmp_path, resume, theirs):
+    """A model's own folder named as `out`, say: its config.json would become ours."""
+    file = tmp_path / "out" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    line = f"error: out={tmp_path / 'out'}: it is no run, and its {theirs.split('/')[0]} would be lost"
+    assert refusal("align", world, tmp_path / "out", resume=resume) == line
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [file] and file.read_text() == "{}"
+    run("align", {**world, "val_data": "", "steps": 1}, tmp_path / "out", dry_run=True)
+
+
+def test_a_closed_terminal_ends_no_run(world, tmp_path):
+    def rank(_):
+        hears, speaks = os.pipe()
+        os.close(hears)
+        sys.stdout = open(speaks, "w")
+        run("align", world, tmp_path / "run")
+        return engine.finish(0)
+    assert fork(1, rank, tmp_path) == [0]
+    assert (tmp_path / "run" / "finished.json").is_file() and len(rows(tmp_path / "run" / "log.jsonl")) == 8
+
+
+def test_a_fixed_question_that_nobody_can_ask_or_print_stops_nothing(world, tmp_path, capsys):
+    val = rows(Path(world["val_data"]))
+    val[0]["conversations"][0]["value"] += "\ud800"
+    val[1]["conversations"][1]["value"] += "\ud800"
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in val))
+    how = {**world, "val_data": str(tmp_path / "val.jsonl")}
+    run("sft", how, tmp_path / "run", steps=3)
+    assert "(2 of 5 samples could not be used)" in capsys.readouterr().out
+    assert [r["id"] for r in rows(tmp_path / "run" / "samples.jsonl")] == [102, 104]
+
+
 def test_the_toy_world_that_cannot_be_drawn_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("")
-    assert refusal("align", {**world, "data": "toy"}, tmp_path / "out").startswith(
-        "error: the toy world cannot be drawn in runs/toy: ")
+    toy = {**world, "data": "toy", "images": ".", "val_data": ""}
+    assert refusal("align", toy, tmp_path / "out").startswith("error: the toy world cannot be drawn in runs/toy: ")
+
+
+def test_a_setting_that_would_change_nothing_is_refused(world, aligned, tmp_path):
+    how = {**world, "steps": 1}
+    assert "data=toy brings its own images and val_data" in refusal("align", {**how, "data": "toy"}, tmp_path / "run")
+    for idle in (dict(lora_alpha=8.0), dict(lora_dropout=0.1), dict(lora_targets="q_proj")):
+        said = refusal("sft", how, tmp_path / "run", **idle)
+        assert "means nothing while lora_r is 0" in said and [*idle][0] in said
+    said = refusal("sft", how, tmp_path / "run", init=str(aligned), connector="linear")
+    assert said == f"error: connector=linear, but that of {aligned} is mlp"
+    assert "is no checkpoint: those of a run" in refusal("align", how, tmp_path / "run", resume=str(aligned))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_without_a_usable_sample_says_so(world, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text("{}\n" * 9)
+    assert run("align", {**world, "data": str(tmp_path / "bad.jsonl")}, tmp_path / "run", dry_run=True) == 1
+    assert "none of the first step's samples can be used" in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_is_seen_on_any_step_and_ten_in_a_row_stop_the_run(world, tmp_path, monkeypatch,
