@@ -54,8 +54,8 @@ def unwritable(folder):
 
 
 def foreign(folder, own):
-    """Does a folder that no run has made hold something under a name in `own`? -> a reason, or None. To write there would
-    cost somebody a model."""
+    """Does a folder that no run has made hold something under a name in `own`? -> a reason, or None. To write there
+    would cost somebody a model."""
     about, there = Path(folder, "config.json"), [n for n in own if os.path.lexists(os.path.join(folder, n))]
     if there and not (about.is_file() and "settings" in read_json(about)):
         return f"it is no run, and its {there[0]} would be lost"
