@@ -7,6 +7,8 @@ of other spellings, and writing is none. A missing, unexpected or misshapen tens
     init          all of that at once: a run; a llava-hf folder; one of the LLaVA repository, whole, or mm_projector.bin
                   alone, or a LoRA beside non_lora_trainables.bin
     weights       safetensors; else *.bin, opened by torch.load(weights_only=True), which runs no code; in shards or not
+
+    python hf.py export-gguf DIR [--out=DIR] [--dtype=f16]      # for llama.cpp: gguf_export.py
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -621,3 +624,10 @@ def write_shards(folder, tensors, dtype):
         write(folder / "model.safetensors.index.json", {
             "metadata": {"total_size": sum(nbytes.values())},
             "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["export-gguf"]:
+        stop("usage: python hf.py export-gguf DIR [--out=DIR] [--dtype=f16]")
+    import gguf_export                                                        # which imports this file
+    gguf_export.main(sys.argv[2:])

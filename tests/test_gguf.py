@@ -1,0 +1,294 @@
+"""GGUF files, read back with the gguf package: the bytes it would have written, and a model that it rebuilds exactly."""
+
+import io
+import json
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, WORDS, make_tokenizer
+from test_hf import EXAMPLES, FAMILIES, PRE, add_files, configure, error, export
+from test_model import all_logits, theirs
+
+import chat
+import gguf_export
+import hf
+from data import pack
+from model import VLM
+
+gguf = pytest.importorskip("gguf")
+ARCHS = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+
+
+def folder(name, path, tok):
+    """A tiny random LLaVA of some family as transformers writes it, with what it needs beside it."""
+    vision, v, text, t = FAMILIES[name]
+    theirs(vision, v | {"image_size": 8}, text, t).float().save_pretrained(path)
+    return add_files(path, tok, {k: x for k, x in PRE.items() if vision == "CLIP" or not k.startswith("image_")})
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory, bytes_folder):
+    return folder("clip + llama", tmp_path_factory.mktemp("gguf") / "llava", bytes_folder)
+
+
+def read(path):
+    """-> {key: value}, {name: array as torch shapes it}"""
+    reader = gguf.GGUFReader(path)
+    keys = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    return keys, {t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(*reversed(t.shape.tolist()))
+                  for t in reader.tensors}
+
+
+def rebuilt(keys, tensors, eyes, model):
+    """What was read -> a state dict, by the names and the permutation that the gguf package and llama.cpp know."""
+    arch, cfg = keys["general.architecture"], model.cfg.text
+    names = gguf.get_tensor_name_map(ARCHS[arch], keys[f"{arch}.block_count"])
+    eye_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, model.cfg.vision.depth)
+    out = {}
+    for name in model.state_dict():
+        if name.startswith("language_model."):
+            there = names.get_name(name.removeprefix("language_model."), try_suffixes=(".weight", ".bias"))
+            x = tensors.pop(there)
+            if arch == "llama" and ("attn_q." in there or "attn_k." in there):
+                heads = cfg.num_attention_heads if "attn_q." in there else cfg.num_key_value_heads
+                x = x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        elif name.startswith("multi_modal"):             # places in the nn.Sequential of the original LLaVA
+            x = eyes.pop(name.replace("multi_modal_projector.linear_1", "mm.0").replace(
+                "multi_modal_projector.linear_2", "mm.2"))
+        else:
+            x = eyes.pop(eye_names.get_name(name, try_suffixes=(".weight", ".bias")))
+        out[name] = torch.tensor(x)
+    return out
+
+
+def logits(model):
+    with torch.no_grad():
+        return all_logits(model, pack(EXAMPLES, 8))
+
+
+# ---- what the files say ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_rebuilt_from_its_two_files_has_equal_logits(name, tmp_path, bytes_folder):
+    model, _ = hf.load(init=folder(name, tmp_path / "llava", bytes_folder))
+    text, mmproj, _ = gguf_export.export(tmp_path / "llava", tmp_path / "out", "f32")
+    (keys, tensors), (eye_keys, eyes) = read(text), read(mmproj)
+    again = VLM(model.cfg)
+    again.load_state_dict(rebuilt(keys, tensors, eyes, model))
+    assert torch.equal(logits(again), logits(model))
+    assert set(tensors) == ({"rope_freqs.weight"} if name == "llama3 rope" else set()) and not eyes     # nothing more
+    cfg, arch = model.cfg.text, keys["general.architecture"]
+    assert eye_keys["clip.vision.feature_layer"] == [2] and eye_keys["clip.vision.block_count"] == 2
+    assert eye_keys["clip.use_gelu"] == (name in ("siglip", "clip with exact gelu"))
+    assert keys[f"{arch}.rope.freq_base"] == pytest.approx(cfg.rope_theta, rel=1e-7)
+    assert keys[f"{arch}.attention.key_length"] == cfg.head_dim
+    assert keys[f"{arch}.context_length"] == (5 if "window" in name else cfg.max_position_embeddings)
+    assert keys.get(f"{arch}.rope.scaling.factor") == (4.0 if name == "linear rope" else None)
+
+
+def test_the_factors_of_llama_3_are_those_of_the_converter(tmp_path, bytes_folder):
+    folder("llama3 rope", tmp_path / "llava", bytes_folder)
+    cfg = hf.load(init=tmp_path / "llava")[0].cfg.text
+    found = read(gguf_export.export(tmp_path / "llava", "", "f16")[0])[1]["rope_freqs.weight"]
+    s, want = cfg.rope_scaling, []
+    for i in range(0, cfg.head_dim, 2):                  # the definition, in float64: kept, slowed down, or between
+        wave = 2 * np.pi * cfg.rope_theta ** (i / cfg.head_dim)
+        blend = (s["original_max_position_embeddings"] / wave - s["low_freq_factor"]) \
+            / (s["high_freq_factor"] - s["low_freq_factor"])
+        want.append(1 / ((1 - min(max(blend, 0), 1)) / s["factor"] + min(max(blend, 0), 1)))
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    assert want[0] == 1 and want[-1] == 8
+
+
+@pytest.mark.parametrize("dtype", gguf_export.DTYPES)
+def test_the_files_are_byte_for_byte_those_of_the_gguf_package(dtype, llava, tmp_path):
+    """Header, keys, offsets and padding; matrices rounded as it rounds them, vectors and positions in f32."""
+    model, source = hf.load(init=llava)
+    *paths, _ = gguf_export.export(llava, tmp_path, dtype)
+    cfg, kinds = model.cfg, {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16,
+                             "bf16": gguf.GGMLQuantizationType.BF16}
+    for path, keys, tensors in (
+            (paths[0], gguf_export.text_keys(cfg.text, dtype, "llava")
+             | gguf_export.tokenizer_keys(source.tok, cfg.text.vocab_size, None),
+             gguf_export.text_tensors(model.language_model, cfg.text, dtype)),
+            (paths[1], gguf_export.mmproj_keys(cfg, dtype, "llava"), gguf_export.mmproj_tensors(model, dtype))):
+        writer = gguf.GGUFWriter(tmp_path / "theirs", keys.pop("general.architecture"))
+        for k, v in keys.items():
+            kind = gguf.GGUFValueType.get_type(v)
+            writer.add_key_value(k, v, gguf.GGUFValueType.UINT32 if kind == gguf.GGUFValueType.INT32 else kind)
+        for name, x, how in tensors:
+            raw = gguf.quants.quantize(x.numpy(), kinds[how])
+            writer.add_tensor(name, raw, raw_shape=raw.shape, raw_dtype=kinds[how])
+        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+        assert path.read_bytes() == (tmp_path / "theirs").read_bytes()
+        wide = {name: how for name, x, how in tensors if how != "f32"}
+        assert (len(wide) > 10) == (dtype != "f32") and not any("embd.weight" in n and "v.pos" in n for n in wide)
+        assert ("v.patch_embd.weight" in wide) == (dtype == "f16" and path == paths[1])
+
+
+def test_what_fp16_cannot_hold_is_not_published(llava, tmp_path):
+    model, source = hf.load(init=llava)
+    model.language_model.lm_head.weight.data[0, 0] = 1e6
+    run = export(model, source, tmp_path / "run")
+    assert "output.weight is not finite in f16" in error(gguf_export.export, run, "", "f16")
+    assert not list((run / "gguf").glob("*.gguf"))
+    assert gguf_export.export(run, "", "bf16")[0].is_file()
+
+
+# ---- the tokenizer --------------------------------------------------------------------------------------------------
+
+def test_a_byte_level_tokenizer_keeps_its_pieces_merges_and_kinds(llava, tmp_path):
+    keys, _ = read(gguf_export.export(llava, tmp_path, "f16")[0])
+    keys = {k.removeprefix("tokenizer.ggml."): v for k, v in keys.items()}
+    tok = chat.Tokenizer(llava)
+    spec = json.loads((llava / "tokenizer.json").read_text())
+    assert keys["model"] == "gpt2" and keys["pre"] == "gpt-2"
+    assert keys["tokens"] == [tok.full.id_to_token(i) or f"[PAD{i}]" for i in range(512)]
+    special = set(tok.specials.values())
+    assert keys["token_type"] == [3 if i in special else 1 if i < len(tok) else 5 for i in range(512)]
+    assert [m.split(" ") for m in keys["merges"]] == [list(m) for m in spec["model"]["merges"]]
+    assert (keys["bos_token_id"], keys["eos_token_id"], keys["padding_token_id"]) == (1, 2, tok.specials["<pad>"])
+    assert keys["add_bos_token"] is False and "scores" not in keys and "eot_token_id" not in keys
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama_3", "chatml"])
+def test_an_export_tells_its_template_and_what_ends_an_answer(template, llava, tmp_path):
+    hf.save(tmp_path / "run", *(lambda m, f: (m.state_dict(), m.cfg, f))(*hf.load(init=llava)), template, "", "pad")
+    keys, _ = read(gguf_export.export(tmp_path / "run", "", "f16")[0])
+    assert keys["tokenizer.chat_template"] == chat.jinja(template, "")
+    tok = chat.Tokenizer(llava)
+    assert chat.stop_ids(tok, template) == {keys.get("tokenizer.ggml.eot_token_id", keys["tokenizer.ggml.eos_token_id"])}
+
+
+def test_the_scores_of_a_sentencepiece_model_are_found_again_in_its_merges(tmp_path, llava):
+    """llama.cpp has no merges for it: of two unions that could be made, the one with the higher score is."""
+    spm, tok = make_pieces(tmp_path / "pieces")
+    keys = gguf_export.tokenizer_keys(tok, 600, None)
+    keys = {k.removeprefix("tokenizer.ggml."): v for k, v in keys.items()}
+    assert keys["model"] == "llama" and keys["pre"] == "default" and "merges" not in keys
+    for i in range(spm.vocab_size()):
+        kind = 2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1
+        assert (keys["tokens"][i], keys["token_type"][i]) == (spm.id_to_piece(i), kind)
+    made = [i for i in range(spm.vocab_size()) if keys["token_type"][i] == 1 and len(spm.id_to_piece(i)) > 1]
+    assert len(made) > 50
+    assert sorted(made, key=spm.get_score) == sorted(made, key=lambda i: keys["scores"][i])
+    image = tok.specials["<image>"]
+    assert keys["tokens"][image] == "<image>" and keys["token_type"][image] == 3 and keys["token_type"][-1] == 5
+
+
+def make_pieces(folder):
+    """A SentencePiece model trained on the spot, and the tokenizer.json that its scores give -> the model, the tokenizer"""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS.split("\n") * 5), model_writer=out, model_type="bpe", vocab_size=480, byte_fallback=True,
+        character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    spm = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    names = [spm.id_to_piece(i) for i in range(spm.vocab_size())]
+    normal = {n: spm.get_score(i) for i, n in enumerate(names)
+              if not (spm.is_unknown(i) or spm.is_control(i) or spm.is_byte(i))}
+    merges = [(-score, i, -len(n), n[:i], n[i:]) for n, score in normal.items() for i in range(1, len(n))
+              if n[:i] in normal and n[i:] in normal]
+    special = {n: i for i, n in enumerate([*names, "<image>"]) if n in ("<unk>", "<s>", "</s>", "<image>")}
+    spec = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None,
+            "added_tokens": [{"id": i, "content": n, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+                              "single_word": False} for n, i in special.items()],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+                      "vocab": {n: i for i, n in enumerate(names)}, "merges": [[a, b] for *_, a, b in sorted(merges)]}}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return spm, chat.Tokenizer(folder)
+
+
+def apart(merges):
+    """The second way to make some piece moves to the front, far from the first."""
+    made = [a + b for a, b in merges]
+    merges.insert(0, merges.pop(next(i for i, m in enumerate(made) if i > 20 and m in made[:i])))
+
+
+LLAMA_3 = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex":
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+QWEN = json.loads(json.dumps(LLAMA_3).replace("{1,3}", ""))
+SMOL = {"type": "Sequence", "pretokenizers": [
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
+
+
+def respecified(source, out, change):
+    """A tokenizer folder whose tokenizer.json was changed"""
+    make_tokenizer(out) if source is None else out.mkdir()
+    spec = json.loads(((source or out) / "tokenizer.json").read_text())
+    change(spec)
+    (out / "tokenizer.json").write_text(json.dumps(spec))
+    (out / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return chat.Tokenizer(out)
+
+
+@pytest.mark.parametrize("cut, norm, at_once, name", [
+    (LLAMA_3, None, True, "llama-bpe"), (QWEN, {"type": "NFC"}, False, "qwen2"), (SMOL, None, False, "smollm")])
+def test_the_three_other_ways_to_cut_a_text_are_known_by_name(cut, norm, at_once, name, tmp_path):
+    def change(spec):
+        spec.update(pre_tokenizer=cut, normalizer=norm)
+        spec["model"]["ignore_merges"] = at_once
+    assert gguf_export.tokenizer_keys(respecified(None, tmp_path / "t", change), 512, None)["tokenizer.ggml.pre"] == name
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "no name for this way of cutting text: ['Whitespace']"),
+    (lambda s: s.update(pre_tokenizer=LLAMA_3), "no name for this way"),                       # without ignore_merges
+    (lambda s: s.update(normalizer={"type": "Lowercase"}), "no name for this way of cutting text: ['Lowercase'"),
+    (lambda s: s["pre_tokenizer"].update(add_prefix_space=True), "no name for this way"),
+    (lambda s: s.update(pre_tokenizer=None), "no name for this way of cutting text: []"),
+    (lambda s: s.update(model={"type": "WordLevel", "vocab": {"<s>": 1, "</s>": 2, "<unk>": 0}, "unk_token": "<unk>"},
+                        added_tokens=[]), "a tokenizer of type 'WordLevel'")])
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(change, says, tmp_path):
+    assert says in error(gguf_export.tokenizer_keys, respecified(None, tmp_path / "t", change), 512, None)
+
+
+@pytest.mark.parametrize("change", [apart, list.pop])
+def test_merges_that_no_scores_can_stand_for_are_refused(change, tmp_path):
+    make_pieces(tmp_path / "pieces")
+    tok = respecified(tmp_path / "pieces", tmp_path / "t", lambda spec: change(spec["model"]["merges"]))
+    assert "not those of a SentencePiece model" in error(gguf_export.tokenizer_keys, tok, 600, None)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def test_the_command_writes_two_files_and_says_what_will_differ(llava, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf.py", "export-gguf", str(llava), f"--out={tmp_path}", "--dtype=bf16"])
+    runpy.run_path(str(ROOT / "hf.py"), run_name="__main__")
+    out, notes = capsys.readouterr()
+    files = ["model-bf16.gguf", "mmproj-model-bf16.gguf"]
+    assert out.split() == [str(tmp_path / f) for f in files] and {p.name for p in tmp_path.iterdir()} == set(files)
+    notes = [n for n in notes.splitlines() if n.startswith("note: ")]
+    assert len(notes) == 2 and "trained with image_aspect=crop" in notes[0] and "issue 25814" in notes[1]
+
+
+def test_what_llama_cpp_cannot_do_is_refused_in_a_line(llava):
+    assert "usage: python hf.py export-gguf DIR" in error(gguf_export.main, [])
+    assert "dtype=q4_0: f32, f16, bf16" in error(gguf_export.main, [str(llava), "--dtype=q4_0"])
+    model, source = hf.load(init=llava)
+    cfg = model.cfg
+    for part, key, value, says in (
+            (cfg, "connector", "linear", "knows no linear connector"),
+            (cfg.vision, "intermediate_size", 32, "would swap the two layers"),
+            (cfg.vision, "model_type", "dinov2", "knows no dinov2")):
+        old = getattr(part, key)
+        setattr(part, key, value)
+        assert says in error(gguf_export.mmproj_keys, cfg, "f16", "x")
+        setattr(part, key, old)
+    cfg.text.model_type, cfg.text.o_bias = "qwen2", True
+    assert "knows no qwen2 with these biases" in error(gguf_export.text_keys, cfg.text, "f16", "x")
+    cfg.text.model_type = "gemma"
+    assert "language model of type 'gemma'" in error(gguf_export.text_keys, cfg.text, "f16", "x")
