@@ -222,7 +222,18 @@ def tokenizer_keys(tok, V, template):
     talk = read_json(names).get("chat_template") if names.is_file() else None
     if (file := tok.folder / "chat_template.jinja").is_file():
         talk = file.read_text("utf-8")
+    talk = marked(talk) if template else talk
     return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | ({"tokenizer.chat_template": talk} if talk else {})
+
+
+def marked(talk):
+    """Our template for llama.cpp, which puts a marker of its own, <__media…__>, where a picture was, and no newline.
+    As <image> does in training, it comes to the front of its turn, and a newline after it."""
+    said = "{% set said = words(message['content']) %}"
+    mark = ("{% set mark = '<__media' + said.split('<__media')[1].split('__>')[0] + '__>' if '<__media' in said "
+            "else '<image>' %}")
+    head, turns = talk.split(said)
+    return head + said + mark + turns.replace("'<image>\\n'", "mark + '\\n'").replace("'<image>'", "mark")
 
 
 # ---- eyes and connector ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""GGUF files, read back with the gguf package: the bytes it would have written, and a model that it rebuilds exactly."""
+"""GGUF files, read back with the gguf package: the bytes it would have written, and a model rebuilt exactly."""
 
 import io
 import json
@@ -160,7 +160,8 @@ def test_an_export_tells_its_template_and_what_ends_an_answer(template, llava, t
     keys, _ = read(gguf_export.export(tmp_path / "run", "", "f16")[0])
     assert keys["tokenizer.chat_template"] == chat.jinja(template, "")
     tok = chat.Tokenizer(llava)
-    assert chat.stop_ids(tok, template) == {keys.get("tokenizer.ggml.eot_token_id", keys["tokenizer.ggml.eos_token_id"])}
+    keys = {k.removeprefix("tokenizer.ggml."): v for k, v in keys.items()}
+    assert chat.stop_ids(tok, template) == {keys.get("eot_token_id", keys["eos_token_id"])}
 
 
 def test_the_scores_of_a_sentencepiece_model_are_found_again_in_its_merges(tmp_path, llava):
@@ -180,12 +181,13 @@ def test_the_scores_of_a_sentencepiece_model_are_found_again_in_its_merges(tmp_p
 
 
 def make_pieces(folder):
-    """A SentencePiece model trained on the spot, and the tokenizer.json that its scores give -> the model, the tokenizer"""
+    """-> a SentencePiece model trained on the spot, and the Tokenizer that its scores give"""
     sentencepiece = pytest.importorskip("sentencepiece")
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS.split("\n") * 5), model_writer=out, model_type="bpe", vocab_size=480, byte_fallback=True,
-        character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+        sentence_iterator=iter(WORDS.split("\n") * 5), model_writer=out, model_type="bpe", vocab_size=480,
+        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=2)
     spm = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
     names = [spm.id_to_piece(i) for i in range(spm.vocab_size())]
     normal = {n: spm.get_score(i) for i, n in enumerate(names)
@@ -194,13 +196,14 @@ def make_pieces(folder):
               if n[:i] in normal and n[i:] in normal]
     special = {n: i for i, n in enumerate([*names, "<image>"]) if n in ("<unk>", "<s>", "</s>", "<image>")}
     spec = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None,
-            "added_tokens": [{"id": i, "content": n, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
-                              "single_word": False} for n, i in special.items()],
+            "added_tokens": [{"id": i, "content": n, "special": True, "normalized": False, "lstrip": False,
+                              "rstrip": False, "single_word": False} for n, i in special.items()],
             "normalizer": {"type": "Sequence", "normalizers": [
-                {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
             "decoder": {"type": "Sequence", "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
             "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
                       "vocab": {n: i for i, n in enumerate(names)}, "merges": [[a, b] for *_, a, b in sorted(merges)]}}
     folder.mkdir()
@@ -216,8 +219,9 @@ def apart(merges):
 
 
 LLAMA_3 = {"type": "Sequence", "pretokenizers": [
-    {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex":
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}},
+    {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {
+        "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+"}},
     {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
 QWEN = json.loads(json.dumps(LLAMA_3).replace("{1,3}", ""))
 SMOL = {"type": "Sequence", "pretokenizers": [
@@ -241,7 +245,8 @@ def test_the_three_other_ways_to_cut_a_text_are_known_by_name(cut, norm, at_once
     def change(spec):
         spec.update(pre_tokenizer=cut, normalizer=norm)
         spec["model"]["ignore_merges"] = at_once
-    assert gguf_export.tokenizer_keys(respecified(None, tmp_path / "t", change), 512, None)["tokenizer.ggml.pre"] == name
+    tok = respecified(None, tmp_path / "t", change)
+    assert gguf_export.tokenizer_keys(tok, 512, None)["tokenizer.ggml.pre"] == name
 
 
 @pytest.mark.parametrize("change, says", [
