@@ -154,14 +154,24 @@ def test_a_byte_level_tokenizer_keeps_its_pieces_merges_and_kinds(llava, tmp_pat
     assert keys["add_bos_token"] is False and "scores" not in keys and "eot_token_id" not in keys
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "llama_3", "chatml"])
+@pytest.mark.parametrize("template", chat.TEMPLATES)
 def test_an_export_tells_its_template_and_what_ends_an_answer(template, llava, tmp_path):
+    """Where transformers sees <image> and a newline, llama.cpp puts a marker alone, before or behind the text."""
+    jinja2 = pytest.importorskip("jinja2")
     hf.save(tmp_path / "run", *(lambda m, f: (m.state_dict(), m.cfg, f))(*hf.load(init=llava)), template, "", "pad")
     keys, _ = read(gguf_export.export(tmp_path / "run", "", "f16")[0])
-    assert keys["tokenizer.chat_template"] == chat.jinja(template, "")
+    for here, there in (("Hi", "Hi"), ("<image>\nHi", "<__media_x__>Hi"), ("<image>\nHi", "Hi<__media_x__>"),
+                        ("<image>\nHi", "<image>\nHi"), ("<image>\n<image>\nHi", "<__media_x__>\n<__media_x__>\nHi")):
+        talk = [[{"role": r, "content": c} for r, c in (("user", said), ("assistant", "Yo"), ("user", "?"))]
+                for said in (here, there)]
+        how = dict(bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+        want, found = (jinja2.Template(t).render(messages=m, **how)
+                       for t, m in zip((chat.jinja(template, ""), keys["tokenizer.chat_template"]), talk))
+        assert found.replace("<__media_x__>", "<image>") == want
     tok = chat.Tokenizer(llava)
     keys = {k.removeprefix("tokenizer.ggml."): v for k, v in keys.items()}
-    assert chat.stop_ids(tok, template) == {keys.get("eot_token_id", keys["eos_token_id"])}
+    end = {keys.get("eot_token_id", keys["eos_token_id"])}
+    assert chat.stop_ids(tok, template) == end or template == "plain"         # a newline; llama.cpp stops at tokens
 
 
 def test_the_scores_of_a_sentencepiece_model_are_found_again_in_its_merges(tmp_path, llava):

@@ -83,7 +83,8 @@ def test_the_language_model_says_the_same(name, tmp_path, bytes_folder):
 def texts(n=150):
     r = random.Random(0)
     alphabet = "aAbetTh  \n\n\t.,'!?:09123éß猫🦙▁"
-    lines = ["What is this?", " two  spaces ", "it's 1234 cats\n\n  yes", "a\u00a0b\r\nc", "<0x0A> [INST] ▁", "'S 'll\t"]
+    lines = ["What is this?", " two  spaces ", "it's 1234 cats\n\n  yes", "a\u00a0b\r\nc", "<0x0A> [INST] ▁",
+             "'S 'll\tx"]
     return lines + ["".join(r.choices(alphabet, k=r.randint(1, 30))) for _ in range(n)]
 
 
