@@ -11,15 +11,13 @@ their turn. Hence: no searching of rendered text, and the prompt at inference is
 
 import itertools
 import json
-from pathlib import Path
+import re
 from typing import NamedTuple
 
-import tokenizers
-
-from config import stop, strict_json
+from config import stop
+from tokenizer import IMAGE, Tokenizer  # noqa: F401  (the marker of LLaVA's data files is also the token's name)
 
 IGNORE = -100
-IMAGE = "<image>"  # the marker of LLaVA's data files
 
 
 class BadSample(ValueError):
@@ -29,52 +27,6 @@ class BadSample(ValueError):
     def __init__(self, reason, detail=""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
-
-
-class Tokenizer:
-    """tokenizer.json read twice: whole, to look up and decode control tokens, and stripped of them, to tokenise what
-    people type."""
-
-    def __init__(self, folder):
-        self.folder = folder = Path(folder)
-        file, names = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        if not file.is_file():
-            stop(f"{folder} holds no tokenizer.json")
-        try:
-            spec = strict_json(file.read_text("utf-8"), file)
-            names = strict_json(names.read_text("utf-8"), names) if names.is_file() else {}
-            self.full = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            self.specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
-            spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-            self.plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except Exception as e:  # tokenizers raises bare Exception
-            stop(f"the tokenizer in {folder} cannot be read: {e}")
-        self.bos, self.eos = (self._named(names.get(k)) for k in ("bos_token", "eos_token"))
-
-    def _named(self, token):
-        token = token["content"] if isinstance(token, dict) else token
-        return None if token is None else self.id(token)
-
-    def __len__(self):
-        return self.full.get_vocab_size(with_added_tokens=True)
-
-    def id(self, token):
-        i = self.full.token_to_id(token)
-        if i is None:
-            stop(f"the tokenizer in {self.folder} has no token {token!r}; does the template fit this language model?")
-        return i
-
-    def text(self, s):
-        """Ids and character spans of plain text; nothing in it is a control token."""
-        try:
-            s.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadSample("a text holds a lone surrogate, which no encoding knows") from None
-        e = self.plain.encode(s, add_special_tokens=False)
-        return e.ids, e.offsets
-
-    def decode(self, ids):
-        return self.full.decode(list(ids), skip_special_tokens=True)
 
 
 class Script:
@@ -87,6 +39,10 @@ class Script:
         if token is None:
             stop(f"this template needs a BOS and an EOS token; {self.tok.folder}/tokenizer_config.json names none")
         self.parts.append(("id", token if isinstance(token, int) else self.tok.id(token), learn))
+
+    def mark(self, s):
+        """Words around a turn that some tokenizers know as control tokens (Mistral's, from its third version on)."""
+        self.control(s) if s in self.tok.specials else self.text(s)
 
     def text(self, s, learn=False):
         if s:
@@ -112,7 +68,10 @@ class Script:
 
         def flush():
             learnt = b"".join(bytes([learn]) * len(s) for s, learn in texts)  # one byte per character
-            new, offsets = self.tok.text("".join(s for s, _ in texts))
+            whole = "".join(s for s, _ in texts)
+            if re.search("[\ud800-\udfff]", whole):
+                raise BadSample("a text holds a lone surrogate, which no encoding knows")
+            new, offsets = self.tok.text(whole, first=not ids)
             for i, (a, b) in zip(new, offsets):
                 touched = learnt[a:b]
                 if 0 in touched and 1 in touched:
@@ -165,10 +124,12 @@ def llava_llama_2(w, system, turns, bos_each_turn=True):
     for i, (user, answer) in enumerate(turns):
         if i == 0 or bos_each_turn:
             w.control(w.tok.bos)
-        w.text("[INST] ")
+        w.mark("[INST]")
+        w.text(" ")
         w.text(f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else "")
         w.user(user)
-        w.text(" [/INST]")
+        w.text(" ")
+        w.mark("[/INST]")
         if answer is not None:
             w.text(" " + answer + " ", learn=True)
             w.control(w.tok.eos, learn=True)

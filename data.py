@@ -392,7 +392,7 @@ def loader(steps, order, workers):
 @dataclasses.dataclass
 class Check:
     images: str = "."              # folder of the images
-    model: str = ""                # folder with a tokenizer.json: a run, a LLaVA folder, a language model
+    model: str = ""                # folder with a tokenizer: a run, a LLaVA folder, a language model
     template: str = ""             # plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral; empty: as train_sft.py
                                    # goes on from this model
     max_len: int = 2048            # tokens
@@ -408,13 +408,13 @@ def main(argv):
     within(s, {"max_len": (1, None), "image_tokens": (1, None), "show": (0, None)})
     folder = Path(s.model)
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
-    tok, cfg = chat.Tokenizer(folder), read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    image_id = cfg.get("image_token_index", tok.specials.get(chat.IMAGE, len(tok)))
+    cfg = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    tok = chat.Tokenizer(folder, cfg.get("image_token_index", cfg.get("image_token_id")))
     meta = read_json(folder / "pumice.json") if (folder / "pumice.json").is_file() else {}
     known = meta.get("template", "plain")
     template = s.template or (known if known != "plain" else "vicuna_v1")
     image_tokens = cfg.get("image_seq_length", s.image_tokens)
-    encode = Encoder(tok, template, image_id, image_tokens, s.max_len, meta.get("system"))
+    encode = Encoder(tok, template, tok.image, image_tokens, s.max_len, meta.get("system"))
     rows, lengths, reasons, learnt, images, cut = Rows(files[0]), [], defaultdict(list), 0, 0, 0
     for i in range(len(rows)):
         try:
@@ -431,7 +431,7 @@ def main(argv):
         cut += lost > 0
         if len(lengths) <= s.show:
             print(f"--- sample {i}, id {row.get('id')!r:.80}: {len(ids)} tokens, {len(names)} image(s)")
-            chat.show(tok, ids, labels, image_id)
+            chat.show(tok, ids, labels, tok.image)
     good, bad = len(lengths), len(rows) - len(lengths)
     print(f"--- {files[0]}: {len(rows)} samples, {good} good, {bad} dropped, {cut} truncated to {s.max_len} tokens")
     if good:

@@ -31,6 +31,7 @@ from checkpoint import commit
 from config import read_json, stop
 from data import ImageSpec
 from model import ACTIVATIONS, VLM, TextConfig, VisionConfig, VisionTower, VLMConfig, init_weights
+from tokenizer import Tokenizer
 
 # what published files hold and nobody needs: tables that are made anew, the text half of a CLIP or SigLIP, the pooling
 # head of a SigLIP, what DINOv2 puts in the place of a hidden patch
@@ -309,13 +310,14 @@ def read_pre(folder):
 
 class Folder(NamedTuple):
     """What a model came with beside its weights, for writing it out again."""
-    tok: chat.Tokenizer
+    tok: Tokenizer
     vision: dict                # config of the tower, as published
     text: dict                  # config of the language model, as published
     pre: dict                   # preprocessor_config.json
     spare: dict                 # tensors that are not built: blocks behind the feature layer, the last norm
     meta: dict                  # template, system text and image_aspect of a model that was trained here
     marks: dict = {}            # {name: mark(tensor)} of what was read
+    notes: list = []            # what the tokenizer was lacking and got
 
 
 def tower(folder):
@@ -327,7 +329,7 @@ def tower(folder):
 
 
 def llava(folder, c):
-    """A llava-hf folder -> Folder, tensors, feature layer, id of the image token"""
+    """A llava-hf folder -> Folder, tensors, feature layer"""
     if c.get("model_type") != "llava":
         stop(f"{folder} holds a {c.get('model_type')!r}, not a llava model")
     v, t, layer = c.get("vision_config") or LLAVA_EYES, c.get("text_config") or {}, c.get("vision_feature_layer", -2)
@@ -349,8 +351,8 @@ def llava(folder, c):
         stop(f"{folder}: projector_hidden_act {act!r} is not known here")
     if v.get("model_type") == "dinov2_with_registers" and not meta:
         stop(f"{folder}: a tower whose register tokens are read along with the patches is not known here")
-    image_id = c.get("image_token_index", c.get("image_token_id", 32000))
-    return Folder(chat.Tokenizer(folder), v, t, read_pre(folder), {}, meta), tensors, layer, image_id
+    tok = Tokenizer(folder, c.get("image_token_index", c.get("image_token_id")))
+    return Folder(tok, v, t, read_pre(folder), {}, meta), tensors, layer
 
 
 def original(folder, c):
@@ -381,41 +383,33 @@ def original(folder, c):
         tensors[f"{name}.weight"] = W.float() + scale * (B.float() @ A.float())
     t = {k: x for k, x in c.items() if not re.match("mm_|tune_mm_|freeze_mm_|use_mm_|image_", k)}
     t["model_type"] = LLAVA_TEXT.get(c.get("model_type"), c.get("model_type"))
-    tok = chat.Tokenizer(folder if any(folder.glob("tokenizer*")) else base)
+    tok = Tokenizer(folder if any(folder.glob("tokenizer*")) else base)
     pads = c.get("image_aspect_ratio") == "pad"
     return Folder(tok, v, t, pre | {"do_pad": pads}, {}, {}), tensors, c.get("mm_vision_select_layer", -2)
 
 
 def load(vision="", llm="", init="", connector="mlp", seed=0):
     """-> VLM in fp32, Folder. From two towers with a new connector, or from `init`; every tensor accounted for."""
-    where, layer, image_id = init or f"{vision} + {llm}", -2, None
+    where, layer = init or f"{vision} + {llm}", -2
     if init:
         at = find_model(init)
         c = read_json(at / "config.json")
-        if "mm_vision_tower" in c:
-            folder, tensors, layer = original(at, c)
-        else:
-            folder, tensors, layer, image_id = llava(at, c)
+        folder, tensors, layer = (original if "mm_vision_tower" in c else llava)(at, c)
         connector = "mlp" if any("linear_2" in k for k in tensors) else "linear"
     else:
         eyes, tongue = find(vision), find(llm)
         t, (v, pre, tensors) = read_json(tongue / "config.json"), tower(eyes)
-        folder = Folder(chat.Tokenizer(tongue), v, t, pre, {}, {})
+        folder = Folder(Tokenizer(tongue), v, t, pre, {}, {})
         tensors |= renamed(read_tensors(tongue), tongue)
-    tok = folder.tok
-    if image_id is None:
-        image_id = tok.specials.get(chat.IMAGE)
-        if image_id is None or image_id >= folder.text.get("vocab_size", 32000):
-            stop(f"the tokenizer in {tok.folder} has no {chat.IMAGE} token with a row in the embedding")
-    cfg = VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector, image_id)
+    cfg = VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector,
+                    folder.tok.image)
     if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size:
         stop(f"{where}: preprocessor_config.json makes pictures of side {side}, the tower reads "
              f"{cfg.vision.image_size}")
-    if cfg.text.vocab_size < len(tok):
-        stop(f"{where}: the tokenizer knows {len(tok)} ids, the embedding {cfg.text.vocab_size}")
     head, words = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
     if cfg.text.tie_word_embeddings and head is not None:                     # as transformers 5 has it
         cfg.text.tie_word_embeddings = words is not None and torch.equal(head, words)
+    notes = folder.tok.notes + grow(tensors, cfg.text, folder.tok, where)
     with torch.device("meta"):
         model = VLM(cfg)
     tensors, spare = account(model, tensors, where, () if init else "multi_modal_projector.")
@@ -428,7 +422,31 @@ def load(vision="", llm="", init="", connector="mlp", seed=0):
                 marks[k] = mark(p)
     if not init:
         init_weights(model.multi_modal_projector, seed)
-    return model, folder._replace(spare=spare, marks=marks)
+    return model, folder._replace(spare=spare, marks=marks, notes=notes)
+
+
+def grow(tensors, cfg, tok, where):
+    """Give the tokens that the tokenizer was lacking their rows in the embedding and in the head, to a multiple of 64 as
+    in LLaVA-HF -> lines that say so; `tensors` and cfg.vocab_size change.
+
+    A new row is the mean of the old ones, as in LLaVA. For the embedding it hardly matters: a picture's features
+    replace it, and padding is not read. In the head it makes a new logit the mean of the old ones, which (Jensen) is
+    never above their log-sum-exp - log V: n new rows raise no loss by more than log(1 + n/V), where a row drawn at
+    random could be any prompt's best guess.
+    """
+    V = cfg.vocab_size
+    if tok.published > V:
+        stop(f"{where}: the tokenizer knows {tok.published} ids, the embedding {V}")
+    if len(tok) <= V:
+        return []
+    cfg.vocab_size = -(-len(tok) // 64) * 64
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        x = tensors.get(name)
+        if x is not None and len(x) == V:                                     # else `account` says what is wrong
+            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # the same on any machine
+            tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
+    return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
+            f"{cfg.vocab_size:,}"]
 
 
 def account(model, tensors, where, new=()):
@@ -514,7 +532,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
     VLM by name; each is rounded to dtype when its shard is written, so there is no second copy of all of them."""
     v, t, tok = cfg.vision, cfg.text, folder.tok
     names = {i: name for name, i in tok.specials.items()}
-    pad, image, talk = pad_id(tok), names[cfg.image_token_index], chat.jinja(template, system)
+    pad, image, talk = tok.pad, names[cfg.image_token_index], chat.jinja(template, system)
     stops = sorted(chat.stop_ids(tok, template)) if chat.template(template).stop != "\n" else [tok.eos]
 
     def published(old, new, keys):
@@ -534,7 +552,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
         vision["vision_use_head"] = False                                     # the pooling head is not kept
     pre = {k: x for k, x in folder.pre.items() if k != "do_pad"}
     pre |= {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size)
-    tokenizer = read_json(tok.folder / "tokenizer.json") | {"post_processor": None}   # the template writes BOS
+    tokenizer = tok.spec | {"post_processor": None}                           # the template writes BOS
     files = {
         "config.json": {
             "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100,
@@ -575,11 +593,6 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
         (tmp / "chat_template.jinja").write_text(talk, "utf-8")
 
     commit(out, fill)
-
-
-def pad_id(tok):
-    known = ("<pad>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
-    return next((tok.specials[n] for n in known if n in tok.specials), tok.eos)
 
 
 def write(path, obj):

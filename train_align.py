@@ -91,7 +91,7 @@ def main(s):
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
     warmup = math.ceil(s.warmup * steps)
     first = samples[0]
-    world.print(*stage.plan(model, lrs, world, first.micro, steps, s), sep="\n")
+    world.print(*folder.notes, *stage.plan(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
         return stage.one_sample(samples, folder.tok, world)
 

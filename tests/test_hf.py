@@ -322,7 +322,6 @@ def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava):
     (1, dict(rope_scaling={"rope_type": "yarn"}), "rope scaling 'yarn'"),
     (1, dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1),
      "a sliding window in 1 of its 2 layers"),
-    (1, dict(vocab_size=3), "has no <image> token with a row in the embedding"),
     (1, dict(vocab_size=400), "the tokenizer knows"),
 ])
 def test_what_is_not_known_here_is_refused(copy, part, new, says):
