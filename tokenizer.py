@@ -82,8 +82,10 @@ def sentencepiece(path):
     prefix, squeezes, escapes = (normalizer.get(k, 1) for k in (3, 4, 5))
     if normalizer.get(2) or squeezes or not escapes or trainer.get(24):
         refuse("it rewrites text before it splits it (only the identity and a first space are known here)")
-    if len(set(names)) < len(names) or kinds.count(UNKNOWN) != 1 or UNUSED in kinds or not all(names):
-        refuse("pieces that are double, empty, unused, or not one for the unknown")
+    if len(set(names)) < len(names) or not all(names) or " " in "".join(names):
+        refuse("pieces that are double, empty or hold a space")
+    if kinds.count(UNKNOWN) != 1 or UNUSED in kinds:
+        refuse("not one piece for the unknown, or unused ones")
     normal = {name: score for name, score, kind in zip(names, scores, kinds) if kind == NORMAL}
     joint = sorted((name for name in normal if len(name) > 1), key=lambda name: -normal[name])
     if len({normal[name] for name in joint}) < len(joint):
@@ -100,7 +102,7 @@ def sentencepiece(path):
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     spec = {
         "version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None,
-        "added_tokens": [added(i, name.replace("▁", " ") if kind == WORD else name, kind != WORD)
+        "added_tokens": [added(i, name, kind != WORD) | {"normalized": kind == WORD}
                          for i, (name, kind) in enumerate(zip(names, kinds)) if kind in (UNKNOWN, CONTROL, WORD)],
         "normalizer": {"type": "Sequence", "normalizers": [*first, space]},
         "decoder": {"type": "Sequence", "decoders": [
@@ -134,14 +136,14 @@ def read(folder):
         stop(f"{folder} holds no tokenizer.json and no tokenizer.model")
     spec, roles = sentencepiece(folder / "tokenizer.model")
     names, vocab = roles | names, spec["model"]["vocab"]
-    more = {int(i): (t["content"], t.get("special")) for i, t in names.get("added_tokens_decoder", {}).items()}
+    roles = [word(t) for v in names.values() for t in (v if isinstance(v, list) else [v])]
+    more = [(int(i), not t.get("special"), t["content"]) for i, t in names.get("added_tokens_decoder", {}).items()]
     if (folder / "added_tokens.json").is_file():
-        more = {i: (name, False) for name, i in read_json(folder / "added_tokens.json").items()} | more
-    special = [word(t) for v in names.values() for t in (v if isinstance(v, list) else [v])]
-    for i, (name, control) in sorted(more.items()):
+        more += [(i, name not in roles, name) for name, i in read_json(folder / "added_tokens.json").items()]
+    for i, said, name in sorted(more):
         if i == len(vocab):
             vocab[name] = i
-            spec["added_tokens"].append(added(i, name, bool(control) or name in special))
+            spec["added_tokens"].append(added(i, name, not said))
         elif vocab.get(name) != i:
             stop(f"{folder}: the added token {name!r} has id {i}, but {len(vocab)} is the next that is free")
     return spec, names
@@ -149,7 +151,7 @@ def read(folder):
 
 def word(token):
     """A token of a config file, which is a string or an object -> str"""
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def vocabulary(spec):
