@@ -442,7 +442,7 @@ def grow(tensors, cfg, tok, where):
     cfg.vocab_size = -(-len(tok) // 64) * 64
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         x = tensors.get(name)
-        if x is not None and len(x) == V:                                     # else `account` says what is wrong
+        if x is not None and x.shape[:1] == (V,):                             # else `account` says what is wrong
             mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # the same on any machine
             tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
     return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
