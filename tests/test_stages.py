@@ -266,8 +266,8 @@ def test_two_processes_train_what_one_does(parallel, world, tmp_path):
 
 @pytest.mark.parametrize("kind, changes, words", [
     ("align", dict(data="nowhere.json"), ["nowhere.json"]),
-    ("align", dict(vision="no_eyes"), ["no_eyes", "missing"]),
-    ("align", dict(llm="no_tongue"), ["no_tongue", "missing"]),
+    ("align", dict(vision="no_eyes"), ["no_eyes", "no such folder"]),
+    ("align", dict(llm="no_tongue"), ["no_tongue", "no such folder"]),
     ("align", dict(images="no_pictures"), ["could not be used", "is missing"]),
     ("sft", dict(init="runs/never"), ["runs/never", "no such folder"]),
     ("sft", dict(init="runs/align", llm="x"), ["init=runs/align brings its own towers", "llm=x would not be read"]),
