@@ -61,7 +61,7 @@ def pickled(tensors):
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP", "SigLIP headless", "DINOv2", "DINOv2 with registers",
                                   "whole CLIP", "whole Siglip"])
 def test_a_tower_sees_what_it_sees_in_transformers(name, way, towers, tmp_path):  # noqa: F811
-    """Features of the last but one layer, without class and register tokens, float64."""
+    """Features of the last but one layer, without class and register tokens, in float64 and fp32."""
     model, vision = eyes(name)
     model.save_pretrained(tmp_path)
     tensors = way(load_file(tmp_path / "model.safetensors"))
@@ -73,12 +73,13 @@ def test_a_tower_sees_what_it_sees_in_transformers(name, way, towers, tmp_path):
     else:
         save_file(tensors, tmp_path / "model.safetensors")
     mine, folder = hf.load(add_files(tmp_path, pre=PRE), towers[1])
-    mine.double(), vision.double()
-    with torch.no_grad():
-        there = vision(pixel_values=pixels(PICTURES, mine.cfg.vision).double(), output_hidden_states=True)
-        true, seen = there.hidden_states[-2][:, -4:], mine.vision_tower(PICTURES)
-    assert seen.shape == true.shape == (3, 4, 32) and true.std() > 0.1
-    assert (seen - true).abs().max() <= PARITY * true.abs().max()
+    for dtype, close in ((torch.float32, 1e-5), (torch.float64, PARITY)):
+        mine.to(dtype), vision.to(dtype)
+        with torch.no_grad():
+            there = vision(pixel_values=pixels(PICTURES, mine.cfg.vision).to(dtype), output_hidden_states=True)
+            true, seen = there.hidden_states[-2][:, -4:], mine.vision_tower(PICTURES)
+        assert seen.shape == true.shape == (3, 4, 32) and true.std() > 0.1
+        assert (seen - true).abs().max() <= close * true.abs().max()
     assert len(folder.spare) == (20 if "DINO" in name else 18)                  # last block and norm
     assert all(".layers.2." in k or "post_layernorm" in k for k in folder.spare)
 
