@@ -444,6 +444,24 @@ def test_ranks_share_the_work_and_streams_are_filled(seed):
         assert len(sums) < 2 or sums[0] + sums[1] > room, "no two streams fit into one"
 
 
+def test_ranks_share_pictures_as_well_as_tokens(world, monkeypatch):
+    """Two samples with a picture and two without, all equally long: by tokens alone one rank would get both pictures."""
+    ids = [1] + [I] * Q + [9]
+
+    class Encode:
+        image_tokens, max_len = Q, 120
+
+        def __call__(self, row):
+            return (ids, [IGNORE, *ids[1:]], [row["image"]], 0) if "image" in row else ([9] * len(ids), ids, [], 0)
+    for order in ([1, 3, 2, 6], [3, 1, 6, 2], [1, 2, 3, 6]):                     # pictures: all that 3 does not divide
+        counts = []
+        for rank in range(2):
+            steps = world(batch_size=4, rank=rank, world=2)
+            steps.encode, steps.samples = Encode(), lambda step: [(0, i) for i in order]
+            counts.append(sum(len(b.images) for b in steps[0].micro))
+        assert counts == [1, 1], order
+
+
 def test_the_fullest_stream_that_has_room_is_filled_first():
     assert sorted(fill(range(5), [7, 6, 3, 2, 2], 10)) == [[0, 2], [1, 3, 4]]  # the emptiest first needs three
 

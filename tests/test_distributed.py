@@ -135,6 +135,18 @@ def test_a_step_without_anything_to_learn_changes_nothing():
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
+def test_a_loss_that_is_no_number_is_seen_where_its_gradient_is_finite():
+    """A mean over no label is one: NaN, with a gradient of zero that no look at the norm would notice."""
+    model = tiny_vlm()
+    optimizer = engine.adamw(model, engine.choose(model, TABLE, torch.float64), 0.1)
+    engine.set_lr(optimizer, 0, 2, 0)
+    before = [p.clone() for p in model.parameters()]
+    nan = torch.tensor(torch.nan)
+    result = engine.train_step(model, optimizer, batches([[0]]), lambda m, b: token_loss(m, b) + nan, world())
+    assert result["grad_norm"] > 0 and not result["updated"]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 TWO = [[[0, 5], [1, 2, 3, 4]], [[6, 7], []]]         # rank 1 has less to do, none of it with a picture

@@ -109,7 +109,8 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same
     while kills < 20:
         out = tmp_path / f"{runs}" / "run"
         while True:
-            pid, moment = life(settings, out), time.time() + rng.uniform(0.02, seconds)
+            ahead = {**settings, "workers": runs % 2}  # what a worker had prepared and nobody has seen dies too
+            pid, moment = life(ahead, out), time.time() + rng.uniform(0.02, seconds)
             writing = kills % 3 == 0                   # each third waits from there for a write, or none might hit one
             while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if time.time() > moment and (not writing or litter(out)):
