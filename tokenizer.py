@@ -246,6 +246,10 @@ class Tokenizer:
         self.size = max(vocabulary(self.spec).values()) + 1
         self.bos, self.eos = (self.id(word(names[k])) if k in names else None for k in ("bos_token", "eos_token"))
 
+    def __setstate__(self, state):                             # tokenizers forgets, on the way to another process,
+        self.__dict__.update(state)                            # what makes these two blind
+        self.plain.encode_special_tokens = self.inner.encode_special_tokens = True
+
     def __len__(self):
         return self.size
 
