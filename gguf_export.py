@@ -50,7 +50,6 @@ PIECES = {(("Prepend", "Replace"), ()): True, (("Replace",), ()): False, ((), ((
           ((), (("Metaspace", "first", False),)): True, ((), (("Metaspace", "never", False),)): False}
 
 
-
 # ---- the container --------------------------------------------------------------------------------------------------
 
 def packed(value):
