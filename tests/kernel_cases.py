@@ -20,7 +20,7 @@ def with_gradients(f, *args, up=None):
     args = [t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in args]
     out = f(*args)
     out = out if isinstance(out, tuple) else (out,)
-    up = [normal(*o.shape, seed=7).to(o.dtype) for o in out] if up is None else up
+    up = [normal(*o.shape, seed=7).to(o) for o in out] if up is None else up
     wanted = [t for t in args if t is not None and t.requires_grad]
     return [*(o.detach() for o in out), *torch.autograd.grad(out, wanted, up)]
 

@@ -1,0 +1,168 @@
+"""What the two commands of bench.py share: lengths of conversations, a clock, measured ceilings, processes that may
+die, the machine in one line, and the last line in JSON."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # what is measured in: the interpreter's bf16 products are wrong
+
+# LLaVA's mixture of 665k, modelled: thousands of conversations, mean and relative spread of their lengths in words of
+# text (log-normal), share of these that is learnt, pictures. Only the thousands are published; the rest is assumed.
+MIX = [(58, 290, .35, .62, 1), (23, 160, .30, .68, 1), (77, 215, .30, .75, 1),    # conversation, detail, reasoning
+       (40, 1150, .55, .65, 0), (83, 150, .25, .14, 1), (72, 285, .60, .15, 1),   # ShareGPT, VQAv2, GQA
+       (9, 75, .10, .05, 1), (80, 160, .20, .25, 1), (66, 105, .15, .02, 1),      # OKVQA, OCR-VQA, A-OKVQA
+       (22, 110, .35, .16, 1), (48, 450, .50, .40, 1), (86, 450, .35, .40, 1)]    # TextCaps, RefCOCO, Visual Genome
+
+
+def drawn(n, g):
+    """n conversations of the mixture -> [(words, share learnt, pictures)]"""
+    which = torch.multinomial(torch.tensor([float(k) for k, *_ in MIX]), n, True, generator=g).tolist()
+    out = []
+    for (_, mean, cv, share, pictures), z in zip((MIX[i] for i in which), torch.randn(n, generator=g).tolist()):
+        sigma = math.sqrt(math.log(1 + cv * cv))
+        words = mean * math.exp(sigma * z - sigma * sigma / 2)
+        out.append((int(min(max(words, 8), 2048 if not pictures else 1472)), share, pictures))
+    return out
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+def sync(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(f, device, ms):
+    """Median milliseconds of a call, over about `ms` of them. On a GPU by events, after 1 GiB was overwritten: so the
+    L2 cache is cold, and the host has a quarter of a millisecond to queue the call, as it has in a model."""
+    f()
+    sync(device)
+    began = time.perf_counter()
+    f()
+    sync(device)
+    n = max(3, min(200, int(ms / 1e3 / (time.perf_counter() - began))))
+    if device == "cpu":
+        spans = []
+        for _ in range(n):
+            began = time.perf_counter()
+            f()
+            spans.append(1e3 * (time.perf_counter() - began))
+        return statistics.median(spans)
+    waste = torch.empty(1 << 30, dtype=torch.int8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+    for start, end in events:
+        waste.zero_()
+        start.record()
+        f()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def ceilings(device, ms=200):
+    """What this device does at best -> FLOP/s of a large product, bytes/s of a large copy (read and written), on
+    numbers that are not zeros: a product of zeros ran 13 % faster."""
+    n, size = (8192, 1 << 30) if device == "cuda" else (512, 1 << 24)
+    a, b = (torch.randn(n, n, device=device).to(LOW[device]) for _ in range(2))
+    x = torch.randn(size // 4, device=device)
+    y = torch.empty_like(x)
+    return {"matmul": 2e3 * n**3 / timed(lambda: a @ b, device, ms),
+            "copy": 2e3 * size / timed(lambda: y.copy_(x), device, ms)}
+
+
+def reason(e):
+    """An exception in one line."""
+    text = (str(e).strip() or "no reason given").splitlines()[0]
+    return f"{type(e).__name__}: {text[:200]}"
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+def child(command, args, seconds):
+    """`bench.py command args` in a process of its own, ended after `seconds`: it may run out of memory or hang, and a
+    GPU that a kernel has crashed serves nobody else in it -> the JSON objects that it prints, as they come, and at last
+    {"ended": exit code, "because": the end of what it complained}."""
+    with tempfile.TemporaryFile("w+") as errors:
+        p = subprocess.Popen([sys.executable, ROOT / "bench.py", command, *args], stdout=subprocess.PIPE, stderr=errors,
+                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        killer = threading.Timer(max(1, seconds), p.kill)
+        killer.start()
+        try:
+            for line in p.stdout:
+                if line.startswith("{"):
+                    yield json.loads(line)
+            code = p.wait()
+            errors.seek(0)
+            said = [line for line in errors.read().splitlines() if line.strip()]
+            because = f"stopped after {seconds:.0f} s" if code == -9 else " | ".join(said[-2:])[-300:]
+            yield {"ended": code, "because": because}
+        finally:
+            killer.cancel()
+            p.kill()
+
+
+# ---- reporting -----------------------------------------------------------------------------------------------------
+
+def machine(device):
+    """What was measured on, in one line."""
+    def said(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    def version(package):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"no {package}"
+    parts = [f"Python {platform.python_version()}", f"torch {torch.__version__}", version("triton"),
+             *map(version, ("transformers", "peft", "liger-kernel", "cut-cross-entropy")),
+             str(LOW[device]).removeprefix("torch."),
+             f"revision {said('git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD') or 'unknown'}"]
+    if device == "cuda":
+        query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit"
+        card = said("nvidia-smi", query, "--format=csv,noheader", "--id=0")
+        return f"{card or torch.cuda.get_device_name()}; {', '.join(parts)}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{cpu}, {os.cpu_count()} cores, one thread used, load {os.getloadavg()[0]:.1f}; {', '.join(parts)}"
+
+
+def finite(x):
+    """A structure without nan and infinities, which JSON does not know: they become null."""
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def write_line(x):
+    print(json.dumps(finite(x), allow_nan=False), flush=True)
+
+
+def line(*cells):
+    """A line of a markdown table; None is an empty cell."""
+    return f"| {' | '.join('' if c is None else str(c) for c in cells)} |"
+
+
+def write_page(page, out):
+    print("\n" + page, flush=True)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(page, "utf-8")
+        print(f"written to {out}", flush=True)

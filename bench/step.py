@@ -1,0 +1,486 @@
+"""Whole training steps beside transformers' LLaVA: same weights, same ragged conversations, same parameters trained.
+
+    step_align, step_sft    a ViT of 6 x 192, a Llama of 6 x 256 with 32,000 words, 4 conversations a step, on a CPU
+    toy_align, toy_sft      the toy world's model, 32 conversations a step, on a CPU
+    S1, S2, S3              CLIP ViT-L/336 and Llama 7B: stage 1; stage 2 through LoRA of rank 128; stage 2 whole
+    S4, S4b                 stage 2 whole with TinyLlama 1.1B; with Llama 3.2 1B and its 128,256 words
+    S5                      stage 2 whole with SigLIP-B/16-512 and SmolLM2 360M
+
+The vision tower is frozen and builds no graph on either side. Ours takes the conversations packed, through
+engine.train_step; transformers takes them padded, with a mask, in a loop of the same verbs: sdpa, fused AdamW, the
+tower in no_grad, pixels normalised off the clock. theirs+liger has Liger's kernels in it, theirs+ckpt recomputes its
+layers, theirs+sorted puts conversations of like length together, which is what packing has to be better than.
+
+Every measurement is a process of its own, ours and theirs by turns. On a CPU the time is CPU time (user + system) of
+one thread, which a busy machine moves little; on a GPU it lies between two events. Ratios are of processes that ran one
+after the other.
+"""
+
+import contextlib
+import dataclasses
+import re
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import bench
+import config
+
+LR, CLIP = 1e-3, 1.0
+AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # how far the first losses may lie apart: bf16, fp32
+MEMORY = 0.65                               # goal: peak memory of ours over theirs
+
+
+@dataclasses.dataclass
+class System:
+    cfg: object                    # model.VLMConfig
+    stage: str                     # align: the connector learns; sft: the language model too; lora: through adapters
+    samples: int                   # conversations per step
+    peers: tuple                   # who stands beside ours
+    goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs over ours
+    spread: float | None = None    # words are log-normal around 90 with this sigma; None: LLaVA's mixture
+    room: int = 1 << 30            # tokens in one of our streams
+    micro: int = 1 << 30           # conversations in one of their batches
+    r: int = 0                     # rank of the adapters
+
+
+NAMES = {"cpu": ("step_align", "step_sft", "toy_align", "toy_sft"), "cuda": ("S1", "S2", "S4", "S4b", "S5", "S3")}
+
+
+def system(name, size="full"):
+    """A row's name -> System. `tiny`: the same with a model of a few thousand parameters, to see that it runs."""
+    from model import TextConfig, VisionConfig, VLMConfig
+
+    def vision(D, F, L, H, side, patch, **more):
+        return VisionConfig(hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
+                            image_size=side, patch_size=patch, **more)
+
+    def text(C, F, L, H, G, K, V, **more):
+        return TextConfig(vocab_size=V, hidden_size=C, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
+                          num_key_value_heads=G, head_dim=K, **more)
+    clip = vision(1024, 4096, 24, 16, 336, 14)
+    vicuna = VLMConfig(clip, text(4096, 11008, 32, 32, 32, 128, 32000), image_token_index=3)
+    both = ("theirs", "theirs+liger")
+    small = VLMConfig(vision(192, 768, 6, 3, 112, 14), text(256, 688, 6, 8, 4, 32, 32000), image_token_index=3)
+    toy = VLMConfig(vision(128, 512, 4, 4, 72, 12), text(128, 352, 6, 4, 4, 32, 512), image_token_index=3)
+    tinyllama = text(2048, 5632, 22, 32, 4, 64, 32000)
+    llama32 = text(2048, 8192, 16, 32, 8, 64, 128256, tie_word_embeddings=True, rope_theta=500000.0)
+    siglip = vision(768, 3072, 12, 12, 512, 16, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
+    smollm = text(960, 2560, 32, 15, 5, 64, 49152, tie_word_embeddings=True, rope_theta=100000.0)
+    s = {
+        "step_align": System(small, "align", 4, ("theirs",), {"theirs": 2.5}, 0.7),
+        "step_sft": System(small, "sft", 4, ("theirs",), {"theirs": 2.0}, 0.7),
+        "toy_align": System(toy, "align", 32, ("theirs",), {}, 0.25),
+        "toy_sft": System(toy, "sft", 32, ("theirs",), {}, 0.25),
+        "S1": System(vicuna, "align", 32, (*both, "theirs+ckpt"), {"theirs": 1.3, "theirs+liger": 1.1}, None, 20480,
+                     16),
+        "S2": System(vicuna, "lora", 24, both, {"theirs": 2.0, "theirs+liger": 1.7}, None, 12288, 8, r=128),
+        "S3": System(vicuna, "sft", 24, both, {"theirs": 1.7, "theirs+liger": 1.5}, None, 4096, 2),
+        "S4": System(VLMConfig(clip, tinyllama, image_token_index=3), "sft", 48, (*both, "theirs+sorted"),
+                     {"theirs": 2.0, "theirs+liger": 1.7, "theirs+sorted": 1.1}, None, 16384, 16),
+        "S4b": System(VLMConfig(clip, llama32, image_token_index=3), "sft", 48, (*both, "theirs+sorted"),
+                      {"theirs": 2.0, "theirs+liger": 1.7, "theirs+sorted": 1.1}, None, 16384, 16),
+        "S5": System(VLMConfig(siglip, smollm, image_token_index=3), "sft", 32, both, {"theirs": 2.0}, None, 16384, 8),
+    }[name]
+    if size == "full":
+        return s
+    v, t = s.cfg.vision, s.cfg.text
+    g = t.num_attention_heads // t.num_key_value_heads
+    v = dataclasses.replace(v, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+                            image_size=2 * v.patch_size)
+    t = dataclasses.replace(t, vocab_size=512, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+                            num_attention_heads=g, num_key_value_heads=1, head_dim=8)
+    return dataclasses.replace(s, cfg=dataclasses.replace(s.cfg, vision=v, text=t), samples=6, r=min(s.r, 4),
+                               room=60 if s.stage == "align" else 1500, micro=min(s.micro, 4))
+
+
+# ---- what both sides are given -------------------------------------------------------------------------------------
+
+def conversations(s, step, mean=90, asked=10, answered=3):
+    """One step's samples as data.pack takes them: BOS, a picture, turns. Lengths on a CPU are log-normal around `mean`,
+    spread so that padding a batch to its longest costs what it costs with real conversations: 1.3 to 1.75 times the
+    tokens; on a GPU they are drawn from LLaVA's mixture, and captions of about 18 words are learnt whole."""
+    g = torch.Generator().manual_seed(1000 + step)
+    if s.spread is not None:
+        words = (mean * (s.spread * torch.randn(s.samples, generator=g)).exp()).long().clamp(8, 5 * mean).tolist()
+        plan = [(n, answered / (asked + answered), 1) for n in words]
+    elif s.stage == "align":
+        words = (18 * (0.3 * torch.randn(s.samples, generator=g)).exp()).long().clamp(4, 80).tolist()
+        plan = [(n, 1.0, 1) for n in words]
+    else:
+        plan = bench.drawn(s.samples, g)
+    out, S = [], s.cfg.vision.image_size
+    for n, share, pictures in plan:
+        turn = asked + answered if s.spread is not None else 20
+        learnt = max(1, round(turn * share))
+        text = torch.randint(4, s.cfg.text.vocab_size, (n,), generator=g).tolist()
+        ids = [1] + [s.cfg.image_token_index] * (s.cfg.vision.patches * pictures)
+        labels = [-100] * len(ids) + [t if i % turn >= turn - learnt else -100 for i, t in enumerate(text)]
+        out.append((ids + text, labels, torch.randint(0, 256, (pictures, 3, S, S), generator=g, dtype=torch.uint8)))
+    return out
+
+
+def pad(cfg, made):
+    """Samples as transformers takes them."""
+    longest = max(len(ids) for ids, _, _ in made)
+
+    def rows(lists, filler):
+        return torch.tensor([[*r, *[filler] * (longest - len(r))] for r in lists])
+    mean, std = (torch.tensor(t).view(1, 3, 1, 1) for t in (cfg.vision.image_mean, cfg.vision.image_std))
+    images = torch.cat([images for *_, images in made])
+    return {"input_ids": rows([ids for ids, _, _ in made], 0), "labels": rows([labels for _, labels, _ in made], -100),
+            "attention_mask": rows([[1] * len(ids) for ids, _, _ in made], 0),
+            **({"pixel_values": (images / 255 - mean) / std} if len(images) else {})}
+
+
+def fill(cfg, model, device, names=lambda k: [k]):
+    """Give a model the parameters of model.VLM, under one of their `names`, always the same ones -> names of what it
+    has besides."""
+    from model import VLM
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in VLM(cfg).state_dict().items()}
+    has, g = dict(model.named_parameters()), torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for k, shape in shapes.items():
+            p = has.pop(next(n for n in names(k) if n in has))
+            assert p.shape == shape, f"{k} is {tuple(shape)} here and {tuple(p.shape)} there"
+            value = torch.empty(shape, device=device).normal_(0, 0.02, generator=g)
+            p.copy_(value.add_("norm" in k and k.endswith("weight")))
+    return set(has)
+
+
+# ---- the two sides: each prepares samples, off the clock, and trains a step, which says the loss before it ----------
+# prepare(made, part): micro-batches of `part` of the usual size, for cards on which that does not fit
+
+def ours(s, device):
+    import data
+    import engine
+    import lora
+    from loss import token_loss
+    from model import VLM
+    world = engine.start(device, "bf16" if device == "cuda" else "fp32")
+    with torch.device(device):
+        model = VLM(s.cfg)
+    fill(s.cfg, model, device)
+    table = {"multi_modal_projector.*": LR}
+    if s.stage == "lora":
+        lora.apply(model, s.r, 2 * s.r, 0.0, "all-linear")
+    if s.stage != "align":
+        table["*.lora_*" if s.stage == "lora" else "language_model.*"] = LR
+    lrs = engine.choose(model, table, world.dtype)
+    optimizer = engine.adamw(model.to(device), lrs, 0.0)
+    engine.set_lr(optimizer, 0, 1, 0)
+
+    def prepare(made, part=1.0):
+        streams = data.fill(range(len(made)), [len(ids) for ids, _, _ in made], int(part * s.room))
+        return [data.pack([made[i] for i in stream], s.cfg.vision.image_size) for stream in streams]
+
+    def step(micro):
+        return engine.train_step(model, optimizer, micro, token_loss, world, CLIP)["loss"]
+    return prepare, step, optimizer
+
+
+def theirs(s, device, *how):
+    from transformers import (CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                              SiglipVisionConfig)
+
+    if "liger" in how:
+        from liger_kernel.transformers import apply_liger_kernel_to_llava
+    if s.stage == "lora":
+        from peft import LoraConfig, inject_adapter_in_model
+
+    def given(part, *ours_alone):
+        return {k: v for k, v in dataclasses.asdict(part).items() if k not in ("model_type", *ours_alone)}
+    clip, dtype = s.cfg.vision.class_token, torch.bfloat16 if device == "cuda" else torch.float32
+    vision = (CLIPVisionConfig if clip else SiglipVisionConfig)(
+        **given(s.cfg.vision, "feature_layer", "num_register_tokens", "image_mean", "image_std"))
+    text = LlamaConfig(**given(s.cfg.text, "rope_scaling"), use_cache=False)
+    whole = LlavaConfig(vision_config=vision, text_config=text, image_token_index=s.cfg.image_token_index,
+                        vision_feature_layer=s.cfg.vision.feature_layer, image_seq_length=s.cfg.vision.patches,
+                        vision_feature_select_strategy="default" if clip else "full",
+                        tie_word_embeddings=s.cfg.text.tie_word_embeddings)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(whole, attn_implementation="sdpa")
+
+    def names(k):
+        k = "lm_head.weight" if "lm_head" in k else "model." + k.replace("language_model.model.", "language_model.")
+        return k.replace("vision_tower.vision_model.", "vision_tower."), k    # transformers 5.20 and before it
+    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."      # transformers computes it, nobody reads it
+    besides = fill(s.cfg, model, device, names)
+    assert all(re.search(re.escape(last) + r"|post_layernorm|vision_tower.*\.head\.", k) for k in besides), besides
+
+    if "liger" in how:
+        apply_liger_kernel_to_llava(model=model, rope=True, rms_norm=True, swiglu=True)
+    if s.stage == "lora":
+        linears = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+        model = inject_adapter_in_model(LoraConfig(r=s.r, lora_alpha=2 * s.r, lora_dropout=0.0, target_modules=linears),
+                                        model)
+    trains = {"align": r"multi_modal_projector", "lora": r"multi_modal_projector|\.lora_",
+              "sft": r"multi_modal_projector|language_model|lm_head"}[s.stage]
+    for k, p in model.to(device).named_parameters():
+        p.requires_grad_(bool(re.search(trains, k)))
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+    if "ckpt" in how:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    tower = model.model.vision_tower.eval()
+    tower.forward = torch.no_grad()(tower.forward)
+    # or fp32 embeddings would make every sum of the stream fp32
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.to(dtype))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+
+    def prepare(made, part=1.0):
+        if "sorted" in how:
+            made = sorted(made, key=lambda sample: len(sample[0]))
+        n = max(1, int(part * min(s.micro, len(made))))
+        return [pad(s.cfg, made[i : i + n]) for i in range(0, len(made), n)]
+
+    def step(micro):
+        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)         # no conversation begins with a label
+        total = 0.0
+        for batch in micro:
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            with torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext():
+                loss = model(**batch, num_items_in_batch=n, return_dict=True).loss
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total.item()
+    return prepare, step, optimizer
+
+
+# ---- what a step has to compute ------------------------------------------------------------------------------------
+
+def work(s, made):
+    """FLOPs that a step needs -> products, attention forward, attention backward. A weight costs 2 per row forward, 2
+    for the gradient of its input, 2 more if it trains; no padding, no recomputation; rows without a label end at the
+    last layer's keys; attention by pairs that see each other, 5/2 as much backward."""
+    v, t = s.cfg.vision, s.cfg.text
+    N = sum(len(ids) for ids, _, _ in made)
+    R = sum(i >= 0 for _, labels, _ in made for i in labels[1:])
+    I = sum(len(images) for *_, images in made)
+    pairs = sum(len(ids) * (len(ids) + 1) // 2 for ids, _, _ in made)
+    C, F, L, A, kv = (t.hidden_size, t.intermediate_size, t.num_hidden_layers, t.num_attention_heads * t.head_dim,
+                      t.num_key_value_heads * t.head_dim)
+    layer, keys = 2 * C * A + 2 * C * kv + 3 * C * F, 2 * C * kv
+    adapters = 7 * C + 2 * A + 2 * kv + 3 * F                                  # in + out of all seven, where r > 0
+    rows = (L - 1) * layer * N + keys * N + (layer - keys) * R + t.vocab_size * C * R
+    T, D = v.patches + v.class_token, v.hidden_size
+    tower = 2 * I * (v.depth * T * (4 * D * D + 2 * D * v.intermediate_size) + v.patches * 3 * v.patch_size**2 * D)
+    connector = I * v.patches * (4 * D * C + 6 * C * C)
+    products = (6 if s.stage == "sft" else 4) * rows + 6 * s.r * adapters * L * N + tower + connector
+    seen = 4 * pairs * A * (L - 1 + R / N)
+    return products, seen + 4 * I * v.depth * T * T * D, 2.5 * seen
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+def memory(key):
+    """Bytes of this process: VmRSS now, VmHWM at most. (getrusage's maximum would begin with that of the parent.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+
+
+def clocked(f, device):
+    """-> what f returns, seconds: of CPU time, or between two events"""
+    if device == "cpu":
+        began = time.process_time()
+        return f(), time.process_time() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = f()
+    end.record()
+    torch.cuda.synchronize()
+    return result, start.elapsed_time(end) / 1e3
+
+
+def measure(name, side, steps, size="full", device="cpu"):
+    """One side of one row, in this process -> losses, seconds of the median step, bytes at most and after import"""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    if side == "ours":
+        import data, engine, loss  # noqa: E401,F401
+    else:
+        from transformers import LlavaForConditionalGeneration  # noqa: F401
+    imported = memory("VmRSS") if device == "cpu" else 0
+    s, (side, *how) = system(name, size), side.split("+")
+    prepare, step, optimizer = ours(s, device) if side == "ours" else theirs(s, device, *how)
+    warm, losses, seconds, part = 1 if device == "cpu" else 2, [], [], 1.0
+    while len(seconds) < warm + steps:
+        batch = prepare(conversations(s, len(seconds)), part)
+        try:
+            loss, took = clocked(lambda: step(batch), device)
+        except torch.OutOfMemoryError:
+            if part <= 1 / 16:
+                raise
+            took = None
+        if took is None:                                      # begin again with smaller micro-batches; the first loss,
+            part, seconds, losses = part / 2, [], losses[:1]  # from before anything was learnt, stays the first
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            continue
+        losses.append(loss)
+        seconds.append(took)
+    peak = memory("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+    return {"losses": losses, "seconds": statistics.median(seconds[warm:]), "peak": peak, "imported": imported,
+            "part": part}
+
+
+def compare(name, pairs, steps, size, device, ceilings, peer):
+    """[(ours, theirs)] of one row and one peer -> a row of the table"""
+    s = system(name, size)
+    batches = [conversations(s, n) for n in range(1, steps + 1)]
+    real = sum(len(ids) for made in batches for ids, _, _ in made)
+    padded = sum(len(made) * max(len(ids) for ids, _, _ in made) for made in batches)
+    learnt = sum(i >= 0 for made in batches for _, labels, _ in made for i in labels)
+    mid = statistics.median
+    speed = sorted(b["seconds"] / a["seconds"] for a, b in pairs)
+    share = mid(a["peak"] / b["peak"] for a, b in pairs)
+    seconds, theirs_s = (mid(p["seconds"] for p in side) for side in zip(*pairs))
+    products, forward, backward = (sum(w) / steps for w in zip(*(work(s, made) for made in batches)))
+    apart = [max(abs(a["losses"][n] - b["losses"][n]) for a, b in pairs) for n in (0, -1)]
+    row = {"row": name, "peer": peer, "tokens": round(real / steps), "padding": padded / real, "learnt": learnt / real,
+           "ms": [1e3 * seconds, 1e3 * theirs_s], "samples_per_s": [s.samples / seconds, s.samples / theirs_s],
+           "mib": [mid(p["peak"] for p in side) / 2**20 for side in zip(*pairs)], "speed": mid(speed),
+           "speed_range": [speed[0], speed[-1]], "goal": s.goals.get(peer), "memory": share, "memory_goal": MEMORY,
+           "memory_net": mid((a["peak"] - a["imported"]) / (b["peak"] - b["imported"]) for a, b in pairs),
+           "apart": apart, "agree": apart[0] <= AGREE[device], "part": [pairs[0][0]["part"], pairs[0][1]["part"]]}
+    if ceilings:                           # attention at its published best, for a product of 790 TFLOP/s: 600 and 500
+        rate = ceilings["matmul"]
+        floor = products / rate + forward / (rate * 600 / 790) + backward / (rate * 500 / 790)
+        row |= {"flops": products + forward + backward, "mfu": (products + forward + backward) / seconds / peak_flops(),
+                "of_floor": floor / seconds}
+    return row | {"reached": row["agree"] and row["speed"] >= (row["goal"] or 0)
+                  and (device != "cpu" or share <= MEMORY)}
+
+
+def peak_flops():
+    import engine
+    name = torch.cuda.get_device_name()
+    return next((f for card, f in engine.PEAK.items() if card in name), float("nan"))
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+PAGE = """# Training steps, {date}
+
+`python bench.py step{args}` on {machine}.
+
+Ours beside transformers' LlavaForConditionalGeneration (sdpa, fused AdamW): same weights, same conversations, same
+trained set, each side in a process of its own, by turns. {clock} of the median of {steps} steps; medians over
+{repeats} processes; ratios are of pairs, least and most in brackets. Padding: tokens of a batch padded to its longest
+for each real one. Memory: peak of {of}; net of what it held after its imports. Apart: the two losses, in the first
+and in the last step{agree}. {more}
+
+"""
+MORE = {"cpu": "The toy rows have no goal in time: with 512 words there is no head to save on, and most of what is "
+               "left of a step are products that both sides need.",
+        "cuda": "MFU counts the FLOPs that the step needs (no padding, no recomputation) against the card's dense bf16 "
+                "peak; the floor is the time that these would take at the measured rate of products, {tflops:.0f} "
+                "TFLOP/s. Theirs with a smaller micro-batch than meant, because the usual did not fit, is marked."}
+
+
+def page(rows, failed, s, head, ceilings):
+    more = MORE[s.device].format(tflops=ceilings["matmul"] / 1e12 if ceilings else 0)
+    text = PAGE.format(**head, steps=s.steps, repeats=s.repeats, date=s.date, more=more,
+                       clock={"cpu": "CPU time", "cuda": "Time between events"}[s.device],
+                       of={"cpu": "the process", "cuda": "the allocator"}[s.device],
+                       agree={"cpu": "", "cuda": " (bf16; random data: only the first is a check)"}[s.device])
+    names = ["row", "beside", "tokens", "padding", "learnt", "ms, ours", "ms, theirs", "**times faster**", "goal",
+             "samples/s", "MFU", "of the floor", "MiB, ours", "MiB, theirs", "**memory**", "goal", "net", "apart"]
+    text += bench.line(*names) + "\n" + "|---" * 2 + "|--:" * (len(names) - 2) + "|\n"
+    for r in rows:
+        halved = "".join(f" (micro-batch x {p:g})" if p < 1 else "" for p in r["part"][1:])
+        text += bench.line(
+            r["row"], r["peer"] + halved, r["tokens"], f"{r['padding']:.2f}", f"{r['learnt']:.0%}",
+            *(f"{t:.0f}" for t in r["ms"]), "**{:.2f}** ({:.2f} to {:.2f})".format(r["speed"], *r["speed_range"]),
+            r["goal"], f"{r['samples_per_s'][0]:.1f}", f"{r['mfu']:.1%}" if "mfu" in r else None,
+            f"{r['of_floor']:.0%}" if "of_floor" in r else None, *(f"{m:.0f}" for m in r["mib"]),
+            f"**{r['memory']:.2f}**", r["memory_goal"], f"{r['memory_net']:.2f}",
+            "{:.0e}, {:.0e}".format(*r["apart"]) + ("" if r["agree"] else " **not the same steps**")) + "\n"
+    return text + "".join(f"\n{name}, {side}: did not run: {why}\n" for (name, side), why in failed.items())
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Settings:
+    rows: str = "all"              # or some: S1,S2; all = those of this device
+    size: str = ""                 # full, tiny (S rows with a model of a few thousand parameters); empty = by device
+    device: str = "auto"           # auto, cuda, cpu
+    repeats: int = 0               # processes of each side, by turns; 0 = 5 on a CPU, 1 on a GPU
+    steps: int = 5                 # timed steps in each, after one or two that are not
+    seconds: float = 7200.0        # no process begins later, and none lasts longer
+    out: str = ""                  # file for the page
+    date: str = ""                 # of the page; empty = today
+    side: str = ""                 # ours, theirs, theirs+liger ...: measure this once, here (what the command starts)
+
+
+def main(s, args):
+    if s.device == "auto":
+        s.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if s.device not in NAMES:
+        config.stop(f"device={s.device}: auto, cuda or cpu")
+    if s.device == "cuda" and not torch.cuda.is_available():
+        config.stop("device=cuda, but this machine has no GPU that torch can use")
+    s.size = s.size or {"cuda": "full", "cpu": "tiny"}[s.device]
+    names = NAMES[s.device] if s.rows == "all" else s.rows.split(",")
+    if unknown := [n for n in names if n not in NAMES["cpu"] + NAMES["cuda"]]:
+        config.stop(f"rows={unknown[0]}: all, or some of {','.join(NAMES['cpu'] + NAMES['cuda'])}")
+    if s.size not in ("full", "tiny") or (s.device, s.size) == ("cpu", "full"):
+        config.stop(f"size={s.size}, device={s.device}: full (on a GPU) or tiny")
+    if s.repeats < 0 or s.steps < 1:
+        config.stop(f"repeats={s.repeats}, steps={s.steps}: at least 1")
+    if s.device == "cpu" and not Path("/proc/self/status").is_file():
+        config.stop("memory is read from Linux's /proc, which this machine does not have")
+    sizes = {n: "full" if n in NAMES["cpu"] else s.size for n in names}       # those of a CPU have one size
+    if s.side == "ceilings":
+        return bench.write_line(bench.ceilings(s.device))
+    if s.side:
+        if (n := names[0]) and s.side not in ("ours", *system(n).peers):
+            config.stop(f"side={s.side}: ours, {', '.join(system(n).peers)}")
+        return bench.write_line(measure(n, s.side, s.steps, sizes[n], s.device))
+    s.repeats = s.repeats or {"cuda": 1, "cpu": 5}[s.device]
+    end, rows, failed, machine = time.time() + s.seconds, [], {}, bench.machine(s.device)
+    print(machine, flush=True)
+
+    def once(name, side):
+        """One side of one row, in a process of its own -> what measure() says, or None"""
+        left = end - time.time()
+        if left < 1:
+            failed[name, side] = f"not begun within {s.seconds:.0f} s"
+            return None
+        *found, last = bench.child("step", [f"--rows={name}", f"--side={side}", f"--steps={s.steps}",
+                                            f"--size={s.size}", f"--device={s.device}"], left)
+        if found and not last["ended"]:
+            return found[-1]
+        failed[name, side] = last["because"]
+        print(f"{name}, {side}: ended with {last['ended']}: {last['because']}", flush=True)
+
+    ceilings = once(names[0], "ceilings") if s.device == "cuda" else None
+    plan = [(name, n, side) for name in names for n in range(s.repeats)
+            for side in ["ours", *system(name).peers][:: (1, -1)[n % 2]]]
+    if s.device == "cuda":                 # in order of worth, for time may be short: every row beside its first peer,
+        plan.sort(key=lambda p: (p[1], system(p[0]).peers[1:].index(p[2]) + 1 if p[2] in system(p[0]).peers[1:] else 0))
+    got = {}
+    for name, n, side in plan:
+        if (name, side) not in failed and (found := once(name, side)):
+            got.setdefault((name, side), []).append(found)
+            print(f"{name} {n + 1}/{s.repeats} {side}: {found['seconds'] * 1e3:.0f} ms, first loss "
+                  f"{found['losses'][0]:.4f}, {found['peak'] / 2**20:.0f} MiB", flush=True)
+    for name, peer in ((name, peer) for name in names for peer in system(name).peers):
+        if pairs := [*zip(got.get((name, "ours"), []), got.get((name, peer), []))]:
+            rows.append(compare(name, pairs, s.steps, sizes[name], s.device, ceilings, peer))
+            r = rows[-1]
+            print(f"{name}: {r['speed']:.2f} times as fast as {peer}, {r['memory']:.2f} of its memory"
+                  + ("" if r["agree"] else f"; NOT THE SAME STEPS: first losses {r['apart'][0]:.1e} apart"), flush=True)
+    head = {"args": "".join(f" {a}" for a in args), "machine": machine}
+    bench.write_page(page(rows, failed, s, head, ceilings), s.out)
+    bench.write_line({"machine": machine, "ceilings": ceilings, "rows": rows,
+                      "failed": {f"{name}, {side}": why for (name, side), why in failed.items()}})

@@ -1,0 +1,61 @@
+"""tests/test_gpu.py itself, interpreted and small: what waits for a GPU must not break there over a slip of its own."""
+
+import pytest
+import test_gpu
+import torch
+from test_attention import documents
+
+import kernels
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(kernels, "choice", "triton")
+    monkeypatch.setattr(test_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(test_gpu, "REPEATS", 1)
+    monkeypatch.setattr(test_gpu, "BEYOND", 2**16)
+    monkeypatch.setattr(test_gpu, "HEADS", 2)
+    monkeypatch.setattr(test_gpu, "WORDS", 500)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_check_runs(dtype, monkeypatch):
+    for name in ("gaps", "cross-attention"):
+        test_gpu.test_attention_with_every_mask(name, dtype)
+    monkeypatch.setitem(test_gpu.LONG, "packed", documents(20, 1, 15))
+    test_gpu.test_attention_over_many_tiles("packed", 72, dtype)
+    test_gpu.test_cross_entropy(97, 33, 500, dtype)
+    test_gpu.test_norms(17, 129, dtype)
+    test_gpu.test_rope(17, 5, 5, 32, dtype)
+    test_gpu.test_swiglu(9, 129, dtype)
+
+
+@pytest.mark.parametrize("name", ["attention", "cross-entropy", "norm", "swiglu"])
+def test_bits_are_compared(name, monkeypatch):
+    small = test_gpu.everything(torch.float16, N=21)
+    monkeypatch.setattr(test_gpu, "everything", lambda: small)
+    test_gpu.test_the_same_bits_every_time(name)
+    count = iter(range(9))
+    monkeypatch.setitem(small, name, lambda: [torch.tensor(next(count))])
+    with pytest.raises(AssertionError, match="run 2 differs"):
+        test_gpu.test_the_same_bits_every_time(name)
+
+
+def test_sizes_beyond(monkeypatch):
+    test_gpu.test_attention_beyond_31_bits(None)
+    test_gpu.test_cross_entropy_beyond_31_bits(None)
+    test_gpu.test_element_wise_beyond_31_bits(None)
+
+
+def test_a_step_with_kernels_and_without(monkeypatch):
+    test_gpu.test_a_whole_model_takes_the_same_step_with_kernels_and_without(torch.float32, monkeypatch)
+
+
+def test_an_error_beyond_the_budget_is_seen():
+    """2 % too much in one number of a hundred"""
+    x, w = test_gpu.data(100, 64, dtype=torch.float32), test_gpu.data(64, dtype=torch.float32)
+    test_gpu.check(lambda x, w: x * w, lambda x, w: x * w, x, w)
+    bend = torch.ones(100, 64)
+    bend[3, 5] = 1.02
+    with pytest.raises(AssertionError, match="result 0"):
+        test_gpu.check(lambda x, w: x * w * bend, lambda x, w: x * w, x, w)
