@@ -258,7 +258,7 @@ def conversation(scene, rng, opening, turns=8, short=None):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-VERSION = 3  # of what is written: raise it when the same numbers would draw other files
+VERSION = 4  # of what is written: raise it when the same numbers would draw other files
 SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
 
 
@@ -305,7 +305,12 @@ def captions(scenes):
 def conversations(scenes):
     rows = []
     for i, name, scene, rng in scenes:
-        rows.append({"id": i, "image": name, "conversations": conversation(scene, rng, "<image>\n")})
+        turns = conversation(scene, rng, "<image>\n")
+        if rng.random() < 0.15:                             # a description instead, long or short
+            long = rng.random() < 0.75
+            ask = "Describe the image." if long else "Describe the image briefly."
+            turns = dialogue([(ask, None, caption(scene, long))], False, "<image>\n")
+        rows.append({"id": i, "image": name, "conversations": turns})
         if rng.random() < 0.1:                              # text alone: a written scene, or small talk
             if rng.random() < 0.8:
                 other = make_scene(rng)

@@ -129,3 +129,29 @@ def test_files_are_llava_files_and_drawn_once(tmp_path):
     assert any(short) and not all(short)
     questions = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert {q["type"] for q in questions} <= set(toy.TYPES) and len({q["question_id"] for q in questions}) == len(questions)
+
+
+def test_captions_are_scored_by_the_facts_in_them():
+    """A caption agrees with itself, each wrong word costs its own kind alone, and the file names lead to the scenes."""
+    import captions
+    true = "top left: a large red circle; middle center: a sign that says 7; bottom right: a small blue star"
+    assert captions.facts(true) == {
+        "place": {"top left", "middle center", "bottom right"}, "size": {("top left", "large"), ("bottom right", "small")},
+        "shape": {("top left", "circle"), ("middle center", "sign"), ("bottom right", "star")},
+        "color": {("top left", "red"), ("bottom right", "blue")}, "read": {("middle center", "7")}}
+    perfect = dict.fromkeys(["place", "shape", "color", "size", "read"], 1.0)
+    assert captions.f1([true], [true]) == perfect
+    for old, new, kind, score in (("circle", "ring", "shape", 0.667), ("red", "green", "color", 0.5),
+                                  ("large", "small", "size", 0.5), ("7", "8", "read", 0.0)):
+        assert captions.f1([true.replace(old, new)], [true]) == perfect | {kind: score}
+    assert captions.f1(["a red circle, a sign and a blue star"], [true])["shape"] == 0  # without places it says nothing
+    for scene, _ in worlds(50):
+        caption, things = toy.caption(scene, True), toy.things(scene)
+        assert len(captions.facts(caption)["shape"]) == len(things) == len(captions.facts(caption)["place"])
+
+
+def test_the_scene_of_a_test_picture_is_found_by_its_name(tmp_path):
+    import captions
+    (tmp_path / "images").mkdir()
+    names = {name: scene for _, name, scene, _ in toy.scenes(tmp_path, "test", 3, 0)}
+    assert {n: toy.make_scene(random.Random(captions.seed(n)), test=True) for n in names} == names
