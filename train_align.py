@@ -45,7 +45,7 @@ class Settings:
     batch_size: int = 16                 # samples per optimizer step, over all processes
     max_tokens: int = 4096               # tokens in one packed stream: less needs less memory, the gradient is the same
     max_len: int = 512                   # tokens of one sample; the rest is cut, never inside an image, and counted
-    epochs: float = 2.0                  # over the data, where steps is 0
+    epochs: float = 3.0                  # over the data, where steps is 0
     steps: int = 0                       # optimizer steps
     lr: float = 5e-3                     # of the connector
     warmup: float = 0.03                 # share of the steps
