@@ -42,7 +42,7 @@ def held_out(color, shape, size, row, column):
     return ([*COLORS].index(color) + SHAPES.index(shape) + 3 * SIZES.index(size) + 2 * row + column) % 6 == 0
 
 
-def make_scene(rng, test=False):
+def make_scene(rng, test=False, signs=0.4):
     """{objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}, objects in reading order."""
     pairs = PAIRS
     if rng.random() < 0.5:                                 # alike on purpose: neither colour nor shape tells them apart
@@ -57,12 +57,12 @@ def make_scene(rng, test=False):
             if held_out(color, shape, size, r, k) == test:
                 break
             if not any(held_out(color, shape, z, *c) == test for c in cells for z in SIZES):
-                return make_scene(rng, test)               # a dead end: no cell is left that suits the last shape
+                return make_scene(rng, test, signs)        # a dead end: no cell is left that suits the last shape
         cells.remove((r, k))
         objects.append(dict(color=color, shape=shape, size=size, row=r, column=k))
     objects.sort(key=lambda o: (o["row"], o["column"]))
     r, k = rng.choice(cells)
-    sign = dict(digit=rng.randint(0, 9), row=r, column=k) if rng.random() < 0.4 else None
+    sign = dict(digit=rng.randint(0, 9), row=r, column=k) if rng.random() < signs else None
     return dict(objects=objects, sign=sign)
 
 
@@ -289,7 +289,8 @@ def scenes(out, split, n, seed):
     """Draw n scenes -> id, file name, scene, and the scene's own random numbers"""
     for i in range(n):
         rng = random.Random(f"{seed}/{split}/{i}")
-        scene = make_scene(rng, test=split == "test")
+        # ten digits on a sign are learnt last, and more of them sooner
+        scene = make_scene(rng, test=True) if split == "test" else make_scene(rng, signs=0.8)
         name = f"{split}_{i:05d}.png"
         draw(scene, rng.getrandbits(32)).save(out / "images" / name, compress_level=1)
         yield f"{split}_{i}", name, scene, rng
