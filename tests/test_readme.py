@@ -73,6 +73,8 @@ def test_stage_one_stage_two_eval_and_sample_run_as_written(place):
     assert said.strip()
     run(place, the(r"plot\.py"))
     run(place, the(r"demo/sheet\.py"))
+    scores = json.loads(run(place, the(r"demo/captions\.py .*runs/align")).stdout.splitlines()[-1])
+    assert scores["n"] == 6 and scores["f1"].keys() == scores["f1_shuffled"].keys()
 
 
 def test_own_data_in_five_lines_runs_as_written(place):
