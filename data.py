@@ -39,6 +39,7 @@ class ImageSpec(NamedTuple):
     aspect: str = "pad"
     resample: int = Image.BICUBIC
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    short: int = 0             # crop: the shorter side before the cut, where it is not S (DINOv2: 256, then 224)
 
 
 def safe_path(root, name):
@@ -112,7 +113,8 @@ def preprocess(image, spec):
         image, w, h = canvas, max(w, h), max(w, h)
     W, H = (S, S)
     if spec.aspect == "crop":
-        W, H = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)
+        short = spec.short or S
+        W, H = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
     left, top = (W - S) // 2, (H - S) // 2
     if W * H <= MAX_PIXELS:
         image = image.resize((W, H), spec.resample).crop((left, top, left + S, top + S))

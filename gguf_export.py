@@ -45,6 +45,9 @@ CUTS = {(("Split", _WORDS % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", Fal
         (("Split", _WORDS % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
         (("Digits", True), ("ByteLevel", False, True)): "smollm",
         (("ByteLevel", False, True),): "gpt-2"}
+# the ways of SentencePiece, which cuts nothing: normalizers, pre-tokenizers -> is a space put in front?
+PIECES = {(("Prepend", "Replace"), ()): True, (("Replace",), ()): False, ((), (("Metaspace", "always", False),)): True,
+          ((), (("Metaspace", "first", False),)): True, ((), (("Metaspace", "never", False),)): False}
 
 
 # ---- the container --------------------------------------------------------------------------------------------------
@@ -157,19 +160,21 @@ def parts(part, inside):
     return [] if part is None else part[inside] if part["type"] == "Sequence" else [part]
 
 
-def byte_level(spec, where):
-    """-> llama.cpp's name for the way a tokenizer cuts its text, or None: SentencePiece's, which cuts nothing."""
-    steps = parts(spec["pre_tokenizer"], "pretokenizers")
-    norms = [n["type"] for n in parts(spec["normalizer"], "normalizers")]
+def cutting(spec, where):
+    """-> llama.cpp's name for the way a tokenizer cuts text, or None for SentencePiece's; is a space put in front?"""
     facts = {"Split": lambda s: (s["pattern"].get("Regex"), s["behavior"], s["invert"]),
              "ByteLevel": lambda s: (s["add_prefix_space"], s.get("use_regex", True)),
-             "Digits": lambda s: (s["individual_digits"],)}
+             "Digits": lambda s: (s["individual_digits"],),
+             "Metaspace": lambda s: (s.get("prepend_scheme", "always"), s.get("split", True))}
+    norms = tuple(n["type"] for n in parts(spec.get("normalizer"), "normalizers"))
+    steps = parts(spec.get("pre_tokenizer"), "pretokenizers")
     cut = tuple((s["type"], *facts.get(s["type"], lambda s: ())(s)) for s in steps)
-    if cut in CUTS and set(norms) <= {"NFC"} and bool(spec["model"].get("ignore_merges")) == (CUTS[cut] == "llama-bpe"):
-        return CUTS[cut]                                                      # NFC, of Qwen, is not done there
-    pieces = (norms, cut) in ((["Prepend", "Replace"], ()), ([], (("Metaspace",),)))
-    if not pieces or not spec["model"].get("byte_fallback"):
-        stop(f"{where}: llama.cpp has no name for this way of cutting text: {norms + [c[0] for c in cut]}")
+    at_once = bool(spec["model"].get("ignore_merges"))                        # a word that is a token is not merged
+    if cut in CUTS and norms in ((), ("NFC",)) and at_once == (CUTS[cut] == "llama-bpe"):     # NFC, of Qwen, is not
+        return CUTS[cut], False                                                               # done there
+    if (norms, cut) not in PIECES or at_once or not spec["model"].get("byte_fallback"):
+        stop(f"{where}: llama.cpp has no name for this way of cutting text: {[*norms, *(c[0] for c in cut)]}")
+    return None, PIECES[norms, cut]
 
 
 def scores(vocab, merges, where):
@@ -189,15 +194,14 @@ def scores(vocab, merges, where):
 
 
 def tokenizer_keys(tok, V, template):
-    """tokenizer.json -> the keys that llama.cpp builds its tokenizer from. V: rows of the embedding."""
-    where = tok.folder / "tokenizer.json"
-    spec = read_json(where)
+    """A tokenizer -> the keys that llama.cpp builds its own from. V: rows of the embedding."""
+    where, spec = f"the tokenizer in {tok.folder}", tok.spec
     if (kind := spec["model"].get("type")) != "BPE":
         stop(f"{where}: GGUF of a tokenizer of type {kind!r} is not known here: BPE")
     vocab = spec["model"]["vocab"]
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
     added = {t["content"]: t for t in spec["added_tokens"]}
-    pre = byte_level(spec, where)
+    pre, space = cutting(spec, where)
     names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # rows that no token has
     for piece, i in {**vocab, **{c: t["id"] for c, t in added.items()}}.items():
         names[i], types[i] = piece, NORMAL
@@ -209,12 +213,13 @@ def tokenizer_keys(tok, V, template):
         for byte in range(256):
             types[vocab[f"<0x{byte:02X}>"]] = BYTE
         score = scores({p: i for p, i in vocab.items() if types[i] == NORMAL}, merges, where)
-        keys = {"model": "llama", "pre": "default", "scores": [score.get(n, -float(len(merges))) for n in names]}
+        keys = {"model": "llama", "pre": "default", "add_space_prefix": space,
+                "scores": [score.get(n, -float(len(merges))) for n in names]}
         if (unknown := vocab.get(spec["model"].get("unk_token"))) is not None:
             types[unknown] = UNKNOWN
             keys["unknown_token_id"] = unknown
     end = chat.template(template).stop if template else ""
-    ids = {"bos": tok.bos, "eos": tok.eos, "padding": hf.pad_id(tok), "eot": tok.specials.get(end)}
+    ids = {"bos": tok.bos, "eos": tok.eos, "padding": tok.pad, "eot": tok.specials.get(end)}
     keys |= {f"{k}_token_id": i for k, i in ids.items() if i is not None}
     keys |= {"tokens": names, "token_type": types, "add_bos_token": tok.full.encode("a").ids[:1] == [tok.bos],
              "add_eos_token": False}
@@ -286,6 +291,8 @@ def unlike(cfg, folder):
         yield ("llama.cpp of May 2025 to at least October 2026 puts CLIP's class token behind the patches and moves "
                "their positions by one (its issue 25814): answers about pictures suffer until that is mended; "
                "SigLIP's do not")
+    if folder.tok.inner is not folder.tok.plain:
+        yield "this tokenizer adds a space at the beginning of a text; llama.cpp does after each control token too"
     if cfg.vision.hidden_act == "gelu":
         yield "llama.cpp computes the tower's GELU by its tanh form"
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -81,13 +82,14 @@ DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "p
               ("layer_scale1", "layer_scale1.lambda1"), ("layer_scale2", "layer_scale2.lambda1"),
               ("layer_norm", "norm"), ("post_layernorm", "layernorm"))
 
-# what makes transformers' image processors do what image_aspect says, for pictures of side S
+# what makes transformers' image processors do what image_aspect says, for pictures of side S, cut from `short`
 PROCESSORS = {
-    "pad": lambda S: {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
-    "crop": lambda S: {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
-                       "size": {"shortest_edge": S}, "crop_size": {"height": S, "width": S}},
-    "squash": lambda S: {"image_processor_type": "SiglipImageProcessor", "do_center_crop": False,
-                         "size": {"height": S, "width": S}, "crop_size": None}}
+    "pad": lambda S, short: {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": True,
+                             "size": {"shortest_edge": S}, "crop_size": {"height": S, "width": S}},
+    "crop": lambda S, short: {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
+                              "size": {"shortest_edge": short}, "crop_size": {"height": S, "width": S}},
+    "squash": lambda S, short: {"image_processor_type": "SiglipImageProcessor", "do_center_crop": False,
+                                "size": {"height": S, "width": S}, "crop_size": None}}
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ class Folder(NamedTuple):
     spare: dict                 # tensors that are not built: blocks behind the feature layer, the last norm
     meta: dict                  # template, system text and image_aspect of a model that was trained here
     marks: dict = {}            # {name: mark(tensor)} of what was read
-    notes: list = []            # what the tokenizer was lacking and got
+    notes: list = []            # what tokenizer and tower were lacking and got
 
 
 def tower(folder):
@@ -403,7 +405,7 @@ def load(vision="", llm="", init="", connector="mlp", seed=0):
         tensors |= renamed(read_tensors(tongue), tongue)
     cfg = VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector,
                     folder.tok.image)
-    if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size:
+    if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size and init:
         stop(f"{where}: preprocessor_config.json makes pictures of side {side}, the tower reads "
              f"{cfg.vision.image_size}")
     head, words = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
@@ -413,6 +415,14 @@ def load(vision="", llm="", init="", connector="mlp", seed=0):
     with torch.device("meta"):
         model = VLM(cfg)
     tensors, spare = account(model, tensors, where, () if init else "multi_modal_projector.")
+    if side != cfg.vision.image_size:                                         # pictures of another size than published
+        table = "vision_tower.vision_model.embeddings.position_embedding.weight"
+        tensors[table] = resampled(tensors[table], cfg.vision, side)
+        notes.append(f"pictures of side {side}, the tower was trained on {cfg.vision.image_size}: its positions are "
+                     "resampled")
+        cfg.vision.image_size = side
+        with torch.device("meta"):
+            model = VLM(cfg)
     model = model.to_empty(device="cpu")
     marks = {}
     with torch.no_grad():
@@ -447,6 +457,19 @@ def grow(tensors, cfg, tok, where):
             tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
     return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
             f"{cfg.vocab_size:,}"]
+
+
+def resampled(table, v, side):
+    """Positions (first + n n, D) -> (first + m m, D) for pictures of another side: bicubic over the grid of patches, as
+    interpolate_pos_encoding of transformers, where DINOv2 with registers alone smooths what it shrinks."""
+    n, m, first = v.image_size // v.patch_size, side // v.patch_size, int(v.class_token)
+    if m == 0:
+        stop(f"preprocessor_config.json: pictures of side {side} hold no patch of {v.patch_size}")
+    if m == n:
+        return table
+    grid = table[first:].float().view(1, n, n, -1).permute(0, 3, 1, 2)                             # (1, D, n, n)
+    grid = F.interpolate(grid, size=(m, m), mode="bicubic", antialias=v.model_type == "dinov2_with_registers")
+    return torch.cat([table[:first], grid.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)])
 
 
 def account(model, tensors, where, new=()):
@@ -522,7 +545,11 @@ def image_spec(pre, aspect):
     if resample not in list(Image.Resampling):
         stop(f"preprocessor_config.json: resample={resample} is no filter of Pillow's")
     mean = tuple(pre.get("image_mean") or ImageSpec(0).mean)
-    return ImageSpec(side, aspect, Image.Resampling(resample), mean)
+    whole = pre.get("size") or side if aspect == "crop" and pre.get("do_center_crop", True) else side
+    short = whole.get("shortest_edge", side) if isinstance(whole, dict) else whole
+    if not isinstance(short, int) or short < side:
+        stop(f"preprocessor_config.json: no squares of side {side} can be cut from pictures of size {whole}")
+    return ImageSpec(side, aspect, Image.Resampling(resample), mean, short if short > side else 0)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -551,7 +578,8 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
     if v.model_type == "siglip_vision_model":
         vision["vision_use_head"] = False                                     # the pooling head is not kept
     pre = {k: x for k, x in folder.pre.items() if k != "do_pad"}
-    pre |= {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size)
+    short = image_spec(folder.pre, aspect).short or v.image_size
+    pre |= {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size, short)
     tokenizer = tok.spec | {"post_processor": None}                           # the template writes BOS
     files = {
         "config.json": {

@@ -17,6 +17,7 @@ import gguf_export
 import hf
 from data import pack
 from model import VLM
+from tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
 ARCHS = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
@@ -143,7 +144,7 @@ def test_what_fp16_cannot_hold_is_not_published(llava, tmp_path):
 def test_a_byte_level_tokenizer_keeps_its_pieces_merges_and_kinds(llava, tmp_path):
     keys, _ = read(gguf_export.export(llava, tmp_path, "f16")[0])
     keys = {k.removeprefix("tokenizer.ggml."): v for k, v in keys.items()}
-    tok = chat.Tokenizer(llava)
+    tok = Tokenizer(llava)
     spec = json.loads((llava / "tokenizer.json").read_text())
     assert keys["model"] == "gpt2" and keys["pre"] == "gpt-2"
     assert keys["tokens"] == [tok.full.id_to_token(i) or f"[PAD{i}]" for i in range(512)]
@@ -168,7 +169,7 @@ def test_an_export_tells_its_template_and_what_ends_an_answer(template, llava, t
         want, found = (jinja2.Template(t).render(messages=m, **how)
                        for t, m in zip((chat.jinja(template, ""), keys["tokenizer.chat_template"]), talk))
         assert found.replace("<__media_x__>", "<image>") == want
-    tok = chat.Tokenizer(llava)
+    tok = Tokenizer(llava)
     keys = {k.removeprefix("tokenizer.ggml."): v for k, v in keys.items()}
     end = {keys.get("eot_token_id", keys["eos_token_id"])}
     assert chat.stop_ids(tok, template) == end or template == "plain"         # a newline; llama.cpp stops at tokens
@@ -179,7 +180,7 @@ def test_the_scores_of_a_sentencepiece_model_are_found_again_in_its_merges(tmp_p
     spm, tok = make_pieces(tmp_path / "pieces")
     keys = gguf_export.tokenizer_keys(tok, 600, None)
     keys = {k.removeprefix("tokenizer.ggml."): v for k, v in keys.items()}
-    assert keys["model"] == "llama" and keys["pre"] == "default" and "merges" not in keys
+    assert keys["model"] == "llama" and keys["pre"] == "default" and keys["add_space_prefix"] and "merges" not in keys
     for i in range(spm.vocab_size()):
         kind = 2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 1
         assert (keys["tokens"][i], keys["token_type"][i]) == (spm.id_to_piece(i), kind)
@@ -191,40 +192,21 @@ def test_the_scores_of_a_sentencepiece_model_are_found_again_in_its_merges(tmp_p
 
 
 def make_pieces(folder):
-    """-> a SentencePiece model trained on the spot, and the Tokenizer that its scores give"""
+    """-> a SentencePiece model trained on the spot, and our Tokenizer of it"""
     sentencepiece = pytest.importorskip("sentencepiece")
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS.split("\n") * 5), model_writer=out, model_type="bpe", vocab_size=480,
         byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
         minloglevel=2)
-    spm = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
-    names = [spm.id_to_piece(i) for i in range(spm.vocab_size())]
-    normal = {n: spm.get_score(i) for i, n in enumerate(names)
-              if not (spm.is_unknown(i) or spm.is_control(i) or spm.is_byte(i))}
-    merges = [(-score, i, -len(n), n[:i], n[i:]) for n, score in normal.items() for i in range(1, len(n))
-              if n[:i] in normal and n[i:] in normal]
-    special = {n: i for i, n in enumerate([*names, "<image>"]) if n in ("<unk>", "<s>", "</s>", "<image>")}
-    spec = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None,
-            "added_tokens": [{"id": i, "content": n, "special": True, "normalized": False, "lstrip": False,
-                              "rstrip": False, "single_word": False} for n, i in special.items()],
-            "normalizer": {"type": "Sequence", "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-            "decoder": {"type": "Sequence", "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
-                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-            "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
-                      "vocab": {n: i for i, n in enumerate(names)}, "merges": [[a, b] for *_, a, b in sorted(merges)]}}
     folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return spm, chat.Tokenizer(folder)
+    (folder / "tokenizer.model").write_bytes(out.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()), Tokenizer(folder)
 
 
 def apart(merges):
     """The second way to make some piece moves to the front, far from the first."""
-    made = [a + b for a, b in merges]
+    made = [m.replace(" ", "") for m in merges]
     merges.insert(0, merges.pop(next(i for i, m in enumerate(made) if i > 20 and m in made[:i])))
 
 
@@ -240,13 +222,13 @@ SMOL = {"type": "Sequence", "pretokenizers": [
 
 
 def respecified(source, out, change):
-    """A tokenizer folder whose tokenizer.json was changed"""
-    make_tokenizer(out) if source is None else out.mkdir()
-    spec = json.loads(((source or out) / "tokenizer.json").read_text())
+    """A Tokenizer, or one trained on the spot, of whose tokenizer.json something was changed"""
+    out.mkdir()
+    spec = (source or Tokenizer(make_tokenizer(out / "as it was"))).spec
     change(spec)
     (out / "tokenizer.json").write_text(json.dumps(spec))
     (out / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return chat.Tokenizer(out)
+    return Tokenizer(out)
 
 
 @pytest.mark.parametrize("cut, norm, at_once, name", [
@@ -265,6 +247,7 @@ def test_the_three_other_ways_to_cut_a_text_are_known_by_name(cut, norm, at_once
     (lambda s: s.update(normalizer={"type": "Lowercase"}), "no name for this way of cutting text: ['Lowercase'"),
     (lambda s: s["pre_tokenizer"].update(add_prefix_space=True), "no name for this way"),
     (lambda s: s.update(pre_tokenizer=None), "no name for this way of cutting text: []"),
+    (lambda s: s["model"].update(ignore_merges=True), "no name for this way"),
     (lambda s: s.update(model={"type": "WordLevel", "vocab": {"<s>": 1, "</s>": 2, "<unk>": 0}, "unk_token": "<unk>"},
                         added_tokens=[]), "a tokenizer of type 'WordLevel'")])
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(change, says, tmp_path):
@@ -273,8 +256,7 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(change, says
 
 @pytest.mark.parametrize("change", [apart, list.pop])
 def test_merges_that_no_scores_can_stand_for_are_refused(change, tmp_path):
-    make_pieces(tmp_path / "pieces")
-    tok = respecified(tmp_path / "pieces", tmp_path / "t", lambda spec: change(spec["model"]["merges"]))
+    tok = respecified(make_pieces(tmp_path / "pieces")[1], tmp_path / "t", lambda s: change(s["model"]["merges"]))
     assert "not those of a SentencePiece model" in error(gguf_export.tokenizer_keys, tok, 600, None)
 
 

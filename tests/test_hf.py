@@ -493,10 +493,16 @@ def test_the_tower_sees_the_numbers_that_the_image_processor_would_have_made(tow
     (dict(crop_size={"height": 8, "width": 9}), "are no squares of one side"), (dict(crop_size={}, size={}), "squares"),
     (dict(size={"longest_edge": 8}, do_center_crop=False), "no squares"), (dict(rescale_factor=0), "=0 is no number"),
     (dict(rescale_factor="1/255"), "rescale_factor='1/255' is no number"),
-    (dict(crop_size=7), "makes pictures of side 7, the tower reads 8")])
+    (dict(crop_size=9), "no squares of side 9 can be cut from pictures of size {'shortest_edge': 8}"),
+    (dict(crop_size=3), "pictures of side 3 hold no patch of 4")])
 def test_an_image_processor_that_does_something_else_is_refused(copy, new, says):
     add_files(copy[0], pre=PRE | new)
-    assert says in error(hf.load, *copy)
+    assert says in error(lambda: hf.image_spec(hf.load(*copy)[1].pre, "crop"))
+
+
+def test_a_llava_reads_pictures_of_its_own_size(llava, tmp_path):
+    folder = add_files(shutil.copytree(llava, tmp_path / "other"), pre=PRE | {"crop_size": 7})
+    assert "makes pictures of side 7, the tower reads 8" in error(hf.load, init=folder)
 
 
 def test_a_folder_that_contradicts_itself_about_padding_is_refused(towers, tmp_path):

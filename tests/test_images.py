@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 from chat import BadSample
@@ -313,6 +313,94 @@ def test_pixels_are_bit_equal_to_transformers(theirs, aspect, resample):
             want = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
             got = preprocess(image, ImageSpec(S, aspect, resample)).numpy()
             assert got.dtype == np.uint8 and (got == want).all(), (w, h, S)
+
+
+def test_a_square_may_be_cut_from_a_larger_picture(theirs):
+    """DINOv2's processor: the shorter side becomes 256, of which 224 stay."""
+    from transformers import CLIPImageProcessorPil
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 13}, crop_size={"height": 10, "width": 10},
+                                      do_rescale=False, do_normalize=False)
+    for w, h in SIZES:
+        image = Image.fromarray(RNG.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        want = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
+        assert (preprocess(image, ImageSpec(10, "crop", short=13)).numpy() == want).all(), (w, h)
+
+
+AWKWARD = [(1, 1), (1, 500), (500, 1), (336, 336), (337, 335), (335, 337), (336, 1), (2, 3), (7, 600), (600, 7),
+           (640, 480), (333, 500), (1023, 767), (384, 384), (13, 17), (3, 336), (672, 336), (385, 383),
+           (224, 224), (51, 49)]
+
+
+def tower(kind, S, p, mean, std):
+    """A tower whose features are the pixels it normalised: every patch as it is, and nothing else."""
+    from model import ViTEmbeddings, VisionConfig
+    e = ViTEmbeddings(VisionConfig(model_type=kind, hidden_size=3 * p * p, image_size=S, patch_size=p,
+                                   image_mean=tuple(mean), image_std=tuple(std)))
+    with torch.no_grad():
+        for x in e.parameters():
+            x.zero_()
+        e.patch_embedding.weight.view(3 * p * p, -1).copy_(torch.eye(3 * p * p))
+        return lambda image: e(image[None])[0, e.class_embedding is not None:]
+
+
+@pytest.fixture(scope="module", params=["crop", "squash", "pad"])
+def published(request):
+    """A processor with everything as published, the tower behind it, and our recipe"""
+    T = pytest.importorskip("transformers")
+    if request.param == "squash":
+        kind, S, p = "siglip_vision_model", 384, 16
+        processor = T.SiglipImageProcessorPil(size={"height": S, "width": S})
+    else:
+        processor = {"crop": T.CLIPImageProcessorPil, "pad": T.LlavaImageProcessorPil}[request.param]
+        processor = processor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336},
+                              do_pad=request.param == "pad")
+        kind, S, p = "clip_vision_model", 336, 14
+    mean = processor.image_mean
+    return processor, tower(kind, S, p, mean, processor.image_std), ImageSpec(S, request.param, mean=tuple(mean)), p
+
+
+def patches(pixels, p):
+    return torch.tensor(pixels).unfold(1, p, p).unfold(2, p, p).permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", AWKWARD)
+def test_the_tower_sees_the_very_floats_of_transformers(published, size):
+    processor, see, spec, p = published
+    image = Image.fromarray(np.random.default_rng(size).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    want = processor(image, return_tensors="np")["pixel_values"][0]
+    assert want.dtype == np.float32 and torch.equal(see(preprocess(image, spec)), patches(want, p))
+
+
+def awkward_files():
+    """name -> (bytes, what transformers should be shown of it; None: the file itself)"""
+    noise = Image.fromarray(np.random.default_rng(3).integers(0, 256, (31, 45, 3), dtype=np.uint8))
+    alpha = noise.convert("RGBA")
+    alpha.putalpha(Image.fromarray(np.random.default_rng(4).integers(0, 256, (31, 45), dtype=np.uint8)))
+    ramp = np.arange(45 * 31, dtype=np.uint16).reshape(31, 45) * 47
+    exif = Image.Exif()
+    exif[0x112] = 6
+    gray = Image.fromarray((ramp // 257).astype(np.uint8))       # convert("RGB"), as there, makes most of it white
+    return {"gray": (saved(noise.convert("L"), "PNG"), None), "gray_alpha": (saved(alpha.convert("LA"), "PNG"), None),
+            "alpha": (saved(alpha, "PNG"), None), "palette": (saved(noise.convert("P"), "PNG"), None),
+            "palette_transparent": (saved(noise.convert("P"), "PNG", transparency=7), None),
+            "one_bit": (saved(noise.convert("1"), "PNG"), None), "cmyk": (saved(noise.convert("CMYK"), "JPEG"), None),
+            "gif": (saved(noise, "GIF"), None), "sixteen": (saved(Image.fromarray(ramp), "PNG"), gray),
+            "rotated": (saved(noise, "JPEG", exif=exif), None)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gray", "gray_alpha", "alpha", "palette", "palette_transparent", "one_bit", "cmyk",
+                                  "gif", "sixteen", "rotated"])
+def test_and_of_files_of_every_mode(published, name, tmp_path):
+    """White where transformers' processor paints white; upright, as its load_image has it. Sixteen bits alone are seen
+    otherwise on purpose: there they are cut off at 255."""
+    processor, see, spec, p = published
+    blob, shown = awkward_files()[name]
+    (tmp_path / "x").write_bytes(blob)
+    shown = shown or ImageOps.exif_transpose(Image.open(tmp_path / "x"))
+    want = processor(shown, return_tensors="np")["pixel_values"][0]
+    assert torch.equal(see(preprocess(load_image(str(tmp_path / "x")), spec)), patches(want, p))
 
 
 def test_red_green_and_blue_keep_their_channels():

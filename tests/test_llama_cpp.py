@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from test_gguf import LLAMA_3, QWEN, SMOL, folder, make_pieces, respecified
-from test_hf import FAMILIES
+from test_hf import FAMILIES, configure
 from test_model import all_logits
 
 import gguf_export
@@ -22,6 +22,7 @@ import hf
 from answer import Speaker
 from data import pack
 from model import generate
+from tokenizer import Tokenizer
 
 llama = pytest.importorskip("xllamacpp")
 IDS = [1, *torch.randint(12, 480, (20,), generator=torch.Generator().manual_seed(0)).tolist()]
@@ -154,10 +155,10 @@ def test_a_chat_with_a_picture_becomes_our_prompt_and_our_words(template, kind, 
     if kind == "pieces":
         if template in ("llama_3", "chatml"):
             pytest.skip("needs tokens that no SentencePiece model has")
-        tok = make_pieces(tmp_path / "tok")[1].folder
-    model, source = hf.load(init=folder("siglip", tmp_path / "m", tok))
+        tok = respecified(make_pieces(tmp_path / "tok")[1], tmp_path / "pieces", lambda spec: None).folder
+    configure(folder("siglip", tmp_path / "m", tok), image_token_index=Tokenizer(tok).image)
+    model, source = hf.load(init=tmp_path / "m")
     cfg = model.cfg
-    cfg.image_token_index = source.tok.id("<image>")
     hf.save(tmp_path / "run", model.state_dict(), cfg, source, template, "Be brief.", "pad", torch.float32)
     speaker = Speaker(*hf.load(init=tmp_path / "run"), template, "Be brief.", "pad")
     server = Server(*gguf_export.export(tmp_path / "run", "", "f32")[:2])
