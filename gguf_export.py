@@ -193,8 +193,9 @@ def scores(vocab, merges, where):
     return out
 
 
-def tokenizer_keys(tok, V, template):
-    """A tokenizer -> the keys that llama.cpp builds its own from. V: rows of the embedding."""
+def tokenizer_keys(tok, V, template, system=None):
+    """A tokenizer -> the keys that llama.cpp builds its own from. V: rows of the embedding; template: ours, or none of
+    ours, and then the folder's own, as it is."""
     where, spec = f"the tokenizer in {tok.folder}", tok.spec
     if (kind := spec["model"].get("type")) != "BPE":
         stop(f"{where}: GGUF of a tokenizer of type {kind!r} is not known here: BPE")
@@ -227,7 +228,7 @@ def tokenizer_keys(tok, V, template):
     talk = read_json(names).get("chat_template") if names.is_file() else None
     if (file := tok.folder / "chat_template.jinja").is_file():
         talk = file.read_text("utf-8")
-    talk = marked(talk) if template else talk
+    talk = marked(chat.jinja(template, system)) if template else talk
     return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | ({"tokenizer.chat_template": talk} if talk else {})
 
 
@@ -312,7 +313,7 @@ def export(folder, out, dtype):
     model, source = hf.load(init=folder)
     cfg, name = model.cfg, Path(folder).resolve().name
     keys = text_keys(cfg.text, dtype, name)
-    keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, source.meta.get("template"))
+    keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
     eyes = mmproj_keys(cfg, dtype, name)
     out = Path(out or Path(folder) / "gguf")
     out.mkdir(parents=True, exist_ok=True)
