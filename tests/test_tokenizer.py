@@ -221,3 +221,205 @@ def test_names_of_roles_come_from_the_first_file_that_tells_one(tmp_path):
     tok = load(tmp_path, spm(["ab"]), tokenizer_config={"bos_token": "", "eos_token": {"content": "<s>"}},
                special_tokens_map={"bos_token": "</s>", "eos_token": "</s>"})
     assert (tok.bos, tok.eos) == (2, 1)
+
+
+# ---- a token for pictures, in every family ---------------------------------------------------------------------------
+
+def byte_level(folder, control, words=(), bos=None, **names):
+    """As Llama 3 and Qwen publish theirs: control tokens stand behind the vocabulary, and in added_tokens alone"""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.train_from_iterator([WORDS] * 5, trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in words])
+    if bos:
+        tok.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tok.token_to_id(bos))])
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos} | names))
+    return tok.get_vocab_size()
+
+
+def llama_3(folder, *more):
+    return byte_level(folder, ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                               "<|reserved_special_token_1|>", *more, "<|start_header_id|>", "<|end_header_id|>",
+                               "<|eot_id|>"], bos="<|begin_of_text|>", eos_token="<|eot_id|>")
+
+
+def qwen(folder, *more):
+    return byte_level(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more], ["<think>", "</think>"],
+                      eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def vicuna(folder):
+    (folder / "tokenizer.model").write_bytes(spm("th ▁th ▁the at cat ▁a ▁c ▁cat".split(), "▁thecab."))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "LlamaTokenizer", "legacy": False, "pad_token": None,
+        "bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}, "unk_token": {"content": "<unk>"}}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<unk>", "eos_token": "</s>"}))
+    return 259 + 16
+
+
+def mistral_3(folder):
+    """The first space stands at the very beginning alone, and [INST] is a control token."""
+    spec = json.loads((make_tokenizer(folder, "pieces") / "tokenizer.json").read_text("utf-8"))
+    renamed = {"<image>": "[INST]", "<pad>": "[/INST]"}
+    for token in spec["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    spec["model"]["vocab"] = {renamed.get(k, k): i for k, i in spec["model"]["vocab"].items()}
+    spec |= {"normalizer": None, "pre_tokenizer": {
+        "type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}}
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return len(spec["model"]["vocab"])
+
+
+RESERVED = "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"
+# what is published, spare rows of its embedding, template, then who becomes <image> and who padding; none: a new one
+PUBLISHED = {
+    "vicuna": (vicuna, 0, "vicuna_v1", None, None), "llama 2": (vicuna, 0, "llava_llama_2", None, None),
+    "llama 3": (llama_3, 0, "llama_3", *RESERVED),
+    "llama 3.1": (lambda f: llama_3(f, "<|finetune_right_pad_id|>"), 0, "llama_3", RESERVED[0],
+                  "<|finetune_right_pad_id|>"),
+    "qwen 2": (qwen, 40, "chatml", None, "<|endoftext|>"),
+    "qwen 2.5": (lambda f: qwen(f, "<|image_pad|>"), 40, "chatml", "<|image_pad|>", "<|endoftext|>"),
+    "smollm 2": (qwen, 0, "chatml", None, "<|endoftext|>"), "mistral 0.3": (mistral_3, 0, "mistral", None, None)}
+
+
+@pytest.fixture(scope="module")
+def publish(tmp_path_factory):
+    """name -> vision folder, llm folder, the model both were taken from, how many ids its tokenizer has"""
+    def make(name, **text):
+        root = tmp_path_factory.mktemp("published")
+        (root / "eyes").mkdir(), (root / "tongue").mkdir()
+        size = PUBLISHED[name][0](root / "tongue")
+        torch.manual_seed(0)
+        model = VLM(tiny_config(vocab_size=size + PUBLISHED[name][1], **text))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        v, t = model.cfg.vision, model.cfg.text
+        for folder, prefix, c in ((root / "eyes", "vision_tower.", v), (root / "tongue", "language_model.", t)):
+            save_file({k.removeprefix(prefix): x.contiguous() for k, x in model.state_dict().items()
+                       if k.startswith(prefix) and not (t.tie_word_embeddings and "lm_head" in k)},
+                      folder / "model.safetensors", metadata={"format": "pt"})
+            (folder / "config.json").write_text(json.dumps(vars(c) | {"architectures": None}))
+        (root / "eyes/preprocessor_config.json").write_text(json.dumps(PRE))
+        return root / "eyes", root / "tongue", model, size
+    return make
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_language_model_gets_a_token_for_pictures(publish, tmp_path, name):
+    """Spare tokens are used where there are any, rows where there are any, and nothing old changes its id or its row."""
+    eyes, tongue, old, size = publish(name)
+    before = tokenizer.read(tongue)[0]
+    model, folder = hf.load(eyes, tongue)
+    tok, (_, _, _, picture, padding) = folder.tok, PUBLISHED[name]
+    known = {t["content"]: t["id"] for t in before["added_tokens"]}
+    assert tok.image == model.cfg.image_token_index == tok.id("<image>") == known.get(picture, size)
+    assert tok.pad == known.get(padding, size + (picture is None)) not in (tok.eos, tok.image)
+    V, rows = old.cfg.text.vocab_size, model.cfg.text.vocab_size
+    assert rows == (V if len(tok) <= V else math.ceil(len(tok) / 64) * 64) and len(tok) >= size
+    assert ("rows for it" in folder.notes[-1]) == (rows > V) == (name in ("vicuna", "llama 2", "smollm 2", "mistral 0.3"))
+    assert "<image>" in folder.notes[0] and (picture is None) == ("it is new, id" in folder.notes[0])
+    for k, x in model.state_dict().items():
+        if not k.startswith("multi_modal"):
+            y = old.state_dict()[k]
+            assert torch.equal(x[:V] if "embed_tokens" in k or "lm_head" in k else x, y), k
+            if len(x) > len(y):
+                torch.testing.assert_close(x[V:], y.double().mean(0).float().expand(rows - V, -1), rtol=0, atol=1e-7)
+    for text in ("the cat. It is", "a <|im_end|> </s> <image> b", " é\n"):               # typed words are as they were
+        assert tok.text(text)[0] == tokenizer.blind(before).encode(text, add_special_tokens=False).ids
+
+    hf.save(tmp_path / "out", model.state_dict(), model.cfg, folder, PUBLISHED[name][2], "", "pad", torch.float32)
+    again, back = hf.load(init=tmp_path / "out")
+    assert again.cfg == model.cfg and back.notes == [] and (back.tok.image, back.tok.pad) == (tok.image, tok.pad)
+    assert all(torch.equal(x, again.state_dict()[k]) for k, x in model.state_dict().items())
+    c = json.loads((tmp_path / "out/config.json").read_text())
+    assert (c["image_token_index"], c["pad_token_id"], c["text_config"]["vocab_size"]) == (tok.image, tok.pad, rows)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_transformers_writes_the_same_ids_with_the_exported_tokenizer(publish, tmp_path, name):
+    """AutoTokenizer and chat template of the folder, on the golden conversations; and the model loads with every row."""
+    T = pytest.importorskip("transformers")
+    from test_chat import CONVERSATIONS
+    eyes, tongue, *_ = publish(name)
+    model, folder = hf.load(eyes, tongue)
+    tok, template, out, n = folder.tok, PUBLISHED[name][2], tmp_path / "out", 0
+    hf.save(out, model.state_dict(), model.cfg, folder, template, None, "pad", torch.float32)
+    theirs = T.AutoTokenizer.from_pretrained(out)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (tok.bos, tok.eos, tok.pad)
+    assert theirs.convert_tokens_to_ids("<image>") == tok.image and len(theirs) == len(tok)
+    control = [t["content"] for t in tok.spec["added_tokens"] if t["special"]]
+    thinks = [([("q", "<think>\n\n</think>\n\na"), ("<think>", "b")], 0, "S")]
+    for turns, images, system in CONVERSATIONS + thinks:
+        said = "".join(u + (a or "") for u, a in turns)
+        if any(t in said for t in control if t != "<image>") or said.count("<image>") != images:
+            continue                                           # typed control tokens: what only our ids can tell
+        messages = [{"role": "system", "content": chat.TEMPLATES[template].system if system is None else system}]
+        messages += [{"role": r, "content": c} for u, a in turns for r, c in (("user", u), ("assistant", a))]
+        ask = turns[-1][1] is None
+        ids, _ = chat.encode(tok, template, turns, images, tok.image, 1, system)
+        there = theirs.apply_chat_template(messages[:-1] if ask else messages, add_generation_prompt=ask,
+                                           tokenize=True, return_dict=True)
+        assert list(there["input_ids"]) == ids, turns
+        assert theirs.decode(ids, skip_special_tokens=True) == tok.decode(ids)
+        n += 1
+    assert n >= 17
+    there, info = T.LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not info["mismatched_keys"] and not any("language_model" in k for k in info["missing_keys"])
+    assert there.get_input_embeddings().weight.shape[0] == model.cfg.text.vocab_size
+
+
+def test_new_rows_cannot_raise_the_loss_by_more_than_their_share(publish):
+    """log(1 + n/V) at most for any prompt, as the mean logit is never above the mean of the exponentials; and a new id
+    is no prompt's first choice. Rows as wide as the old ones, drawn at random, break both."""
+    eyes, tongue, old, size = publish("vicuna")
+    model, _ = hf.load(eyes, tongue)
+    V, n = size, model.cfg.text.vocab_size - size
+    h = torch.randn(2000, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
+    W = model.state_dict()["language_model.lm_head.weight"].double()
+    rise = (h @ W.T).logsumexp(-1) - (h @ W[:V].T).logsumexp(-1)
+    assert 0 < rise.min() and rise.max() <= math.log1p(n / V) + 1e-6
+    assert ((h @ W.T).argmax(-1) < V).all()
+    W[V:] = torch.randn(n, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.2
+    rise = (h @ W.T).logsumexp(-1) - (h @ W[:V].T).logsumexp(-1)
+    assert rise.max() > 2 * math.log1p(n / V) and ((h @ W.T).argmax(-1) >= V).any()
+
+
+def test_a_tied_embedding_grows_once_and_a_picture_passes_through(publish):
+    eyes, tongue, _, size = publish("smollm 2", tie_word_embeddings=True)
+    model, folder = hf.load(eyes, tongue)
+    assert model.cfg.text.vocab_size > size and "language_model.lm_head.weight" not in model.state_dict()
+    ids, labels = chat.encode(folder.tok, "chatml", [("<image>\nq", "a")], 1, folder.tok.image, 4)
+    batch = pack([(ids, labels, example(1)[2])], 8)
+    assert model(*batch).isfinite() and folder.tok.image not in labels
+
+
+def test_a_config_may_say_which_token_is_the_picture(publish, tmp_path):
+    """As some LLaVAs do that keep a reserved token's name; a token that is someone else's word is refused."""
+    eyes, tongue, *_ = publish("llama 3")
+    model, folder = hf.load(eyes, tongue)
+    spare = folder.tok.specials["<pad>"]                       # the second reserved token, by its new name
+    own = Tokenizer(tongue, spare)
+    assert own.image == spare == own.id("<image>") and own.pad == folder.tok.image == own.id("<pad>")
+    assert "<|reserved_special_token_1|> is called so" in own.notes[0]
+    assert f"config.json has 5 stand for a picture, here it is {own.published}" in error(Tokenizer, tongue, 5)
+    hf.save(tmp_path / "out", model.state_dict(), model.cfg, folder, "llama_3", "", "pad", torch.float32)
+    assert "stand for a picture" in error(Tokenizer, tmp_path / "out", spare)
+
+
+def test_an_image_token_that_people_could_type_becomes_a_control_token(tmp_path):
+    blob, size = spm(["ab"]), len(LLAMA) + len(BYTES) + 9
+    for more in (dict(added_tokens={"<image>": size}), dict()):
+        (tmp_path / str(len(more))).mkdir()
+        tok = load(tmp_path / str(len(more)), blob if more else spm(["ab"], more=[("<image>", -99.0, CONTROL)]), **more)
+        assert tok.image == size and size not in tok.text("<image>")[0]
+    vocab = json.loads(json.dumps(tok.spec))
+    vocab["added_tokens"] = [t for t in vocab["added_tokens"] if t["content"] != "<image>"]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/tokenizer.json").write_text(json.dumps(vocab))
+    assert Tokenizer(tmp_path / "only").image == size, "a piece of that name is the token, where nothing added is"
