@@ -436,8 +436,8 @@ def load(vision="", llm="", init="", connector="mlp", seed=0):
 
 
 def grow(tensors, cfg, tok, where):
-    """Give the tokens that the tokenizer was lacking their rows in the embedding and in the head, to a multiple of 64 as
-    in LLaVA-HF -> lines that say so; `tensors` and cfg.vocab_size change.
+    """Give the tokens that the tokenizer was lacking their rows in the embedding and in the head, up to a multiple of
+    64 as in LLaVA-HF -> lines that say so; `tensors` and cfg.vocab_size change.
 
     A new row is the mean of the old ones, as in LLaVA. For the embedding it hardly matters: a picture's features
     replace it, and padding is not read. In the head it makes a new logit the mean of the old ones, which (Jensen) is

@@ -21,7 +21,8 @@ from tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, WORD, Tokenizer
 
 PRE = {"crop_size": 8, "size": 8}
 TYPED = list("abcdefgh  \n▁é一👩/s0x1A|im_\x00\t\u0301\u200d") + [
-    "<s>", "</s>", "<0x0A>", "<unk>", "<pad>", "   ", "cat", "the", "▁▁", "<im>", " of", "<|im_start|>", "\U0010ffff", "black cat. "]
+    "<s>", "</s>", "<0x0A>", "<unk>", "<pad>", "   ", "cat", "the", "▁▁", "<im>", " of", "<|im_start|>",
+    "\U0010ffff", "black cat. "]
 
 
 def error(call, *args, **kw):
@@ -154,13 +155,14 @@ def test_a_broken_translation_would_be_seen(tmp_path):
 def test_transformers_reads_a_vicuna_folder_alike(tmp_path):
     """Its own conversion in legacy mode, but for texts that begin with a space: there it leaves SentencePiece's way."""
     T = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")                     # what transformers reads the file with
     sp, tok = train(TEXTS["words"], tmp_path / "a")
     (tmp_path / "a/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True}))
     theirs = T.LlamaTokenizer.from_pretrained(tmp_path / "a", legacy=True)
     differ = 0
     for text in strings(1, 2000):
         if any(token in text for token in ("<s>", "</s>", "<unk>", "▁")):
-            continue                                           # typed control tokens become controls there, and not here
+            continue                                           # typed control tokens are controls there
         same = theirs(text, add_special_tokens=False)["input_ids"] == tok.text(text)[0]
         assert same or text.startswith(" "), text
         differ += not same
@@ -195,7 +197,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
     for n in range(len(blob)):
         if n % 37 == 0 or n > len(blob) - 60:
             assert "tokenizer.model" in error(load, tmp_path, blob[:n]), n
-    assert load(tmp_path, blob + message((4, b""), (5, message((1, "more"))))).spec == whole      # fields not known here
+    assert load(tmp_path, blob + message((4, b""), (5, message((1, "x"))))).spec == whole    # fields unknown here
 
 
 def test_added_tokens_lie_beside_a_model_in_either_file(tmp_path):
@@ -312,7 +314,7 @@ def publish(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_language_model_gets_a_token_for_pictures(publish, tmp_path, name):
-    """Spare tokens are used where there are any, rows where there are any, and nothing old changes its id or its row."""
+    """Spare tokens are used where there are any, rows where there are any, and nothing old gets another id or row."""
     eyes, tongue, old, size = publish(name)
     before = tokenizer.read(tongue)[0]
     model, folder = hf.load(eyes, tongue)
@@ -322,7 +324,8 @@ def test_a_published_language_model_gets_a_token_for_pictures(publish, tmp_path,
     assert tok.pad == known.get(padding, size + (picture is None)) not in (tok.eos, tok.image)
     V, rows = old.cfg.text.vocab_size, model.cfg.text.vocab_size
     assert rows == (V if len(tok) <= V else math.ceil(len(tok) / 64) * 64) and len(tok) >= size
-    assert ("rows for it" in folder.notes[-1]) == (rows > V) == (name in ("vicuna", "llama 2", "smollm 2", "mistral 0.3"))
+    grows = name in ("vicuna", "llama 2", "smollm 2", "mistral 0.3")
+    assert ("rows for it" in folder.notes[-1]) == (rows > V) == grows
     assert "<image>" in folder.notes[0] and (picture is None) == ("it is new, id" in folder.notes[0])
     for k, x in model.state_dict().items():
         if not k.startswith("multi_modal"):
@@ -343,7 +346,7 @@ def test_a_published_language_model_gets_a_token_for_pictures(publish, tmp_path,
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_transformers_writes_the_same_ids_with_the_exported_tokenizer(publish, tmp_path, name):
-    """AutoTokenizer and chat template of the folder, on the golden conversations; and the model loads with every row."""
+    """AutoTokenizer and chat template of the folder, on the golden conversations; the model loads with every row."""
     T = pytest.importorskip("transformers")
     from test_chat import CONVERSATIONS
     eyes, tongue, *_ = publish(name)
