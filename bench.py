@@ -23,4 +23,4 @@ if __name__ == "__main__":
     part = importlib.import_module(f"bench.{what}")    # of the folder, which comes before this file
     settings = config.load(part.Settings, sys.argv[2:], part.__doc__)
     settings.date = settings.date or datetime.date.today().isoformat()
-    part.main(settings, sys.argv[2:])
+    part.main(settings, [a for a in sys.argv[2:] if not a.startswith("--out=")])

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # what is measured in: the interpreter's bf16 products are wrong
+LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # what is measured in
 
 # LLaVA's mixture of 665k, modelled: thousands of conversations, mean and relative spread of their lengths in words of
 # text (log-normal), share of these that is learnt, pictures. Only the thousands are published; the rest is assumed.

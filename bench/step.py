@@ -311,6 +311,9 @@ def measure(name, side, steps, size="full", device="cpu"):
     imported = memory("VmRSS") if device == "cpu" else 0
     s, (side, *how) = system(name, size), side.split("+")
     prepare, step, optimizer = ours(s, device) if side == "ours" else theirs(s, device, *how)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()                  # a model is born in fp32
     warm, losses, seconds, part = 1 if device == "cpu" else 2, [], [], 1.0
     while len(seconds) < warm + steps:
         batch = prepare(conversations(s, len(seconds)), part)

@@ -23,11 +23,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU th
 
 
 @pytest.fixture(autouse=True)
-def definitions_without_shortcuts(monkeypatch):
+def definitions_without_shortcuts():
     """What kernels are compared with must not round its products to 10 bits, nor its sums to bf16."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
+    how = torch.backends.cuda.matmul
+    names = "allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
+    before = [getattr(how, name) for name in names]
+    for name in names:
+        setattr(how, name, False)
+    yield
+    for name, value in zip(names, before):
+        setattr(how, name, value)
 
 
 def data(*shape, dtype, seed=0):
@@ -209,10 +214,10 @@ def test_a_whole_model_takes_the_same_step_with_kernels_and_without(dtype, monke
     init_weights(model)
     model, batch = model.to(DEVICE, dtype), pack([example(1), example(2, images=0), example(3, text=30)], 8).to(DEVICE)
     got = []
-    for kernels.choice in ("triton", "torch"):
+    for which in ("triton", "torch"):
+        monkeypatch.setattr(kernels, "choice", which)
         loss = token_loss(model, batch)
         got.append([loss.detach(), *torch.autograd.grad(loss, [*model.parameters()])])
-    monkeypatch.setattr(kernels, "choice", "auto")
     eps = torch.finfo(dtype).eps
     for a, b in zip(*got):
         assert (a - b).double().norm() <= 30 * eps * (b.double().norm() + eps)   # some tens of roundings on the way

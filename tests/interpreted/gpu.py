@@ -4,6 +4,7 @@ import pytest
 import test_gpu
 import torch
 from test_attention import documents
+from test_gpu import definitions_without_shortcuts  # noqa: F401  (a fixture that all GPU tests use)
 
 import kernels
 
@@ -13,13 +14,13 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "choice", "triton")
     monkeypatch.setattr(test_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(test_gpu, "REPEATS", 1)
-    monkeypatch.setattr(test_gpu, "BEYOND", 2**16)
+    monkeypatch.setattr(test_gpu, "BEYOND", 2**14)
     monkeypatch.setattr(test_gpu, "HEADS", 2)
     monkeypatch.setattr(test_gpu, "WORDS", 500)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_check_runs(dtype, monkeypatch):
+def test_every_check_runs(monkeypatch):
+    dtype = torch.float16
     for name in ("gaps", "cross-attention"):
         test_gpu.test_attention_with_every_mask(name, dtype)
     monkeypatch.setitem(test_gpu.LONG, "packed", documents(20, 1, 15))
