@@ -225,7 +225,8 @@ def parallelize(model, world, blocks, parallel="auto", recompute="none", compile
             b.compile()
     if world.size == 1:
         return model
-    if len(set(world.gather(str([p.sum(dtype=torch.float64).item() for p in model.parameters()])))) > 1:
+    sums = [t.sum(dtype=torch.float64).item() for t in (*model.parameters(), *model.buffers())]
+    if len(set(world.gather(str(sums)))) > 1:
         stop("the ranks start from different weights: do all machines see the same files?")
     if sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -236,7 +237,8 @@ def parallelize(model, world, blocks, parallel="auto", recompute="none", compile
         return model
     from torch.nn.parallel import DistributedDataParallel
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
+                                   broadcast_buffers=False)             # weights in four bits, which nobody changes
 
 
 def unwrap(model):
@@ -296,16 +298,27 @@ def check_gradients(model):
 
 # ---- seeing ----------------------------------------------------------------------------------------------------------
 
+def weights(model):
+    """-> (name, tensor, how many weights it holds) in the order of registration, which is that in which data passes:
+    parameters, and buffers that are matrices, which hold two weights of four bits in each byte."""
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(prefix, recurse=False):
+            yield name, p, p.numel()
+        for name, b in module.named_buffers(prefix, recurse=False):
+            if b.ndim == 2:
+                yield name, b, 2 * b.numel()
+
+
 def flops(model, table):
     """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}; table: name glob -> (unit, rows per unit),
     and the last glob that fits decides. A weight costs 2 per row forward, 2 more if it trains, and 2 more where
     something before it trains. Attention products and recomputation are not counted."""
     out, below = Counter(), False
-    for name, p in unwrap(model).named_parameters():       # registered in the order in which data passes
+    for name, p, count in weights(unwrap(model)):
         fits = [table[g] for g in table if fnmatch.fnmatchcase(name, g)]
         if p.ndim >= 2 and fits:
             unit, rows = fits[-1]
-            out[unit] += (2 + 2 * p.requires_grad + 2 * below) * rows * p.numel()
+            out[unit] += (2 + 2 * p.requires_grad + 2 * below) * rows * count
         below = below or p.requires_grad
     return out
 

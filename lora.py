@@ -1,7 +1,11 @@
 """LoRA (Hu et al. 2021), written by hand and applied from outside: y = W x + (alpha / r) B A dropout(x), W frozen.
 
 A wrapped layer keeps its weight under its published name and gains lora_A.weight (r, in) and lora_B.weight (out, r),
-which are the names of a PEFT adapter. B starts at zero, so that a wrapped model says exactly what it said before."""
+which are the names of a PEFT adapter. B starts at zero, so that a wrapped model says exactly what it said before.
+
+QLoRA (Dettmers et al. 2023) is the same over a frozen W in four bits (kernels/nf4.py): quantize() comes first. W is
+then no parameter but a few buffers, is written out for each product, forward and backward, and is in no checkpoint: it
+follows from the model that a run starts from. What is published is merged with the W the adapter was trained over."""
 
 import fnmatch
 import json
@@ -16,6 +20,7 @@ from safetensors.torch import save_file
 from checkpoint import commit
 from config import read_json, stop
 from hf import fingerprint, mark, read_tensors, rename
+from kernels import nf4
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
 # keys of adapter_config.json that make another function of the same tensors. Ways to begin are no matter, but for those
@@ -23,6 +28,53 @@ PREFIX = "base_model.model."  # of every name in a PEFT file
 UNKNOWN = ("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
            "kasa_config", "monteclora_config", "layer_replication", "target_parameters")
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def held(layer):
+    """What a layer holds of its W: the matrix, or the parts that stand for it"""
+    return tuple(getattr(layer, k) for k in nf4.PARTS) if hasattr(layer, "absmax") else layer.weight
+
+
+def dense(W, dtype):
+    """What a layer holds -> W (O, C) in dtype"""
+    return nf4.dequantize(*W, dtype) if isinstance(W, tuple) else W.to(dtype)
+
+
+class Frozen(torch.autograd.Function):
+    """y = x W^T + b with a W that is not kept but written out again for the gradient of x, the only one there is.
+    x (..., C)   W: what held() gives   b (O,) or None   ->   (..., O)"""
+
+    @staticmethod
+    def forward(ctx, x, W, b):
+        ctx.W = W
+        return F.linear(x, dense(W, x.dtype), None if b is None else b.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return dy @ dense(ctx.W, dy.dtype), None, None
+
+
+class NF4Linear(nn.Linear):
+    """A frozen layer in four bits a weight, as quantize() puts it in."""
+
+    def __init__(self, base):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        for k, t in zip(nf4.PARTS, nf4.quantize(base.weight)):
+            self.register_buffer(k, t)
+        self.bias = base.requires_grad_(False).bias
+
+    def forward(self, x):
+        x = computed(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return Frozen.apply(x, held(self), self.bias)
+
+
+def computed(x):
+    """x in the dtype that autocast asks for, where it is on"""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Adapted(torch.autograd.Function):
@@ -33,7 +85,7 @@ class Adapted(torch.autograd.Function):
     and d A^T (N, sum of r). W is frozen and asks for nothing.
 
     N rows   C width of x   O of a result, own of each layer   r rank, own of each layer
-    x (N, C)   keep (N, C) bool or None   scales: s of each layer   weights: W (O, C) of each layer
+    x (N, C)   keep (N, C) bool or None   scales: s of each layer   weights: what held() gives of each layer
     parts: b (O,) or None of each, then A (r, C) of each, then B (O, r) of each   ->   y (N, O) of each"""
 
     @staticmethod
@@ -44,7 +96,7 @@ class Adapted(torch.autograd.Function):
             xa = (x if keep is None else x * keep) @ torch.cat(A).to(x.dtype).T                        # (N, sum of r)
             out = []
             for s, W, b, B_i, xa_i in zip(scales, weights, bias, B, xa.split([a.shape[0] for a in A], 1)):
-                y = F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+                y = F.linear(x, dense(W, x.dtype), None if b is None else b.to(x.dtype))
                 out.append(y.addmm_(xa_i, (s * B_i).to(x.dtype).T))
         ctx.save_for_backward(x, keep, xa, *A, *B)
         ctx.scales, ctx.weights = scales, weights
@@ -62,9 +114,9 @@ class Adapted(torch.autograd.Function):
             dA = (dxa.T @ (x if keep is None else x * keep)).split(ranks)
             dB = [(g.T @ xa_i).mul_(s) for g, s, xa_i in zip(dy, ctx.scales, xa.split(ranks, 1))]
             if ctx.needs_input_grad[0]:
-                dx = dy[0] @ ctx.weights[0].to(x.dtype)
+                dx = dy[0] @ dense(ctx.weights[0], x.dtype)
                 for g, W in zip(dy[1:], ctx.weights[1:]):
-                    dx.addmm_(g, W.to(x.dtype))
+                    dx.addmm_(g, dense(W, x.dtype))
                 A = torch.cat(A).to(x.dtype)
                 dx = dx.addmm_(dxa, A) if keep is None else dx.add_((dxa @ A).mul_(keep))
         grads = [g.to(p.dtype) for g, p in zip((*dA, *dB), AB)]
@@ -75,7 +127,12 @@ class LoRALinear(nn.Linear):
     def __init__(self, base, r, alpha, dropout):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.requires_grad_(False).weight, base.bias
+        if isinstance(base, NF4Linear):
+            for k, t in zip(nf4.PARTS, held(base)):
+                self.register_buffer(k, t)
+        else:
+            self.weight = base.weight
+        self.bias = base.requires_grad_(False).bias
         self.scale, self.dropout = alpha / r, dropout
         self.lora_A = nn.Linear(base.in_features, r, bias=False)   # U(-1/sqrt(in), 1/sqrt(in)), as in PEFT
         self.lora_B = nn.Linear(r, base.out_features, bias=False)
@@ -91,13 +148,12 @@ class LoRALinear(nn.Linear):
         mine = [f for f in layers if type(f) is LoRALinear]
         if len({f.dropout for f in mine}) != 1:                                # none, or no mask that would do for all
             return [f(x) for f in layers]
-        p, kind, keep, rest = mine[0].dropout, x.device.type, None, x.shape[:-1]
-        z = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        z = z.flatten(0, -2)                                                   # (N, C)
+        p, keep, rest = mine[0].dropout, None, x.shape[:-1]
+        z = computed(x).flatten(0, -2)                                         # (N, C)
         if p and mine[0].training:
             keep = torch.empty_like(z, dtype=torch.bool).bernoulli_(1 - p)
         scales = tuple(f.scale if keep is None else f.scale / (1 - p) for f in mine)
-        ys = Adapted.apply(z, keep, scales, tuple(f.weight for f in mine), *(f.bias for f in mine),
+        ys = Adapted.apply(z, keep, scales, tuple(held(f) for f in mine), *(f.bias for f in mine),
                            *(f.lora_A.weight for f in mine), *(f.lora_B.weight for f in mine))
         done = {f: y.unflatten(0, rest) for f, y in zip(mine, ys)}
         return [done[f] if f in done else f(x) for f in layers]
@@ -114,14 +170,15 @@ class DoRALinear(LoRALinear):
     def forward(self, x):
         if self.training and torch.is_grad_enabled():
             stop("a DoRA adapter is read and merged here, not trained")
-        W = merged(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale, self.lora_magnitude_vector)
-        return F.linear(x, W.to(self.weight.dtype), self.bias)
+        W = merged(held(self), self.lora_A.weight, self.lora_B.weight, self.scale, self.lora_magnitude_vector)
+        return F.linear(x, W.to(x.dtype), self.bias)
 
 
 def merged(W, A, B, scale, lengths=None):
-    """W + scale B A (O, C) in fp32 (fp64 for fp64); with lengths (O,), DoRA's: its rows, made as long as that."""
-    wide = torch.promote_types(torch.float32, W.dtype)
-    V = W.to(wide) + B.to(wide) @ A.to(wide) * scale
+    """W + scale B A (O, C) in fp32 (fp64 for fp64); with lengths (O,), DoRA's: its rows, made as long as that. W: what
+    held() gives."""
+    wide = torch.promote_types(torch.float32, A.dtype if isinstance(W, tuple) else W.dtype)
+    V = dense(W, wide) + B.to(wide) @ A.to(wide) * scale
     return V if lengths is None else V * (lengths.to(wide) / V.norm(dim=1))[:, None]
 
 
@@ -139,6 +196,22 @@ def targets(model, pattern):
             stop(f"lora_targets: nothing is called {p!r}; there is, for example, {linears[-1]}")
         out += [n for n in fits if n not in out]
     return out
+
+
+@torch.no_grad()
+def quantize(model):
+    """Put the linear layers of the language model but its head into NF4, in place: what QLoRA leaves in full are norms,
+    embeddings, head, connector and eyes. A row's length must be even. -> their names"""
+    names = targets(model, "all-linear")
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        base = model.get_submodule(name)
+        if base.in_features % 2:
+            stop(f"{name} has rows of {base.in_features} numbers, which four bits each cannot hold: two share a byte")
+        if not base.weight.isfinite().all():
+            stop(f"{name}.weight is not finite and is not quantised")
+        setattr(model.get_submodule(parent), leaf, NF4Linear(base))
+    return names
 
 
 def apply(model, r, alpha, dropout, pattern, seed=0, kind=LoRALinear):
@@ -163,16 +236,18 @@ def scales(model):
 @torch.no_grad()
 def merge_state(state, scales):
     """Tensors of a wrapped model by name -> those of the plain model (merged), with the scale of each layer by name.
-    The tensors given are not changed, so merging twice gives the same."""
-    out = {k: v for k, v in state.items() if ".lora_" not in k}
-    for k in state:
-        if k.endswith(".lora_A.weight"):
-            name = k.removesuffix(".lora_A.weight")
-            W = merged(state[f"{name}.weight"], state[k], state[f"{name}.lora_B.weight"], scales[name],
-                       state.get(f"{name}.lora_magnitude_vector"))
-            if not W.isfinite().all():
-                stop(f"the adapter of {name} is not finite and is not merged")
-            out[f"{name}.weight"] = W
+    What was in NF4 is written out. The tensors given are not changed, so merging twice gives the same."""
+    out, packed = {k: v for k, v in state.items() if ".lora_" not in k}, {}
+    for name in [k.removesuffix(".absmax") for k in out if k.endswith(".absmax")]:
+        packed[name] = tuple(out.pop(f"{name}.{part}") for part in nf4.PARTS)
+        out[f"{name}.weight"] = dense(packed[name], torch.float32)
+    for name in [k.removesuffix(".lora_A.weight") for k in state if k.endswith(".lora_A.weight")]:
+        A, B = (state[f"{name}.lora_{x}.weight"] for x in "AB")
+        W = merged(packed.get(name, out[f"{name}.weight"]), A, B, scales[name],
+                   state.get(f"{name}.lora_magnitude_vector"))
+        if not W.isfinite().all():
+            stop(f"the adapter of {name} is not finite and is not merged")
+        out[f"{name}.weight"] = W
     return out
 
 

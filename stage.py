@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parent
 IDLE = {"out", "resume", "log_every", "sample_every", "eval_every", "save_every", "keep_last", "keep_best", "workers",
         "device", "parallel", "recompute", "compile", "kernels", "dry_run", "max_tokens", "steps", "epochs"}
 # settings without which a checkpoint means something else: which samples a step sees follows from the first two and the
-# step alone, and adapters were learnt under their scale
-FIXED = ("seed", "batch_size", "lora_alpha")
+# step alone, and adapters were learnt under their scale and over a base in so many bits
+FIXED = ("seed", "batch_size", "lora_alpha", "bits")
 OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")    # in a run, and config.json
 PATIENCE = 10  # updates in a row whose gradient is not finite, before the run stops
 TRIES = 3      # checkpoints in a row that could not be written, before the run stops
@@ -89,10 +89,12 @@ def check(s):
     if s.init and towers:
         stop(f"init={s.init} brings its own towers, so {towers[0]}={getattr(s, towers[0])} would not be read: "
              "--init= starts from vision and llm")
-    idle = [k for k in ("lora_alpha", "lora_dropout", "lora_targets") if not getattr(s, "lora_r", 1)
+    idle = [k for k in ("lora_alpha", "lora_dropout", "lora_targets", "bits") if not getattr(s, "lora_r", 1)
             and getattr(s, k) != type(s).__dataclass_fields__[k].default]
     if idle:
         stop(f"{idle[0]}={getattr(s, idle[0])} means nothing while lora_r is 0: the whole language model would train")
+    if (bits := getattr(s, "bits", 16)) not in (4, 16):
+        stop(f"bits={bits}: 4 or 16")
     if s.connector not in ("mlp", "linear"):
         stop(f"connector={s.connector}: mlp or linear")
     if s.keep_best and not (s.val_data or s.data == "toy"):
@@ -145,6 +147,7 @@ def memory(model, world, micro, s):
                  for p in model.parameters())                       # with the low copies that autocast keeps
     if engine.shards(model, world, s.parallel):
         states /= world.size
+    states += sum(b.nbytes for b in model.buffers())                # weights in four bits are whole on every rank
     t, size = cfg.text, torch.finfo(world.dtype).bits // 8
     C, V, heads = t.hidden_size, t.vocab_size, (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
     block = 7 * C + 2 * heads + 4 * t.intermediate_size             # elements a layer keeps for backward, per token
@@ -161,9 +164,9 @@ def memory(model, world, micro, s):
 def plan(model, lrs, world, micro, steps, s):
     """What is about to happen, as lines of text, before anything is spent."""
     lines, parts = [f"{'':24}{'trained':>16}{'frozen':>16}"], {}
-    for name, p in model.named_parameters():
+    for name, p, count in engine.weights(model):
         part = parts.setdefault(name.split(".")[0], [0, 0])
-        part[0 if p.requires_grad else 1] += p.numel()
+        part[0 if p.requires_grad else 1] += count
     for part, (trained, frozen) in {**parts, "together": [sum(v) for v in zip(*parts.values())]}.items():
         lines.append(f"  {part:22}{trained:16,}{frozen:16,}")
     for lr in sorted(set(lrs.values())):
@@ -204,8 +207,8 @@ class Run:
         self.s, self.world, self.model, self.folder, self.samples, self.steps = s, world, model, folder, samples, steps
         self.adapter, self.cfg, self.spec = adapter, engine.unwrap(model).cfg, spec
         self.out = place(s)
-        frozen = [n for n, p in engine.unwrap(model).named_parameters() if not p.requires_grad]
-        self.base = hf.fingerprint({n: folder.marks[n] for n in frozen})
+        trained = {n for n, p in engine.unwrap(model).named_parameters() if p.requires_grad}
+        self.base = hf.fingerprint({n: m for n, m in folder.marks.items() if n not in trained})  # before quantising
         self.origin = s.init or f"{s.vision} and {s.llm}"
         self.seen, self.reasons, self.best = Counter(), {}, None   # kind: (count, first line); (validation loss, step)
         self.bad_updates = self.bad_saves = 0                               # in a row
@@ -267,7 +270,7 @@ class Run:
                 stop(f"{path} was trained on other data than {s.data}, or on another mixture of it; "
                      "--resume=none starts again")
             for key in FIXED:
-                if (old := state["settings"].get(key)) != new.get(key):
+                if (old := state["settings"].get(key, getattr(type(s), key, None))) != new.get(key):
                     stop(f"{path} was trained with {key}={old}, not {new.get(key)}: --resume=none starts again")
             if state.get("base") != self.base:
                 stop(f"{path} was trained on another base: what is frozen in {self.origin} has changed since; "

@@ -56,6 +56,7 @@ class Settings:
     lora_alpha: float = 64.0             # adapters are scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0
     lora_targets: str = "all-linear"     # of the language model but its head; or q_proj,v_proj ...; or globs
+    bits: int = 16                       # of the language model under adapters: 4 = NF4 (QLoRA), 16 = as dtype says
     warmup: float = 0.03                 # share of the steps
     weight_decay: float = 0.0
     grad_clip: float = 1.0               # norm; 0 = never
@@ -91,6 +92,8 @@ def main(s):
     model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
     stage.inherit(s, folder, model.cfg, "vicuna_v1")
     adapter = None
+    if s.bits == 4:
+        lora.quantize(model)
     if s.lora_r:
         adapter = lora.apply(model, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_targets, s.seed)
     table = {"multi_modal_projector.*": s.connector_lr or s.lr, "*.lora_*" if s.lora_r else "language_model.*": s.lr}

@@ -1,0 +1,82 @@
+"""NF4: the same codes and bytes as bitsandbytes, an error that is known, and the kernel interpreted and compiled."""
+
+import pytest
+import torch
+from compile_check import ARCHS, compile_for, fits
+from interpret import interpret
+from kernel_cases import normal
+
+from kernels import nf4
+
+CASES = [((64, 64), torch.float32), ((512, 1000), torch.float32), ((300, 448), torch.bfloat16),
+         ((300, 448), torch.float16), ((33, 50), torch.float32), ((3, 10), torch.float32)]  # the last ones end in a part
+
+
+def test_the_kernel_interpreted():
+    interpret("nf4")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shape, dtype", CASES)
+def test_codes_and_bytes_are_those_of_bitsandbytes(shape, dtype):
+    """Block 64, nested 256, less the mean. Its CPU library finds the nearest 8-bit number for fp32 in a coarse table and
+    is one beside it now and then; asked in float64 it searches, as its CUDA kernel does, and finds what we find."""
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    W = (normal(*shape) * 0.02).to(dtype)
+    codes, absmax, nested, offset = nf4.quantize(W)
+    packed, state = bnb.quantize_4bit(W, blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert torch.equal(nf4.STEPS, bnb.create_dynamic_map()) and torch.equal(state.code, torch.tensor(nf4.LEVELS))
+    assert torch.equal(codes.view(-1, 1), packed)
+    assert torch.equal(nested, state.state2.absmax) and torch.equal(offset, state.offset)
+    largest = bnb.quantize_4bit(W, blocksize=64, quant_type="nf4")[1].absmax
+    if len(largest) > 1:                                                      # a mean of one leaves 0 / 0 to its library
+        exact, _ = torch.ops.bitsandbytes.quantize_blockwise((largest - offset).double(), nf4.STEPS, 256)
+        assert torch.equal(absmax, exact)
+        apart = (absmax.int() - state.absmax.int()).abs()
+        assert apart.max() <= 1 and (apart > 0).float().mean() < 0.005
+    theirs = bnb.dequantize_4bit(packed, state)                               # what it wrote, read by both
+    assert torch.equal(nf4.dequantize(codes, state.absmax, nested, offset, dtype), theirs)
+
+
+def test_every_level_comes_back_and_nothing_errs_by_more_than_half_a_gap():
+    levels = torch.tensor(nf4.LEVELS)
+    W = torch.cat([levels, levels.flip(0), levels, levels]).repeat(4, 1)
+    codes, absmax, nested, offset = nf4.quantize(W)
+    assert torch.equal(codes[0, :8], torch.arange(0, 16, 2, dtype=torch.uint8) * 16 + torch.arange(1, 16, 2))
+    assert torch.equal(nf4.dequantize(codes, absmax, nested, offset, torch.float32), W)      # all blocks end in 1
+    W = normal(256, 512).float()
+    got = nf4.dequantize(*nf4.quantize(W), torch.float32)
+    most = W.view(-1, 64).abs().amax(1)
+    gap = (levels[1:] - levels[:-1]).max() / 2
+    step = 0.01 * most.max()                                                  # of the 8-bit numbers, at most
+    assert ((got - W).view(-1, 64).abs().amax(1) <= gap * most + step).all()
+    assert 0.085 < (got - W).std() / W.std() < 0.1                            # 9.3 % of a normal distribution
+
+
+def test_zeros_and_blocks_of_zeros_stay_zero():
+    W = normal(8, 64).float()
+    W[2], W[5, ::2] = 0, 0
+    got = nf4.dequantize(*nf4.quantize(W), torch.float32)
+    assert got.isfinite().all() and not got[2].any() and not got[5, ::2].any()
+
+
+def test_a_weight_takes_little_more_than_half_a_byte():
+    parts = nf4.quantize(normal(512, 1376))
+    assert sum(t.nbytes for t in parts) <= 0.517 * 512 * 1376
+
+
+def test_opcheck_and_one_graph():
+    parts = nf4.quantize(normal(33, 50))
+    torch.library.opcheck(nf4.nf4_op, (*parts, torch.float32))
+    whole = torch.compile(nf4.dequantize, fullgraph=True, backend="aot_eager")
+    assert torch.equal(whole(*parts, torch.float32), nf4.dequantize(*parts, torch.float32))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
+def test_the_kernel_fits_every_card(arch, dtype):
+    table = dict.fromkeys(("NESTED_", "OFFSET", "LEVELS_", "STEPS_"), "*fp32")
+    found = compile_for(nf4.nf4_dequantize, {"CODES": "*u8", "ABSMAX": "*u8", "W": dtype, "n": "i32", "m": "i32"} | table,
+                        {"BLOCK": nf4.BLOCK, "NESTED": nf4.NESTED, "ROWS": nf4.ROWS}, arch, nf4.WARPS, unaligned=["m"])
+    fits(found)
+    assert found["wide"] >= 32 * 2 // 16                                      # 32 numbers a thread, in stores of 16 bytes
