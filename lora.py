@@ -206,6 +206,8 @@ def quantize(model):
     for name in names:
         parent, _, leaf = name.rpartition(".")
         base = model.get_submodule(name)
+        if type(base) is not nn.Linear:
+            stop(f"{name} is a {type(base).__name__} already: quantising comes first, and once")
         if base.in_features % 2:
             stop(f"{name} has rows of {base.in_features} numbers, which four bits each cannot hold: two share a byte")
         if not base.weight.isfinite().all():

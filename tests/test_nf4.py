@@ -9,7 +9,7 @@ from kernel_cases import normal
 from kernels import nf4
 
 CASES = [((64, 64), torch.float32), ((512, 1000), torch.float32), ((300, 448), torch.bfloat16),
-         ((300, 448), torch.float16), ((33, 50), torch.float32), ((3, 10), torch.float32)]  # the last ones end in a part
+         ((300, 448), torch.float16), ((33, 50), torch.float32), ((3, 10), torch.float32)]  # the last ones end midway
 
 
 def test_the_kernel_interpreted():
@@ -19,8 +19,8 @@ def test_the_kernel_interpreted():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("shape, dtype", CASES)
 def test_codes_and_bytes_are_those_of_bitsandbytes(shape, dtype):
-    """Block 64, nested 256, less the mean. Its CPU library finds the nearest 8-bit number for fp32 in a coarse table and
-    is one beside it now and then; asked in float64 it searches, as its CUDA kernel does, and finds what we find."""
+    """Block 64, nested 256, less the mean. Its CPU library finds the nearest 8-bit number for fp32 in a coarse table
+    and is one beside it now and then; asked in float64 it searches, and finds what we find."""
     bnb = pytest.importorskip("bitsandbytes.functional")
     W = (normal(*shape) * 0.02).to(dtype)
     codes, absmax, nested, offset = nf4.quantize(W)
@@ -29,7 +29,7 @@ def test_codes_and_bytes_are_those_of_bitsandbytes(shape, dtype):
     assert torch.equal(codes.view(-1, 1), packed)
     assert torch.equal(nested, state.state2.absmax) and torch.equal(offset, state.offset)
     largest = bnb.quantize_4bit(W, blocksize=64, quant_type="nf4")[1].absmax
-    if len(largest) > 1:                                                      # a mean of one leaves 0 / 0 to its library
+    if len(largest) > 1:                                                      # one less its mean leaves it 0 / 0
         exact, _ = torch.ops.bitsandbytes.quantize_blockwise((largest - offset).double(), nf4.STEPS, 256)
         assert torch.equal(absmax, exact)
         apart = (absmax.int() - state.absmax.int()).abs()
@@ -76,7 +76,8 @@ def test_opcheck_and_one_graph():
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 def test_the_kernel_fits_every_card(arch, dtype):
     table = dict.fromkeys(("NESTED_", "OFFSET", "LEVELS_", "STEPS_"), "*fp32")
-    found = compile_for(nf4.nf4_dequantize, {"CODES": "*u8", "ABSMAX": "*u8", "W": dtype, "n": "i32", "m": "i32"} | table,
-                        {"BLOCK": nf4.BLOCK, "NESTED": nf4.NESTED, "ROWS": nf4.ROWS}, arch, nf4.WARPS, unaligned=["m"])
+    arguments = {"CODES": "*u8", "ABSMAX": "*u8", "W": dtype, "n": "i32", "m": "i32"} | table
+    found = compile_for(nf4.nf4_dequantize, arguments, {"BLOCK": nf4.BLOCK, "NESTED": nf4.NESTED, "ROWS": nf4.ROWS},
+                        arch, nf4.WARPS, unaligned=["m"])
     fits(found)
-    assert found["wide"] >= 32 * 2 // 16                                      # 32 numbers a thread, in stores of 16 bytes
+    assert found["wide"] >= 32 * 2 // 16                                      # 32 numbers a thread, 16 bytes a store

@@ -278,6 +278,8 @@ def test_two_processes_train_what_one_does(parallel, world, tmp_path):
     ("align", dict(keep_best=True, val_data=""), ["keep_best", "val_data"]),
     ("align", dict(resume="no/such/checkpoint"), ["no/such/checkpoint"]),
     ("sft", dict(lora_r=2, lora_targets="nose"), ["nose"]),
+    ("sft", dict(bits=4), ["bits=4 means nothing while lora_r is 0"]),
+    ("sft", dict(bits=8, lora_r=2), ["bits=8: 4 or 16"]),
 ])
 def test_a_mistake_of_the_user_ends_in_one_clear_line(kind, changes, words, world, tmp_path):
     line = refusal(kind, world, tmp_path / "run", **changes)
@@ -337,7 +339,7 @@ def test_other_data_under_the_same_name_is_refused_and_changed_settings_are_said
 
 @pytest.mark.parametrize("changes, words", [
     (dict(seed=1), "seed=0, not 1"), (dict(batch_size=2), "batch_size=4, not 2"),
-    (dict(lora_alpha=8.0), "lora_alpha=64.0, not 8.0")])
+    (dict(lora_alpha=8.0), "lora_alpha=64.0, not 8.0"), (dict(bits=4), "bits=16, not 4")])
 def test_a_run_is_not_resumed_with_what_its_place_in_the_data_or_its_adapters_hang_on(world, tmp_path, changes, words):
     run("sft", world, tmp_path / "run", steps=2, **LORA)
     before = files(tmp_path / "run")

@@ -1,0 +1,186 @@
+"""QLoRA: adapters over a base in four bits are adapters over that base written out; nobody keeps, changes, stores or
+sends the base."""
+
+import hashlib
+import shutil
+
+import pytest
+import torch
+from conftest import example, fork, tiny_vlm
+from kernel_cases import TIGHT, normal
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_hf import error
+from test_model import all_logits, gradients
+from test_stages import LORA, aligned, run, state, world  # noqa: F401  (fixtures: a tiny world, a stage 1)
+
+import engine
+import lora
+from data import pack
+from loss import token_loss
+
+BATCH = pack([example(1), example(2, images=2, text=14)], 8)
+LINEARS = 14                                                                  # of the tiny model's two decoder layers
+CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)
+TABLE = {"multi_modal_projector.*": 1e-2, "*.lora_*": 1e-2}
+
+
+def adapted(model, pattern="all-linear", dropout=0.0):
+    """model with adapters that have learnt something, and who trains chosen"""
+    lora.apply(model, 4, 8.0, dropout, pattern)
+    torch.manual_seed(1)
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.1)
+    engine.choose(model, TABLE, torch.float64)
+    return model
+
+
+def pair(pattern="all-linear"):
+    """-> a model over NF4, and one whose base is that base written out, with the same adapters"""
+    ours, plain = tiny_vlm(qkv_bias=True), tiny_vlm(qkv_bias=True)
+    for name in lora.quantize(ours):
+        layer = plain.get_submodule(name)
+        layer.weight.data = lora.dense(lora.held(ours.get_submodule(name)), torch.float64)
+    return adapted(ours, pattern), adapted(plain, pattern)
+
+
+def base(model):
+    """Digest of all that is frozen in four bits"""
+    return hashlib.sha256(b"".join(b.numpy().tobytes() for b in model.buffers())).hexdigest()
+
+
+@pytest.mark.parametrize("pattern", ["all-linear", "q_proj,down_proj"])
+def test_it_is_lora_over_the_base_written_out_and_so_are_the_gradients(pattern):
+    """Layers without an adapter pass the gradient on."""
+    ours, plain = pair(pattern)
+    assert torch.equal(all_logits(ours, BATCH), all_logits(plain, BATCH))
+    assert not torch.equal(all_logits(plain, BATCH), all_logits(adapted(tiny_vlm(qkv_bias=True), pattern), BATCH))
+    (loss, got), (true, want) = (gradients(m, [BATCH]) for m in (ours, plain))
+    assert loss == true and got.keys() == want.keys()
+    assert all((got[n] - want[n]).norm() <= TIGHT * want[n].norm() for n in want)
+
+
+def test_a_weight_takes_little_more_than_half_a_byte_all_counted():
+    model = tiny_vlm(hidden_size=128, intermediate_size=352, head_dim=32).requires_grad_(False)
+    count = {n: m.weight.numel() for n, m in model.named_modules() if n in lora.targets(model, "all-linear")}
+    before = {n: c for n, _, c in engine.weights(model)}
+    shapes = engine.flops(model, {"*": ("tokens", 1)})
+    names = lora.quantize(model)
+    assert len(names) == LINEARS and count.keys() == set(names)
+    held = sum(t.nbytes for n in names for t in model.get_submodule(n).state_dict().values())
+    assert held == sum(b.nbytes for b in model.buffers())
+    assert held <= 0.53 * sum(count.values())
+    assert not any(n.rpartition(".")[0] in count for n, _ in model.named_parameters())
+    assert {n: c for n, _, c in engine.weights(model)} == before              # the plan counts weights, not bytes
+    assert engine.flops(model, {"*": ("tokens", 1)}) == shapes
+
+
+def test_the_matrix_written_out_is_not_kept_for_the_backward_pass():
+    layer, x = lora.NF4Linear(torch.nn.Linear(64, 96)), normal(5, 64).float().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        y = layer(x)
+        assert not kept and not [t for t in y.grad_fn.W if t.is_floating_point() and t.numel() > 1]
+        torch.nn.functional.linear(x, lora.dense(lora.held(layer), x.dtype))  # what the definition keeps
+        assert kept == [64 * 96]
+        kept.clear()
+        lora.LoRALinear(layer, 2, 2.0, 0.0)(x)
+    assert sorted(kept) == sorted([x.numel(), 5 * 2, 2 * 64, 96 * 2])         # x, A x, A, B
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(5, 96) @ lora.dense(lora.held(layer), torch.float32))
+
+
+def test_merging_adds_the_adapter_to_the_base_written_out():
+    ours, _ = pair("q_proj,up_proj")
+    merged, wrong = tiny_vlm(qkv_bias=True), tiny_vlm(qkv_bias=True)
+    full = wrong.state_dict()
+    plain = lora.merge_state(ours.state_dict(), lora.scales(ours))
+    merged.load_state_dict(plain)                                             # all names of a plain model, and no other
+    true = all_logits(ours, BATCH)
+    assert (all_logits(merged, BATCH) - true).abs().max() <= 10 * TIGHT * true.abs().max()
+    for n in lora.scales(ours):                                               # added to the base before it was packed
+        A, B = (ours.get_parameter(f"{n}.lora_{x}.weight") for x in "AB")
+        full[f"{n}.weight"] += 2 * (B @ A).detach()
+    wrong.load_state_dict(full)
+    assert (all_logits(wrong, BATCH) - true).abs().max() > 0.01
+
+
+def test_training_changes_no_bit_of_the_base():
+    model, _ = pair()
+    optimizer = engine.adamw(model, {n: 1e-2 for n, p in model.named_parameters() if p.requires_grad}, 0.1)
+    before, losses = base(model), []
+    for _ in range(20):
+        losses.append(engine.train_step(model, optimizer, [BATCH], token_loss, CPU, check=True)["loss"])
+    assert base(model) == before and losses[-1] < 0.5 * losses[0]
+    model.language_model.model.layers[0].mlp.up_proj.absmax[0] += 1
+    assert base(model) != before
+
+
+def test_what_cannot_be_quantised_is_one_line():
+    model = tiny_vlm()
+    model.language_model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.inf
+    assert "layers.1.mlp.up_proj.weight is not finite and is not quantised" in error(lora.quantize, model)
+    assert "has rows of 45 numbers" in error(lora.quantize, tiny_vlm(intermediate_size=45))
+    assert "is a LoRALinear already" in error(lora.quantize, adapted(tiny_vlm()))
+    model = tiny_vlm()
+    lora.quantize(model)
+    assert "is a NF4Linear already" in error(lora.quantize, model)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_two_ranks_hold_the_base_whole_and_give_the_gradient_of_one(wrap, tmp_path):
+    """DDP does not send it round before every pass: what one rank alone changed stays changed."""
+    micro = [pack([example(1)], 8), pack([example(2, images=2, text=14)], 8)]
+
+    class Spy:
+        def step(self):
+            self.seen = {n: engine.full(p.grad).tolist() for n, p in engine.unwrap(self.model).named_parameters()
+                         if p.requires_grad}
+
+        def zero_grad(self, set_to_none):
+            pass
+
+    def step(model, micro, w):
+        spy = Spy()
+        spy.model = model
+        engine.train_step(model, spy, micro, token_loss, w, check=True)
+        return spy.seen
+
+    def rank(r):
+        model, w = pair()[0], engine.World(r, 2, torch.device("cpu"), torch.float64)
+        before = base(model)
+        model = engine.parallelize(model, w, [*model.language_model.model.layers], wrap)
+        seen = step(model, [micro[r]], w)
+        assert base(engine.unwrap(model)) == before
+        if r == 1:
+            engine.unwrap(model).language_model.model.layers[0].mlp.up_proj.absmax.zero_()
+            before = base(engine.unwrap(model))
+        step(model, [micro[r]], w)
+        assert base(engine.unwrap(model)) == before
+        other = pair()[0]
+        if r == 1:
+            other.language_model.model.layers[0].mlp.up_proj.weight[0, 0] ^= 1
+        return seen, error(engine.parallelize, other, w, [], wrap)
+
+    truth = step(pair()[0], micro, CPU)
+    for seen, line in fork(2, rank, tmp_path):
+        assert "start from different weights" in line and seen.keys() == truth.keys()
+        for n in truth:
+            a, b = (torch.tensor(t, dtype=torch.float64) for t in (seen[n], truth[n]))
+            assert (a - b).norm() <= TIGHT * b.norm()
+
+
+def test_a_run_stores_no_base_resumes_to_the_bit_and_publishes_a_plain_model(world, aligned, tmp_path):  # noqa: F811
+    how, whole, again = dict(init=str(aligned), bits=4, **LORA), tmp_path / "whole", tmp_path / "again"
+    run("sft", world, whole, **how)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step_0000006")
+    (again / "finished.json").unlink()
+    run("sft", world, again, **how)                                           # from step 4 on, over a base made anew
+    assert state(again) == state(whole)
+    assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    with safe_open(whole / "checkpoints/step_0000006/trained.safetensors", "pt") as f:
+        assert all(".lora_" in k or "projector" in k for k in f.keys()) and len(list(f.keys())) == 2 * LINEARS + 4
+    merged, plain = (load_file(out / "model" / "model.safetensors") for out in (whole, aligned))
+    assert {k: (v.shape, v.dtype) for k, v in merged.items()} == {k: (v.shape, v.dtype) for k, v in plain.items()}
