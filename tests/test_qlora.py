@@ -91,6 +91,19 @@ def test_the_matrix_written_out_is_not_kept_for_the_backward_pass():
     assert torch.equal(x.grad, torch.ones(5, 96) @ lora.dense(lora.held(layer), torch.float32))
 
 
+def test_a_decoder_layer_over_four_bits_is_one_graph_and_is_recomputed():
+    model, other = pair("q_proj,k_proj,gate_proj")[0], pair("q_proj,k_proj,gate_proj")[0]
+    loss, want = gradients(model, [BATCH])
+    model.zero_grad()
+    engine.parallelize(other, CPU, other.language_model.model.layers, recompute="block")
+    for layer in model.language_model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    for m in (model, other):
+        again, got = gradients(m, [BATCH])
+        assert abs(again / loss - 1) < TIGHT and got.keys() == want.keys()
+        assert all((got[n] - want[n]).norm() <= TIGHT * want[n].norm() for n in want)
+
+
 def test_merging_adds_the_adapter_to_the_base_written_out():
     ours, _ = pair("q_proj,up_proj")
     merged, wrong = tiny_vlm(qkv_bias=True), tiny_vlm(qkv_bias=True)
