@@ -237,8 +237,9 @@ def parallelize(model, world, blocks, parallel="auto", recompute="none", compile
         return model
     from torch.nn.parallel import DistributedDataParallel
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
-                                   broadcast_buffers=False)             # weights in four bits, which nobody changes
+    model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    model.broadcast_buffers = False                        # weights in four bits, which nobody changes
+    return model
 
 
 def unwrap(model):
