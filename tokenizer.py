@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
-from config import read_json, stop, strict_json
+from config import read_json, stop
 
 IMAGE, PAD = "<image>", "<pad>"
 SPARE = re.compile(r"<\|(image_pad|reserved_special_token_\d+)\|>")  # Qwen and Llama 3 keep these for such as us

@@ -426,3 +426,22 @@ def test_an_image_token_that_people_could_type_becomes_a_control_token(tmp_path)
     (tmp_path / "only").mkdir()
     (tmp_path / "only/tokenizer.json").write_text(json.dumps(vocab))
     assert Tokenizer(tmp_path / "only").image == size, "a piece of that name is the token, where nothing added is"
+
+
+def test_training_says_what_the_tokenizer_was_lacking(publish, tmp_path, capsys):
+    """Two folders as they are published go into stage 1, and nothing has to be prepared."""
+    from PIL import Image
+
+    import train_align
+    eyes, tongue, *_ = publish("vicuna")
+    Image.new("RGB", (9, 12)).save(tmp_path / "a.png")
+    rows = [{"id": i, "image": "a.png", "conversations": [
+        {"from": "human", "value": "<image>\nthe"}, {"from": "gpt", "value": "a cat"}]} for i in range(16)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    train_align.main(train_align.Settings(
+        data=str(tmp_path / "data.json"), images=str(tmp_path), vision=str(eyes), llm=str(tongue), device="cpu",
+        dtype="fp32", dry_run=True, out=str(tmp_path / "out")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "the tokenizer had no <image>: it is new, id 275", "the tokenizer had no <pad>: it is new, id 276",
+        "embedding and head get 45 rows for it, each the mean of the old ones: 275 -> 320"]
