@@ -110,7 +110,7 @@ def sentencepiece(path):
             {"type": "Fuse"}, *strip]},
         "model": {"type": "BPE", "unk_token": names[kinds.index(UNKNOWN)], "fuse_unk": True,
                   "byte_fallback": bool(trainer.get(35)), "vocab": {name: i for i, name in enumerate(names)},
-                  "merges": [f"{name[:i]} {name[i:]}" for name in joint for i in range(len(name) - 1, 0, -1)
+                  "merges": [f"{name[:i]} {name[i:]}" for name in joint for i in range(1, len(name))
                              if name[:i] in normal and name[i:] in normal]}}
     roles = {"bos_token": trainer.get(41, 1), "eos_token": trainer.get(42, 2)}      # an id that is switched off is -1
     return spec, {role: names[i] for role, i in roles.items() if i < len(names) and kinds[i] == CONTROL}
