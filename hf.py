@@ -63,6 +63,7 @@ LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_f
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
 
+STEMS = ("model", "mm_projector", "non_lora_trainables")  # files whose presence makes a folder one of a model
 # spellings of a LLaVA tensor, one after the other, until it is the llava-hf one, which is ours
 SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
     (r"^base_model\.model\.", ""),                                                    # PEFT
@@ -107,7 +108,7 @@ def find(name):
     at = cache / f"models--{str(name).replace('/', '--')}"
     main = at / "refs" / "main"
     for snapshot in [at / "snapshots" / main.read_text("utf-8").strip()] if main.is_file() else at.glob("snapshots/*"):
-        if (snapshot / "config.json").is_file() and weights(snapshot):
+        if (snapshot / "config.json").is_file() and any(weights(snapshot, stem) for stem in STEMS):
             return snapshot
     absent = f"{name}: there is no such folder, and no such model in {cache}"
     if env.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "true", "yes"):
@@ -115,9 +116,9 @@ def find(name):
     try:
         import huggingface_hub as hub  # only here: everything else works without it and without a network
         files = hub.HfApi().list_repo_files(name)
-        kind = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
-        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", kind],
-                                          ignore_patterns=["*/*"]))
+        kind = "*.safetensors" if any(re.fullmatch(r"[^/]+\.safetensors", f) for f in files) else "*.bin"
+        wanted = ["*.json", "*.jinja", "*.model", "mm_projector.bin", "non_lora_trainables.bin", kind]
+        return Path(hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except ImportError:
         stop(f"{absent}; pip install huggingface_hub would let it be downloaded")
     except Exception as e:  # a network has many
@@ -135,7 +136,7 @@ def find_model(path):
     """A run folder, its model/, or any LLaVA folder or name -> the folder with config.json of a model in it."""
     path = find(path)
     for p in (path / "model", path):
-        if any(weights(p, stem) for stem in ("model", "mm_projector", "non_lora_trainables")):
+        if any(weights(p, stem) for stem in STEMS):
             return p
     stop(f"{path} holds no model: no model.safetensors in it or in {path / 'model'}")
 
@@ -215,9 +216,9 @@ def typed(Config, what, d):
     fields = {f.name: f.type for f in dataclasses.fields(Config)}
     for k, x in d.items():
         kind = fields.get(k)
-        if kind in (int, float, bool) and type(x) is not kind and not (kind is float and type(x) is int):
+        if kind in (int, float, bool, str) and type(x) is not kind and not (kind is float and type(x) is int):
             stop(f"{what}: {k}={x!r} in its config.json, where {kind.__name__} belongs")
-        if kind is int and x < 1 and k not in ("num_register_tokens", "feature_layer"):
+        if kind is int and x < (k != "num_register_tokens") and k != "feature_layer":
             stop(f"{what}: {k}={x} in its config.json")
     return Config(**{k: x for k, x in d.items() if k in fields})
 
@@ -225,16 +226,18 @@ def typed(Config, what, d):
 def vision_config(c, feature_layer=-2, pre={}):
     """config.json of a vision tower -> VisionConfig; absent keys take the defaults of their class."""
     kind = c.get("model_type", "clip_vision_model")
-    if kind not in VISION:
+    if kind not in list(VISION):
         stop(f"vision tower of type {kind!r}: {', '.join(VISION)} are known here")
     if c.get("use_swiglu_ffn") or c.get("num_channels", 3) != 3:
         stop(f"vision tower with use_swiglu_ffn={c.get('use_swiglu_ffn', False)} and num_channels="
              f"{c.get('num_channels', 3)}: false and 3 are known here")
     d = VISION[kind] | {k: x for k, x in c.items() if x is not None}
     d |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if pre.get(k) is not None}
-    if kind.startswith("dinov2"):
-        d["intermediate_size"] = int(d.get("hidden_size", 768) * d.get("mlp_ratio", 4))
     cfg = typed(VisionConfig, "vision tower", d | dict(model_type=kind, feature_layer=feature_layer))
+    if kind.startswith("dinov2"):
+        if type(ratio := d.get("mlp_ratio", 4)) not in (int, float) or not 0 < ratio < 1000:
+            stop(f"vision tower: mlp_ratio={ratio!r} in its config.json")
+        cfg.intermediate_size = int(cfg.hidden_size * ratio)
     if not -cfg.num_hidden_layers - 1 <= feature_layer <= cfg.num_hidden_layers:
         stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
     if cfg.hidden_size % cfg.num_attention_heads:
@@ -255,7 +258,7 @@ def vision_config(c, feature_layer=-2, pre={}):
 def text_config(c):
     """config.json of a language model -> TextConfig; absent keys take the defaults of their class, as above."""
     kind = c.get("model_type", "llama")
-    if kind not in TEXT:
+    if kind not in list(TEXT):
         stop(f"language model of type {kind!r}: {', '.join(TEXT)} are known here")
     if (act := c.get("hidden_act", "silu")) != "silu":
         stop(f"language model with hidden_act {act!r}: silu is known here")
@@ -268,14 +271,15 @@ def text_config(c):
     if heads % d["num_key_value_heads"]:
         stop(f"language model with {heads} heads for {d['num_key_value_heads']} keys and values")
     d |= rope(d, plain.max_position_embeddings)
-    window = d.get("sliding_window") if kind != "llama" else None
+    if (window := d.get("sliding_window") if kind != "llama" else None) and type(window) is not int:
+        stop(f"language model: sliding_window={window!r} in its config.json, where int belongs")
     if kind in ("qwen2", "qwen3"):                                            # in some of its layers, if at all
-        first = d.get("max_window_layers", 28) if d.get("use_sliding_window") else L
-        slide = [t == "sliding_attention" for t in d.get("layer_types") or ()] or [i >= first for i in range(L)]
-        window = window if any(slide) else None
-        if window and window < plain.max_position_embeddings and not all(slide):
-            stop(f"language model with a sliding window in {sum(slide)} of its {L} layers: all or none is known here")
-        window = window if all(slide) else None
+        first, kinds = d.get("max_window_layers", 28), d.get("layer_types")
+        slides = max(0, L - first) if d.get("use_sliding_window") and type(first) is int else 0
+        slides = kinds.count("sliding_attention") if isinstance(kinds, list) else min(slides, L)
+        if window and 0 < slides < L and window < plain.max_position_embeddings:
+            stop(f"language model with a sliding window in {slides} of its {L} layers: all or none is known here")
+        window = window if slides == L else None
     bias = d.get("attention_bias", False) if kind in ("llama", "qwen3") else False
     d |= dict(model_type=kind, sliding_window=window, qkv_bias=bias or kind == "qwen2", o_bias=bias,
               qk_norm=kind == "qwen3", mlp_bias=d.get("mlp_bias", False) if kind == "llama" else False)
@@ -284,17 +288,21 @@ def text_config(c):
 
 def rope(c, length):
     """rope_theta and rope_scaling, flat until transformers 4, or in one dict of transformers 5 -> both, flat"""
-    d = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
+    d = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    if not isinstance(d, dict):
+        stop(f"rope scaling {d!r} is no object of settings")
+    d = dict(d)
     theta, kind = d.pop("rope_theta", c.get("rope_theta", 1e4)), d.get("rope_type", d.get("type", "default"))
-    need = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    if kind not in need:
+    need = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                             "original_max_position_embeddings")}
+    if kind not in list(need):
         stop(f"rope scaling {kind!r}: default, linear and llama3 are known here")
+    if kind == "llama3":
+        d.setdefault("original_max_position_embeddings", length)
     if lost := [k for k in need[kind] if not isinstance(d.get(k), int | float)]:
         stop(f"rope scaling {kind!r} without a number for {lost[0]}")
     if (part := d.get("partial_rotary_factor", c.get("partial_rotary_factor", 1))) != 1:
         stop(f"partial_rotary_factor={part}: 1 is known here")
-    if kind == "llama3":
-        d.setdefault("original_max_position_embeddings", length)
     return dict(rope_theta=theta, rope_scaling=d if need[kind] else None)
 
 
@@ -353,7 +361,7 @@ def llava(folder, c):
         stop(f"{folder}: projector_hidden_act {act!r} is not known here")
     if v.get("model_type") == "dinov2_with_registers" and not meta:
         stop(f"{folder}: a tower whose register tokens are read along with the patches is not known here")
-    tok = Tokenizer(folder, c.get("image_token_index", c.get("image_token_id")))
+    tok = Tokenizer(folder, c.get("image_token_index", c.get("image_token_id", 32000)))
     return Folder(tok, v, t, read_pre(folder), {}, meta), tensors, layer
 
 
@@ -369,12 +377,16 @@ def original(folder, c):
         for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
             if a.get(key):
                 stop(f"{folder}: {key}={a[key]} is not known here")
-        base, scale = find(a["base_model_name_or_path"]), a["lora_alpha"] / a["r"]
+        r, alpha, base = (a.get(k) for k in ("r", "lora_alpha", "base_model_name_or_path"))
+        if type(r) is not int or r < 1 or not isinstance(alpha, int | float):
+            stop(f"{folder}: r={r} and lora_alpha={alpha} in its adapter_config.json")
+        scale = alpha / r
         extra = read_tensors(folder, "adapter_model") | read_tensors(folder, "non_lora_trainables")
     elif not weights(folder):
-        if not c.get("_name_or_path"):
-            stop(f"{folder} holds a connector, and its config.json has no _name_or_path for the language model")
-        base, extra = find(c["_name_or_path"]), read_tensors(folder, "mm_projector")
+        base, extra = c.get("_name_or_path"), read_tensors(folder, "mm_projector")
+    if not base or not c["mm_vision_tower"]:
+        stop(f"{folder} does not say in its configs which models it was trained on")
+    base = find(base)
     v, pre, tensors = tower(find(c["mm_vision_tower"]))
     tensors |= renamed(read_tensors(base), base) | renamed(extra, folder)     # what was trained last counts
     for k in [k for k in tensors if k.endswith(".lora_A.weight")]:

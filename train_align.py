@@ -37,8 +37,8 @@ class Settings:
     image_aspect: str = ""               # pad (LLaVA-1.5), crop (CLIP), squash (SigLIP); empty: as init, else pad
     max_dropped: float = 0.01            # share of samples that may be unusable before the run stops
     # model
-    vision: str = str(HERE / "demo/eyes")    # folder of a CLIP or SigLIP tower
-    llm: str = str(HERE / "demo/tongue")     # folder of a Llama, Mistral or Qwen
+    vision: str = str(HERE / "demo/eyes")    # CLIP, SigLIP or DINOv2: folder or org/name
+    llm: str = str(HERE / "demo/tongue")     # Llama, Mistral or Qwen: folder or org/name
     init: str = ""                       # a run or a LLaVA folder to start from, instead of two towers
     connector: str = "mlp"               # mlp, linear
     # optimisation

@@ -41,8 +41,8 @@ class Settings:
     max_dropped: float = 0.01            # share of samples that may be unusable before the run stops
     # model
     init: str = "runs/align"             # a run or a LLaVA folder to start from; empty: two towers and a new connector
-    vision: str = ""                     # folder of a CLIP or SigLIP tower, where init is empty
-    llm: str = ""                        # folder of a Llama, Mistral or Qwen, where init is empty
+    vision: str = ""                     # where init is empty, CLIP, SigLIP or DINOv2: folder or org/name
+    llm: str = ""                        # where init is empty, Llama, Mistral or Qwen: folder or org/name
     connector: str = "mlp"               # mlp, linear
     # optimisation
     batch_size: int = 16                 # samples per optimizer step, over all processes

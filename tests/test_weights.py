@@ -226,12 +226,12 @@ def test_absent_parts_of_a_llava_are_those_of_its_class(tmp_path, monkeypatch):
     T = pytest.importorskip("transformers")
     (tmp_path / "model.safetensors").touch()
     c, seen = T.LlavaConfig(), {}
-    monkeypatch.setattr(hf, "chat", types.SimpleNamespace(Tokenizer=lambda folder: None))
+    monkeypatch.setattr(hf, "Tokenizer", lambda folder, image_id: image_id)
     monkeypatch.setattr(hf, "read_tensors", lambda folder: {})
     for config in ({}, {"vision_config": None, "text_config": None}, c.to_dict()):
         add_files(tmp_path, pre=PRE)
-        parts, _, layer, image_id = hf.llava(tmp_path, {"model_type": "llava"} | config)
-        seen[str(config)[:40]] = (hf.vision_config(parts.vision, layer), hf.text_config(parts.text), layer, image_id)
+        parts, _, layer = hf.llava(tmp_path, {"model_type": "llava"} | config)
+        seen[str(config)[:40]] = (hf.vision_config(parts.vision, layer), hf.text_config(parts.text), layer, parts.tok)
     first, *others = seen.values()
     assert all(o == first for o in others) and len(seen) == 3
     assert first[2:] == (c.vision_feature_layer, c.image_token_index) == (-2, 32000)
@@ -263,6 +263,25 @@ def test_a_tower_that_is_not_known_here_is_one_line(c, says):
         assert says in error(hf.vision_config, c)
     else:
         assert "feature layer -3 of a vision tower of 1 blocks" in error(hf.vision_config, c, -3)
+
+
+ODD = ["x", "", -1, 0, 1.5, True, [], [1], {}, {"a": 1}, 10**30, 1e999]
+
+
+@pytest.mark.parametrize("kind", [*hf.TEXT, *hf.VISION])
+def test_whatever_stands_in_a_config_is_read_or_refused_in_one_line(kind):
+    """Each key with each odd value, and no traceback."""
+    read, keys = (hf.text_config, GIVEN) if kind in hf.TEXT else (hf.vision_config, VISION | {
+        "mlp_ratio": 4, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_register_tokens": 4,
+        "use_swiglu_ffn": False})
+    read_ = 0
+    for key, value in itertools.product([*keys, "layer_types", "hidden_act", "rms_norm_eps"], ODD):
+        try:
+            read({"model_type": kind, "use_sliding_window": True, "max_window_layers": 0} | {key: value})
+            read_ += 1
+        except SystemExit as e:
+            assert str(e).startswith("error: ") and "\n" not in str(e)
+    assert read_
 
 
 def test_a_window_that_no_document_can_reach_is_no_window():
@@ -494,4 +513,5 @@ def test_half_a_model_of_the_llava_repository_is_refused(originals):
         assert says in error(hf.load, init=make({"pytorch_model.bin": tensors}))
     assert "unexpected tensor(s), the first is model.image_newline" in error(
         hf.load, init=make({"pytorch_model.bin": untuned | {"model.image_newline": torch.ones(32)}}))
-    assert "has no _name_or_path" in error(hf.load, init=make({"mm_projector.bin": part(state, "mm_projector")}))
+    folder = make({"mm_projector.bin": part(state, "mm_projector")})
+    assert "does not say in its configs which models" in error(hf.load, init=folder)
