@@ -242,8 +242,10 @@ def dialogue(asked, short, opening=""):
     return turns
 
 
-def conversation(scene, rng, opening, turns=8, short=None):
-    """Questions about one scene, drawn several times over, none twice."""
+def conversation(scene, rng, opening, turns=8, short=None, tally=None):
+    """Questions about one scene, drawn several times over, none twice. That leaves more "no" than "yes", since fewer
+    things are there than could be; tally, {"yes": n, "no": n} over all conversations of a file, evens it out: the
+    answer that leads is not asked for."""
     asked = {}
     while len(asked) < turns:
         before = len(asked)
@@ -253,12 +255,18 @@ def conversation(scene, rng, opening, turns=8, short=None):
             break                                          # a scene with one shape has only so many questions
     asked = list(asked.values())
     rng.shuffle(asked)
-    return dialogue(asked[:turns], rng.random() < 0.7 if short is None else short, opening)
+    asked = asked[:turns]
+    for row in [r for r in asked if tally and r[1] in tally]:
+        if tally[row[1]] > min(tally.values()):
+            asked.remove(row)
+        else:
+            tally[row[1]] += 1
+    return dialogue(asked, rng.random() < 0.7 if short is None else short, opening)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-VERSION = 4  # of what is written: raise it when the same numbers would draw other files
+VERSION = 5  # of what is written: raise it when the same numbers would draw other files
 SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
 
 
@@ -304,18 +312,19 @@ def captions(scenes):
 
 
 def conversations(scenes):
-    rows = []
+    rows, tally = [], {"yes": 0, "no": 0}
     for i, name, scene, rng in scenes:
-        turns = conversation(scene, rng, "<image>\n")
-        if rng.random() < 0.15:                             # a description instead, long or short
+        if rng.random() < 0.15:                             # a description, long or short
             long = rng.random() < 0.75
             ask = "Describe the image." if long else "Describe the image briefly."
             turns = dialogue([(ask, None, caption(scene, long))], False, "<image>\n")
+        else:
+            turns = conversation(scene, rng, "<image>\n", tally=tally)
         rows.append({"id": i, "image": name, "conversations": turns})
         if rng.random() < 0.1:                              # text alone: a written scene, or small talk
             if rng.random() < 0.8:
                 other = make_scene(rng)
-                turns = conversation(other, rng, written(other, rng) + "\n")
+                turns = conversation(other, rng, written(other, rng) + "\n", tally=tally)
             else:
                 turns = dialogue(rng.sample(facts(), 4), rng.random() < 0.7)
             rows.append({"id": f"{i}_text", "conversations": turns})

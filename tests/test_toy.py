@@ -131,6 +131,16 @@ def test_files_are_llava_files_and_drawn_once(tmp_path):
     assert {q["type"] for q in questions} <= set(toy.TYPES) and len({q["question_id"] for q in questions}) == len(questions)
 
 
+def test_a_file_of_conversations_has_as_many_yes_as_no_and_some_descriptions():
+    scenes = [(f"s_{i}", f"{i}.png", s, rng) for i, (s, rng) in enumerate(worlds(1500))]
+    rows = toy.conversations(scenes)
+    said = Counter(m["value"].split(",")[0].lower() for r in rows
+                   for q, m in zip(r["conversations"][::2], r["conversations"][1::2]) if "Is there" in q["value"])
+    assert said.keys() == {"yes", "no"} and abs(said["yes"] - said["no"]) <= 1 and said["yes"] > 300
+    described = sum("Describe the image" in r["conversations"][0]["value"] for r in rows)
+    assert 0.12 < described / 1500 < 0.18
+
+
 def test_captions_are_scored_by_the_facts_in_them():
     """A caption agrees with itself, each wrong word costs its own kind alone, and the file names lead to the scenes."""
     import captions
