@@ -81,35 +81,36 @@ class Adapted(torch.autograd.Function):
     """y = x W^T + b + s (d A^T) B^T for all layers that read the same x, with d = x, or x where `keep` says so.
 
     One product serves all A; each adapter's second product is added onto the base's result by the matrix product itself
-    (addmm), and so are the gradients of x, so that no pass adds two large tensors. Kept for the backward pass: x, keep
-    and d A^T (N, sum of r). W is frozen and asks for nothing.
+    (addmm), and so are the gradients of x, so that no pass adds two large tensors. Kept for the backward pass: keep,
+    d A^T (N, sum of r) and the sources, of which x = make(*sources). W is frozen and asks for nothing.
 
     N rows   C width of x   O of a result, own of each layer   r rank, own of each layer
     x (N, C)   keep (N, C) bool or None   scales: s of each layer   weights: what held() gives of each layer
-    parts: b (O,) or None of each, then A (r, C) of each, then B (O, r) of each   ->   y (N, O) of each"""
+    parts: b (O,) or None of each, then A (r, C) of each, then B (O, r) of each, the sources   ->   y (N, O) of each"""
 
     @staticmethod
-    def forward(ctx, x, keep, scales, weights, *parts):
+    def forward(ctx, x, keep, scales, weights, make, *parts):
         n = len(scales)
-        bias, A, B = parts[:n], parts[n : 2 * n], parts[2 * n :]
+        bias, A, B, sources = parts[:n], parts[n : 2 * n], parts[2 * n : 3 * n], parts[3 * n :]
         with torch.autocast(x.device.type, enabled=False):
             xa = (x if keep is None else x * keep) @ torch.cat(A).to(x.dtype).T                        # (N, sum of r)
             out = []
             for s, W, b, B_i, xa_i in zip(scales, weights, bias, B, xa.split([a.shape[0] for a in A], 1)):
                 y = F.linear(x, dense(W, x.dtype), None if b is None else b.to(x.dtype))
                 out.append(y.addmm_(xa_i, (s * B_i).to(x.dtype).T))
-        ctx.save_for_backward(x, keep, xa, *A, *B)
-        ctx.scales, ctx.weights = scales, weights
+        ctx.save_for_backward(keep, xa, *A, *B, *sources)
+        ctx.scales, ctx.weights, ctx.make = scales, weights, make
         return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dy):
-        x, keep, xa, *AB = ctx.saved_tensors
+        keep, xa, *AB = ctx.saved_tensors
         n, dx = len(dy), None
-        A, B = AB[:n], AB[n:]
+        A, B, sources = AB[:n], AB[n : 2 * n], AB[2 * n :]
         ranks = [a.shape[0] for a in A]
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(xa.device.type, enabled=False):
+            x = ctx.make(*sources).to(xa.dtype)
             dxa = torch.cat([g @ (s * b).to(x.dtype) for g, s, b in zip(dy, ctx.scales, B)], 1)        # (N, sum of r)
             dA = (dxa.T @ (x if keep is None else x * keep)).split(ranks)
             dB = [(g.T @ xa_i).mul_(s) for g, s, xa_i in zip(dy, ctx.scales, xa.split(ranks, 1))]
@@ -120,7 +121,7 @@ class Adapted(torch.autograd.Function):
                 A = torch.cat(A).to(x.dtype)
                 dx = dx.addmm_(dxa, A) if keep is None else dx.add_((dxa @ A).mul_(keep))
         grads = [g.to(p.dtype) for g, p in zip((*dA, *dB), AB)]
-        return dx, None, None, None, *[None] * n, *grads
+        return dx, None, None, None, None, *[None] * n, *grads, *[None] * len(sources)
 
 
 class LoRALinear(nn.Linear):
@@ -142,9 +143,10 @@ class LoRALinear(nn.Linear):
         return self.together(x, (self,))[0]
 
     @staticmethod
-    def together(x, layers):
-        """x (..., C) -> [layer(x) (..., O)] of layers of which some carry an adapter; model.together comes here. Those
-        adapters share one dropout mask, where PEFT draws one for each: as random, and a copy of x less for each."""
+    def together(x, layers, made=None):
+        """x (..., C) -> [layer(x) (..., O)] of layers of which some carry an adapter; model.together comes here and says
+        how x is made of what is kept anyway. Those adapters share one dropout mask, where PEFT draws one for each: as
+        random, and a copy of x less for each."""
         mine = [f for f in layers if type(f) is LoRALinear]
         if len({f.dropout for f in mine}) != 1:                                # none, or no mask that would do for all
             return [f(x) for f in layers]
@@ -153,8 +155,10 @@ class LoRALinear(nn.Linear):
         if p and mine[0].training:
             keep = torch.empty_like(z, dtype=torch.bool).bernoulli_(1 - p)
         scales = tuple(f.scale if keep is None else f.scale / (1 - p) for f in mine)
-        ys = Adapted.apply(z, keep, scales, tuple(held(f) for f in mine), *(f.bias for f in mine),
-                           *(f.lora_A.weight for f in mine), *(f.lora_B.weight for f in mine))
+        make, sources = made or (lambda z: z, (z,))
+        ys = Adapted.apply(z, keep, scales, tuple(held(f) for f in mine), make, *(f.bias for f in mine),
+                           *(f.lora_A.weight for f in mine), *(f.lora_B.weight for f in mine),
+                           *(t.detach() for t in sources))
         done = {f: y.unflatten(0, rest) for f, y in zip(mine, ys)}
         return [done[f] if f in done else f(x) for f in layers]
 

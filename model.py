@@ -9,6 +9,7 @@ LoRA, sharding, recomputation and compilation are applied to it from outside.
     D ViT width   S side in pixels
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.linear import linears
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rope_qk
 from kernels.swiglu import swiglu
@@ -232,6 +234,10 @@ class RMSNorm(nn.Module):
         """x (..., C) -> its norm; with add (..., C): x + add, the norm of that"""
         return rms_norm(x, self.weight, self.eps, add)
 
+    def made(self, x):
+        """How the norm of x is made, for together()."""
+        return functools.partial(rms_norm, eps=self.eps), (x, self.weight)
+
 
 def rope_frequencies(cfg, device=None):
     """(K/2,) fp32 angles per position. Recomputed where needed: a cast of the model to bf16 would round a buffer."""
@@ -252,11 +258,16 @@ def rope_frequencies(cfg, device=None):
     return f
 
 
-def together(x, *layers):
+def together(x, *layers, made=None):
     """x (N, C) -> [layer(x)] of the linear layers that read the same x. Where one of them brings a way to do that at
-    once (the adapters of lora.py, which are put in from outside), it is taken."""
+    once (the adapters of lora.py, which are put in from outside), it is taken. made: (make, sources) with which x is
+    make(*sources); where all layers learn, these are kept for the backward pass, and not x."""
     way = next((f.together for f in layers if hasattr(f, "together")), None)
-    return [f(x) for f in layers] if way is None else way(x, layers)
+    if way is not None:
+        return way(x, layers, made)
+    if made and torch.is_grad_enabled() and all(type(f) is nn.Linear and f.weight.requires_grad for f in layers):
+        return linears(x, *made, layers)
+    return [f(x) for f in layers]
 
 
 class LlamaAttention(nn.Module):
@@ -270,12 +281,12 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(H * K, C, bias=cfg.o_bias)
         self.q_norm, self.k_norm = (RMSNorm(K, cfg.rms_norm_eps) if cfg.qk_norm else None for _ in range(2))
 
-    def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
-        """x (N, C) -> (N, C), or (R, C) if only `rows` are asked for: then only those make a query."""
+    def forward(self, x, cos, sin, lo, hi, rows=None, cache=None, made=None):
+        """x (N, C) -> (N, C), or (R, C) if only `rows` are asked for: then only those make a query. made: how x was."""
         if rows is None:
-            q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+            q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj, made=made)
         else:
-            q, (k, v) = self.q_proj(x[rows]), together(x, self.k_proj, self.v_proj)
+            q, (k, v) = self.q_proj(x[rows]), together(x, self.k_proj, self.v_proj, made=made)
         q, k, v = (t.unflatten(-1, (-1, self.K)) for t in (q, k, v))       # (R, H, K), (N, G, K), (N, G, K)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -294,8 +305,9 @@ class LlamaMLP(nn.Module):
         self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
-    def forward(self, x):
-        return self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
+    def forward(self, x, made=None):
+        gate, up = together(x, self.gate_proj, self.up_proj, made=made)
+        return together(swiglu(gate, up), self.down_proj, made=(swiglu, (gate, up)))[0]
 
 
 class LlamaLayer(nn.Module):
@@ -307,9 +319,10 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
-        h = self.self_attn(self.input_layernorm(x), cos, sin, lo, hi, rows, cache)
+        """Kept for the backward pass, where all is trained: x, q, k, v, what attention gave, the second x, gate, up."""
+        h = self.self_attn(self.input_layernorm(x), cos, sin, lo, hi, rows, cache, self.input_layernorm.made(x))
         x, y = self.post_attention_layernorm(x if rows is None else x[rows], h)
-        return x + self.mlp(y)
+        return x + self.mlp(y, self.post_attention_layernorm.made(x))
 
 
 class Llama(nn.Module):

@@ -143,20 +143,21 @@ def rows(cfg):
 def memory(model, world, micro, s):
     """Bytes, roughly -> (weights, gradients and moments; activations of the largest micro-batch)."""
     cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
-    states = sum(p.numel() * (p.element_size() * (4 if p.requires_grad else 1) + 2 * (low and p.requires_grad))
-                 for p in model.parameters())                       # with the low copies that autocast keeps
+    states = sum(p.numel() * (p.element_size() * (4 if p.requires_grad else 1)  # and low copies that autocast keeps
+                              + 2 * (low and p.requires_grad and ("language_model" not in n or "o_proj" in n)))
+                 for n, p in model.named_parameters())
     if engine.shards(model, world, s.parallel):
         states /= world.size
     states += sum(b.nbytes for b in model.buffers())                # weights in four bits are whole on every rank
     t, size = cfg.text, torch.finfo(world.dtype).bits // 8
-    C, V, heads = t.hidden_size, t.vocab_size, (t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
-    block = 7 * C + 2 * heads + 4 * t.intermediate_size             # elements a layer keeps for backward, per token
+    C, V, q, kv = t.hidden_size, t.vocab_size, t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    block = 2 * C + 2 * q + 2 * kv + 2 * t.intermediate_size        # numbers that a layer keeps per token (tests/test_lean)
+    passing = 4 * C + 4 * t.intermediate_size                       # and those of one layer in its backward pass
     most = 0
     for b in micro:
         N, R = len(b.ids), int((b.labels >= 0).sum())
-        length = float((b.hi - b.lo).float().mean()) if world.device.type == "cpu" else 0
-        layer = N * (block + 2 * t.num_attention_heads * length)    # the plain attention keeps its products
-        kept = t.num_hidden_layers * (N * C if s.recompute == "block" else layer) + layer * (s.recompute == "block")
+        again = s.recompute == "block"                              # then one layer at a time
+        kept = N * (t.num_hidden_layers * (C if again else block) + block * again + passing)
         most = max(most, kept * size + logits_bytes(R, V, torch.empty(0, dtype=world.dtype, device=world.device)))
     return states, most
 

@@ -141,7 +141,7 @@ def test_a_whole_model_with_adapters_computed_plainly_has_the_same_gradients(dro
         torch.manual_seed(3)
         return gradients(model, [BATCH])
 
-    def plain(x, layers):
+    def plain(x, layers, made=None):
         keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
         return [plainly(f, x, keep, dropout) for f in layers]
     loss, got = run()
