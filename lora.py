@@ -144,9 +144,9 @@ class LoRALinear(nn.Linear):
 
     @staticmethod
     def together(x, layers, made=None):
-        """x (..., C) -> [layer(x) (..., O)] of layers of which some carry an adapter; model.together comes here and says
-        how x is made of what is kept anyway. Those adapters share one dropout mask, where PEFT draws one for each: as
-        random, and a copy of x less for each."""
+        """x (..., C) -> [layer(x) (..., O)] of layers of which some carry an adapter; model.together comes here, and
+        says how x is made of what is kept anyway. Those adapters share one dropout mask, where PEFT draws one for each:
+        as random, and a copy of x less for each."""
         mine = [f for f in layers if type(f) is LoRALinear]
         if len({f.dropout for f in mine}) != 1:                                # none, or no mask that would do for all
             return [f(x) for f in layers]

@@ -151,7 +151,7 @@ def memory(model, world, micro, s):
     states += sum(b.nbytes for b in model.buffers())                # weights in four bits are whole on every rank
     t, size = cfg.text, torch.finfo(world.dtype).bits // 8
     C, V, q, kv = t.hidden_size, t.vocab_size, t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    block = 2 * C + 2 * q + 2 * kv + 2 * t.intermediate_size        # numbers that a layer keeps per token (tests/test_lean)
+    block = 2 * (C + q + kv + t.intermediate_size)  # numbers a layer keeps per token: tests/test_lean.py
     passing = 4 * C + 4 * t.intermediate_size                       # and those of one layer in its backward pass
     most = 0
     for b in micro:

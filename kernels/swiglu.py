@@ -103,4 +103,6 @@ swiglu_op.register_autograd(swiglu_gradients, setup_context=swiglu_context)
 
 def swiglu(gate, up):
     """gate, up (N, F), of one dtype -> (N, F)"""
-    return swiglu_op(gate, up) if use_triton(gate) else SwiGLU.apply(gate, up)
+    if use_triton(gate):
+        return swiglu_op(gate, up)
+    return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else swiglu_ref(gate, up)

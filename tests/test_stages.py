@@ -484,7 +484,7 @@ def test_compiled_blocks_learn_what_plain_ones_do(world, tmp_path, monkeypatch):
 
     def in_one_graph(module):
         compiled.append(type(module).__name__)
-        plain(module, fullgraph=True, backend="aot_eager", dynamic=True)
+        plain(module, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", in_one_graph)
     for compile in (False, True):
         run("sft", {**world, "val_data": ""}, tmp_path / str(compile), compile=compile, steps=2, dtype="fp64")
