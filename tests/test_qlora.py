@@ -141,47 +141,63 @@ def test_what_cannot_be_quantised_is_one_line():
     assert "is a NF4Linear already" in error(lora.quantize, model)
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-def test_two_ranks_hold_the_base_whole_and_give_the_gradient_of_one(wrap, tmp_path):
-    """DDP does not send it round before every pass: what one rank alone changed stays changed."""
-    micro = [pack([example(1)], 8), pack([example(2, images=2, text=14)], 8)]
+MICRO = [pack([example(1)], 8), pack([example(2, images=2, text=14)], 8)]
 
+
+def seen_by(model, micro, w):
+    """One step without an update -> gradients by name, as json takes them"""
     class Spy:
         def step(self):
-            self.seen = {n: engine.full(p.grad).tolist() for n, p in engine.unwrap(self.model).named_parameters()
+            self.seen = {n: engine.full(p.grad).tolist() for n, p in engine.unwrap(model).named_parameters()
                          if p.requires_grad}
 
         def zero_grad(self, set_to_none):
-            pass
+            model.zero_grad(set_to_none)
+    spy = Spy()
+    engine.train_step(model, spy, micro, token_loss, w, check=True)
+    return spy.seen
 
-    def step(model, micro, w):
-        spy = Spy()
-        spy.model = model
-        engine.train_step(model, spy, micro, token_loss, w, check=True)
-        return spy.seen
 
+def agree(found, truth):
+    for seen in found:
+        assert seen.keys() == truth.keys()
+        for n in truth:
+            a, b = (torch.tensor(t, dtype=torch.float64) for t in (seen[n], truth[n]))
+            assert (a - b).norm() <= TIGHT * b.norm()
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_two_ranks_give_the_gradient_of_one_over_a_plain_base(wrap, tmp_path):
+    """Which FSDP holds in parts, and takes away between forward and backward pass."""
+    def rank(r):
+        model, w = pair()[1], engine.World(r, 2, torch.device("cpu"), torch.float64)
+        model = engine.parallelize(model, w, [*model.language_model.model.layers], wrap)
+        return seen_by(model, [MICRO[r]], w)
+    agree(fork(2, rank, tmp_path), seen_by(pair()[1], MICRO, CPU))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_two_ranks_hold_the_base_whole_and_give_the_gradient_of_one(wrap, tmp_path):
+    """DDP does not send it round before every pass: what one rank alone changed stays changed."""
     def rank(r):
         model, w = pair()[0], engine.World(r, 2, torch.device("cpu"), torch.float64)
         before = base(model)
         model = engine.parallelize(model, w, [*model.language_model.model.layers], wrap)
-        seen = step(model, [micro[r]], w)
+        seen = seen_by(model, [MICRO[r]], w)
         assert base(engine.unwrap(model)) == before
         if r == 1:
             engine.unwrap(model).language_model.model.layers[0].mlp.up_proj.absmax.zero_()
             before = base(engine.unwrap(model))
-        step(model, [micro[r]], w)
+        seen_by(model, [MICRO[r]], w)
         assert base(engine.unwrap(model)) == before
         other = pair()[0]
         if r == 1:
             other.language_model.model.layers[0].mlp.up_proj.weight[0, 0] ^= 1
         return seen, error(engine.parallelize, other, w, [], wrap)
 
-    truth = step(pair()[0], micro, CPU)
-    for seen, line in fork(2, rank, tmp_path):
-        assert "start from different weights" in line and seen.keys() == truth.keys()
-        for n in truth:
-            a, b = (torch.tensor(t, dtype=torch.float64) for t in (seen[n], truth[n]))
-            assert (a - b).norm() <= TIGHT * b.norm()
+    found = fork(2, rank, tmp_path)
+    agree([seen for seen, _ in found], seen_by(pair()[0], MICRO, CPU))
+    assert all("start from different weights" in line for _, line in found)
 
 
 def test_a_run_stores_no_base_resumes_to_the_bit_and_publishes_a_plain_model(world, aligned, tmp_path):  # noqa: F811
