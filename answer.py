@@ -17,8 +17,8 @@ def load(path, device="auto", dtype="auto", template="", system=None, kernels="a
     """A run folder, its model/ or any LLaVA folder -> Speaker"""
     world = engine.start(device, dtype)
     choose_kernels(kernels, world.device)
-    model, folder = hf.load(init=path)
-    return Speaker(model.to(world.device, world.dtype), folder, template or folder.meta.get("template") or "vicuna_v1",
+    model, folder = hf.load(init=path, dtype=world.dtype)
+    return Speaker(model.to(world.device), folder, template or folder.meta.get("template") or "vicuna_v1",
                    folder.meta.get("system") if system is None else system, hf.aspect(folder, model.cfg))
 
 

@@ -157,7 +157,8 @@ def choose(model, table, dtype=torch.bfloat16):
         used.update(fits)
         lr = table[fits[-1]] if fits else 0
         p.requires_grad_(bool(lr))
-        p.data = p.data.to(torch.promote_types(torch.float32, dtype) if lr else dtype)
+        # a copy even where the dtype stays, for what was loaded may be a view of its file
+        p.data = p.data.to(torch.promote_types(torch.float32, dtype) if lr else dtype, copy=True)
         if lr:
             lrs[name] = lr
     if unused := [g for g in table if g not in used]:

@@ -402,8 +402,9 @@ def original(folder, c):
     return Folder(tok, v, t, pre | {"do_pad": pads}, {}, {}), tensors, c.get("mm_vision_select_layer", -2)
 
 
-def load(vision="", llm="", init="", connector="mlp", seed=0):
-    """-> VLM in fp32, Folder. From two towers with a new connector, or from `init`; every tensor accounted for."""
+def load(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float32):
+    """-> VLM, Folder. From two towers with a new connector, or from `init`; every tensor accounted for. With dtype=None
+    each tensor stays as it is in its file, in the memory of nobody, until engine.choose takes what it needs of it."""
     where, layer = init or f"{vision} + {llm}", -2
     if init:
         at = find_model(init)
@@ -435,15 +436,12 @@ def load(vision="", llm="", init="", connector="mlp", seed=0):
         cfg.vision.image_size = side
         with torch.device("meta"):
             model = VLM(cfg)
-    model = model.to_empty(device="cpu")
-    marks = {}
-    with torch.no_grad():
-        for k, p in model.named_parameters():
-            if k in tensors:
-                p.copy_(tensors.pop(k))
-                marks[k] = mark(p)
+    marks = {k: mark(x) for k, x in tensors.items()}
+    if dtype:
+        tensors = {k: x.to(dtype, copy=True) for k, x in tensors.items()}     # of its own, whatever becomes of the file
+    model.load_state_dict(tensors, strict=False, assign=True)
     if not init:
-        init_weights(model.multi_modal_projector, seed)
+        init_weights(model.multi_modal_projector.to_empty(device="cpu"), seed)
     return model, folder._replace(spare=spare, marks=marks, notes=notes)
 
 
@@ -571,7 +569,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
     VLM by name; each is rounded to dtype when its shard is written, so there is no second copy of all of them."""
     v, t, tok = cfg.vision, cfg.text, folder.tok
     names = {i: name for name, i in tok.specials.items()}
-    pad, image, talk = tok.pad, names[cfg.image_token_index], chat.jinja(template, system)
+    layer, pad, image, talk = v.feature_layer, tok.pad, names[cfg.image_token_index], chat.jinja(template, system)
     stops = sorted(chat.stop_ids(tok, template)) if chat.template(template).stop != "\n" else [tok.eos]
 
     def published(old, new, keys):
@@ -585,6 +583,8 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
     text["architectures"] = [TEXT[t.model_type]["architecture"]]
     vision = published(folder.vision, v, sizes + "image_size patch_size hidden_act layer_norm_eps")
     vision["num_channels"] = 3
+    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.spare):     # it came without the rest
+        vision["num_hidden_layers"], layer = v.depth, -1
     if v.model_type.startswith("dinov2"):
         vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
     if v.model_type == "siglip_vision_model":
@@ -598,7 +598,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
             "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100,
             "image_token_index": cfg.image_token_index, "image_seq_length": v.patches,
             "projector_hidden_act": "gelu" if cfg.connector == "mlp" else "linear",
-            "multimodal_projector_bias": True, "vision_feature_layer": v.feature_layer,
+            "multimodal_projector_bias": True, "vision_feature_layer": layer,
             "vision_feature_select_strategy": strategy(v), "pad_token_id": pad,
             "tie_word_embeddings": t.tie_word_embeddings, "torch_dtype": str(dtype).removeprefix("torch."),
             "text_config": text, "vision_config": vision},
@@ -642,7 +642,8 @@ def write(path, obj):
 def published_tensors(state, cfg):
     """The tensors of a VLM as transformers' Llava names and shapes them. A connector of one matrix is written as two,
     the second one the unit matrix and nothing between them: the same numbers, exactly."""
-    out = dict(state)
+    D, norm = cfg.vision.hidden_size, "vision_tower.vision_model.post_layernorm."
+    out = {f"{norm}weight": torch.ones(D), f"{norm}bias": torch.zeros(D)} | state    # LLaVA has it and never reads it
     if cfg.connector == "linear":
         C = cfg.text.hidden_size
         out["multi_modal_projector.linear_2.weight"] = torch.eye(C)
@@ -654,7 +655,7 @@ def published_tensors(state, cfg):
         k = dino_name(k.replace(".vision_model.", "."))
         tokens = re.search("cls_token|register_tokens|position_embeddings", k)
         out[k] = x.reshape(1, -1, x.shape[-1]) if tokens else x
-    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, cfg.vision.hidden_size))   # never read
+    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, D))   # nor this
     return out
 
 

@@ -177,6 +177,8 @@ def plan(model, lrs, world, micro, steps, s):
                 images=sum(len(b.images) for b in micro))
     cost = sum(f * seen[unit] for unit, f in engine.flops(model, rows(model.cfg)).items())
     states, work = memory(model, world, micro, s)
+    if model.cfg.vision.num_register_tokens:
+        lines.append(f"  of what will be in model/: {card.limits(model.cfg, s.image_aspect)[0]}")
     return [*lines,
             f"  {steps} steps of {s.batch_size} samples; the first one, on this rank: {seen['tokens']:,} tokens in "
             f"{len(micro)} stream(s), {seen['supervised']:,} supervised, {seen['images']} images",
@@ -468,10 +470,11 @@ class Run:
         if self.done:
             return
         s, model, state = self.s, engine.unwrap(self.model), {}
+        dtype = self.world.dtype if self.world.dtype != torch.float32 else torch.float16
         for k, v in model.state_dict().items():
             v = engine.full(v.detach())                      # every rank takes part in gathering it
             if self.world.rank == 0:
-                state[k] = v.cpu()
+                state[k] = (v if self.adapter or v.device.type == "cpu" else v.to(dtype)).cpu()   # merging is in fp32
         if self.world.rank > 0:
             return
         try:
@@ -480,7 +483,6 @@ class Run:
                 lora.save_adapter(self.out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout,
                                   hf.find_model(s.init).resolve() if s.init else s.llm, self.base)
                 state = lora.merge_state(state, lora.scales(model))
-            dtype = self.world.dtype if self.world.dtype != torch.float32 else torch.float16
             hf.save(self.out / "model", state, self.cfg, self.folder, s.template, s.system, s.image_aspect, dtype,
                     card.text(self.out, self.cfg))
             tmp = self.out / ".tmp-finished"

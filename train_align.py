@@ -80,7 +80,7 @@ def main(s):
     stage.toy_world(s, world, "align")
 
     # what is trained
-    model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
+    model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
     stage.inherit(s, folder, model.cfg, "plain")
     lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype)
 

@@ -89,7 +89,7 @@ def main(s):
     stage.toy_world(s, world, "sft")
 
     # what is trained
-    model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed)
+    model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
     stage.inherit(s, folder, model.cfg, "vicuna_v1")
     adapter = None
     if s.bits == 4:

@@ -71,7 +71,7 @@ def make(case, tok):
 
 
 @torch.no_grad()
-def write(case, root, tok):
+def write(case, root, tok, **changes):
     """-> root/case, with the answers beside the model"""
     import card
     import hf
@@ -79,6 +79,7 @@ def write(case, root, tok):
     from data import pack, preprocess
     from model import generate, logits_head
     model, folder, template, aspect, dtype = make(case, tok)
+    folder = folder._replace(**changes)
     connector, out = case.split("-")[2], Path(root, case)
     with mock.patch.object(hf, "SHARD", 20_000 if connector == "linear" else hf.SHARD):
         hf.save(out, model.state_dict(), model.cfg, folder, template, SYSTEM, aspect, dtype, card.USE)

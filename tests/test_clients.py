@@ -1,6 +1,8 @@
 """What transformers makes of a folder that hf.save wrote, alone; older versions: older_transformers.sh."""
 
+import gc
 import json
+from pathlib import Path
 
 import clients
 import pytest
@@ -8,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import engine
 import hf
 
 
@@ -20,6 +23,15 @@ def test_transformers_reads_every_combination_without_us(case, tmp_path, bytes_f
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as f:
             assert f.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("case", ["clip-llama-mlp", "dinov2-llama-mlp"])
+def test_a_tower_that_came_without_its_last_block_is_published_as_a_shorter_one(case, tmp_path, bytes_folder):
+    pytest.importorskip("transformers")
+    folder = clients.write(case, tmp_path, bytes_folder, spare={})
+    assert clients.read(folder).startswith("all keys")
+    (whole, _), made = hf.load(init=folder), clients.make(case, bytes_folder)[0]
+    assert (whole.cfg.vision.num_hidden_layers, whole.cfg.vision.depth, made.cfg.vision.num_hidden_layers) == (2, 2, 3)
 
 
 def configure(folder, name, **new):
@@ -66,3 +78,43 @@ def test_a_linear_connector_comes_back_as_one_matrix(tmp_path, bytes_folder):
     save_file(load_file(shard) | {"multi_modal_projector.linear_2.bias": torch.ones(32)}, shard)
     with pytest.raises(SystemExit, match="a linear connector of two matrices is not known here"):
         hf.load(init=folder)
+
+
+# ---- memory of the host: a model of 7B has 14 GB in half precision, once per process ---------------------------------
+
+def resident(what):
+    """MB of this process: RssAnon = its own now, VmHWM = the most that it had since `forget`"""
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(f"{what}:")) / 1e3
+
+
+def forget():
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def test_a_model_is_loaded_once_in_the_dtype_it_is_used_in(tmp_path, bytes_folder):
+    model, folder, *_ = clients.make("clip-llama-mlp", bytes_folder)
+    state, model.cfg.text.vocab_size = model.state_dict(), 400_000
+    for name in ("model.embed_tokens", "lm_head"):
+        state[f"language_model.{name}.weight"] = torch.ones(400_000, 32)
+    hf.save(tmp_path / "big", state, model.cfg, folder, "vicuna_v1", "", "pad", torch.float16)
+    del state
+    gc.collect()
+    half, before = 2 * 400_000 * 32 * 2 / 1e6, resident("RssAnon")            # 51.2 MB
+    model, _ = hf.load(init=tmp_path / "big", dtype=None)
+    seen = resident("RssAnon") - before
+    engine.choose(model, {"multi_modal_projector.*": 1e-3}, torch.bfloat16)
+    kept = resident("RssAnon") - before
+    assert seen < 0.2 * half and 0.9 * half < kept < 1.2 * half, (seen, kept, half)
+
+
+def test_saving_holds_one_shard_more_and_not_the_model_twice(tmp_path, bytes_folder, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD", 4_000_000)
+    model, folder, *_ = clients.make("clip-llama-mlp", bytes_folder)
+    many = {f"vision_tower.{i}": torch.ones(2_000_000) for i in range(16)}    # 128 MB, 64 in half precision
+    hf.save(tmp_path / "warm", model.state_dict(), model.cfg, folder, "vicuna_v1", "", "pad")
+    forget()
+    before = resident("VmHWM")
+    hf.save(tmp_path / "many", model.state_dict() | many, model.cfg, folder, "vicuna_v1", "", "pad")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) >= 16
+    assert resident("VmHWM") - before < 25, resident("VmHWM") - before
