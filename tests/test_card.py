@@ -70,13 +70,13 @@ def test_what_the_card_tells_people_to_type_works(tuned, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     Image.effect_noise((23, 14), 90).convert("RGB").save("picture.png")
     code = re.search("```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
-    capsys.readouterr()
     exec(code, {})
+    assert len(capsys.readouterr().out) > 40
+    exec(code.replace('"auto"', '"float32"'), {})
     said = capsys.readouterr().out.strip()
     speaker = load(folder, "cpu", "fp32")
     prompt = speaker.prompt([("<image>\nWhat is this?", None)], 1)
-    mine = speaker.say([prompt], [speaker.picture("picture.png")])[0]
-    assert len(said) > 40 and said[:40] == mine[:40]                  # fp16 there, fp32 here, and a model of no sense
+    assert said == speaker.say([prompt], [speaker.picture("picture.png")])[0]
     (folder / "picture.png").unlink()
 
 
