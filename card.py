@@ -46,8 +46,8 @@ def limits(cfg, aspect):
                    "weights and the tokenizer, and refuses pictures.")
     S, Q = cfg.vision.image_size, cfg.vision.patches
     return [*out, f"A picture is seen as one square of {S} x {S} pixels ({aspect}) and read as {Q} tokens.",
-            "Folders that pumice writes were read by transformers 4.46, 4.57 and 5.23. For vLLM, SGLang and llama.cpp "
-            "they are written as their sources ask; none of these was run.",
+            "Folders that pumice writes were read by transformers 4.46, 4.57 and 5.23, and GGUF files made of them by "
+            "llama.cpp; for vLLM and SGLang they are written as their sources ask, and these were not run.",
             "What it says can be wrong, also about what is not in the picture. Nobody measured its biases."]
 
 

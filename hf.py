@@ -604,7 +604,8 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
             "text_config": text, "vision_config": vision},
         "generation_config.json": {
             "bos_token_id": tok.bos, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": pad,
-            "do_sample": False},
+            "do_sample": False,                                        # no words: the image, and what pads the rows
+            "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos),

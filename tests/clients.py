@@ -90,7 +90,7 @@ def write(case, root, tok, **changes):
     ids = speaker.prompt([(f"<image>\n{QUESTION}", None)], 1)
     batch = pack([(ids.tolist(), [-100] * len(ids), seen)], 8)
     logits = model(*batch._replace(labels=torch.zeros_like(batch.ids)), head=logits_head)
-    said = torch.tensor(generate(model, [ids], seen, speaker.stop, 8, banned=())[0])
+    said = torch.tensor(generate(model, [ids], seen, speaker.stop, 8, banned=speaker.banned)[0])
     words = speaker.prompt([("Hi", "Yo"), ("And?", None)], 0)
     save_file({"ids": ids, "pixels": (seen / 255 - mean) / std, "logits": logits, "said": said, "words": words},
               out / "expected.safetensors")
