@@ -466,7 +466,7 @@ def test_kernels_without_a_gpu_are_refused_in_one_line(world, tmp_path, monkeypa
     """In the training scripts, and where a model is only asked; and on a GPU without Triton."""
     line = "error: kernels=triton needs a GPU; on a CPU TRITON_INTERPRET=1 interprets them, a thousand times slower"
     monkeypatch.setattr("kernels.here", True)
-    assert refusal("align", world, tmp_path, kernels="triton") == refusal("sft", world, tmp_path, kernels="triton") == line
+    assert all(refusal(kind, world, tmp_path, kernels="triton") == line for kind in SCRIPTS)
     for script in (sample, eval):
         settings = script.Settings(model=str(tmp_path), device="cpu", kernels="triton")
         if script is eval:
