@@ -254,6 +254,17 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(change, says
     assert says in error(gguf_export.tokenizer_keys, respecified(None, tmp_path / "t", change), 512, None)
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_space_is_put_in_front_there_where_one_is_here(scheme, tmp_path):
+    def change(spec):
+        cut = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+        spec.update(normalizer=None, pre_tokenizer=cut)
+    tok = respecified(make_pieces(tmp_path / "pieces")[1], tmp_path / "t", change)
+    space = tok.plain.encode("What").tokens[0].startswith("▁")
+    keys = gguf_export.tokenizer_keys(tok, 600, None)
+    assert keys["tokenizer.ggml.add_space_prefix"] == space == (scheme != "never")
+
+
 @pytest.mark.parametrize("change", [apart, list.pop])
 def test_merges_that_no_scores_can_stand_for_are_refused(change, tmp_path):
     tok = respecified(make_pieces(tmp_path / "pieces")[1], tmp_path / "t", lambda s: change(s["model"]["merges"]))
