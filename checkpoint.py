@@ -7,6 +7,7 @@ kill or a full disk at any moment leaves the older one untouched. What a run is 
     rng.safetensors          torch's random state of each rank   state.json               step, counters, settings, base
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +23,20 @@ from config import stop
 from engine import full, unwrap
 
 MANIFEST = "manifest.json"
+
+
+def claim(folder, say=print):
+    """Take a folder for this process alone -> an open file, to be held; where another process has it, the run stops.
+    The lock ends with the process, however that ends, and loader processes do not inherit it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        stop(f"out={folder}: another run is writing there, as long as it lives; --out=DIR writes elsewhere")
+    except OSError as e:                                         # a file system that knows no locks
+        say(f"{folder} cannot be locked ({e.strerror}): nothing will notice a second run that writes there")
+    return file
 
 
 def sync(path):
@@ -165,8 +180,6 @@ def find(out, resume, say=print):
     if resume == "none":
         return None
     if resume != "auto":
-        if not Path(resume, MANIFEST).is_file():
-            stop(f"resume={resume} is no checkpoint: those of a run are called checkpoints/step_*")
         if problem := whole(resume):
             stop(f"resume={resume}: {problem}")
         return Path(resume)

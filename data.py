@@ -27,6 +27,7 @@ from config import load, read_json, stop, strict_json, within
 
 MAX_PIXELS = 64_000_000    # a header may promise more than memory holds: refuse before decoding
 MAX_SIDE = 8_000           # a thin picture padded to a square would be more than memory holds: reduce it first
+REPEATS = 1024             # a step may hold so many samples although the data hold fewer: a recipe tried on a handful
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # EPS would start Ghostscript
 
 
@@ -60,14 +61,17 @@ def safe_path(root, name):
 
 
 def load_image(path):
-    """-> PIL image, RGB, upright. Transparency shows white; 16 bits are scaled; an animation is its first frame."""
+    """-> PIL image, RGB, upright. Transparency shows white; 16 bits are scaled; an animation is its first frame, and
+    its info says so."""
     name = repr(os.path.basename(path))
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             image.load()
-            return rgb(upright(image))
+            still = rgb(upright(image))
+            still.info = {"animated": animated(image)}
+            return still
     except BadSample as e:
         raise BadSample(e.reason, name) from None
     except Image.DecompressionBombError as e:
@@ -81,6 +85,14 @@ def upright(image):
         return ImageOps.exif_transpose(image)
     except Exception:                                          # EXIF that cannot be read does not say what is up
         return image
+
+
+def animated(image):
+    """Does a file hold more than the frame that was loaded?"""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:                                          # the first frame is whole, and no other is looked at
+        return True
 
 
 def rgb(image):
@@ -291,6 +303,7 @@ class StepData(NamedTuple):
     names: list       # the samples of this rank
     dropped: list     # (sample, reason) on this rank
     truncated: int    # samples that lost tokens at their end
+    animated: int     # pictures of which only the first frame was looked at
 
 
 class Steps(torch.utils.data.Dataset):
@@ -309,6 +322,8 @@ class Steps(torch.utils.data.Dataset):
         files, _, weights = zip(*(part.partition(":") for part in spec.split(",")))
         self.files = [Rows(f) for f in files]
         self.total = sum(len(r) for r in self.files)
+        if batch_size > max(self.total, REPEATS):
+            stop(f"batch_size={batch_size}, but {spec} holds {self.total:,} samples")
         self.counts = self.shares(spec, weights)               # draws from each file per epoch
         self.images, self.encode, self.image_spec = images, encode, image_spec
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
@@ -362,19 +377,21 @@ class Steps(torch.utils.data.Dataset):
         lengths = [len(ids) for _, ids, _, _ in made]
         costs = [len(ids) + self.encode.image_tokens * len(files) for _, ids, _, files in made]  # the ViT works too
         bins = [fill(group, lengths, self.max_tokens) for group in share_out(costs, self.world)]
-        mine, micro, names = bins[self.rank], [], []
+        mine, micro, names, moving = bins[self.rank], [], [], 0
         for b in range(max(map(len, bins))):
             examples = []
             for j in mine[b] if b < len(mine) else []:
                 name, ids, labels, files = made[j]
                 try:
-                    pixels = [preprocess(load_image(safe_path(self.images, f)), self.image_spec) for f in files]
+                    pictures = [load_image(safe_path(self.images, f)) for f in files]
+                    pixels = [preprocess(p, self.image_spec) for p in pictures]
+                    moving += sum(p.info["animated"] for p in pictures)
                     examples.append((ids, labels, torch.stack(pixels) if pixels else []))
                     names.append(name)
                 except BadSample as e:
                     dropped.append((name, str(e)))
             micro.append(pack(examples, self.image_spec.side))
-        return StepData(micro, names, dropped, truncated)
+        return StepData(micro, names, dropped, truncated, moving)
 
 
 def deaf(worker):
@@ -417,19 +434,19 @@ def main(argv):
     template = s.template or (known if known != "plain" else "vicuna_v1")
     image_tokens = cfg.get("image_seq_length", s.image_tokens)
     encode = Encoder(tok, template, tok.image, image_tokens, s.max_len, meta.get("system"))
-    rows, lengths, reasons, learnt, images, cut = Rows(files[0]), [], defaultdict(list), 0, 0, 0
+    rows, lengths, reasons, learnt, images, cut, moving = Rows(files[0]), [], defaultdict(list), 0, 0, 0, 0
     for i in range(len(rows)):
         try:
             row = rows[i]
             ids, labels, names, lost = encode(row)
-            for name in names:
-                load_image(safe_path(s.images, name))
+            frames = [load_image(safe_path(s.images, name)).info["animated"] for name in names]
         except BadSample as e:
             reasons[e.reason].append(f"[{i}] {e}")
             continue
         lengths.append(len(ids))
         learnt += sum(y != IGNORE for y in labels)
         images += len(names)
+        moving += sum(frames)
         cut += lost > 0
         if len(lengths) <= s.show:
             print(f"--- sample {i}, id {row.get('id')!r:.80}: {len(ids)} tokens, {len(names)} image(s)")
@@ -438,7 +455,8 @@ def main(argv):
     print(f"--- {files[0]}: {len(rows)} samples, {good} good, {bad} dropped, {cut} truncated to {s.max_len} tokens")
     if good:
         print(f"    {sum(lengths):,} tokens ({learnt / sum(lengths):.1%} learnt), longest {max(lengths)}, "
-              f"mean {sum(lengths) / good:.0f}, {images} images")
+              f"mean {sum(lengths) / good:.0f}, {images} images"
+              + (f" ({moving} animated: only the first frame is looked at)" if moving else ""))
     for reason, where in sorted(reasons.items(), key=lambda r: -len(r[1])):
         print(f"    {len(where)} x {reason}; first: {where[0]}")
     return 1 if bad else 0

@@ -97,6 +97,8 @@ def check(s):
         stop(f"bits={bits}: 4 or 16")
     if s.connector not in ("mlp", "linear"):
         stop(f"connector={s.connector}: mlp or linear")
+    if s.resume not in ("auto", "none") and not Path(s.resume, checkpoint.MANIFEST).is_file():
+        stop(f"resume={s.resume} is no checkpoint: those of a run are called checkpoints/step_*")
     if s.keep_best and not (s.val_data or s.data == "toy"):
         stop("keep_best needs val_data")
     if s.keep_best and (not s.save_every or s.eval_every % s.save_every):
@@ -105,10 +107,12 @@ def check(s):
 
 def inherit(s, folder, cfg, template):
     """What the settings leave open is as the model was trained that we start from; a new one is made as LLaVA-1.5. The
-    template of stage 1 is not handed on: it knows no questions."""
+    template of stage 1 is not handed on: it knows no questions. What the model cannot be, ends here."""
     if s.connector not in ("mlp", cfg.connector):
         stop(f"connector={s.connector}, but that of {s.init} is {cfg.connector}")
     known = folder.meta.get("template", "plain")
+    if s.max_len > (room := hf.positions(cfg.text)):
+        stop(f"max_len={s.max_len}, but the language model was made for {room:,} positions")
     s.template = s.template or (known if known != "plain" else template)
     s.image_aspect = s.image_aspect or (hf.aspect(folder, cfg) if s.init else "pad")
     if s.system is None:
@@ -221,6 +225,9 @@ class Run:
         if s.val_data:
             self.val = Once(s.val_data, s.images, encode, spec, min(s.batch_size, 32), s.max_tokens, 0, world.rank,
                             world.size)
+            if not any(sum(world.gather(len(self.val[i].names))) for i in range(len(self.val))):
+                first = "".join(f"; {name}: {why}" for name, why in self.val[0].dropped[:1])
+                stop(f"{s.val_data}: no sample can be used{first}")
         self.fixed = self.fixed_questions() if self.val else []
         self.flops = engine.flops(model, rows(self.cfg))
         self.signals = engine.listen()
@@ -265,6 +272,11 @@ class Run:
                         "--resume=none starts again, --out=DIR elsewhere")
             self.done = True
             return self.steps
+        if world.rank == 0:
+            try:
+                self.lock = checkpoint.claim(out, world.print)
+            except OSError as e:                             # what no look beforehand shows: a file system that refuses
+                stop(f"out={out}: {e.strerror}")
         path = checkpoint.find(out, how, world.print) if world.rank == 0 else None    # one looks and cleans up for all
         path = world.gather(str(path) if path else None)[0]
         if path:
@@ -286,11 +298,6 @@ class Run:
             self.seen, self.reasons = Counter(state["seen"]), state["reasons"]
             self.spikes = engine.Spikes(state["losses"])
             world.print(f"resumed from {path}")
-        if world.rank == 0:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as e:                             # what no look beforehand shows: a file system that refuses
-                stop(f"out={out}: {e.strerror}")
         self.logger = engine.Log(out, world, self.steps, start)
         return start
 
@@ -322,10 +329,10 @@ class Run:
         """Count what was dropped, cut or skipped, over all ranks; stop when it is too much."""
         names = [[why.split(": ")[0], f"{name}: {why}"] for name, why in batch.dropped]   # [kind, line]
         images = sum(len(b.images) for b in batch.micro)
-        used, dropped, cut, images, told = (int(v) for v in self.world.sum(
-            [len(batch.names), len(names), batch.truncated, images, len(self.signals)]))
+        used, dropped, cut, moving, images, told = (int(v) for v in self.world.sum(
+            [len(batch.names), len(names), batch.truncated, batch.animated, images, len(self.signals)]))
         self.told = told > 0                                 # the same on every rank, whichever the scheduler spoke to
-        self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut,
+        self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut, animated=moving,
                          skipped_updates=int(not result["updated"]))
         units = dict(tokens=result["tokens"], supervised=result["supervised_tokens"], images=images)
         self.logger.count(result["tokens"], used, sum(f * units[u] for u, f in self.flops.items()), waited)
@@ -357,7 +364,7 @@ class Run:
 
     def log(self, step, lr, result):
         result = {k: v for k, v in result.items() if k != "updated"}
-        counters = {k: self.seen[k] for k in ("dropped", "truncated", "skipped_updates")}
+        counters = {k: self.seen[k] for k in ("dropped", "truncated", "animated", "skipped_updates")}
         self.logger.write(step + 1, lr=lr, **result, **counters)
 
     # -- looking at it
@@ -369,19 +376,17 @@ class Run:
             return
         self.model.eval()
         total = count = 0.0
-        dropped = []
+        bad = 0
         for i in range(len(self.val)):
             part = self.val[i]
-            dropped += part.dropped
+            bad += len(part.dropped)
             for batch in part.micro:
                 with self.world.autocast():
                     total += float(token_loss(self.model, batch.to(self.world.device)))
                 count += int((batch.labels >= 0).sum())
         self.model.train()
-        total, count, bad = self.world.sum([total, count, len(dropped)])
-        if not count:
-            stop(f"{self.s.val_data}: no sample can be used" + (f"; {': '.join(dropped[0])}" if dropped else ""))
-        loss = total / count
+        total, count, bad = self.world.sum([total, count, bad])
+        loss = total / count if count else math.nan          # pictures may have gone since the start
         if self.world.rank == 0:
             engine.append(self.out / "log.jsonl", {"step": step + 1, "val_loss": loss, "val_dropped": int(bad)})
         self.world.print(f"step {step + 1}/{self.steps}  validation loss {loss:.4f}"
@@ -470,6 +475,9 @@ class Run:
         if self.done:
             return
         s, model, state = self.s, engine.unwrap(self.model), {}
+        if self.seen["skipped_updates"] >= self.steps:
+            stop(f"nothing was learnt in {self.steps} steps ({self.seen['dropped']} of {self.seen['samples']} samples "
+                 "dropped), so no model is written")
         dtype = self.world.dtype if self.world.dtype != torch.float32 else torch.float16
         for k, v in model.state_dict().items():
             v = engine.full(v.detach())                      # every rank takes part in gathering it
@@ -493,4 +501,6 @@ class Run:
             stop(f"{e}. The last checkpoint is whole, the same command tries again")
         lost = self.seen["dropped"] + self.seen["truncated"]
         self.world.print(f"done: {self.out / 'model'}" + (f"; {self.seen['dropped']} of {self.seen['samples']} samples "
-                         f"dropped, {self.seen['truncated']} truncated" if lost else ""))
+                         f"dropped, {self.seen['truncated']} truncated" if lost else "")
+                         + (f"; {self.seen['animated']} pictures are animated, only the first frame was looked at"
+                            if self.seen["animated"] else ""))

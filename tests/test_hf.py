@@ -233,6 +233,30 @@ def test_a_tensor_that_is_missing_unexpected_or_misshapen_is_named(copy, change,
     assert says in error(hf.load, *copy)
 
 
+@pytest.mark.parametrize("where, name, says", [
+    (1, "model.layers.1.mlp.up_proj.weight", "language_model.model.layers.1.mlp.up_proj.weight"),
+    (1, "lm_head.weight", "language_model.lm_head.weight"),
+    (0, "encoder.layers.2.mlp.fc1.weight", "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight")])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_weight_that_is_not_finite_is_named_when_it_is_read(copy, where, name, says, bad, dtype):
+    """In what is built, and in what is only handed on (the last block of the tower) and would fail in the end."""
+    def poison(tensors):
+        tensors.update({k: x.to(dtype) for k, x in tensors.items()})
+        tensors[name].view(-1)[7] = bad
+    spoil(copy[where], poison)
+    assert error(hf.load, *copy).endswith(f": {says} holds numbers that are not finite")
+
+
+@pytest.mark.parametrize("length, scaling, room", [
+    (4096, None, 4096), (4096, {"type": "linear", "factor": 4.0}, 16384),         # lmsys/vicuna-7b-v1.5-16k
+    (131072, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8192}, 131072)])                # meta-llama/Llama-3.1-8B
+def test_positions_are_those_after_scaling(length, scaling, room):
+    config = dict(model_type="llama", max_position_embeddings=length, rope_scaling=scaling)
+    assert hf.positions(hf.text_config(config)) == room
+
+
 def test_an_unexpected_tensor_in_a_block_that_is_built_is_no_spare_part(copy):
     spoil(copy[0], lambda t: t.update({"encoder.layers.0.extra": torch.ones(1)}))
     assert "the first is vision_tower.vision_model.encoder.layers.0.extra" in error(hf.load, *copy)

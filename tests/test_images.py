@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import GifImagePlugin, Image, ImageOps
 
 import data
 from chat import BadSample
@@ -132,6 +132,24 @@ def test_of_an_animation_the_first_frame_is_seen(tmp_path, kind):
     lossless = {"lossless": True} if kind == "WEBP" else {}
     frames[0].save(tmp_path / "x", kind, save_all=True, append_images=frames[1:], **lossless)
     assert (pixels(tmp_path / "x") == RED).all()
+    assert load_image(str(tmp_path / "x")).info == {"animated": True}
+    frames[0].save(tmp_path / "x", kind, **lossless)
+    assert load_image(str(tmp_path / "x")).info == {"animated": False}
+
+
+def test_an_animation_whose_next_frame_is_broken_is_one_and_is_read(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "x", "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4))])
+    monkeypatch.setattr(GifImagePlugin.GifImageFile, "_seek", broken(GifImagePlugin.GifImageFile._seek))
+    image = load_image(str(tmp_path / "x"))
+    assert (np.asarray(image) == RED).all() and image.info == {"animated": True}
+
+
+def broken(seek):
+    def wrapper(self, frame, update_image=True):
+        if frame:
+            raise SyntaxError("frame")
+        return seek(self, frame, update_image)
+    return wrapper
 
 
 # ---- bombs ----------------------------------------------------------------------------------------------------------

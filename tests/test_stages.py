@@ -1,5 +1,6 @@
 """The two training scripts from end to end, on towers and data so small that a run takes a tenth of a second."""
 
+import errno
 import functools
 import gc
 import hashlib
@@ -25,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import checkpoint
 import data
 import engine
 import eval
@@ -140,7 +142,7 @@ def aligned(world, tmp_path_factory):
 
 def test_a_run_folder_holds_what_is_promised_and_nothing_else(aligned):
     assert {p.name for p in aligned.iterdir()} == {"config.json", "log.jsonl", "samples.jsonl", "checkpoints", "model",
-                                                   "finished.json"}
+                                                   "finished.json", ".lock"}
     assert sorted(p.name for p in (aligned / "checkpoints").iterdir()) == ["step_0000004", "step_0000006"]
     assert MODEL <= {p.name for p in (aligned / "model").iterdir()}
     config = json.loads((aligned / "config.json").read_text())
@@ -456,6 +458,8 @@ def test_a_finished_run_is_not_taken_for_another_one_in_the_same_folder(world, t
     (dict(seed=2**70), "seed="), (dict(batch_size=0), "batch_size=0"),
     (dict(connector="foo"), "connector=foo: mlp or linear"), (dict(device="foo"), "device=foo: auto, cpu"),
     (dict(dtype="foo"), "dtype=foo: auto, bf16, fp32, fp64"), (dict(kernels="foo"), "kernels=foo: auto, torch, triton"),
+    (dict(resume="runs/never"), "resume=runs/never is no checkpoint: those of a run are called checkpoints/step_*"),
+    (dict(max_len=4097, max_tokens=5000), "max_len=4097, but the language model was made for 4,096 positions"),
     (dict(keep_best=True, save_every=0), "keep_best: eval_every must be a multiple of save_every")])
 def test_a_setting_that_cannot_be_meant_ends_in_one_line(world, tmp_path, wrong, line):
     said = refusal("align", world, tmp_path / "run", **wrong)
@@ -564,6 +568,84 @@ def test_a_setting_that_would_change_nothing_is_refused(world, aligned, tmp_path
     assert said == f"error: connector=linear, but that of {aligned} is mlp"
     assert "is no checkpoint: those of a run" in refusal("align", how, tmp_path / "run", resume=str(aligned))
     assert not (tmp_path / "run").exists()
+
+
+def test_data_of_bad_samples_only_end_in_one_line_and_make_no_model(world, tmp_path):
+    """For validation at the start, whatever eval_every says; for training where all may be dropped, and on resuming."""
+    (tmp_path / "bad.jsonl").write_text("{}\n" * 9)
+    how = {**world, "eval_every": 0, "sample_every": 0, "val_data": str(tmp_path / "bad.jsonl")}
+    line = refusal("align", how, tmp_path / "run")
+    assert line.startswith(f"error: {tmp_path / 'bad.jsonl'}: no sample can be used; bad.jsonl[") and "\n" not in line
+    assert not (tmp_path / "run").exists()
+    how |= {"val_data": "", "data": str(tmp_path / "bad.jsonl"), "max_dropped": 1.0}
+    for _ in range(2):
+        line = refusal("align", how, tmp_path / "run")
+        assert line == ("error: nothing was learnt in 6 steps (24 of 24 samples dropped), so no model is written")
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "finished.json").exists()
+
+
+def test_validation_pictures_that_go_while_training_stop_nothing(world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world["images"], tmp_path / "images")
+    lines = [r for r in open(world["val_data"]) if '"image"' in r]
+    (tmp_path / "val.jsonl").write_text("".join(lines))
+    count = stage.Run.count
+
+    def vanishing(self, *args):
+        for r in lines:
+            (tmp_path / "images" / json.loads(r)["image"]).unlink(missing_ok=True)
+        count(self, *args)
+    monkeypatch.setattr(stage.Run, "count", vanishing)
+    how = {**world, "images": str(tmp_path / "images"), "val_data": str(tmp_path / "val.jsonl")}
+    run("align", how, tmp_path / "run")
+    assert "validation loss nan (4 of 4 samples could not be used)" in capsys.readouterr().out
+    assert [r["val_loss"] for r in rows(tmp_path / "run" / "log.jsonl") if "val_loss" in r] == [None, None]
+
+
+def test_animated_pictures_are_counted_and_said(world, tmp_path, capsys):
+    shutil.copytree(world["images"], tmp_path / "images")
+    for i in (0, 4, 5):
+        frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+        frames[0].save(tmp_path / "images" / f"{i}.png", save_all=True, append_images=frames[1:])
+    how = {**world, "images": str(tmp_path / "images"), "batch_size": 11, "steps": 2, "val_data": ""}
+    run("align", how, tmp_path / "run")
+    assert "3 pictures are animated, only the first frame was looked at" in capsys.readouterr().out
+    assert rows(tmp_path / "run" / "log.jsonl")[-1]["animated"] == 3
+    data.main([world["data"], f"--images={tmp_path / 'images'}", f"--model={world['llm']}", "--image_tokens=4"])
+    assert "(3 animated: only the first frame is looked at)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": "none"}, {"overfit": True}])
+def test_a_second_run_in_the_folder_of_a_living_one_is_refused_and_changes_nothing(world, tmp_path, how):
+    out = tmp_path / "run" / "overfit" if "overfit" in how else tmp_path / "run"
+    pid = os.fork()
+    if not pid:
+        try:
+            lock = checkpoint.claim(out)
+            if loader := os.fork():                                               # which outlives its parent
+                (tmp_path / "loader").write_text(str(loader))
+                os.rename(tmp_path / "loader", tmp_path / "taken")
+            time.sleep(600)
+        finally:
+            os._exit(bool(lock))
+    while not (tmp_path / "taken").exists():
+        time.sleep(0.001)
+    before = files(tmp_path)
+    line = refusal("align", world, tmp_path / "run", **how)
+    assert line == f"error: out={out}: another run is writing there, as long as it lives; --out=DIR writes elsewhere"
+    assert files(tmp_path) == before
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    run("align", world, tmp_path / "run", **how, steps=1)
+    os.kill(int((tmp_path / "taken").read_text()), signal.SIGKILL)
+
+
+def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(world, tmp_path, monkeypatch, capsys):
+    def lockf(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    run("align", world, tmp_path / "run", steps=1)
+    assert "cannot be locked (No locks available): nothing will notice a second run" in capsys.readouterr().out
+    assert (tmp_path / "run" / "finished.json").is_file()
 
 
 def test_a_dry_run_without_a_usable_sample_says_so(world, tmp_path, capsys):
