@@ -42,7 +42,7 @@ class Linears(torch.autograd.Function):
         dx, dw = None, [None] * len(weights)
         with torch.autocast(dy[0].device.type, enabled=False):
             if any(need_w):
-                x = ctx.make(*sources)
+                x = ctx.make(*sources).to(dy[0].dtype)
                 dw = [(g.T @ x).to(W.dtype) if wanted else None for g, W, wanted in zip(dy, weights, need_w)]
             db = [g.sum(0, dtype=W.dtype) if wanted else None for g, W, wanted in zip(dy, weights, need_b)]
             if need_x:
@@ -53,6 +53,8 @@ class Linears(torch.autograd.Function):
 
 
 def linears(x, make, sources, layers):
-    """x (N, C) = make(*sources), layers: torch.nn.Linear -> [layer(x) (N, O)]"""
+    """x (N, C) = make(*sources), layers: torch.nn.Linear -> [layer(x) (N, O)]; under autocast in its dtype, as they do"""
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return Linears.apply(x, make, len(sources), *(t.detach() for t in sources), *(f.weight for f in layers),
                          *(f.bias for f in layers))

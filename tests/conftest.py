@@ -27,6 +27,13 @@ SPECIALS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<|im_start|>", "<|im_en
             "<|end_header_id|>", "<|eot_id|>"]
 
 
+@pytest.fixture(autouse=True)
+def no_graphs_left():
+    """torch.compile counts how often a function was compiled, over all tests of a process, and gives up at eight."""
+    yield
+    torch._dynamo.reset()
+
+
 def make_tokenizer(folder, kind="bytes"):
     """bytes: byte-level BPE as Llama 3's or Qwen's; pieces: dummy prefix and byte fallback, as Llama 2's. -> folder"""
     import tokenizers

@@ -156,3 +156,25 @@ def test_a_wrong_recipe_would_be_seen(broken, monkeypatch):
     ours = gradients(block, block, args, None)
     assert torch.equal(ours[0], true[0])
     assert not all(torch.allclose(a, b, rtol=TIGHT, atol=TIGHT) for a, b in zip(ours, true))
+
+
+def test_a_stream_in_fp32_under_autocast_is_multiplied_in_bf16_as_torch_would():
+    """The results, and the gradients to the last bit of bf16, of linear layers left to themselves."""
+    block, args = layer("trained", torch.float32), stream(torch.float32)
+    seen = []
+    block.self_attn.k_proj.register_forward_hook(lambda f, x, y: seen.append(y.dtype))
+
+    def run(x, *args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return block(x, *args)
+
+    lean = gradients(run, block, args, None)
+    saved, model.linears = model.linears, lambda x, make, sources, layers: [f(x) for f in layers]
+    try:
+        plain = gradients(run, block, args, None)
+    finally:
+        model.linears = saved
+    assert seen == [torch.bfloat16]                                                  # of the plain run: low indeed
+    assert torch.equal(lean[0], plain[0])
+    for a, b in zip(lean, plain, strict=True):
+        assert a.dtype == b.dtype == torch.float32 and (a - b).norm() <= 0.01 * b.norm()
