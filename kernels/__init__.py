@@ -3,7 +3,10 @@
 A kernel file reads from top to bottom: the argument in bytes, the definition, the kernels, the operators that torch
 sees, the function that model.py calls. To learn Triton, read norm, swiglu, rope, cross_entropy, attention."""
 
+import functools
 import os
+
+import torch
 
 from config import stop
 
@@ -12,7 +15,8 @@ try:
     import triton.language as tl
 except ImportError:  # macOS, Windows: the files are read all the same, and the definitions serve
     from types import SimpleNamespace
-    triton, tl = SimpleNamespace(jit=lambda f: f, next_power_of_2=None), SimpleNamespace(constexpr=None)
+    triton = SimpleNamespace(jit=lambda f=None, **how: f or (lambda f: f), next_power_of_2=None)
+    tl = SimpleNamespace(constexpr=None)
 
 here = hasattr(tl, "load")
 choice = "auto"  # auto: kernels for tensors on a GPU; torch, triton: always the one or the other
@@ -37,5 +41,13 @@ def use_triton(x):
 def architecture(x):
     """Which row of a table of block sizes holds: 90 for Hopper and the large Blackwells, 80 for all others (and for
     interpreted kernels), whose rows stay below the 99 KiB of shared memory that the smaller cards have."""
-    import torch
     return 90 if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10) else 80
+
+
+def on_its_device(f):
+    """Triton launches on the current device, whatever it is given: f, made to run on that of its first argument."""
+    @functools.wraps(f)
+    def there(x, *rest):
+        with torch.cuda.device_of(x):
+            return f(x, *rest)
+    return there

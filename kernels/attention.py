@@ -1,7 +1,7 @@
 """Span attention: query i reads the keys lo[i] <= j < hi[i], and that is the only mask there is.
 
     N queries   M keys   H query heads   G key/value heads (H = g * G)   K head dim
-    q (N, H, K)   k, v (M, G, K)   lo, hi (N,) int32, neither ever decreases   ->   out (N, H, K)
+    q (N, H, K)   k, v (M, G, K)   lo, hi (N,) int32 in [0, M], neither ever decreases   ->   out (N, H, K)
 
     out[i, h] = sum_j softmax_j(q[i, h] . k[j, h // g] / sqrt(K)) v[j, h // g],  lo[i] <= j < hi[i];  empty spans give 0
 
@@ -18,7 +18,7 @@ import functools
 
 import torch
 
-from kernels import architecture, tl, triton, use_triton
+from kernels import architecture, on_its_device, tl, triton, use_triton
 
 # ---- the definition, and what a CPU runs ----------------------------------------------------------------------------
 
@@ -212,11 +212,11 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
     return higher, l, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
              scale, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One tile of BM queries of one head. OUT (N, H, K) and LSE (H, N) are contiguous."""
-    start, h, H = tl.program_id(0) * BM, tl.program_id(1), tl.num_programs(1)
+    start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     last = tl.minimum(start + BM, N) - 1
     lo = tl.load(LO + start + r, mask=start + r < N, other=0)                # rows behind the last see nothing
@@ -241,7 +241,7 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, stride_qn, stride_qh, stride_
     inside = n < N
     out = acc / tl.where(l == 0, 1.0, l)[:, None]                            # an empty span: zeros
     lse = tl.where(l == 0, float("inf"), m + tl.log2(l))                     # and p = exp2(s - inf) = 0 in backward
-    tl.store(LSE + h.to(tl.int64) * N + n, lse, mask=inside)
+    tl.store(LSE + h * N + n, lse, mask=inside)
     tl.store(OUT + (n[:, None] * H + h) * K + d[None, :], out.to(OUT.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < K))
 
@@ -270,12 +270,12 @@ def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, s
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, stride_qn, stride_qh, stride_kn, stride_kh,
                 stride_vn, stride_vh, stride_dn, stride_dh, scale, norm, g,
                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One tile of queries of one head, as in _forward: its dq, and delta (H, N) for the other kernel."""
-    start, h, H = tl.program_id(0) * BM, tl.program_id(1), tl.num_programs(1)
+    start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     n = start.to(tl.int64) + r
     inside = n < N
@@ -288,8 +288,8 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, stride_qn, 
     do = _tile(DO + h * stride_dh, start, r, N - start, stride_dn, K, D)
     out = _tile(OUT + h * K, start, r, N - start, H * K, K, D)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)                # (BM,)
-    tl.store(DELTA + h.to(tl.int64) * N + n, delta, mask=inside)
-    lse = tl.load(LSE + h.to(tl.int64) * N + n, mask=inside, other=float("inf"))
+    tl.store(DELTA + h * N + n, delta, mask=inside)
+    lse = tl.load(LSE + h * N + n, mask=inside, other=float("inf"))
     q = _tile(Q + h * stride_qh, start, r, N - start, stride_qn, K, D)
     KEYS += h // g * stride_kh
     VALUES += h // g * stride_vh
@@ -324,13 +324,13 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, 
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_qn, stride_qh, stride_kn,
                  stride_kh, stride_vn, stride_vh, stride_dn, stride_dh, scale, norm, g,
                  K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One tile of BN keys of one group: its dk and dv, summed over the g heads that read it. The queries that see any
     of the tile are [BY_HI[0], BY_LO[1]), those that see it all [BY_HI[1], BY_LO[0]): ranges() makes these tables."""
-    tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1)
+    tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     start = tile * BN
     c, d = tl.arange(0, BN), tl.arange(0, D)
     begin, end = tl.load(BY_HI + tile), tl.load(BY_LO + tiles + tile)
@@ -341,7 +341,8 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     for h in range(group * g, group * g + g):
-        q, do, row = Q + h * stride_qh, DO + h * stride_dh, tl.cast(h, tl.int64) * N
+        h = tl.cast(h, tl.int64)
+        q, do, row = Q + h * stride_qh, DO + h * stride_dh, h * N
         for i in range(a, b, BM):
             dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, BM, start + c, dk, dv,
                                  stride_qn, stride_dn, scale, K, D, BM, False)
@@ -409,6 +410,7 @@ def strides(*tensors):
 
 
 @torch.library.custom_op("pumice::attention", mutates_args=())
+@on_its_device
 def attention_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
                      ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out (N, H, K), log2 of the sums (H, N) fp32"""
@@ -428,13 +430,14 @@ def _fake(q, k, v, lo, hi):
 
 
 @torch.library.custom_op("pumice::attention_backward", mutates_args=())
+@on_its_device
 def attention_triton_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor,
                               hi: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
                               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> dq, dk, dv"""
     (N, H, K), (M, G, _) = q.shape, k.shape
     do, q, k, v = rowwise(do, q, k, v)
-    lo, hi = lo.contiguous(), hi.contiguous()
+    lo, hi, out, lse = (t.contiguous() for t in (lo, hi, out, lse))
     dq, dk, dv = _fake_backward(do, q, k, v, lo, hi, out, lse)
     delta, norm = torch.empty_like(lse), K**-0.5
     if N:
@@ -473,6 +476,8 @@ attention_triton.register_autograd(_gradients, setup_context=_setup)
 def attention(q, k, v, lo, hi):
     """Span attention; shapes in the head of this file."""
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
+    assert k.shape == v.shape and q.shape[2] == k.shape[2], \
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     assert lo.shape[0] == hi.shape[0] == q.shape[0], f"{q.shape[0]} queries, {lo.shape[0]} spans"
     if use_triton(q) and q.dtype != torch.float64 and q.shape[2] <= 128:
         return attention_triton(q, k, v, lo, hi)[0]

@@ -18,7 +18,7 @@ their time on products.
 import torch
 import torch.nn.functional as F
 
-from kernels import architecture, tl, triton, use_triton
+from kernels import architecture, on_its_device, tl, triton, use_triton
 
 IGNORE = -100
 CHUNK_BYTES = 256 << 20  # what one chunk of logits may take,
@@ -117,6 +117,7 @@ def turn_triton(logits, labels, gradient):
 # ---- the operator that torch sees -----------------------------------------------------------------------------------
 
 
+@on_its_device
 def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int, dtype: torch.dtype,
                        need_h: bool, need_w: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> summed loss; its gradients by hidden (R, C), in `dtype`, and by weight (V, C), in fp32 because chunks are

@@ -15,9 +15,11 @@ n / 2 bytes and writes 2 n. At 4 TB/s that is a 35th of the product's own time f
 kept apart from the product, and cuBLAS does what it does best. Plain torch would also write the codes out as int64.
 """
 
+import functools
+
 import torch
 
-from kernels import tl, triton, use_triton
+from kernels import on_its_device, tl, triton, use_triton
 
 BLOCK, NESTED = 64, 256
 LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -38,6 +40,13 @@ def steps():
 
 
 STEPS = steps()
+
+
+@functools.cache
+def tables(device):
+    """LEVELS and STEPS, once per device: a copy from the host in each of a step's hundreds of calls would wait for all
+    that the device still has to do."""
+    return torch.tensor(LEVELS).to(device), STEPS.to(device)
 
 
 def nearest(x, size, numbers):
@@ -62,7 +71,7 @@ def quantize(W):
 def dequantize_ref(codes, absmax, nested, offset, dtype):
     """The definition: -> (O, C) in dtype, formed in fp32."""
     O, half = codes.shape
-    levels, numbers = (t.to(codes.device) for t in (torch.tensor(LEVELS), STEPS))
+    levels, numbers = tables(codes.device)
     most = numbers[absmax.int()] * nested.repeat_interleave(NESTED)[: len(absmax)] + offset                      # (m,)
     w = levels[torch.stack([codes >> 4, codes & 15], -1).flatten().int()]                                        # (n,)
     w = torch.nn.functional.pad(w, (0, -len(w) % BLOCK)).view(-1, BLOCK) * most[:, None]
@@ -87,12 +96,13 @@ def nf4_dequantize(CODES, ABSMAX, NESTED_, OFFSET, LEVELS_, STEPS_, W, n, m, BLO
 # ---- what torch sees ------------------------------------------------------------------------------------------------
 
 @torch.library.custom_op("pumice::nf4", mutates_args=())
+@on_its_device
 def nf4_op(codes: torch.Tensor, absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor,
            dtype: torch.dtype) -> torch.Tensor:
     if not use_triton(codes):
         return dequantize_ref(codes, absmax, nested, offset, dtype)
     w = codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
-    levels, numbers = (t.to(codes.device) for t in (torch.tensor(LEVELS), STEPS))
+    levels, numbers = tables(codes.device)
     grid = triton.cdiv(len(absmax), ROWS),
     nf4_dequantize[grid](codes, absmax, nested, offset, levels, numbers, w, w.numel(), len(absmax), BLOCK, NESTED,
                          ROWS, num_warps=WARPS, enable_fp_fusion=False)  # x y + z rounded twice, as in the definition

@@ -17,7 +17,7 @@ powers of two, and lanes that hang over an edge are switched off by a mask.
 import torch
 import torch.nn.functional as F
 
-from kernels import tl, triton, use_triton
+from kernels import on_its_device, tl, triton, use_triton
 
 TILE = 4096     # numbers a program holds at once, 16 per thread; a longer row has a program to itself
 PROGRAMS = 256  # of the backward pass: two for each processor of an H100. Fixed: the sums are the same on every card
@@ -35,7 +35,7 @@ layer_norm_ref = F.layer_norm  # keeps its input and two numbers per row, which 
 
 
 class RMSNorm(torch.autograd.Function):
-    """The definition, keeping its input and r (..., 1). Autograd alone would also keep x r, and of bf16 a copy in fp32."""
+    """The definition, keeping its input and r (..., 1). Autograd alone would keep x r too, and of bf16 a copy in fp32."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -134,6 +134,7 @@ def tiles(C, bytes_per_number):
 # ---- what torch sees ------------------------------------------------------------------------------------------------
 
 @torch.library.custom_op("pumice::norm", mutates_args=())
+@on_its_device
 def norm_op(x: torch.Tensor, add: torch.Tensor | None, w: torch.Tensor, b: torch.Tensor | None,
             eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """-> x + add (empty without add), its norm; RMSNorm without b, LayerNorm with it."""
@@ -155,6 +156,7 @@ def norm_shapes(x, add, w, b, eps):
 
 
 @torch.library.custom_op("pumice::norm_backward", mutates_args=())
+@on_its_device
 def norm_backward_op(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, ds: torch.Tensor | None, eps: float,
                      layer: bool, need_w: bool, need_b: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x: what was normalised; ds: a gradient it has from elsewhere. -> dx, dw, db; dw and db empty if not needed."""
@@ -198,8 +200,15 @@ norm_op.register_autograd(norm_gradients, setup_context=norm_context)
 
 # ---- the choice -----------------------------------------------------------------------------------------------------
 
+def fits(x, w, add):
+    """A kernel would read what lies behind a tensor that is too small."""
+    assert w.shape == x.shape[-1:] and (add is None or add.shape == x.shape), \
+        f"x {tuple(x.shape)}, weight {tuple(w.shape)}, add {None if add is None else tuple(add.shape)}"
+
+
 def rms_norm(x, w, eps, add=None):
     """x, add (..., C), w (C,) -> y (..., C), or with add (x + add, its norm)"""
+    fits(x, w, add)
     if use_triton(x):
         s, y = norm_op(x, add, w, None, eps)
     else:
@@ -210,6 +219,7 @@ def rms_norm(x, w, eps, add=None):
 
 def layer_norm(x, w, b, eps, add=None):
     """x, add (..., C), w, b (C,) -> y (..., C), or with add (x + add, its norm)"""
+    fits(x, w, add)
     if use_triton(x):
         s, y = norm_op(x, add, w, b, eps)
     else:

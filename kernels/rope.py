@@ -19,7 +19,7 @@ gradients, for q and k are views.
 
 import torch
 
-from kernels import tl, triton, use_triton
+from kernels import on_its_device, tl, triton, use_triton
 
 
 def rope(x, cos, sin):
@@ -79,11 +79,12 @@ def rope_kernel(Q, K, OUT_Q, OUT_K, COS, SIN, ROWS, R, H: tl.constexpr, G: tl.co
 # ---- what torch sees ------------------------------------------------------------------------------------------------
 
 @torch.library.custom_op("pumice::rope", mutates_args=())
+@on_its_device
 def rope_op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rows: torch.Tensor | None,
             sign: int) -> tuple[torch.Tensor, torch.Tensor]:
     """sign 1 turns forward, -1 back."""
     (R, H, K), (N, G, _) = q.shape, k.shape
-    q, k, cos, sin = (t.contiguous() for t in (q, k, cos, sin))
+    q, k, cos, sin, rows = (t if t is None else t.contiguous() for t in (q, k, cos, sin, rows))
     out_q, out_k, size = torch.empty_like(q), torch.empty_like(k), triton.next_power_of_2
     rope_kernel[N,](q, k, out_q, out_k, cos, sin, rows, R, H, G, K // 2, sign, size(H), size(G), size(K // 2))
     return out_q, out_k

@@ -12,7 +12,7 @@ Nothing here knows of rows: both tensors are read as one long line, cut into pie
 import torch
 import torch.nn.functional as F
 
-from kernels import tl, triton, use_triton
+from kernels import on_its_device, tl, triton, use_triton
 
 BLOCK, WARPS = 4096, 8  # 16 numbers per thread: two loads of 16 bytes from each tensor on their way at once
 
@@ -63,6 +63,7 @@ def swiglu_backward(G, U, DY, DG, DU, n, BLOCK: tl.constexpr):
 # ---- what torch sees ------------------------------------------------------------------------------------------------
 
 @torch.library.custom_op("pumice::swiglu", mutates_args=())
+@on_its_device
 def swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
@@ -76,6 +77,7 @@ def _(gate, up):
 
 
 @torch.library.custom_op("pumice::swiglu_backward", mutates_args=())
+@on_its_device
 def swiglu_backward_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
     dg, du = torch.empty_like(gate), torch.empty_like(up)
@@ -103,6 +105,8 @@ swiglu_op.register_autograd(swiglu_gradients, setup_context=swiglu_context)
 
 def swiglu(gate, up):
     """gate, up (N, F), of one dtype -> (N, F)"""
+    assert gate.shape == up.shape and gate.dtype == up.dtype, \
+        f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}"
     if use_triton(gate):
         return swiglu_op(gate, up)
     return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else swiglu_ref(gate, up)
