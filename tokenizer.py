@@ -206,10 +206,11 @@ def needed(spec, names, image_id=None):
     return image, pad, notes
 
 
-def blind(spec, *scheme):
-    """-> a tokenizer that takes control tokens for text. scheme: another one of adding the first space"""
-    tokens = [t | {"special": t["special"] or bool(re.fullmatch(r"<\|.*\|>", t["content"]))}  # Qwen flags some only
-              for t in spec["added_tokens"]]
+def blind(spec, roles, *scheme):
+    """-> a tokenizer that takes control tokens for text: those flagged, those with a role, and whatever a template may
+    insert, for Qwen flags some only. scheme: another one of adding the first space"""
+    tokens = [t | {"special": t["special"] or t["content"] in roles
+                   or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]
     spec = spec | dict(post_processor=None, truncation=None, padding=None, added_tokens=tokens)
     if scheme:
         spec["pre_tokenizer"] = json.loads(json.dumps(spec["pre_tokenizer"]).replace(*scheme))
@@ -237,10 +238,11 @@ class Tokenizer:
             self.full = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
             if bad := [n for n, i in self.specials.items() if self.full.token_to_id(n) != i]:
                 raise ValueError(f"the added token {bad[0]!r} does not get the id that is written there")
-            self.plain = self.inner = blind(self.spec)
+            roles = [word(names.get(f"{role}_token")) for role in ("bos", "eos", "pad", "unk")]
+            self.plain = self.inner = blind(self.spec, roles)
             split = self.spec.get("pre_tokenizer") or {}
             if any(step.get("prepend_scheme") == "first" for step in split.get("pretokenizers", [split])):
-                self.inner = blind(self.spec, '"first"', '"never"')
+                self.inner = blind(self.spec, roles, '"first"', '"never"')
         except Exception as e:  # tokenizers raises bare Exception
             stop(f"the tokenizer in {folder} cannot be read: {e}")
         self.size = max(vocabulary(self.spec).values()) + 1

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import random
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -202,6 +203,16 @@ def test_control_tokens_cannot_be_typed(tok, template):
         assert controls(text.replace(IMAGE, "<im age>")) == clean, text
     ids, _ = encode(tok, template, [("<image>", "an <image> tag")], 1, I, Q)
     assert ids.count(I) == Q, "an answer holds no pictures"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_control_token_that_is_not_flagged_as_one_cannot_be_typed_either(tok_folder, tmp_path, template):
+    """What ends a turn, begins a text or names a speaker is known by its role, whatever `special` says."""
+    shutil.copytree(tok_folder, tmp_path / "tok")
+    spec = json.loads((tok_folder / "tokenizer.json").read_text("utf-8"))
+    spec["added_tokens"] = [t | {"special": False} for t in spec["added_tokens"]]
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    test_control_tokens_cannot_be_typed(Tokenizer(tmp_path / "tok"), template)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
