@@ -39,6 +39,7 @@ from tokenizer import Tokenizer
 UNUSED = re.compile(r"vision_tower\.vision_model\.(embeddings\.(position_ids|mask_token)$|text_model\.|head\."
                     r"|(visual|text)_projection\.|logit_(scale|bias)$)|language_model\..*rotary_emb\.inv_freq$")
 SHARD = 5 * 10**9  # bytes per file, as published models have them
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 # what an absent key of config.json means, class by class, where it is not the default of VisionConfig or TextConfig
 DINO = dict(hidden_act="gelu", layer_norm_eps=1e-6, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
@@ -181,8 +182,9 @@ def read_pickle(file):
         found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:  # damaged bytes raise many kinds
         stop(f"{file} is no whole file of tensors and nothing else, so it is not opened ({type(e).__name__})")
-    if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):
-        stop(f"{file} is no dict of tensors by name")
+    if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) and x.layout == torch.strided
+                                              for x in found.values()):
+        stop(f"{file} is no dict of dense tensors by name")
     return found
 
 
@@ -211,6 +213,18 @@ def dino_name(name):
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
+def read_config(folder):
+    """config.json beside weights, which are the numbers themselves and not codes for them"""
+    c = read_json(folder / "config.json")
+    for key in ("vision_config_dict", "vision_config", "text_config"):
+        if not isinstance(c.get(key) or {}, dict):
+            stop(f"{folder}: {key} in its config.json is no object of settings")
+    if (how := c.get("quantization_config")) is not None:
+        how = how.get("quant_method") if isinstance(how, dict) else how
+        stop(f"{folder} holds quantised weights ({how}): those that they were made of are read here")
+    return c
+
+
 def typed(Config, what, d):
     """The values of d that Config has a field for, if they are of its types -> Config"""
     fields = {f.name: f.type for f in dataclasses.fields(Config)}
@@ -232,7 +246,13 @@ def vision_config(c, feature_layer=-2, pre={}):
         stop(f"vision tower with use_swiglu_ffn={c.get('use_swiglu_ffn', False)} and num_channels="
              f"{c.get('num_channels', 3)}: false and 3 are known here")
     d = VISION[kind] | {k: x for k, x in c.items() if x is not None}
-    d |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if pre.get(k) is not None}
+    for k in ("image_mean", "image_std"):
+        if (x := pre.get(k)) is not None:
+            if not isinstance(x, list | tuple) or [type(n) in (int, float) for n in x] != [True] * 3:
+                stop(f"preprocessor_config.json: {k}={x!r} is no number for each of three colours")
+            if k == "image_std" and not min(x) > 0:
+                stop(f"preprocessor_config.json: {k}={x!r}, by which nothing can be divided")
+            d[k] = tuple(x)
     cfg = typed(VisionConfig, "vision tower", d | dict(model_type=kind, feature_layer=feature_layer))
     if kind.startswith("dinov2"):
         if type(ratio := d.get("mlp_ratio", 4)) not in (int, float) or not 0 < ratio < 1000:
@@ -299,8 +319,10 @@ def rope(c, length):
         stop(f"rope scaling {kind!r}: default, linear and llama3 are known here")
     if kind == "llama3":
         d.setdefault("original_max_position_embeddings", length)
-    if lost := [k for k in need[kind] if not isinstance(d.get(k), int | float)]:
-        stop(f"rope scaling {kind!r} without a number for {lost[0]}")
+    if lost := [k for k in need[kind] if not isinstance(d.get(k), int | float) or not d[k] > 0]:
+        stop(f"rope scaling {kind!r} without a number above 0 for {lost[0]}")
+    if isinstance(theta, int | float) and not theta > 0:
+        stop(f"language model: rope_theta={theta} in its config.json")
     if (part := d.get("partial_rotary_factor", c.get("partial_rotary_factor", 1))) != 1:
         stop(f"partial_rotary_factor={part}: 1 is known here")
     return dict(rope_theta=theta, rope_scaling=d if need[kind] else None)
@@ -340,7 +362,7 @@ class Folder(NamedTuple):
 
 def tower(folder):
     """-> config, preprocessor_config, {our name: tensor} of a vision tower"""
-    v, pre = read_json(folder / "config.json"), read_pre(folder)
+    v, pre = read_config(folder), read_pre(folder)
     if nested := v.get("vision_config_dict") or v.get("vision_config"):       # a CLIP or SigLIP with both its halves
         v = {"model_type": f"{v.get('model_type')}_vision_model", **nested}
     return v, pre, renamed({f"vision_tower.{k}": x for k, x in read_tensors(folder).items()}, folder)
@@ -392,7 +414,7 @@ def original(folder, c):
         extra = read_tensors(folder, "adapter_model") | read_tensors(folder, "non_lora_trainables")
     elif not weights(folder):
         base, extra = c.get("_name_or_path"), read_tensors(folder, "mm_projector")
-    if not base or not c["mm_vision_tower"]:
+    if not all(name and isinstance(name, str | Path) for name in (base, c["mm_vision_tower"])):
         stop(f"{folder} does not say in its configs which models it was trained on")
     base = find(base)
     v, pre, tensors = tower(find(c["mm_vision_tower"]))
@@ -416,12 +438,12 @@ def load(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float3
     where, layer = init or f"{vision} + {llm}", -2
     if init:
         at = find_model(init)
-        c = read_json(at / "config.json")
+        c = read_config(at)
         folder, tensors, layer = (original if "mm_vision_tower" in c else llava)(at, c)
         connector = "mlp" if any("linear_2" in k for k in tensors) else "linear"
     else:
         eyes, tongue = find(vision), find(llm)
-        t, (v, pre, tensors) = read_json(tongue / "config.json"), tower(eyes)
+        t, (v, pre, tensors) = read_config(tongue), tower(eyes)
         folder = Folder(Tokenizer(tongue), v, t, pre, {}, {})
         tensors |= renamed(read_tensors(tongue), tongue)
     cfg = VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector,
@@ -448,8 +470,8 @@ def load(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float3
         with torch.device("meta"):
             model = VLM(cfg)
     marks = {k: mark(x) for k, x in tensors.items()}
-    if dtype:
-        tensors = {k: x.to(dtype, copy=True) for k, x in tensors.items()}     # of its own, whatever becomes of the file
+    for k in tensors if dtype else ():                                        # one at a time: never all of them twice
+        tensors[k] = tensors[k].to(dtype, copy=True)                          # its own, whatever becomes of the file
     model.load_state_dict(tensors, strict=False, assign=True)
     if not init:
         init_weights(model.multi_modal_projector.to_empty(device="cpu"), seed)
@@ -518,7 +540,10 @@ def account(model, tensors, where, new=()):
     for k, shape in known.items():
         while tensors[k].ndim > len(shape) and len(tensors[k]) == 1 and k.startswith("vision_tower."):
             tensors[k] = tensors[k][0]                                        # DINOv2's tokens are batches of one
-        if tensors[k].shape != shape or not tensors[k].is_floating_point():
+        if tensors[k].dtype not in FLOATS:                                    # codes, whose scales are elsewhere
+            stop(f"{where}: {k} holds {str(tensors[k].dtype).removeprefix('torch.')}, no weights in "
+                 "float16, bfloat16, float32 or float64")
+        if tensors[k].shape != shape:
             stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(shape)}")
     return {k: tensors[k] for k in want}, {k: tensors[k] for k in known if k in spare}
 
@@ -526,9 +551,10 @@ def account(model, tensors, where, new=()):
 def mark(tensor):
     """A short digest: shape, the sum of all bits, and some thousand values in their places. As fast as memory, where a
     real hash of 7B parameters takes a minute on every rank; no other model has it."""
-    bits = tensor.detach().float().cpu().contiguous().flatten().view(torch.int32)
-    some = bits[:: max(1, len(bits) // 1024)].tolist()
-    return hashlib.sha256(repr((tuple(tensor.shape), int(bits.sum()), some)).encode()).hexdigest()[:16]
+    flat = tensor.detach().cpu().flatten()
+    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # fp32 only in passing
+    some = flat[:: max(1, len(flat) // 1024)].float().view(torch.int32).tolist()
+    return hashlib.sha256(repr((tuple(tensor.shape), total, some)).encode()).hexdigest()[:16]
 
 
 def fingerprint(marks):
@@ -559,9 +585,10 @@ def image_spec(pre, aspect):
     if not pre.get("do_resize", True):
         stop("preprocessor_config.json: do_resize=false is not known here, where every picture becomes one square")
     size = (pre.get("crop_size") if pre.get("do_center_crop", True) else None) or pre.get("size", 224)
-    sides = {size} if isinstance(size, int) else {size.get(k) for k in ("height", "width", "shortest_edge")} - {None}
+    sides = [size.get(k) for k in ("height", "width", "shortest_edge")] if isinstance(size, dict) else [size]
+    sides = [n for i, n in enumerate(sides) if n is not None and n not in sides[:i]]
     resample = pre.get("resample", 3)
-    if len(sides) != 1 or not isinstance(side := sides.pop(), int) or side < 1:
+    if len(sides) != 1 or type(side := sides[0]) is not int or side < 1:
         stop(f"preprocessor_config.json: pictures of size {size} are no squares of one side")
     if resample not in list(Image.Resampling):
         stop(f"preprocessor_config.json: resample={resample} is no filter of Pillow's")

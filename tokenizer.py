@@ -256,7 +256,7 @@ class Tokenizer:
         return self.size
 
     def id(self, token):
-        i = self.full.token_to_id(token)
+        i = self.full.token_to_id(token) if isinstance(token, str) else None
         if i is None:
             stop(f"the tokenizer in {self.folder} has no token {token!r}; does the template fit this language model?")
         return i

@@ -276,7 +276,9 @@ def test_the_stop_id_is_what_ends_a_learnt_turn(tok, template):
     ("tokenizer.json", None, "holds no tokenizer.json and no tokenizer.model"),
     ("tokenizer.json", "", "tokenizer.json: Expecting value"), ("tokenizer.json", "{}", "cannot be read"),
     ("tokenizer.json", "[1]", "is not a json object"), ("tokenizer_config.json", "{", "config.json: Expecting"),
-    ("tokenizer_config.json", '{"eos_token": "<nope>"}', "no token '<nope>'")])
+    ("tokenizer_config.json", '{"eos_token": "<nope>"}', "no token '<nope>'"),
+    ("tokenizer_config.json", '{"eos_token": 2}', "no token 2"),
+    ("tokenizer_config.json", '{"eos_token": {"id": 2}}', "no token None")])
 def test_a_broken_tokenizer_stops_with_one_line(bytes_folder, tmp_path, file, text, message):
     for f in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / f).write_text((bytes_folder / f).read_text("utf-8"), "utf-8")

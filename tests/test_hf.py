@@ -227,6 +227,9 @@ def configure(folder, **new):
      "1 unexpected tensor(s), the first is language_model.model.layers.7.mlp.up_proj.weight"),
     (lambda t: t.update({"model.norm.weight": torch.ones(31)}),
      "language_model.model.norm.weight has shape (31,), the config says (32,)"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),                # codes of weights
+     "language_model.model.norm.weight holds int8, no weights in float16, bfloat16, float32 or float64"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}), "holds float8_e4m3fn"),
 ])
 def test_a_tensor_that_is_missing_unexpected_or_misshapen_is_named(copy, change, says):
     spoil(copy[1], change)
@@ -281,8 +284,9 @@ def test_pickles_give_tensors_and_run_nothing(copy, towers):
         assert "is no whole file of tensors and nothing else" in error(hf.load, *copy)
     torch.save(Path("/"), file)
     assert "is no whole file of tensors and nothing else, so it is not opened (Unpickling" in error(hf.load, *copy)
-    torch.save({"state_dict": tensors}, file)
-    assert "is no dict of tensors by name" in error(hf.load, *copy)
+    for bad in ({"state_dict": tensors}, tensors | {"model.norm.weight": torch.ones(32).to_sparse()}):
+        torch.save(bad, file)
+        assert "is no dict of dense tensors by name" in error(hf.load, *copy)
 
 
 def shards(folder, name="model-00002-of-00002.safetensors"):
@@ -341,6 +345,10 @@ def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava):
 @pytest.mark.parametrize("part, new, says", [
     (0, dict(model_type="beit"), "vision tower of type 'beit': clip_vision_model, siglip_vision_model, dinov2, "),
     (0, dict(hidden_act="relu"), "vision tower with hidden_act 'relu'"),
+    (0, dict(vision_config=[1]), "vision_config in its config.json is no object of settings"),
+    (1, dict(quantization_config={"quant_method": "fp8"}), "holds quantised weights (fp8): those that they were made"),
+    (1, dict(rope_parameters={"rope_theta": 0}), "rope_theta=0 in its"),
+    (1, dict(rope_scaling={"type": "linear", "factor": 0}), "'linear' without a number above 0 for factor"),
     (1, dict(model_type="mamba"), "language model of type 'mamba': llama, mistral, qwen2, qwen3 are known"),
     (1, dict(hidden_act="gelu"), "language model with hidden_act 'gelu'"),
     (1, dict(rope_scaling={"rope_type": "yarn"}), "rope scaling 'yarn'"),
@@ -517,6 +525,10 @@ def test_the_tower_sees_the_numbers_that_the_image_processor_would_have_made(tow
     (dict(crop_size={"height": 8, "width": 9}), "are no squares of one side"), (dict(crop_size={}, size={}), "squares"),
     (dict(size={"longest_edge": 8}, do_center_crop=False), "no squares"), (dict(rescale_factor=0), "=0 is no number"),
     (dict(rescale_factor="1/255"), "rescale_factor='1/255' is no number"),
+    (dict(size=None, crop_size=None), "pictures of size None are no squares"),
+    (dict(crop_size=[8, 8]), "pictures of size [8, 8] are no squares"), (dict(crop_size=True), "of size True are no"),
+    (dict(image_mean=[0.5]), "image_mean=[0.5] is no number for each of three colours"),
+    (dict(image_std="abc"), "image_std='abc' is no number"), (dict(image_std=[0, 1, 1]), "nothing can be divided"),
     (dict(crop_size=9), "no squares of side 9 can be cut from pictures of size {'shortest_edge': 8}"),
     (dict(crop_size=3), "pictures of side 3 hold no patch of 4")])
 def test_an_image_processor_that_does_something_else_is_refused(copy, new, says):
@@ -542,6 +554,7 @@ def test_a_folder_that_contradicts_itself_about_padding_is_refused(towers, tmp_p
 
 
 def test_a_fingerprint_knows_every_bit_and_place_and_no_order_of_names():
+    assert hf.mark(torch.arange(3e6) - 1e6) == "8ef1da86d0a5b8ed"           # as in the adapters that there are
     x = torch.arange(3000.0).view(60, 50)
     assert hf.mark(x) == hf.mark(x.double())
     flipped, moved = x.clone(), x.clone()
