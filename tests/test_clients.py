@@ -108,6 +108,14 @@ def test_a_model_is_loaded_once_in_the_dtype_it_is_used_in(tmp_path, bytes_folde
     assert seen < 0.2 * half and kept < 1.2 * half, (seen, kept, half)
 
 
+def test_the_mark_of_a_tensor_needs_no_second_one_in_fp32():
+    big = torch.ones(32_000_000, dtype=torch.bfloat16)                        # 64 MB, 128 in fp32
+    forget()
+    before = resident("VmHWM")
+    hf.mark(big)
+    assert resident("VmHWM") - before < 20, resident("VmHWM") - before
+
+
 def test_saving_holds_one_shard_more_and_not_the_model_twice(tmp_path, bytes_folder, monkeypatch):
     monkeypatch.setattr(hf, "SHARD", 4_000_000)
     model, folder, *_ = clients.make("clip-llama-mlp", bytes_folder)
