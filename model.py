@@ -384,14 +384,14 @@ class VLM(nn.Module):
         """One packed stream: ids, labels, pos, lo, hi (N,), images (I, 3, S, S) uint8. Only rows with a label go
         through the last layer; `head(hidden (R, C), weight (V, C), labels (R,))` turns them into what is returned: the
         summed loss by default."""
+        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,), first of all: for their number, alone, the host waits
         x = self.language_model.model.embed_tokens(ids)                        # (N, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would widen the stream
         z = self.see(images).flatten(0, 1)                                     # (I Q, C)
-        hole = ids == self.cfg.image_token_index
         # holes were counted against images when the batch was built, on the CPU; counting them here would stall a GPU
-        x = x.masked_scatter(hole[:, None], z.to(x.dtype))
-        rows = (labels != IGNORE).nonzero()[:, 0]                              # (R,)
+        holes = (ids == self.cfg.image_token_index).nonzero_static(size=len(z))[:, 0]                  # (I Q,)
+        x = x.index_copy(0, holes, z.to(x.dtype))   # masked_scatter's gradient would list its numbers one by one
         hidden = self.language_model(x, pos, lo, hi, rows, cache)
         return head(hidden, self.language_model.head_weight, labels[rows])
 

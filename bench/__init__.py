@@ -132,7 +132,8 @@ def machine(device):
     parts = [f"Python {platform.python_version()}", f"torch {torch.__version__}", version("triton"),
              *map(version, ("transformers", "peft", "liger-kernel", "cut-cross-entropy")),
              str(LOW[device]).removeprefix("torch."),
-             f"revision {said('git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD') or 'unknown'}"]
+             "revision " + (os.environ.get("REVISION") or said("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+                             or "unknown")]
     if device == "cuda":
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit"
         card = said("nvidia-smi", query, "--format=csv,noheader", "--id=0")

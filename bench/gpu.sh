@@ -2,7 +2,8 @@
 # Everything that needs a GPU, in under ten minutes and in order of worth: are the kernels right on this card, how fast
 # are they, how fast are whole training steps.  bash bench/gpu.sh
 # Needs python3 with torch, Triton and pytest; peers that are not installed are named. What was found goes to
-# bench/results/<date>-<card>.md after every part, and to $OUT as well where that is set; nothing is downloaded.
+# bench/results/<date>-<card>.md after every part, and to $OUT as well where that is set, with all that was printed;
+# nothing is downloaded. A copy of the tree without .git is told its revision: REVISION=1a2b3c4 bash bench/gpu.sh
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -12,12 +13,13 @@ page=bench/results/$(date +%F)-$card.md
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p bench/results
+python3 -c 'import bench; print(bench.machine("cuda"))'
 
 part() {  # name, seconds, command ...: its output here, and what it found on the page, whether it came to an end or not
     local name=$1 seconds=$2 began=$SECONDS code=0
     shift 2
     echo "== $name: at most $seconds s"
-    timeout -k 5 "$seconds" "$@" 2>&1 | tee "$work/log"
+    timeout -s INT -k 5 "$seconds" "$@" 2>&1 | tee "$work/log"   # INT: what pytest and Python have found is still said
     code=${PIPESTATUS[0]}
     echo "== $name: exit code $code after $((SECONDS - began)) s"
     {
@@ -27,13 +29,13 @@ part() {  # name, seconds, command ...: its output here, and what it found on th
     } >>"$work/all"
     rm -f "$work/page"
     cp "$work/all" "$page"
-    if [ -n "${OUT:-}" ]; then cp "$page" "$OUT/"; fi
+    if [ -n "${OUT:-}" ]; then cp "$page" "$OUT/"; cp "$work/log" "$OUT/${name// /-}.txt"; fi
     [ "$code" = 0 ] || failed="${failed:-} $name"
 }
 
-side=(); python3 -c 'import xdist' 2>/dev/null && side=(-n 8)   # Triton compiles on one core: eight at a time
+side=(); python3 -c 'import xdist' 2>/dev/null && side=(-n 12)   # Triton compiles on one core
 part "Kernels against float64" 130 python3 -m pytest -q -p no:cacheprovider --tb=short --durations=5 "${side[@]}" tests/test_gpu.py
-part "Kernels beside their peers" 240 python3 bench.py kernels --seconds=225 --row_seconds=60 --out="$work/page"
+part "Kernels beside their peers" 240 python3 bench.py kernels --seconds=225 --row_seconds=90 --out="$work/page"
 part "Training steps beside transformers" 200 python3 bench.py step --rows=S1,S2,S4 --steps=3 --seconds=185 --out="$work/page"
 echo "written to $page"
 [ -z "${failed:-}" ] || { echo "did not end well:$failed"; exit 1; }

@@ -132,10 +132,11 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
     def varlen():
         from torch.nn.attention.varlen import varlen_attn
         bounds = F.pad(n.cumsum(0), (1, 0)).int()
-        how = shared if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        return dataclasses.replace(simple(
-            lambda q, k, v: varlen_attn(q, k, v, bounds, bounds, L, L, window_size=(-1, 0 if causal else -1), **how),
-            (q, k, v), [do]), common=first)
+        takes = inspect.signature(varlen_attn).parameters                      # 2.10 had is_causal; that heads
+        how = dict(window_size=(-1, 0 if causal else -1)) if "window_size" in takes else dict(is_causal=causal)
+        how |= shared if "enable_gqa" in takes else {}                          # form groups is said from 2.12 on
+        return dataclasses.replace(simple(lambda q, k, v: varlen_attn(q, k, v, bounds, bounds, L, L, **how), (q, k, v),
+                                          [do]), common=first)
 
     def flex():
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention

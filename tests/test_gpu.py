@@ -9,6 +9,7 @@ from kernel_cases import normal, with_gradients
 from test_attention import CASES, documents, images
 
 import kernels
+from kernels import nf4
 from kernels.attention import attention, attention_ref
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from kernels.norm import layer_norm, layer_norm_ref, rms_norm, rms_norm_ref
@@ -113,6 +114,13 @@ def test_rope(N, H, G, K, dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", [(1, 2), (97, 130), (4096, 4096)])
+def test_four_bits(shape, dtype):
+    parts = nf4.quantize(data(*shape, dtype=torch.float32))
+    assert torch.equal(nf4.dequantize(*parts, dtype), nf4.dequantize_ref(*parts, dtype))
+
+
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("N, C", [(1, 1), (97, 129), (500, 11008)])
 def test_swiglu(N, C, dtype):
     check(swiglu, swiglu_ref, data(N, C, dtype=dtype), data(N, C, dtype=dtype, seed=1))
@@ -127,15 +135,22 @@ def everything(dtype=torch.bfloat16, N=2000):
     ups = {name: [data(*shape, dtype=dtype, seed=9)] for name, shape in
            (("attention", q.shape), ("norm", h.shape), ("swiglu", h.shape))}
     ups["norm"] = 2 * ups["norm"]
+    angles, at, parts = 10 * data(N, 64, dtype=torch.float32), torch.arange(N, device=DEVICE)[::2], nf4.quantize(w)
+    cos, sin = angles.cos(), angles.sin()
     ups["cross-entropy"] = [torch.ones((), device=DEVICE)]
     return {"attention": lambda: with_gradients(lambda *t: attention(*t, *spans), q, k, v, up=ups["attention"]),
             "cross-entropy": lambda: with_gradients(lambda h, w: linear_cross_entropy(h, w, y, 512), h, w,
                                                     up=ups["cross-entropy"]),
             "norm": lambda: with_gradients(lambda x, c: rms_norm(x, c, 1e-5, h), h, c, up=ups["norm"]),
-            "swiglu": lambda: with_gradients(swiglu, h, h + 1, up=ups["swiglu"])}
+            "swiglu": lambda: with_gradients(swiglu, h, h + 1, up=ups["swiglu"]),
+            "rope": lambda: with_gradients(lambda q, k: rope_qk(q, k, cos, sin, at), q[::2], k, up=[q[::2], k]),
+            "four bits": lambda: [nf4.dequantize(*parts, dtype)]}
 
 
-@pytest.mark.parametrize("name", ["attention", "cross-entropy", "norm", "swiglu"])
+NAMES = ["attention", "cross-entropy", "norm", "swiglu", "rope", "four bits"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits_every_time(name):
     f = everything()[name]
     first = f()
@@ -144,7 +159,7 @@ def test_the_same_bits_every_time(name):
             assert torch.equal(a, b), f"run {n + 2} differs from the first"
 
 
-@pytest.mark.parametrize("name", ["attention", "cross-entropy", "norm", "swiglu"])
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_waits_for_the_device(name):
     f = everything()[name]
     f()                                                             # compiles
@@ -203,6 +218,19 @@ def test_element_wise_beyond_31_bits(room):
     whole, alone = (with_gradients(swiglu, t, u, up=[u])[:2] for t, u in ((x, up), (x[-3:], up[-3:])))
     for a, b in zip(whole, alone):
         assert torch.equal(a[-3:], b)
+
+
+def test_a_stream_without_pictures_and_one_without_labels():
+    """The model's own work on the device: where the holes are, of which there may be none, and no row to learn"""
+    from data import pack
+    from model import VLM, init_weights
+    model = VLM(tiny_config(head_dim=32))
+    init_weights(model)
+    model.to(DEVICE)
+    for made in ([example(3, images=0)], [example(1, learnt=0)]):
+        loss = model(*pack(made, 8).to(DEVICE))
+        loss.backward()
+        assert loss.isfinite() and (loss == 0) == (made[0][2].shape[0] > 0)
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_vlm
+from conftest import example, tiny_vlm
 from kernel_cases import normal
 from torch.utils.checkpoint import checkpoint
 
@@ -121,6 +121,33 @@ def test_without_it_norms_and_the_product_of_gate_and_up_are_kept_too(monkeypatc
     together = model.together
     monkeypatch.setattr(model, "together", lambda x, *layers, made=None: together(x, *layers))
     assert kept(layer("trained"), stream()) == N * 8 * (FORMULA["trained"] + 2 * y + act)
+
+
+class Asked(torch.utils._python_dispatch.TorchDispatchMode):
+    """Operators whose results have a size, or are a number, that only the device knows: there the host has to wait"""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f.__name__.partition(".")[0]
+        if name in ("nonzero", "masked_select", "masked_scatter_backward", "_local_scalar_dense", "_unique2", "equal"):
+            self.names.append(name)
+        return f(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("stage", ["align", "whole"])
+def test_the_host_waits_once_for_the_device_in_forward_and_backward(stage):
+    """For how many rows carry a label, before anything else was asked for"""
+    from data import pack
+    m = tiny_vlm().train()
+    for n, p in m.named_parameters():
+        p.requires_grad_(stage == "whole" or "multi_modal" in n)
+    batch = pack([example(1), example(2, images=0), example(3, text=30)], 8)
+    with Asked() as asked:
+        m(*batch).backward()
+    assert asked.names == ["nonzero"]
 
 
 def test_a_7b_layer_keeps_what_was_promised():

@@ -29,9 +29,10 @@ def test_every_check_runs(monkeypatch):
     test_gpu.test_norms(17, 129, dtype)
     test_gpu.test_rope(17, 5, 5, 32, dtype)
     test_gpu.test_swiglu(9, 129, dtype)
+    test_gpu.test_four_bits((97, 130), dtype)
 
 
-@pytest.mark.parametrize("name", ["attention", "cross-entropy", "norm", "swiglu"])
+@pytest.mark.parametrize("name", test_gpu.NAMES)
 def test_bits_are_compared(name, monkeypatch):
     small = test_gpu.everything(torch.float16, N=21)
     monkeypatch.setattr(test_gpu, "everything", lambda: small)
@@ -49,6 +50,7 @@ def test_sizes_beyond(monkeypatch):
 
 
 def test_a_step_with_kernels_and_without(monkeypatch):
+    test_gpu.test_a_stream_without_pictures_and_one_without_labels()
     test_gpu.test_a_whole_model_takes_the_same_step_with_kernels_and_without(torch.float32, monkeypatch)
 
 
