@@ -94,10 +94,11 @@ class Adapted(torch.autograd.Function):
         bias, A, B, sources = parts[:n], parts[n : 2 * n], parts[2 * n : 3 * n], parts[3 * n :]
         with torch.autocast(x.device.type, enabled=False):
             xa = (x if keep is None else x * keep) @ torch.cat(A).to(x.dtype).T                        # (N, sum of r)
-            out = []
+            # in place, but for torch 2.11, which compiles a change to a result of forward into gradients of zero
+            addmm, out = torch.addmm if torch.compiler.is_compiling() else torch.Tensor.addmm_, []
             for s, W, b, B_i, xa_i in zip(scales, weights, bias, B, xa.split([a.shape[0] for a in A], 1)):
                 y = F.linear(x, dense(W, x.dtype), None if b is None else b.to(x.dtype))
-                out.append(y.addmm_(xa_i, (s * B_i).to(x.dtype).T))
+                out.append(addmm(y, xa_i, (s * B_i).to(x.dtype).T))
         ctx.save_for_backward(keep, xa, *A, *B, *sources)
         ctx.scales, ctx.weights, ctx.make = scales, weights, make
         return tuple(out)
