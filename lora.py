@@ -241,20 +241,24 @@ def scales(model):
 
 
 @torch.no_grad()
-def merge_state(state, scales):
+def merge_state(state, scales, dtype=None):
     """Tensors of a wrapped model by name -> those of the plain model (merged), with the scale of each layer by name.
-    What was in NF4 is written out. The tensors given are not changed, so merging twice gives the same."""
+    What was in NF4 is written out. Each matrix is formed in fp32 (fp64 for fp64) and rounded to dtype, if one is given,
+    so that 7B never lie there in fp32. The tensors given are not changed: merging twice gives the same."""
+    def kept(W):
+        return W.to(dtype or W.dtype)
+
     out, packed = {k: v for k, v in state.items() if ".lora_" not in k}, {}
     for name in [k.removesuffix(".absmax") for k in out if k.endswith(".absmax")]:
         packed[name] = tuple(out.pop(f"{name}.{part}") for part in nf4.PARTS)
-        out[f"{name}.weight"] = dense(packed[name], torch.float32)
+        out[f"{name}.weight"] = kept(dense(packed[name], torch.float32))
     for name in [k.removesuffix(".lora_A.weight") for k in state if k.endswith(".lora_A.weight")]:
         A, B = (state[f"{name}.lora_{x}.weight"] for x in "AB")
         W = merged(packed.get(name, out[f"{name}.weight"]), A, B, scales[name],
                    state.get(f"{name}.lora_magnitude_vector"))
         if not W.isfinite().all():
             stop(f"the adapter of {name} is not finite and is not merged")
-        out[f"{name}.weight"] = W
+        out[f"{name}.weight"] = kept(W)
     return out
 
 

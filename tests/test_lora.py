@@ -323,6 +323,9 @@ def test_merging_into_bf16_is_formed_in_fp32():
     true = state[name].double() + 2 * B @ A
     got = lora.merge_state(state, lora.scales(model))[name]
     assert got.dtype == torch.float32 and (got.double() - true).abs().max() <= 1e-6
+    half = lora.merge_state(state, lora.scales(model), torch.float16)             # as published: rounded once
+    assert all(torch.equal(half[f"{n}.weight"], lora.merge_state(state, lora.scales(model))[f"{n}.weight"].half())
+               and half[f"{n}.weight"].dtype == torch.float16 for n in names)
 
 
 def test_an_adapter_that_is_not_finite_is_not_merged():
