@@ -35,7 +35,7 @@ layer_norm_ref = F.layer_norm  # keeps its input and two numbers per row, which 
 
 
 class RMSNorm(torch.autograd.Function):
-    """The definition, keeping its input and r (..., 1). Autograd alone would keep x r too, and of bf16 a copy in fp32."""
+    """The definition, keeping its input and r (..., 1). Autograd alone keeps x r too, and of bf16 a copy in fp32."""
 
     @staticmethod
     def forward(ctx, x, w, eps):

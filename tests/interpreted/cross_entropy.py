@@ -111,7 +111,7 @@ def broken_kernels():
     return {"largest of the last block": ("higher = tl.maximum(m, tl.max(x))", "higher = tl.max(x)"),
             "sum not rescaled": ("l * tl.exp2((m - higher) * LOG2E)", "l"),
             "ignored rows learn": ("tl.where(keep, 1.0 / l, 0.0)", "1.0 / l"),
-            "no onehot": ("tl.where(i + c == y, hit, 0.0)", "0.0"),
+            "no onehot": ("tl.where(i + c == y, 1.0, 0.0)", "0.0"),
             "tail not masked": ('mask=i + c < V, other=-float("inf")).to(tl.float32)\n        higher',
                                 'mask=i + c < V, other=0.0).to(tl.float32)\n        higher')}
 
