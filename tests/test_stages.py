@@ -624,7 +624,7 @@ def test_a_second_run_in_the_folder_of_a_living_one_is_refused_and_changes_nothi
             if loader := os.fork():                                               # which outlives its parent
                 (tmp_path / "loader").write_text(str(loader))
                 os.rename(tmp_path / "loader", tmp_path / "taken")
-            time.sleep(600)
+            time.sleep(60)
         finally:
             os._exit(bool(lock))
     while not (tmp_path / "taken").exists():
