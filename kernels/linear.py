@@ -53,7 +53,7 @@ class Linears(torch.autograd.Function):
 
 
 def linears(x, make, sources, layers):
-    """x (N, C) = make(*sources), layers: torch.nn.Linear -> [layer(x) (N, O)]; under autocast in its dtype, as they do"""
+    """x (N, C) = make(*sources), layers: torch.nn.Linear -> [layer(x) (N, O)]; autocast casts x here as there"""
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return Linears.apply(x, make, len(sources), *(t.detach() for t in sources), *(f.weight for f in layers),
