@@ -8,16 +8,20 @@ import torch
 import chat
 import engine
 import hf
+import lora
 from data import BadSample, load_image, preprocess
 from kernels import choose_kernels
 from model import generate
 
 
 def load(path, device="auto", dtype="auto", template="", system=None, kernels="auto"):
-    """A run folder, its model/ or any LLaVA folder -> Speaker"""
+    """A run folder, its model/ or adapter/, any LLaVA folder or PEFT adapter of one -> Speaker"""
     world = engine.start(device, dtype)
     choose_kernels(kernels, world.device)
-    model, folder = hf.load(init=path, dtype=world.dtype)
+    if hf.is_adapter(path):
+        model, folder = lora.load_merged(path, world.dtype)
+    else:
+        model, folder = hf.load(init=path, dtype=world.dtype)
     return Speaker(model.to(world.device), folder, template or folder.meta.get("template") or "vicuna_v1",
                    folder.meta.get("system") if system is None else system, hf.aspect(folder, model.cfg))
 

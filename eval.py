@@ -40,7 +40,7 @@ HOW = {"seeing": "each question with its own picture", "blind": "the features of
 
 @dataclasses.dataclass
 class Settings:
-    model: str = "runs/sft"        # a run, its model/, or any LLaVA folder
+    model: str = "runs/sft"        # a run, its model/ or adapter/, any LLaVA folder or adapter
     task: str = "exact"            # exact, vqa, vqa_official, pope
     data: str = ""                 # jsonl of questions; empty: the toy world's held-out ones
     images: str = ""               # folder that image names are relative to; empty: the folder of the data
@@ -174,7 +174,7 @@ def place(s, name):
     """The file for the answers: the one asked for, or one in the run. A published model may lie where only reading is
     allowed; then they go to answers/ here, and a line says so. All before the first question is asked."""
     run = Path(s.model)
-    run = run.parent if run.name == "model" else run
+    run = run.parent if run.name in ("model", "adapter") else run
     out = Path(s.answers or run / f"answers_{name}.jsonl")
     problem = f"{out} is a folder" if out.is_dir() else config.unwritable(out.parent)
     if problem and not s.answers:

@@ -133,13 +133,22 @@ def weights(folder, stem="model"):
     return next((folder / n for n in names if (folder / n).is_file()), None)
 
 
+def model_in(path):
+    """A run folder, its model/, or any LLaVA folder -> the folder with the tensors of a model, or None"""
+    return next((p for p in (path / "model", path) if any(weights(p, stem) for stem in STEMS)), None)
+
+
+def is_adapter(path):
+    """Is this the folder of a PEFT adapter, and of no model?"""
+    return (Path(path) / "adapter_config.json").is_file() and not model_in(Path(path))
+
+
 def find_model(path):
     """A run folder, its model/, or any LLaVA folder or name -> the folder with config.json of a model in it."""
     path = find(path)
-    for p in (path / "model", path):
-        if any(weights(p, stem) for stem in STEMS):
-            return p
-    stop(f"{path} holds no model: no model.safetensors in it or in {path / 'model'}")
+    if is_adapter(path):
+        stop(f"{path} holds an adapter, where a whole model is wanted: merged, it is the model/ of its run")
+    return model_in(path) or stop(f"{path} holds no model: no model.safetensors in it or in {path / 'model'}")
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from checkpoint import commit
 from config import read_json, stop
-from hf import fingerprint, mark, read_tensors, rename
+from hf import find_model, fingerprint, load, mark, read_tensors, rename
 from kernels import nf4
+from model import VLM
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
 # keys of adapter_config.json that make another function of the same tensors. Ways to begin are no matter, but for those
@@ -271,9 +272,10 @@ def in_memory(name):
     return name
 
 
-def save_adapter(out, state, r, alpha, dropout, base, mark):
+def save_adapter(out, state, r, alpha, dropout, base, mark, about={}):
     """A PEFT folder, whole or absent. What is trained besides adapters, the connector, goes along by its own name.
-    mark: hf.fingerprint of all other tensors, which are the base."""
+    mark: hf.fingerprint of all other tensors, which are the base. about: how the model is asked (template, system,
+    image_aspect), and the bits of its base."""
     tensors = {PREFIX + in_memory(k): v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
     names = sorted({in_memory(k).split(".lora_")[0] for k in state if ".lora_" in k})
     extra = sorted({in_memory(k).rpartition(".")[0] for k in state if ".lora_" not in k})
@@ -285,7 +287,7 @@ def save_adapter(out, state, r, alpha, dropout, base, mark):
     def fill(tmp):
         save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
         (tmp / "adapter_config.json").write_text(json.dumps(config, indent=2))
-        (tmp / "pumice.json").write_text(json.dumps({"base": mark}))
+        (tmp / "pumice.json").write_text(json.dumps({"base": mark, **about}))
 
     commit(out, fill)
 
@@ -294,6 +296,12 @@ def own(pattern, name, usual):
     """The value of a layer under PEFT's rank_pattern or alpha_pattern: that of the first key, a regular expression,
     that its name ends in."""
     return next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name)), usual)
+
+
+def about(folder):
+    """What save_adapter says beside PEFT's own files; an adapter that PEFT made says nothing"""
+    file = Path(folder) / "pumice.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def load_adapter(model, folder):
@@ -313,10 +321,12 @@ def load_adapter(model, folder):
     names = sorted({k.split(".lora_")[0] for k in tensors if ".lora_" in k})
     if not names:
         stop(f"{folder} holds no adapter")
-    if (folder / "pumice.json").is_file():
+    if says := about(folder):
         base = {k: mark(p) for k, p in model.named_parameters() if k not in tensors}
-        if (was := read_json(folder / "pumice.json").get("base")) != fingerprint(base):
+        if (was := says.get("base")) != fingerprint(base):
             stop(f"{folder} was trained on another base (fingerprint {was}) than this model ({fingerprint(base)})")
+    if says.get("bits") == 4:
+        quantize(model)
     for name in names:
         r, alpha = (own(c.get(f"{kind}_pattern"), in_memory(name), c[key]) for kind, key in
                     (("rank", "r"), ("alpha", "lora_alpha")))
@@ -331,5 +341,31 @@ def load_adapter(model, folder):
                 stop(f"{folder}: {k} {tuple(v.shape)} does not fit this model")
             if not v.isfinite().all():
                 stop(f"{folder}: {k} is not finite")
-            params[k].copy_(v)
+            params[k].data = v.to(torch.promote_types(v.dtype, params[k].dtype))   # fp32 over a base in fp16 stays so
     return names
+
+
+def load_merged(folder, dtype):
+    """The folder of an adapter -> VLM, Folder, as hf.load reads a model: its base, and the adapter merged with it as a
+    run's model/ is. The base is found where the adapter says; a relative path counts from here."""
+    base = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    where = f"{folder} was trained on {base}: base_model_name_or_path in its adapter_config.json says where that lies"
+    if not base or not isinstance(base, str):
+        stop(where)
+    try:
+        at = find_model(base)
+    except SystemExit as e:
+        stop(f"{where}, and {str(e).removeprefix('error: ')}")
+    model, source = load(init=at, dtype=None)                                 # unrounded: the fingerprint is of that
+    load_adapter(model, folder)
+    for k, p in model.named_parameters():
+        if ".lora_" not in k:
+            p.data = p.data.to(dtype, copy=True)                              # as trained over; no view of a file
+    state = merge_state(model.state_dict(), scales(model), dtype)
+    with torch.device("meta"):
+        model = VLM(model.cfg)
+    model.load_state_dict(state, assign=True)
+    says, pre = about(folder), source.pre
+    if "image_aspect" in says:
+        pre = pre | {"do_pad": says["image_aspect"] == "pad"}                 # the base's may have been another
+    return model, source._replace(meta=source.meta | says, pre=pre)

@@ -14,7 +14,7 @@ from data import BadSample
 
 @dataclasses.dataclass
 class Settings:
-    model: str = "runs/sft"        # a run, its model/, or any LLaVA folder
+    model: str = "runs/sft"        # a run, its model/ or adapter/, any LLaVA folder or adapter
     image: str = ""                # picture file; several, separated by commas; none: text alone
     prompt: str = ""               # without one: a chat
     template: str = ""             # empty = what the model was trained with

@@ -489,7 +489,8 @@ class Run:
             if self.adapter:
                 trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
                 lora.save_adapter(self.out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout,
-                                  hf.find_model(s.init).resolve() if s.init else s.llm, self.base)
+                                  hf.find_model(s.init).resolve() if s.init else s.llm, self.base,
+                                  dict(template=s.template, system=s.system, image_aspect=s.image_aspect, bits=s.bits))
                 state = lora.merge_state(state, lora.scales(model), dtype)
             hf.save(self.out / "model", state, self.cfg, self.folder, s.template, s.system, s.image_aspect, dtype,
                     card.text(self.out, self.cfg))

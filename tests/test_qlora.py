@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_hf import error
 from test_model import all_logits, gradients
-from test_stages import LORA, aligned, run, state, world  # noqa: F401  (fixtures: a tiny world, a stage 1)
+from test_stages import LORA, aligned, halves_agree, run, state, world  # noqa: F401  (fixtures: a tiny world, a stage 1)
 
+import answer
 import engine
 import lora
 from data import pack
@@ -211,5 +212,6 @@ def test_a_run_stores_no_base_resumes_to_the_bit_and_publishes_a_plain_model(wor
     assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     with safe_open(whole / "checkpoints/step_0000006/trained.safetensors", "pt") as f:
         assert all(".lora_" in k or "projector" in k for k in f.keys()) and len(list(f.keys())) == 2 * LINEARS + 4
+    halves_agree(*(answer.load(whole / part, "cpu", "fp32") for part in ("adapter", "model")))   # over four bits too
     merged, plain = (load_file(out / "model" / "model.safetensors") for out in (whole, aligned))
     assert {k: (v.shape, v.dtype) for k, v in merged.items()} == {k: (v.shape, v.dtype) for k, v in plain.items()}

@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import answer
 import checkpoint
 import data
 import engine
@@ -188,16 +189,24 @@ def test_more_steps_go_on_and_resume_none_starts_again(world, aligned, tmp_path,
     assert state(out) == state(aligned)
 
 
+def halves_agree(ours, published):
+    """Answering from adapter/ is answering from model/, which is in fp16, to the last bit"""
+    for (k, p), q in zip(ours.model.state_dict().items(), published.model.state_dict().values(), strict=True):
+        assert torch.equal(p.half().float(), q), k
+
+
 def test_lora_leaves_an_adapter_and_a_merged_model_that_says_the_same(world, aligned, tmp_path):
     out = tmp_path / "lora"
-    run("sft", world, out, init=str(aligned), **LORA)
+    run("sft", world, out, init=str(aligned), image_aspect="crop", **LORA)
     assert {p.name for p in (out / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     plain = load_file(aligned / "model" / "model.safetensors")
     merged = load_file(out / "model" / "model.safetensors")
     assert merged.keys() == plain.keys()
     changed = {k for k in plain if not torch.equal(plain[k], merged[k])}
     assert any("q_proj" in k for k in changed) and not any("norm" in k or "embed" in k or "head" in k for k in changed)
-    hf.load(init=str(out))
+    whole, ours = (answer.load(out / part, "cpu", "fp32") for part in ("model", "adapter"))
+    halves_agree(ours, whole)
+    assert (ours.template, ours.system, ours.spec) == ("vicuna_v1", "", whole.spec) and ours.spec.aspect == "crop"
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):

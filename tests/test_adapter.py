@@ -1,0 +1,161 @@
+"""The folder of an adapter is a model to sample.py and eval.py: its base with the adapter merged, asked as it was trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import example, make_tokenizer, tiny_vlm
+from PIL import Image
+from test_hf import EXAMPLES, error
+from test_lora import mark_of, say, trained
+from test_model import exact_norms, their_logits
+
+import answer
+import eval
+import gguf_export
+import hf
+import lora
+import sample
+import train_sft
+from data import pack
+
+TURNS, BATCH = [("<image>\nWhat is this?", None)], pack([example(1), example(2, images=2, text=14)], 8)
+
+
+def publish(out, model, template="vicuna_v1", system=None, dtype=torch.float64):
+    """A whole folder around a model of conftest's shape -> out"""
+    tok = hf.chat.Tokenizer(make_tokenizer(out.with_name(f"{out.name}_tok")))
+    pre = {"crop_size": {"height": 8, "width": 8}, "size": {"shortest_edge": 8}, "image_mean": [0.5] * 3}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32}
+    folder = hf.Folder(tok, vision, {"model_type": "llama"}, pre, {}, {})
+    hf.save(out, model.state_dict(), model.cfg, folder, template, system, "pad", dtype)
+    return out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """In fp64, so that no rounding hides a difference; with stage 1's template"""
+    return publish(tmp_path_factory.mktemp("base") / "model", tiny_vlm(), "plain")
+
+
+def make(out, base, seed=0, **about):
+    """An adapter of ours for a folder, as stage 2 writes it -> the wrapped model"""
+    model = hf.load(init=base, dtype=None)[0]
+    lora.apply(model, 4, 8.0, 0.0, "all-linear", seed)
+    torch.manual_seed(seed)
+    for n, p in model.named_parameters():
+        if "lora_B" in n or "projector" in n:
+            p.data = 0.2 * torch.randn(p.shape)                               # in fp32, which is what a file holds
+    lora.save_adapter(out, trained(model), 4, 8.0, 0.0, base, mark_of(model), about)
+    return model.double()
+
+
+def picture():
+    return torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def same(a, b, gate=0.0):
+    """Two Speakers: equal logits, prompts and greedy words"""
+    assert (say(a.model, BATCH) - say(b.model, BATCH)).abs().max() <= gate
+    words = [s.say([s.prompt(TURNS, 1)], [picture()], 12)[0] for s in (a, b)]
+    assert words[0] == words[1] != "" and a.prompt(TURNS, 1).tolist() == b.prompt(TURNS, 1).tolist()
+    return words[0]
+
+
+def test_ours_answers_as_the_merged_model_and_is_asked_as_it_was_trained(base, tmp_path):
+    about = dict(template="chatml", system="Be brief.", image_aspect="crop", bits=16)
+    model = make(tmp_path / "adapter", base, **about)
+    plain = tiny_vlm()
+    plain.load_state_dict(lora.merge_state(model.state_dict(), lora.scales(model)))
+    merged = answer.load(publish(tmp_path / "merged", plain, "chatml", "Be brief."), "cpu", "fp64")
+    ours = answer.load(str(tmp_path / "adapter"), "cpu", "fp64")
+    same(ours, merged)
+    assert (ours.template, ours.system, ours.spec.aspect) == ("chatml", "Be brief.", "crop")
+    assert (say(ours.model, BATCH) - say(answer.load(base, "cpu", "fp64").model, BATCH)).abs().max() > 1
+    ours = answer.load(tmp_path / "adapter", "cpu", "fp64", "mistral", "")    # who asks has the last word
+    assert (ours.template, ours.system) == ("mistral", "")
+    low = answer.load(tmp_path / "adapter", "cpu", "bf16").model              # rounded once, after merging
+    for (k, p), q in zip(low.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert p.dtype == torch.bfloat16
+        assert "layers" in k and "language" in k or torch.equal(p, q.bfloat16())
+
+
+@pytest.mark.parametrize("how", [{}, dict(use_rslora=True), dict(use_dora=True), dict(use_dora=True, use_rslora=True)],
+                         ids=lambda how: "+".join(how) or "plain")
+def test_pefts_answers_as_peft_and_as_what_peft_merges(base, tmp_path, how):
+    peft, T = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    there = exact_norms(T.LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float64).eval())
+    torch.manual_seed(1)
+    there = peft.get_peft_model(there, peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"],
+        init_lora_weights=False, **how), autocast_adapter_dtype=False).eval()
+    for n, p in there.named_parameters():
+        if "modules_to_save" in n or "lora_magnitude" in n:
+            p.data *= 1 + 0.2 * torch.rand_like(p)
+    there.save_pretrained(tmp_path / "adapter")
+    ours = answer.load(tmp_path / "adapter", "cpu", "fp64")
+    true = their_logits(there, EXAMPLES, ours.cfg.vision)
+    gate = 1e-10 * max(1, true.abs().max())
+    assert (say(ours.model, pack(EXAMPLES, 8)) - true).abs().max() <= gate
+    assert ours.template == "plain" and ours.spec.aspect == "pad"             # nothing but the base says how to ask
+    there.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for file in base.iterdir():
+        if not (tmp_path / "merged" / file.name).exists():
+            shutil.copy(file, tmp_path / "merged")
+    same(answer.load(tmp_path / "adapter", "cpu", "fp64", "vicuna_v1"),
+         answer.load(tmp_path / "merged", "cpu", "fp64", "vicuna_v1"), gate)
+    if how:                                                                   # as plain LoRA it would say other things
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": "use_rslora" not in how}))
+        wrong = answer.load(tmp_path / "adapter", "cpu", "fp64").model
+        assert (say(wrong, pack(EXAMPLES, 8)) - true).abs().max() > 1e6 * gate
+
+
+def rewrite(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_base_that_is_another_or_gone_is_one_line(base, tmp_path, monkeypatch):
+    make(tmp_path / "adapter", base)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    publish(tmp_path / "other", tiny_vlm(seed=1))
+    rewrite(file, base_model_name_or_path=str(tmp_path / "other"))
+    assert "was trained on another base" in error(answer.load, tmp_path / "adapter", "cpu", "fp64")
+    rewrite(file, base_model_name_or_path="runs/gone")
+    line = error(answer.load, tmp_path / "adapter", "cpu")
+    assert "was trained on runs/gone: base_model_name_or_path in its adapter_config.json says where that lies" in line
+    assert line.endswith("runs/gone holds no model: there is no such folder")
+    for nothing in (None, ""):
+        rewrite(file, base_model_name_or_path=nothing)
+        assert f"was trained on {nothing}: base_model_name_or_path" in error(answer.load, tmp_path / "adapter", "cpu")
+    rewrite(file, base_model_name_or_path=str(tmp_path / "adapter"))          # an adapter over an adapter
+    assert "holds an adapter, where a whole model is wanted" in error(answer.load, tmp_path / "adapter", "cpu")
+    rewrite(file, base_model_name_or_path="here")                             # relative to where the command runs
+    monkeypatch.chdir(tmp_path)
+    Path("here").symlink_to(base.parent)                                      # and a run is its model/
+    answer.load("adapter", "cpu", "fp64")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors is missing" in error(answer.load, "adapter", "cpu")
+
+
+def test_sample_and_eval_take_it_and_what_wants_a_whole_model_says_so(base, tmp_path, capsys):
+    run = tmp_path / "run"
+    make(run / "adapter", base, template="vicuna_v1", system=None, image_aspect="pad", bits=16)
+    Image.new("RGB", (9, 12), (200, 30, 90)).save(tmp_path / "0.png")
+    question = {"question_id": 0, "image": "0.png", "text": "What is this?", "answer": "a cat"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question))
+    how = dict(model=str(run / "adapter"), device="cpu", dtype="fp64", max_new_tokens=5)
+    sample.main(sample.Settings(image=str(tmp_path / "0.png"), prompt="What is this?", **how))
+    said = capsys.readouterr().out
+    eval.main(eval.Settings(data=str(tmp_path / "q.jsonl"), **how))
+    assert json.loads((run / "answers_seeing.jsonl").read_text())["text"] + "\n" == said
+    assert {p.name for p in run.iterdir()} == {"adapter", "answers_seeing.jsonl", "report_seeing.html"}
+    want = f"{run / 'adapter'} holds an adapter, where a whole model is wanted: merged, it is the model/ of its run"
+    assert want in error(gguf_export.export, run / "adapter", "", "f16")
+    assert want in error(train_sft.main, train_sft.Settings(init=str(run / "adapter"), out=str(tmp_path / "o"),
+                                                            device="cpu", data=str(tmp_path / "q.jsonl")))
+    shutil.copytree(base, run / "model")                                      # runs/x stays its model/
+    assert torch.equal(say(answer.load(run, "cpu", "fp64").model, BATCH),
+                       say(answer.load(base, "cpu", "fp64").model, BATCH))
