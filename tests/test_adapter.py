@@ -1,4 +1,4 @@
-"""The folder of an adapter is a model to sample.py and eval.py: its base with the adapter merged, asked as it was trained."""
+"""An adapter is a model to sample.py and eval.py: its base with the adapter merged, asked as it was trained."""
 
 import json
 import shutil

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_hf import error
 from test_model import all_logits, gradients
-from test_stages import LORA, aligned, halves_agree, run, state, world  # noqa: F401  (fixtures: a tiny world, a stage 1)
+from test_stages import LORA, aligned, halves_agree, run, state, world  # noqa: F401  (fixtures: world, stage 1)
 
 import answer
 import engine
