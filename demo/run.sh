@@ -7,9 +7,9 @@ python=.venv/bin/python                           # as the README installs it
 [ -x "$python" ] || python=${PYTHON:-python3}
 run="$python -m torch.distributed.run"            # the same as `torchrun`, from whichever environment python comes
 
-$run train_align.py "$@"                          # 68 s   with drawing: the connector learns the language of the model
+$run train_align.py "$@"                          # 76 s   and 8 s of drawing: the connector learns the language of the model
 $python demo/captions.py --model=runs/align       # 5 s    how much of a held-out picture is in its caption
-$run train_sft.py "$@"                            # 240 s  with drawing: connector and language model learn to converse
+$run train_sft.py "$@"                            # 255 s  and 13 s of drawing: connector and language model learn to converse
 $python eval.py --model=runs/sft                  # 6 s    held-out questions; answers_seeing.jsonl and a page beside it
 $python eval.py --model=runs/sft --blind          #             what can be guessed without a picture
 $python eval.py --model=runs/sft --shuffled       #             what can be guessed from another picture

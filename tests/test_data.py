@@ -377,11 +377,13 @@ def test_a_killed_worker_ends_in_a_clear_error_and_not_in_a_wait_for_ever(world,
         batches = iter(loader(world(), [s % 10 for s in range(10_000)], 2))
         next(batches)
         try:
-            os.kill(batches._workers[0].pid, signal.SIGKILL)
-            for _ in range(100):
-                next(batches)
+            try:
+                os.kill(batches._workers[0].pid, signal.SIGKILL)
+                for _ in range(100):
+                    next(batches)
+            finally:                                    # where it may raise once more
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except RuntimeError as e:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return str(e)
 
     said, = fork(1, rank, tmp_path, timeout=120)

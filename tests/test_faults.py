@@ -60,7 +60,7 @@ def life(settings, out, told=None, name=signal.SIGTERM):
         os._exit(code)
 
 
-def ended(pid, seconds=30):
+def ended(pid, seconds=120):
     """-> exit code; a life that does not end fails the test"""
     end = time.time() + seconds
     while time.time() < end:
