@@ -34,6 +34,15 @@ def no_graphs_left():
     torch._dynamo.reset()
 
 
+def error(call, *args, **kw):
+    """The one line that a user sees"""
+    with pytest.raises(SystemExit) as e:
+        call(*args, **kw)
+    line = str(e.value)
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
 def make_tokenizer(folder, kind="bytes"):
     """bytes: byte-level BPE as Llama 3's or Qwen's; pieces: dummy prefix and byte fallback, as Llama 2's. -> folder"""
     import tokenizers

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import example, make_tokenizer
+from conftest import error, example, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_model import FAMILIES, LLAMA3, TEXT, VISION, all_logits, exact_norms, theirs, their_logits
 
@@ -88,15 +88,6 @@ def export(model, folder, out, dtype=torch.float32, template="vicuna_v1", aspect
 def same(a, b):
     a, b = ({**m.state_dict(), **f.spare} for m, f in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def error(call, *args, **kw):
-    """The one line that a user sees"""
-    with pytest.raises(SystemExit) as e:
-        call(*args, **kw)
-    line = str(e.value)
-    assert line.startswith("error: ") and "\n" not in line
-    return line
 
 
 # ---- in -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 import torch
-from conftest import WORDS, example, make_tokenizer, tiny_config
+from conftest import WORDS, error, example, make_tokenizer, tiny_config
 from safetensors.torch import save_file
 
 import chat
@@ -23,14 +23,6 @@ PRE = {"crop_size": 8, "size": 8}
 TYPED = list("abcdefgh  \n▁é一👩/s0x1A|im_\x00\t\u0301\u200d") + [
     "<s>", "</s>", "<0x0A>", "<unk>", "<pad>", "   ", "cat", "the", "▁▁", "<im>", " of", "<|im_start|>",
     "\U0010ffff", "black cat. "]
-
-
-def error(call, *args, **kw):
-    with pytest.raises(SystemExit) as e:
-        call(*args, **kw)
-    line = str(e.value)
-    assert line.startswith("error: ") and "\n" not in line
-    return line
 
 
 # ---- SentencePiece, written by hand: what its file says, and what it means -------------------------------------------
