@@ -402,8 +402,17 @@ def deaf(worker):
 def loader(steps, order, workers):
     """StepData for the steps in `order`. A worker prepares whole steps, so their number changes nothing."""
     own = torch.Generator()    # or the loader draws a seed from dropout's generator, and a resumed run differs
-    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
-                                       prefetch_factor=2 if workers else None, worker_init_fn=deaf)
+    return watched(iter(torch.utils.data.DataLoader(
+        steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
+        prefetch_factor=2 if workers else None, worker_init_fn=deaf)))
+
+
+def watched(batches):
+    """The same batches. torch names a dead worker, unless its connection breaks before its death is noticed."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as e:
+        raise RuntimeError(f"DataLoader worker exited unexpectedly, killed for its memory? ({type(e).__name__})") from e
 
 
 # ---- python data.py -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Files -> rows -> steps -> streams: nothing lost, nothing twice, nothing in a stranger's place."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -378,7 +379,7 @@ def test_a_killed_worker_ends_in_a_clear_error_and_not_in_a_wait_for_ever(world,
         next(batches)
         try:
             try:
-                os.kill(batches._workers[0].pid, signal.SIGKILL)
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
                 for _ in range(100):
                     next(batches)
             finally:                                    # where it may raise once more
@@ -388,6 +389,17 @@ def test_a_killed_worker_ends_in_a_clear_error_and_not_in_a_wait_for_ever(world,
 
     said, = fork(1, rank, tmp_path, timeout=120)
     assert re.search("DataLoader worker .*(killed|exited unexpectedly)", said)
+
+
+@pytest.mark.parametrize("broken", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_a_connection_that_breaks_before_the_death_is_noticed_is_reported_as_the_death(broken):
+    def batches():
+        yield 1
+        raise broken
+    got = data.watched(batches())
+    assert next(got) == 1
+    with pytest.raises(RuntimeError, match="DataLoader worker exited unexpectedly"):
+        next(got)
 
 
 def private(pid):
@@ -420,7 +432,7 @@ def test_no_worker_holds_a_copy_of_the_data(bytes_folder, tmp_path, monkeypatch,
         batches = iter(loader(steps, range(n // 8), 4))
         for _ in range(n // 8 - 8):                    # the last ones stay, so that nobody has gone home
             next(batches)
-        return max(private(w.pid) for w in batches._workers), file.stat().st_size
+        return max(private(w.pid) for w in multiprocessing.active_children()), file.stat().st_size
 
     def rank(_):
         few, _ = held(104)
