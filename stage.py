@@ -25,6 +25,7 @@ import checkpoint
 import data
 import engine
 import hf
+import hf_config
 import lora
 from answer import Speaker
 from config import foreign, read_json, stop, unwritable, within
@@ -111,7 +112,7 @@ def inherit(s, folder, cfg, template):
     if s.connector not in ("mlp", cfg.connector):
         stop(f"connector={s.connector}, but that of {s.init} is {cfg.connector}")
     known = folder.meta.get("template", "plain")
-    if s.max_len > (room := hf.positions(cfg.text)):
+    if s.max_len > (room := hf_config.positions(cfg.text)):
         stop(f"max_len={s.max_len}, but the language model was made for {room:,} positions")
     s.template = s.template or (known if known != "plain" else template)
     s.image_aspect = s.image_aspect or (hf.aspect(folder, cfg) if s.init else "pad")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_model import FAMILIES, LLAMA3, TEXT, VISION, all_logits, exact_norms, theirs, their_logits
 
 import hf
+import hf_config
 from data import pack
 
 PRE = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True, "do_rescale": True,
@@ -248,7 +249,7 @@ def test_a_weight_that_is_not_finite_is_named_when_it_is_read(copy, where, name,
               "original_max_position_embeddings": 8192}, 131072)])                # meta-llama/Llama-3.1-8B
 def test_positions_are_those_after_scaling(length, scaling, room):
     config = dict(model_type="llama", max_position_embeddings=length, rope_scaling=scaling)
-    assert hf.positions(hf.text_config(config)) == room
+    assert hf_config.positions(hf.text_config(config)) == room
 
 
 def test_an_unexpected_tensor_in_a_block_that_is_built_is_no_spare_part(copy):

@@ -15,6 +15,7 @@ from test_hf import EXAMPLES, PRE, add_files, configure, error, llava, random, s
 from test_model import PARITY, TEXT, VISION, all_logits, exact_norms, pixels, their_logits
 
 import hf
+import hf_config
 from data import pack
 
 PICTURES = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -268,10 +269,10 @@ def test_a_tower_that_is_not_known_here_is_one_line(c, says):
 ODD = ["x", "", -1, 0, 1.5, True, [], [1], {}, {"a": 1}, 10**30, 1e999]
 
 
-@pytest.mark.parametrize("kind", [*hf.TEXT, *hf.VISION])
+@pytest.mark.parametrize("kind", [*hf_config.TEXT, *hf_config.VISION])
 def test_whatever_stands_in_a_config_is_read_or_refused_in_one_line(kind):
     """Each key with each odd value, and no traceback."""
-    read, keys = (hf.text_config, GIVEN) if kind in hf.TEXT else (hf.vision_config, VISION | {
+    read, keys = (hf.text_config, GIVEN) if kind in hf_config.TEXT else (hf.vision_config, VISION | {
         "mlp_ratio": 4, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_register_tokens": 4,
         "use_swiglu_ffn": False})
     read_ = 0
