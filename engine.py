@@ -217,13 +217,13 @@ def parallelize(model, world, blocks, parallel="auto", recompute="none", compile
     sharded = shards(model, world, parallel)
     if recompute not in ("none", "block"):
         stop(f"recompute={recompute}: one of none, block")
+    if compile:
+        for b in blocks:                                   # first of all: around a recomputed block, compilation would
+            b.forward = torch.compile(b.forward)           # give up without a word
     if recompute == "block":
         from torch.utils.checkpoint import checkpoint
         for b in blocks:                                   # the reentrant form gives adapters behind frozen
             b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False)     # embeddings no gradient
-    if compile:
-        for b in blocks:
-            b.compile()
     if world.size == 1:
         return model
     sums = [t.sum(dtype=torch.float64).item() for t in (*model.parameters(), *model.buffers())]

@@ -419,7 +419,7 @@ class Run:
             return
         model = engine.unwrap(self.model)
         speaker = Speaker(model, self.folder, self.s.template, self.s.system, self.s.image_aspect)
-        with self.world.autocast():
+        with self.world.autocast(), torch.compiler.set_stance("force_eager"):   # a cache has other lengths at each word
             said = speaker.say([p for *_, p, _ in self.fixed], [x for *_, p in self.fixed for x in p])
         if self.world.rank == 0:
             for (i, q, a, _, _), answer in zip(self.fixed, said):

@@ -264,13 +264,16 @@ def test_a_block_is_one_graph_with_the_same_values_and_gradients(kind):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU writes C++")
-def test_a_compiled_model_gives_the_same_gradients():
-    found = []
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_a_compiled_model_gives_the_same_gradients(recompute):
+    found, counters = [], torch._dynamo.utils.counters["stats"]
     for compile in (False, True):
         model = tiny_vlm(num_hidden_layers=1)
         engine.choose(model, TABLE, torch.float64)
-        engine.parallelize(model, CPU, [*model.language_model.model.layers], compile=compile)
+        engine.parallelize(model, CPU, [*model.language_model.model.layers], recompute=recompute, compile=compile)
+        before = counters["unique_graphs"]
         token_loss(model, batch(0, 1)).backward()
+        assert counters["unique_graphs"] - before == compile
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     plain, compiled = found
     assert all((compiled[n] - g).norm() <= 1e-12 * g.norm() for n, g in plain.items())
