@@ -16,7 +16,7 @@ from model import generate
 
 def load(path, device="auto", dtype="auto", template="", system=None, kernels="auto"):
     """A run folder, its model/ or adapter/, any LLaVA folder or PEFT adapter of one -> Speaker"""
-    world = engine.start(device, dtype)
+    world, path = engine.start(device, dtype), hf.find(path)
     choose_kernels(kernels, world.device)
     if hf.is_adapter(path):
         model, folder = lora.load_merged(path, world.dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from checkpoint import MANIFEST, digest, listing
 from config import read_json
+from hf import find_model
 
 SETTINGS = ("data", "batch_size", "lr", "connector_lr", "lora_r", "lora_alpha", "lora_targets", "bits", "warmup",
             "weight_decay", "grad_clip", "max_len", "template", "system", "image_aspect", "seed")
@@ -25,6 +26,18 @@ prompt = processor.apply_chat_template([{"role": "user", "content": words}], add
 inputs = processor(images=Image.open("picture.png"), text=prompt, return_tensors="pt").to(model.dtype)
 said = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
 print(processor.decode(said, skip_special_tokens=True))
+```'''
+
+ADAPTER = '''\
+```python
+import json
+from peft import PeftModel
+from transformers import LlavaForConditionalGeneration
+
+folder = "."                                     # where this card lies
+base = json.load(open(f"{folder}/adapter_config.json"))["base_model_name_or_path"]
+model = LlavaForConditionalGeneration.from_pretrained(base, torch_dtype="auto")
+model = PeftModel.from_pretrained(model, folder)
 ```'''
 
 
@@ -142,6 +155,47 @@ The chat template writes the prompts of training (template `{settings["template"
 ## Licence
 
 The weights derive from {" and ".join(origins)} and from the data above, whose licences hold for them too.
+"""
+
+
+NO_BASE = ("PEFT would put it on a LLaVA folder of transformers, and it was trained on something else; the model/ "
+           "beside it has it merged")
+
+
+def peft_reads(base):
+    """Is the base of an adapter, a folder or a name of the hub, a LLaVA as transformers has them?"""
+    c = read_json(find_model(base) / "config.json") if base else {}
+    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # which the LLaVA repository's have
+
+
+def adapter(run, base):
+    """The card of the adapter/ of a run, trained on base: a LLaVA, or None where it was two towers"""
+    runs, origins = lineage(run)
+    s = runs[-1][1]
+    known = known_as(base) if base else " and ".join(known_as(o) for o in origins)
+    hub = f"base_model: {known}\n" if base and "/" in known else ""
+    four = ("The language model was held in four bits while it was trained (NF4, double quantisation, blocks of 64). "
+            "Over the weights themselves the adapter says almost the same; `model/` beside it is merged with the "
+            "weights as four bits give them back.\n\n" if s["bits"] == 4 else "")
+    return f"""\
+---
+library_name: peft
+{hub}tags:
+- llava
+- lora
+- pumice
+---
+
+# {Path(run).resolve().name}: adapter
+
+LoRA of rank {s["lora_r"]} with alpha {s["lora_alpha"]:g} on the language model of {known}, and a connector trained
+along with it; the template is `{s["template"]}`. Whole and merged, the model lies in `model/` beside this folder.
+
+## Use
+
+{ADAPTER if peft_reads(base) else NO_BASE + "."}
+
+{four}`python sample.py --model=` and `eval.py --model=` of pumice take this folder as it is.
 """
 
 

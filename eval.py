@@ -174,7 +174,10 @@ def place(s, name):
     """The file for the answers: the one asked for, or one in the run. A published model may lie where only reading is
     allowed; then they go to answers/ here, and a line says so. All before the first question is asked."""
     run = Path(s.model)
-    run = run.parent if run.name in ("model", "adapter") else run
+    if not run.exists():                     # a name of the hub, and no folder here may come to be called so
+        run = Path("answers", run.name)
+    elif run.name in ("model", "adapter"):
+        run = run.parent
     out = Path(s.answers or run / f"answers_{name}.jsonl")
     problem = f"{out} is a folder" if out.is_dir() else config.unwritable(out.parent)
     if problem and not s.answers:

@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,21 +70,23 @@ def packed(value):
 
 
 def write_gguf(path, keys, tensors):
-    """GGUF, version 3. keys: {name: value}; tensors: [(name, tensor of any shape, "f32", "f16" or "bf16")]."""
-    head, at = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys))], 0
+    """GGUF, version 3. keys: {name: value}; tensors() gives (name, tensor of any shape, "f32", "f16" or "bf16") one by
+    one, and is asked twice: for the table of them all, and for the numbers."""
+    table, at = [(name, x.shape, dtype) for name, x, dtype in tensors()], 0
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(table), len(keys))]
     for name, value in keys.items():
         kind, raw = packed(value)
         head += [packed(name)[1], struct.pack("<I", kind), raw]
-    for name, x, dtype in tensors:
-        head += [packed(name)[1], struct.pack(f"<I{x.ndim}Q", x.ndim, *reversed(x.shape)),     # the fastest axis first
+    for name, shape, dtype in table:
+        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),   # fastest axis first
                  struct.pack("<IQ", DTYPES[dtype][1], at)]
-        at += padded(x.numel() * DTYPES[dtype][0].itemsize)
+        at += padded(shape.numel() * DTYPES[dtype][0].itemsize)
     tmp = path.with_name(f".tmp-{path.name}")
     try:
         with open(tmp, "wb") as f:
             f.write(b"".join(head))
             f.write(bytes(padded(f.tell()) - f.tell()))
-            for name, x, dtype in tensors:
+            for name, x, dtype in tensors():
                 x = x.detach().cpu().to(DTYPES[dtype][0]).contiguous()
                 if not x.isfinite().all():
                     stop(f"{path}: {name} is not finite in {dtype}")
@@ -114,7 +117,6 @@ def spelt(name, table):
 
 
 def text_tensors(language_model, cfg, dtype):
-    out = []
     for k, x in language_model.state_dict().items():
         if k.startswith("model.layers."):
             _, _, i, rest = k.split(".", 3)
@@ -124,11 +126,10 @@ def text_tensors(language_model, cfg, dtype):
             name = f"blk.{i}.{spelt(rest, LAYER)}"
         else:
             name = spelt(k, TEXT)
-        out.append((name, x, dtype if x.ndim > 1 else "f32"))
+        yield name, x, dtype if x.ndim > 1 else "f32"
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
         plain = type(cfg)(head_dim=cfg.head_dim, rope_theta=cfg.rope_theta)
-        out.append(("rope_freqs.weight", rope_frequencies(plain) / rope_frequencies(cfg), "f32"))
-    return out
+        yield "rope_freqs.weight", rope_frequencies(plain) / rope_frequencies(cfg), "f32"
 
 
 def text_keys(cfg, dtype, name):
@@ -245,7 +246,6 @@ def marked(talk):
 # ---- eyes and connector ---------------------------------------------------------------------------------------------
 
 def mmproj_tensors(model, dtype):
-    out = []
     for k, x in model.vision_tower.vision_model.state_dict().items():
         if k.startswith("encoder.layers."):
             _, _, i, rest = k.split(".", 3)
@@ -253,9 +253,9 @@ def mmproj_tensors(model, dtype):
         else:
             name = spelt(k, EYES)
         exact = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"     # its convolution takes f16
-        out.append((name, x, "f32" if exact else dtype))
-    connector = model.multi_modal_projector.state_dict()
-    return out + [(spelt(k, CONNECTOR), x, "f32" if x.ndim == 1 else dtype) for k, x in connector.items()]
+        yield name, x, "f32" if exact else dtype
+    for k, x in model.multi_modal_projector.state_dict().items():
+        yield spelt(k, CONNECTOR), x, "f32" if x.ndim == 1 else dtype
 
 
 def mmproj_keys(cfg, dtype, name):
@@ -307,10 +307,11 @@ class Export:
 
 
 def export(folder, out, dtype):
-    """A LLaVA folder or a run -> the paths of its language model and of its mmproj, and what to know of them."""
+    """A LLaVA folder or a run -> the paths of its language model and of its mmproj, and what to know of them. The
+    weights stay in their file, and pass through memory one tensor at a time."""
     if dtype not in DTYPES:
         stop(f"dtype={dtype}: {', '.join(DTYPES)}")
-    model, source = hf.load(init=folder)
+    model, source = hf.load(init=folder, dtype=None)
     cfg, name = model.cfg, Path(folder).resolve().name
     keys = text_keys(cfg.text, dtype, name)
     keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
@@ -318,8 +319,8 @@ def export(folder, out, dtype):
     out = Path(out or Path(folder) / "gguf")
     out.mkdir(parents=True, exist_ok=True)
     paths = out / f"model-{dtype}.gguf", out / f"mmproj-model-{dtype}.gguf"
-    write_gguf(paths[0], keys, text_tensors(model.language_model, cfg.text, dtype))
-    write_gguf(paths[1], eyes, mmproj_tensors(model, dtype))
+    write_gguf(paths[0], keys, partial(text_tensors, model.language_model, cfg.text, dtype))
+    write_gguf(paths[1], eyes, partial(mmproj_tensors, model, dtype))
     return *paths, list(unlike(cfg, source))
 
 

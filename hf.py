@@ -71,7 +71,7 @@ DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "p
 # ---- finding --------------------------------------------------------------------------------------------------------
 
 def find(name):
-    """A folder, or `org/name` of a model -> Path of the folder: as it is; in the hub's cache; downloaded."""
+    """A folder, or `org/name` of a model or an adapter -> Path of it: as it is; in the hub's cache; downloaded."""
     if Path(name).exists():
         return Path(name)
     env = os.environ
@@ -83,7 +83,8 @@ def find(name):
     at = cache / f"models--{str(name).replace('/', '--')}"
     main = at / "refs" / "main"
     for snapshot in [at / "snapshots" / main.read_text("utf-8").strip()] if main.is_file() else at.glob("snapshots/*"):
-        if (snapshot / "config.json").is_file() and any(weights(snapshot, stem) for stem in STEMS):
+        if (snapshot / "config.json").is_file() and model_in(snapshot) or (
+                is_adapter(snapshot) and weights(snapshot, "adapter_model")):
             return snapshot
     absent = f"{name}: there is no such folder, and no such model in {cache}"
     if env.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "true", "yes"):

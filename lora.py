@@ -272,14 +272,15 @@ def in_memory(name):
     return name
 
 
-def save_adapter(out, state, r, alpha, dropout, base, mark, about={}):
+def save_adapter(out, state, r, alpha, dropout, base, mark, about={}, card=""):
     """A PEFT folder, whole or absent. What is trained besides adapters, the connector, goes along by its own name.
-    mark: hf.fingerprint of all other tensors, which are the base. about: how the model is asked (template, system,
-    image_aspect), and the bits of its base."""
+    base: a LLaVA, by folder or name; or None where it was none yet but two towers, which `about` then tells (vision,
+    llm). mark: hf.fingerprint of all other tensors, which are the base. about: also how the model is asked (template,
+    system, image_aspect), and the bits of its base. card: README.md."""
     tensors = {PREFIX + in_memory(k): v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
     names = sorted({in_memory(k).split(".lora_")[0] for k in state if ".lora_" in k})
     extra = sorted({in_memory(k).rpartition(".")[0] for k in state if ".lora_" not in k})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r,
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base and str(base), "r": r,
               "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "target_modules": names,
               "modules_to_save": extra or None, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
               "init_lora_weights": True, "inference_mode": True}
@@ -288,6 +289,7 @@ def save_adapter(out, state, r, alpha, dropout, base, mark, about={}):
         save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
         (tmp / "adapter_config.json").write_text(json.dumps(config, indent=2))
         (tmp / "pumice.json").write_text(json.dumps({"base": mark, **about}))
+        (tmp / "README.md").write_text(card, "utf-8")
 
     commit(out, fill)
 
@@ -348,15 +350,20 @@ def load_adapter(model, folder):
 def load_merged(folder, dtype):
     """The folder of an adapter -> VLM, Folder, as hf.load reads a model: its base, and the adapter merged with it as a
     run's model/ is. The base is found where the adapter says; a relative path counts from here."""
-    base = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    base, says = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path"), about(folder)
+    towers = [says.get(k) for k in ("vision", "llm")]
     where = f"{folder} was trained on {base}: base_model_name_or_path in its adapter_config.json says where that lies"
-    if not base or not isinstance(base, str):
-        stop(where)
-    try:
-        at = find_model(base)
-    except SystemExit as e:
-        stop(f"{where}, and {str(e).removeprefix('error: ')}")
-    model, source = load(init=at, dtype=None)                                 # unrounded: the fingerprint is of that
+    if not base and all(towers):                                              # and a connector that is in the adapter
+        mlp = any("linear_2" in k for k in read_tensors(folder, "adapter_model"))
+        model, source = load(*towers, connector="mlp" if mlp else "linear", dtype=None)
+    else:
+        if not base or not isinstance(base, str):
+            stop(where)
+        try:
+            at = find_model(base)
+        except SystemExit as e:
+            stop(f"{where}, and {str(e).removeprefix('error: ')}")
+        model, source = load(init=at, dtype=None)                             # unrounded: the fingerprint is of that
     load_adapter(model, folder)
     for k, p in model.named_parameters():
         if ".lora_" not in k:
@@ -365,7 +372,7 @@ def load_merged(folder, dtype):
     with torch.device("meta"):
         model = VLM(model.cfg)
     model.load_state_dict(state, assign=True)
-    says, pre = about(folder), source.pre
+    pre = source.pre
     if "image_aspect" in says:
         pre = pre | {"do_pad": says["image_aspect"] == "pad"}                 # the base's may have been another
     return model, source._replace(meta=source.meta | says, pre=pre)

@@ -73,6 +73,11 @@ RANGES = {"steps": (0, None), "epochs": (0, 1e9), "batch_size": (1, None), "lr":
           "keep_last": (1, None), "seed": (0, 2**32)}
 
 
+def where(name):
+    """A folder in full, of a run its model/; a name of the hub as it is"""
+    return str((hf.model_in(Path(name)) or Path(name)).resolve()) if Path(name).exists() else name
+
+
 def place(s):
     """The folder of a run: an exercise leaves the run itself as it is."""
     return Path(s.out, "overfit") if s.overfit else Path(s.out)
@@ -115,6 +120,9 @@ def inherit(s, folder, cfg, template):
     if s.max_len > (room := hf_config.positions(cfg.text)):
         stop(f"max_len={s.max_len}, but the language model was made for {room:,} positions")
     s.template = s.template or (known if known != "plain" else template)
+    if s.init and not s.image_aspect and not folder.meta and hf.aspect(folder, cfg) == "crop":
+        folder.notes.append("image_aspect=crop, as the image processor of init has it; LLaVA-1.5 itself was trained "
+                            "on padded pictures, which is --image_aspect=pad")
     s.image_aspect = s.image_aspect or (hf.aspect(folder, cfg) if s.init else "pad")
     if s.system is None:
         s.system = folder.meta.get("system")
@@ -489,9 +497,11 @@ class Run:
         try:
             if self.adapter:
                 trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
-                lora.save_adapter(self.out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout,
-                                  hf.find_model(s.init).resolve() if s.init else s.llm, self.base,
-                                  dict(template=s.template, system=s.system, image_aspect=s.image_aspect, bits=s.bits))
+                about = dict(template=s.template, system=s.system, image_aspect=s.image_aspect, bits=s.bits)
+                about |= {} if s.init else dict(vision=where(s.vision), llm=where(s.llm))
+                base = where(s.init) if s.init else None
+                lora.save_adapter(self.out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout, base,
+                                  self.base, about, card.adapter(self.out, base))
                 state = lora.merge_state(state, lora.scales(model), dtype)
             hf.save(self.out / "model", state, self.cfg, self.folder, s.template, s.system, s.image_aspect, dtype,
                     card.text(self.out, self.cfg))
@@ -502,6 +512,8 @@ class Run:
         except OSError as e:
             stop(f"{e}. The last checkpoint is whole, the same command tries again")
         lost = self.seen["dropped"] + self.seen["truncated"]
+        if self.adapter and not card.peft_reads(base):
+            self.world.print(f"{self.out / 'adapter'} is for sample.py and eval.py: {card.NO_BASE}")
         self.world.print(f"done: {self.out / 'model'}" + (f"; {self.seen['dropped']} of {self.seen['samples']} samples "
                          f"dropped, {self.seen['truncated']} truncated" if lost else "")
                          + (f"; {self.seen['animated']} pictures are animated, only the first frame was looked at"

@@ -8,9 +8,12 @@ import pytest
 import torch
 from conftest import example, make_tokenizer, tiny_vlm
 from PIL import Image
+from safetensors.torch import load_file
 from test_hf import EXAMPLES, error
 from test_lora import mark_of, say, trained
 from test_model import exact_norms, their_logits
+from test_stages import LORA, aligned, halves_agree, run, signals, world  # noqa: F401  (fixtures: world, stage 1)
+from test_weights import spelt_as_llava
 
 import answer
 import eval
@@ -159,3 +162,75 @@ def test_sample_and_eval_take_it_and_what_wants_a_whole_model_says_so(base, tmp_
     shutil.copytree(base, run / "model")                                      # runs/x stays its model/
     assert torch.equal(say(answer.load(run, "cpu", "fp64").model, BATCH),
                        say(answer.load(base, "cpu", "fp64").model, BATCH))
+
+
+# ---- what it was trained on -----------------------------------------------------------------------------------------
+
+def original(out, aligned, world):  # noqa: F811
+    """The model of a run as the LLaVA repository would have written it -> its folder"""
+    out.mkdir()
+    tensors = load_file(aligned / "model" / "model.safetensors")
+    tensors = {spelt_as_llava(k): x for k, x in tensors.items() if "vision_tower" not in k}
+    torch.save(tensors, out / "pytorch_model.bin")
+    config = json.loads(Path(world["llm"], "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | dict(
+        model_type="llava_llama", mm_vision_tower=world["vision"], mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-2, image_aspect_ratio="pad")))
+    for file in Path(world["llm"]).glob("tokenizer*"):
+        shutil.copy(file, out)
+    return out
+
+
+@pytest.mark.parametrize("base", ["mlp", "linear", "original"])
+def test_one_that_peft_has_no_base_for_says_so_and_is_read_here(base, world, aligned, tmp_path, capsys):  # noqa: F811
+    """Of two towers there was no LLaVA before it was trained; of those of the LLaVA repository PEFT reads none."""
+    at = original(tmp_path / "original", aligned, world) if base == "original" else ""
+    run("sft", world, tmp_path / "run", **({"init": str(at)} if at else {"connector": base}), **LORA)
+    out = tmp_path / "run" / "adapter"
+    assert f"{out} is for sample.py and eval.py: PEFT would put it on" in capsys.readouterr().out
+    card, c, says = (out / "README.md").read_text(), *(json.loads((out / f"{n}.json").read_text())
+                                                       for n in ("adapter_config", "pumice"))
+    assert "PEFT would put it on a LLaVA folder of transformers" in card and "```" not in card
+    assert c["base_model_name_or_path"] == (str(at) if at else None)
+    assert [says.get(k) for k in ("vision", "llm")] == ([None] * 2 if at else [world["vision"], world["llm"]])
+    ours, whole = (answer.load(tmp_path / "run" / part, "cpu", "fp32") for part in ("adapter", "model"))
+    halves_agree(ours, whole)
+    assert (ours.template, ours.system, ours.spec) == (whole.template, whole.system, whole.spec)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_the_card_of_an_adapter_says_how_peft_reads_it(bits, world, aligned, tmp_path, monkeypatch,  # noqa: F811
+                                                       capsys):
+    pytest.importorskip("peft")
+    run("sft", world, tmp_path / "run", init=str(aligned), bits=bits, template="vicuna_v1", **LORA)
+    out = tmp_path / "run" / "adapter"
+    assert "is for sample.py and eval.py" not in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card and ("four bits" in card) == (bits == 4) and str(tmp_path) not in card
+    monkeypatch.chdir(out)
+    names = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace('"auto"', '"float64"'), names)
+    there, ours = names["model"].eval(), answer.load(tmp_path / "run/model", "cpu", "fp64")
+    true, mine = their_logits(exact_norms(there), EXAMPLES, ours.cfg.vision), say(ours.model, pack(EXAMPLES, 8))
+    assert (mine - true).abs().max() <= (2e-3 if bits == 16 else 1) * true.abs().max()        # model/ is in fp16
+
+
+def test_names_of_the_hub_are_looked_up_for_adapters_too(base, tmp_path, monkeypatch, capsys):
+    """The adapter, and the base that it names; twice, for answers go nowhere where a name could find them."""
+    home = tmp_path / "hub"
+    make(tmp_path / "adapter", base, template="vicuna_v1")
+    rewrite(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="me/base")
+    for folder, name in ((tmp_path / "adapter", "adapter"), (base, "base")):
+        shutil.copytree(folder, home / f"models--me--{name}" / "snapshots" / "abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    same(answer.load("me/adapter", "cpu", "fp64"), answer.load(tmp_path / "adapter", "cpu", "fp64"))
+    Path("q.jsonl").write_text(json.dumps({"question_id": 0, "text": "What is this?", "answer": "a cat"}))
+    for _ in range(2):
+        eval.main(eval.Settings(model="me/adapter", data="q.jsonl", device="cpu", dtype="fp64", max_new_tokens=2))
+    assert {p.name for p in Path().iterdir()} == {"q.jsonl", "answers"}
+    assert Path("answers/adapter/answers_seeing.jsonl").is_file()
+    (home / "models--me--adapter/snapshots/abc/adapter_model.safetensors").unlink()           # only its config came
+    assert "no such model in" in error(answer.load, "me/adapter", "cpu")

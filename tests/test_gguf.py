@@ -4,6 +4,7 @@ import io
 import json
 import runpy
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -114,8 +115,8 @@ def test_the_files_are_byte_for_byte_those_of_the_gguf_package(dtype, llava, tmp
     for path, keys, tensors in (
             (paths[0], gguf_export.text_keys(cfg.text, dtype, "llava")
              | gguf_export.tokenizer_keys(source.tok, cfg.text.vocab_size, None),
-             gguf_export.text_tensors(model.language_model, cfg.text, dtype)),
-            (paths[1], gguf_export.mmproj_keys(cfg, dtype, "llava"), gguf_export.mmproj_tensors(model, dtype))):
+             [*gguf_export.text_tensors(model.language_model, cfg.text, dtype)]),
+            (paths[1], gguf_export.mmproj_keys(cfg, dtype, "llava"), [*gguf_export.mmproj_tensors(model, dtype)])):
         writer = gguf.GGUFWriter(tmp_path / "theirs", keys.pop("general.architecture"))
         for k, v in keys.items():
             kind = gguf.GGUFValueType.get_type(v)
@@ -137,6 +138,24 @@ def test_what_fp16_cannot_hold_is_not_published(llava, tmp_path):
     assert "output.weight is not finite in f16" in error(gguf_export.export, run, "", "f16")
     assert not list((run / "gguf").glob("*.gguf"))
     assert gguf_export.export(run, "", "bf16")[0].is_file()
+
+
+def test_one_tensor_at_a_time_passes_through_memory(llava, tmp_path, monkeypatch):
+    seen, load = [], hf.load
+
+    def tensors():
+        for i in range(6):
+            assert sum(r() is not None for r in seen) <= 1, "those before the last one are gone"
+            x = torch.full((64, 3), float(i))
+            seen.append(weakref.ref(x))
+            yield f"blk.{i}.attn_q.weight", x, "f16"
+            del x
+    gguf_export.write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, tensors)
+    assert [x[0, 0] for x in read(tmp_path / "x.gguf")[1].values()] == [*range(6)] and len(seen) == 12
+    run = export(*load(init=llava), tmp_path / "run", torch.float16)
+    monkeypatch.setattr(hf, "load", lambda **kw: seen.append(load(**kw)) or seen[-1])
+    gguf_export.export(run, "", "bf16")
+    assert {p.dtype for p in seen[-1][0].parameters()} == {torch.float16}     # what lies in the file, and no copy of it
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ llama.cpp's GELU is a table in fp16 of the tanh form, so that pictures agree les
 """
 
 import base64
+import functools
 import io
 import json
 import random
@@ -97,7 +98,7 @@ def test_a_text_becomes_the_same_ids(kind, llava, tmp_path):
     model, source = hf.load(init=llava)
     tok = make_pieces(tmp_path / "t")[1] if kind == "pieces" else respecified(None, tmp_path / "t", change)
     keys = gguf_export.text_keys(model.cfg.text, "f32", "x") | gguf_export.tokenizer_keys(tok, 512, None)
-    tensors = gguf_export.text_tensors(model.language_model, model.cfg.text, "f32")
+    tensors = functools.partial(gguf_export.text_tensors, model.language_model, model.cfg.text, "f32")
     gguf_export.write_gguf(tmp_path / "m.gguf", keys, tensors)
     server = Server(tmp_path / "m.gguf")
     assert not [t for t in texts() if server.ids(t) != tok.text(t)[0]]

@@ -16,6 +16,8 @@ from test_model import PARITY, TEXT, VISION, all_logits, exact_norms, pixels, th
 
 import hf
 import hf_config
+import stage
+import train_sft
 from data import pack
 
 PICTURES = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -305,6 +307,23 @@ def test_pictures_may_be_described_as_transformers_5_does(llava, tmp_path):  # n
     assert hf.image_spec(five.pre, "crop") == hf.image_spec(four.pre, "crop") and hf.aspect(five, model.cfg) == "crop"
     (folder / "processor_config.json").write_text("{}")
     assert "preprocessor_config.json is missing" in error(hf.load, init=folder)
+
+
+def test_a_llava_whose_processor_crops_is_trained_so_and_a_line_says_it(llava, towers, tmp_path):  # noqa: F811
+    """llava-hf's folders crop, where LLaVA-1.5 was trained on padded pictures (formats.md 2.3)."""
+    def notes(init, **how):
+        s = train_sft.Settings(init=str(init), max_len=48, **how)
+        model, folder = hf.load(init=init)
+        stage.inherit(s, folder, model.cfg, "vicuna_v1")
+        return s.image_aspect, [n for n in folder.notes if "image_aspect" in n]
+
+    how, (line,) = notes(llava)
+    assert how == "crop" and line == ("image_aspect=crop, as the image processor of init has it; LLaVA-1.5 itself was "
+                                      "trained on padded pictures, which is --image_aspect=pad")
+    assert notes(llava, image_aspect="pad") == ("pad", []) and notes(llava, image_aspect="crop") == ("crop", [])
+    model, folder = hf.load(*towers)
+    hf.save(tmp_path / "ours", model.state_dict(), model.cfg, folder, "vicuna_v1", "", "crop", torch.float32)
+    assert notes(tmp_path / "ours") == ("crop", [])                             # which says how it was trained
 
 
 # ---- names of the hub -----------------------------------------------------------------------------------------------
