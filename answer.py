@@ -9,6 +9,7 @@ import chat
 import engine
 import hf
 import lora
+from config import stop
 from data import BadSample, load_image, preprocess
 from kernels import choose_kernels
 from model import generate
@@ -16,6 +17,8 @@ from model import generate
 
 def load(path, device="auto", dtype="auto", template="", system=None, kernels="auto"):
     """A run folder, its model/ or adapter/, any LLaVA folder or PEFT adapter of one -> Speaker"""
+    if not path:
+        stop("model is empty: it names a run, its model/ or adapter/, or any LLaVA folder")
     world, path = engine.start(device, dtype), hf.find(path)
     choose_kernels(kernels, world.device)
     if hf.is_adapter(path):
@@ -38,7 +41,7 @@ class Speaker:
     def picture(self, path):
         """A file -> (3, S, S) uint8; what is wrong with it, in one line, otherwise."""
         if not Path(path).is_file():
-            raise BadSample(f"image {path} is missing")
+            raise BadSample(f"there is no image file {path}")
         return preprocess(load_image(path), self.spec)
 
     def prompt(self, turns, images):

@@ -60,6 +60,12 @@ def safe_path(root, name):
     return path
 
 
+def image_folder(path):
+    """A folder that image names are relative to. A wrong one ends here, not after a step of missing pictures."""
+    if not os.path.isdir(path or "."):
+        stop(f"images={path} is no folder")
+
+
 def load_image(path):
     """-> PIL image, RGB, upright. Transparency shows white; 16 bits are scaled; an animation is its first frame, and
     its info says so."""
@@ -145,7 +151,7 @@ class Rows:
     def __init__(self, file):
         self.file = str(file)
         if not os.path.isfile(file):
-            stop(f"no data file {file}")
+            stop(f"{file} is a folder, no data file" if os.path.isdir(file) else f"no data file {file or '(no name)'}")
         if os.path.getsize(file) == 0:
             stop(f"{file} is empty")
         with open(file, "rb") as f:
@@ -319,6 +325,7 @@ class Steps(torch.utils.data.Dataset):
                 stop(f"{name}={value}: expected at least {least}")
         if max_tokens < encode.max_len:
             stop(f"max_tokens={max_tokens} is less than max_len={encode.max_len}: one sample must fit into a stream")
+        image_folder(images)
         files, _, weights = zip(*(part.partition(":") for part in spec.split(",")))
         self.files = [Rows(f) for f in files]
         self.total = sum(len(r) for r in self.files)
@@ -434,6 +441,7 @@ def main(argv):
     if len(files) != 1 or not s.model:
         stop("usage: python data.py FILE --images=DIR --model=DIR [--template=NAME]")
     within(s, {"max_len": (1, None), "image_tokens": (1, None), "show": (0, None)})
+    image_folder(s.images)
     folder = Path(s.model)
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
     cfg = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}

@@ -29,7 +29,7 @@ import config
 import engine
 import metrics
 from card import remember
-from data import BadSample, load_image, safe_path
+from data import BadSample, image_folder, load_image, safe_path
 
 SCORES = {"exact": metrics.exact, "vqa": metrics.vqa_accuracy,
           "vqa_official": lambda said, answers: metrics.vqa_accuracy(said, answers, evalai=False),
@@ -179,7 +179,7 @@ def place(s, name):
     elif run.name in ("model", "adapter"):
         run = run.parent
     out = Path(s.answers or run / f"answers_{name}.jsonl")
-    problem = f"{out} is a folder" if out.is_dir() else config.unwritable(out.parent)
+    problem = f"{out} is no file" if out.exists() and not out.is_file() else config.unwritable(out.parent)  # a device!
     if problem and not s.answers:
         print(f"{problem}; the answers go to {Path('answers', run.resolve().name)}", file=sys.stderr)
         out = Path("answers", run.resolve().name, out.name)
@@ -198,6 +198,7 @@ def main(s):
     world = engine.start(s.device, s.dtype)
     data, images = (s.data, s.images or str(Path(s.data).parent)) if s.data else toy_questions(world, s.task)
     rows = read_questions(data, s.task)[: s.limit or None]
+    image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"
     names = other_pictures(rows) if s.shuffled else [r["image"] for r in rows]
     speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system, s.kernels)

@@ -54,6 +54,8 @@ def main(argv):
     s = config.load(Settings, [a for a in argv if a.startswith("-")], __doc__)
     if not runs:
         config.stop("which run? python plot.py RUN [RUN ...] [--out=FILE.png]")
+    if not Path(s.out).suffix:
+        config.stop(f"out={s.out}: a name that says what kind of picture, as curves.png")
     if s.smooth < 1:
         config.stop(f"smooth={s.smooth}: at least 1")
     logs = [(run, read_log(run)) for run in runs]

@@ -69,7 +69,7 @@ def toy_world(s, world, split):
 RANGES = {"steps": (0, None), "epochs": (0, 1e9), "batch_size": (1, None), "lr": (0, None), "connector_lr": (0, None),
           "warmup": (0, 0.99, "a share of the steps"), "weight_decay": (0, None), "grad_clip": (0, None),
           "workers": (0, None), "lora_r": (0, None), "lora_dropout": (0, 0.99), "max_dropped": (0, 1),
-          "save_every": (0, None), "log_every": (0, None), "eval_every": (0, None), "sample_every": (0, None),
+          "lora_alpha": (1e-6, None), "save_every": (0, None), "log_every": (0, None), "eval_every": (0, None), "sample_every": (0, None),
           "keep_last": (1, None), "seed": (0, 2**32)}
 
 
@@ -86,6 +86,10 @@ def place(s):
 def check(s):
     """Settings that cannot be meant end here, in one line, before anything is read."""
     within(s, RANGES)
+    if not s.out:
+        stop("out is empty: it names the folder of the run")
+    if not s.init and not (s.vision and s.llm):
+        stop("init is empty, so vision and llm must name two towers")
     out = place(s)
     if (problem := unwritable(out) or foreign(out, (*OWN, "config.json"))) and not s.dry_run:
         stop(f"out={s.out}: {problem}")
@@ -128,11 +132,53 @@ def inherit(s, folder, cfg, template):
         s.system = folder.meta.get("system")
 
 
-def one_sample(samples, tok, world):
-    """Print the first usable sample of a run with its mask coloured."""
+def tolerated(share, n):
+    """Samples of n that may be unusable: the share asked for, and three standard deviations of chance above it, so that
+    one bad sample among the first few stops nothing. A share of 0 means none."""
+    return share * n + (3 * math.sqrt(max(1, share * n)) if share else 0)
+
+
+def tally(world, dropped, reasons):
+    """Add what a step dropped, [(sample, reason)] on each rank, to {kind: (count, first line)}."""
+    names = [[why.split(": ")[0], f"{name}: {why}"] for name, why in dropped]
+    for kind, line in (pair for rank in world.gather(names) for pair in rank):
+        count, first = reasons.get(kind, (0, line))
+        reasons[kind] = (count + 1, first)
+
+
+def too_many(s, seen, reasons):
+    """Stop where more samples could not be used than the settings allow, with the commonest reasons."""
+    if seen["dropped"] > tolerated(s.max_dropped, seen["samples"]):
+        worst = "\n  ".join(f"{count} like {first}" for count, first in sorted(reasons.values(), reverse=True)[:5])
+        stop(f"{seen['dropped']} of {seen['samples']} samples could not be used, over "
+             f"max_dropped={s.max_dropped}:\n  {worst}")
+
+
+def validation(s, world, samples):
+    """The validation file -> Once, or None; one that holds nothing usable ends the run before it begins."""
+    if not s.val_data:
+        return None
+    val = Once(s.val_data, s.images, samples.encode, samples.image_spec, min(s.batch_size, 32), s.max_tokens, 0,
+               world.rank, world.size)
+    if not any(sum(world.gather(len(val[i].names))) for i in range(len(val))):
+        first = "".join(f"; {name}: {why}" for name, why in val[0].dropped[:1])
+        stop(f"{s.val_data}: no sample can be used{first}")
+    return val
+
+
+def rehearse(s, world, samples, first, tok):
+    """What --dry_run does after the plan: stop where the run would stop, for the samples of its first step or for its
+    validation file; print the first usable sample with its mask coloured."""
+    used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
+    reasons = {}
+    tally(world, first.dropped, reasons)
+    too_many(s, {"samples": used + dropped, "dropped": dropped}, reasons)
+    validation(s, world, samples)
     for f, i in samples.samples(0):
         try:
             ids, labels, names, cut = samples.encode(samples.files[f][i])
+            for n in names:
+                data.load_image(data.safe_path(s.images, n))
         except data.BadSample:
             continue
         world.print(f"  {samples.name(f, i)}, {len(ids)} tokens, {len(names)} image(s), what is learnt in green:")
@@ -212,16 +258,10 @@ class Once(data.Steps):
         return math.ceil(self.total / self.batch_size)
 
 
-def tolerated(share, n):
-    """Samples of n that may be unusable: the share asked for, and three standard deviations of chance above it, so that
-    one bad sample among the first few stops nothing. A share of 0 means none."""
-    return share * n + (3 * math.sqrt(max(1, share * n)) if share else 0)
-
-
 class Run:
-    def __init__(self, s, world, model, folder, samples, encode, spec, steps, adapter=None):
+    def __init__(self, s, world, model, folder, samples, steps, adapter=None):
         self.s, self.world, self.model, self.folder, self.samples, self.steps = s, world, model, folder, samples, steps
-        self.adapter, self.cfg, self.spec = adapter, engine.unwrap(model).cfg, spec
+        self.adapter, self.cfg = adapter, engine.unwrap(model).cfg
         self.out = place(s)
         trained = {n for n, p in engine.unwrap(model).named_parameters() if p.requires_grad}
         self.base = hf.fingerprint({n: m for n, m in folder.marks.items() if n not in trained})  # before quantising
@@ -230,13 +270,7 @@ class Run:
         self.bad_updates = self.bad_saves = 0                               # in a row
         self.spikes = engine.Spikes()
         self.done = self.told = self.begun = False
-        self.val = None
-        if s.val_data:
-            self.val = Once(s.val_data, s.images, encode, spec, min(s.batch_size, 32), s.max_tokens, 0, world.rank,
-                            world.size)
-            if not any(sum(world.gather(len(self.val[i].names))) for i in range(len(self.val))):
-                first = "".join(f"; {name}: {why}" for name, why in self.val[0].dropped[:1])
-                stop(f"{s.val_data}: no sample can be used{first}")
+        self.val = validation(s, world, samples)
         self.fixed = self.fixed_questions() if self.val else []
         self.flops = engine.flops(model, rows(self.cfg))
         self.signals = engine.listen()
@@ -336,24 +370,17 @@ class Run:
 
     def count(self, step, batch, result, waited):
         """Count what was dropped, cut or skipped, over all ranks; stop when it is too much."""
-        names = [[why.split(": ")[0], f"{name}: {why}"] for name, why in batch.dropped]   # [kind, line]
         images = sum(len(b.images) for b in batch.micro)
         used, dropped, cut, moving, images, told = (int(v) for v in self.world.sum(
-            [len(batch.names), len(names), batch.truncated, batch.animated, images, len(self.signals)]))
+            [len(batch.names), len(batch.dropped), batch.truncated, batch.animated, images, len(self.signals)]))
         self.told = told > 0                                 # the same on every rank, whichever the scheduler spoke to
         self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut, animated=moving,
                          skipped_updates=int(not result["updated"]))
         units = dict(tokens=result["tokens"], supervised=result["supervised_tokens"], images=images)
         self.logger.count(result["tokens"], used, sum(f * units[u] for u, f in self.flops.items()), waited)
         if dropped:
-            for kind, line in (pair for rank in self.world.gather(names) for pair in rank):
-                count, first = self.reasons.get(kind, (0, line))
-                self.reasons[kind] = (count + 1, first)
-        if self.seen["dropped"] > tolerated(self.s.max_dropped, self.seen["samples"]):
-            common = sorted(self.reasons.values(), reverse=True)[:5]
-            worst = "\n  ".join(f"{count} like {first}" for count, first in common)
-            stop(f"{self.seen['dropped']} of {self.seen['samples']} samples could not be used, over "
-                 f"max_dropped={self.s.max_dropped}:\n  {worst}")
+            tally(self.world, batch.dropped, self.reasons)
+        too_many(self.s, self.seen, self.reasons)
         if not self.begun:
             self.begin()
         if result["updated"] and (spike := self.spikes.look(result["loss"])):
@@ -414,7 +441,7 @@ class Run:
                     self.val.encode(row)                       # nobody is asked what could not be learnt
                     prompt, _ = self.val.encode.encode([(turns[0][0], None)], len(names), system)
                     files = [data.safe_path(self.s.images, f) for f in names]
-                    pictures = [data.preprocess(data.load_image(f), self.spec) for f in files]
+                    pictures = [data.preprocess(data.load_image(f), self.val.image_spec) for f in files]
                     out.append((row.get("id"), *turns[0], torch.tensor(prompt), pictures))
             except data.BadSample:
                 continue

@@ -108,13 +108,13 @@ def main(s):
     first = samples[0]
     world.print(*folder.notes, *stage.plan(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
-        return stage.one_sample(samples, folder.tok, world)
+        return stage.rehearse(s, world, samples, first, folder.tok)
 
     # on which machine
     blocks = [*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers]
     model = engine.parallelize(model.to(world.device), world, blocks, s.parallel, s.recompute, s.compile)
     optimizer = engine.adamw(model, lrs, s.weight_decay)
-    run = stage.Run(s, world, model, folder, samples, encode, spec, steps, adapter)
+    run = stage.Run(s, world, model, folder, samples, steps, adapter)
     start = run.resume(optimizer)
 
     # ---- the loop: the same in train_align.py ------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import config  # noqa: E402
 import lessons  # noqa: E402
 import toy  # noqa: E402
 from chat import Tokenizer, encode  # noqa: E402
@@ -40,7 +41,7 @@ def settings(**defaults):
         key, _, value = a.removeprefix("--").partition("=")
         if key not in defaults:
             raise SystemExit(f"error: unknown setting {key!r}: one of {', '.join(defaults)}")
-        defaults[key] = type(defaults[key])(value)
+        defaults[key] = config.read(value, type(defaults[key]), key)
     return defaults
 
 

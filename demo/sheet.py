@@ -1,6 +1,6 @@
 """A picture of what a model says about pictures, from the file that eval.py wrote.
 
-    python demo/sheet.py runs/sft/answers_seeing.jsonl [OUT.png]     # -> OUT.png, by default demo/result.png
+    python demo/sheet.py runs/sft/answers_seeing.jsonl OUT.png
 """
 
 import json
@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from config import stop  # noqa: E402
 
 ZOOM, WIDTH, LINE, GAP = 3, 680, 22, 18  # pixels
 IMAGES = Path("runs/toy/images")
@@ -20,6 +24,8 @@ def sheet(rows, columns=2, pictures=6, questions=8):
     for row in rows:
         by_picture.setdefault(row["image"], []).append(row)
     chosen = [(name, asked) for name, asked in by_picture.items() if len(asked) >= questions - 1][:pictures]
+    if not chosen:
+        raise ValueError(f"no picture with {questions - 1} questions")
     side = 72 * ZOOM
     height = max(side, questions * LINE) + GAP
     out = Image.new("RGB", (columns * WIDTH + GAP, -(-len(chosen) // columns) * height + GAP), "white")
@@ -38,9 +44,15 @@ def sheet(rows, columns=2, pictures=6, questions=8):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) != 3:
         raise SystemExit(__doc__)
-    answers = [json.loads(line) for line in Path(sys.argv[1]).read_text("utf-8").splitlines()]
-    target = sys.argv[2] if len(sys.argv) == 3 else str(Path(__file__).resolve().parent / "result.png")
-    sheet(answers).save(target)
+    _, file, target = sys.argv
+    try:
+        drawn = sheet([json.loads(line) for line in Path(file).read_text("utf-8").splitlines()])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        stop(f"{file}, or a picture in it, is not what eval.py writes about the toy world: {e}")
+    try:
+        drawn.save(target)
+    except (OSError, ValueError) as e:
+        stop(f"cannot write {target}: {e}")
     print(target)

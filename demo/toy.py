@@ -24,6 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import read, stop  # noqa: E402
+
 COLORS = {"red": (220, 35, 35), "green": (35, 165, 50), "blue": (40, 60, 225), "yellow": (240, 220, 40),
           "purple": (190, 45, 200), "cyan": (50, 215, 225)}
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
@@ -338,7 +340,11 @@ def exam(scenes):
 
 if __name__ == "__main__":
     folders = [a for a in sys.argv[1:] if not a.startswith("--")]
-    sizes = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--"))
+    sizes = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
     if len(folders) != 1 or set(sizes) - {*SCENES, "seed"}:
         raise SystemExit(__doc__.split("\n\n")[1])
-    print("drew", *write(folders[0], **{k: int(v) for k, v in sizes.items()}) or ["nothing: it is all there"])
+    try:
+        drawn = write(folders[0], **{k: read(v, int, k) for k, v in sizes.items()})
+    except OSError as e:
+        stop(f"the toy world cannot be drawn in {folders[0]}: {e.strerror or e}")
+    print("drew", *drawn or ["nothing: it is all there"])

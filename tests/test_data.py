@@ -564,6 +564,7 @@ def test_checking_from_the_command_line_exits_with_one_where_samples_are_bad(tmp
     (["x.json", "--model=m", "--image_tokens=0"], "image_tokens=0: expected"),
     (["none.json", "--model={tok}"], "no data file none.json"),
     (["none.json", "--model=nowhere"], "nowhere holds no tokenizer.json"),
+    (["{good}", "--model={tok}", "--images=gone"], "images=gone is no folder"),
     (["{good}", "--model={tok}", "--template=x"], "unknown template 'x'"),
     (["{good}", "--model={broken}"], "config.json: .*line 1 column 2")])
 def test_checking_without_what_it_needs_stops_with_one_line(tmp_path, bytes_folder, args, message):

@@ -184,7 +184,8 @@ def test_pope_and_vqa_work_on_the_toy_worlds_own_questions(model_folder, world, 
 @pytest.mark.parametrize("settings, complaint", [
     (dict(task="ocr"), "task=ocr"), (dict(blind=True, shuffled=True), "choose one"),
     (dict(batch_size=0), "at least 1"),
-    (dict(model="nowhere"), "nowhere holds no model"), (dict(device="foo"), "device=foo: auto"),
+    (dict(model="nowhere"), "nowhere holds no model"), (dict(model=""), "model is empty"),
+    (dict(images="gone"), "images=gone is no folder"), (dict(device="foo"), "device=foo: auto"),
     (dict(dtype="foo"), "dtype=foo: auto"), (dict(limit=-1), "limit=-1: expected"),
     (dict(max_new_tokens=0), "max_new_tokens=0: expected")])
 def test_wrong_settings_end_in_one_clear_line(world, settings, complaint):
@@ -208,11 +209,13 @@ def test_answers_go_where_they_can_be_written_and_a_line_says_where(model_folder
     assert not list(model_folder.glob("answers*"))
 
 
-@pytest.mark.parametrize("answers, complaint", [("q.jsonl/a.jsonl", "q.jsonl is not a folder"), (".", ". is a folder")])
+@pytest.mark.parametrize("answers, complaint", [("q.jsonl/a.jsonl", "q.jsonl is not a folder"), (".", ". is no file"),
+                                                ("pipe", "pipe is no file")])
 def test_an_answers_file_that_cannot_be_is_one_line_before_any_question(model_folder, world, monkeypatch, answers,
                                                                         complaint):
     monkeypatch.chdir(world)
     monkeypatch.setattr(answer.Speaker, "say", lambda *a: pytest.fail("asked"))
+    os.mkfifo("pipe")                                             # a device would be replaced by a file: /dev/null, say
     with pytest.raises(SystemExit, match=complaint) as stopped:
         eval.main(eval.Settings(model=str(model_folder), data="q.jsonl", answers=answers, device="cpu"))
     assert "\n" not in str(stopped.value)
@@ -231,7 +234,8 @@ def test_a_full_disk_does_not_cost_the_score(model_folder, world, capsys, monkey
 @pytest.mark.parametrize("settings, complaint", [
     (dict(device="foo"), "device=foo: auto"), (dict(dtype="foo"), "dtype=foo: auto"), (dict(seed=2**70), "seed="),
     (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=float("inf")), "temperature=inf"),
-    (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(template="foo"), "unknown template 'foo'")])
+    (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(template="foo"), "unknown template 'foo'"),
+    (dict(model=""), "model is empty"), (dict(image="."), "there is no image file .")])
 def test_wrong_settings_of_sample_end_in_one_clear_line(model_folder, settings, complaint):
     with pytest.raises(SystemExit) as stopped:
         sample.main(dataclasses.replace(sample.Settings(model=str(model_folder), prompt="q", device="cpu"), **settings))
@@ -245,7 +249,7 @@ def test_sample_prints_the_answer_and_nothing_else(model_folder, world, capsys):
                         device="cpu", dtype="fp64")
     sample.main(s)
     assert capsys.readouterr().out == first["text"] + "\n"      # which is what eval.py was told
-    with pytest.raises(SystemExit, match="error: image .*gone.png is missing"):
+    with pytest.raises(SystemExit, match="error: there is no image file .*gone.png"):
         sample.main(dataclasses.replace(s, image=str(world / "gone.png")))
 
 

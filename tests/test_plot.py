@@ -53,7 +53,8 @@ def test_a_log_without_curves_ends_in_one_line(tmp_path, rows, complaint):
 
 
 def test_a_log_that_is_no_text_and_a_picture_that_cannot_be_written_end_in_one_line(runs, tmp_path):
-    for out, complaint in (("none/x.png", "cannot write .*none/x.png"), ("x.foo", "cannot write .*x.foo: .*foo")):
+    for out, complaint in (("none/x.png", "cannot write .*none/x.png"), ("x.foo", "cannot write .*x.foo: .*foo"),
+                           ("x", "x: a name that says what kind")):
         with pytest.raises(SystemExit, match=complaint) as stopped:
             plot.main([runs[0], f"--out={tmp_path / out}"])
         assert "\n" not in str(stopped.value)

@@ -282,7 +282,10 @@ def test_two_processes_train_what_one_does(parallel, world, tmp_path):
     ("align", dict(data="nowhere.json"), ["nowhere.json"]),
     ("align", dict(vision="no_eyes"), ["no_eyes", "no such folder"]),
     ("align", dict(llm="no_tongue"), ["no_tongue", "no such folder"]),
-    ("align", dict(images="no_pictures"), ["could not be used", "is missing"]),
+    ("align", dict(images="no_pictures"), ["images=no_pictures is no folder"]),
+    ("align", dict(images="/"), ["could not be used", "is missing"]),
+    ("align", dict(vision=""), ["init is empty, so vision and llm must name two towers"]),
+    ("sft", dict(llm=""), ["init is empty, so vision and llm must name two towers"]),
     ("sft", dict(init="runs/never"), ["runs/never", "no such folder"]),
     ("sft", dict(init="runs/align", llm="x"), ["init=runs/align brings its own towers", "llm=x would not be read"]),
     ("sft", dict(parallel="both"), ["parallel=both", "fsdp"]),
@@ -390,7 +393,7 @@ def test_a_new_run_does_not_cost_the_old_one_before_its_first_step_is_done(world
     out = tmp_path / "run"
     run("align", world, out)
     before = files(out)
-    for changes in (dict(vision="no_eyes"), dict(recompute="some"), dict(images="no_pictures")):
+    for changes in (dict(vision="no_eyes"), dict(recompute="some"), dict(images=str(tmp_path))):
         refusal("align", world, out, resume="none", **changes)
         assert files(out) == before
     with monkeypatch.context() as m:
@@ -464,7 +467,9 @@ def test_a_finished_run_is_not_taken_for_another_one_in_the_same_folder(world, t
     (dict(lr=-1.0), "lr=-1.0: expected at least 0"), (dict(lr=math.inf), "lr=inf: expected at least 0"),
     (dict(grad_clip=-1.0), "grad_clip=-1.0"), (dict(steps=-5), "steps=-5"), (dict(workers=-1), "workers=-1"),
     (dict(steps=0, epochs=0.0), "nothing to do"), (dict(steps=0, epochs=1e300), "epochs=1e+300: expected between 0"),
-    (dict(seed=2**70), "seed="), (dict(batch_size=0), "batch_size=0"),
+    (dict(seed=2**70), "seed="), (dict(data="."), ". is a folder, no data file"), (dict(data=""), "no data file (no name)"),
+    (dict(val_data="."), ". is a folder, no data file"), (dict(val_data="gone"), "no data file gone"),
+    (dict(batch_size=0), "batch_size=0"),
     (dict(connector="foo"), "connector=foo: mlp or linear"), (dict(device="foo"), "device=foo: auto, cpu"),
     (dict(dtype="foo"), "dtype=foo: auto, bf16, fp32, fp64"), (dict(kernels="foo"), "kernels=foo: auto, torch, triton"),
     (dict(resume="runs/never"), "resume=runs/never is no checkpoint: those of a run are called checkpoints/step_*"),
@@ -473,6 +478,11 @@ def test_a_finished_run_is_not_taken_for_another_one_in_the_same_folder(world, t
 def test_a_setting_that_cannot_be_meant_ends_in_one_line(world, tmp_path, wrong, line):
     said = refusal("align", world, tmp_path / "run", **wrong)
     assert line in said and "\n" not in said and not (tmp_path / "run").exists()
+
+
+def test_a_run_must_have_a_folder_and_adapters_a_scale(world):
+    assert refusal("align", world, "") == "error: out is empty: it names the folder of the run"
+    assert "lora_alpha=0.0: expected at least 1e-06" in refusal("sft", world, "gone", lora_r=2, lora_alpha=0.0)
 
 
 def test_kernels_without_a_gpu_are_refused_in_one_line(world, tmp_path, monkeypatch):
@@ -661,10 +671,18 @@ def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(world, tmp_path, 
     assert (tmp_path / "run" / "finished.json").is_file()
 
 
-def test_a_dry_run_without_a_usable_sample_says_so(world, tmp_path, capsys):
+def test_a_dry_run_stops_where_the_run_would(world, tmp_path, capsys):
+    """In the samples of its first step, and in the validation file; and then no sample is shown as if all were well."""
     (tmp_path / "bad.jsonl").write_text("{}\n" * 9)
-    assert run("align", {**world, "data": str(tmp_path / "bad.jsonl")}, tmp_path / "run", dry_run=True) == 1
+    bad, out = str(tmp_path / "bad.jsonl"), tmp_path / "run"
+    wrong = [dict(data=bad), dict(images=str(tmp_path)), dict(images="gone"), dict(val_data="gone"),
+             dict(val_data=bad), dict(val_data=str(tmp_path))]
+    said = [refusal("align", world, out, **w, dry_run=True) for w in wrong]
+    assert "what is learnt in green" not in capsys.readouterr().out
+    assert run("align", {**world, "data": bad}, out, dry_run=True, max_dropped=1.0) == 1
     assert "none of the first step's samples can be used" in capsys.readouterr().out
+    assert not out.exists()
+    assert said == [refusal("align", world, out, **w) for w in wrong]
 
 
 def test_a_gradient_that_is_not_finite_is_seen_on_any_step_and_ten_in_a_row_stop_the_run(world, tmp_path, monkeypatch,

@@ -2,9 +2,12 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
+from conftest import ROOT, error
 
 import toy
 from data import conversation, load_image
@@ -165,3 +168,23 @@ def test_the_scene_of_a_test_picture_is_found_by_its_name(tmp_path):
     (tmp_path / "images").mkdir()
     names = {name: scene for _, name, scene, _ in toy.scenes(tmp_path, "test", 3, 0)}
     assert {n: toy.make_scene(random.Random(captions.seed(n)), test=True) for n in names} == names
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["sheet.py"], "python demo/sheet.py"), (["sheet.py", "gone.jsonl", "x.png"], "gone.jsonl, or a picture in it"),
+    (["sheet.py", ".", "x.png"], "error: ., or a picture"), (["sheet.py", "row.jsonl", "x.png"], "no picture with 7 q"),
+    (["toy.py", "--seed=1"], "python demo/toy.py OUT"), (["toy.py", "out", "--align"], "--align=: expected int"),
+    (["toy.py", "row.jsonl/out", "--align=1"], "cannot be drawn in row.jsonl/out: Not a directory")])
+def test_a_demo_that_is_asked_wrongly_says_so_in_one_line(tmp_path, words, complaint):
+    (tmp_path / "row.jsonl").write_text('{"image": "x.png"}\n')
+    done = subprocess.run([sys.executable, ROOT / "demo" / words[0], *words[1:]], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["row.jsonl"]
+
+
+def test_a_wrong_setting_of_the_schooling_is_one_line(monkeypatch):
+    import pretrain
+    for words, complaint in ((["--steps=x"], "--steps=x: expected int"), (["--step=1"], "unknown setting 'step'")):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", "eyes", *words])
+        assert complaint in error(pretrain.settings, steps=1)
