@@ -1,9 +1,12 @@
-"""Conversations at random: what holds for every one of them. PUMICE_FUZZ=N tries N of each instead of 200."""
+"""Conversations at random: what holds for every one of them; and whatever else people hand in, as files, names, bytes
+of pictures and settings. PUMICE_FUZZ=N tries N of each instead of 200."""
 
+import dataclasses
+import io
 import json
+import multiprocessing
 import os
 import sys
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -15,8 +18,10 @@ pytest.importorskip("hypothesis")
 from conftest import make_tokenizer
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_chat import HOSTILE, I, Q, run_texts, said
+from PIL import Image
+from test_chat import HOSTILE, JINJA, I, Q, run_texts, said
 
+import config
 import data
 from chat import IGNORE, IMAGE, TEMPLATES, BadSample, Tokenizer, encode, jinja, stop_ids, truncate
 
@@ -57,7 +62,7 @@ def conversation(draw, text=text):
 
 
 def controls(tok, ids):
-    return Counter(i for i in ids if i in tok.specials.values())
+    return [i for i in ids if i in tok.specials.values()]
 
 
 @fuzz
@@ -99,12 +104,13 @@ def test_a_cut_sample_is_a_prefix_with_whole_images(c, max_len):
 
 
 @fuzz
-@given(conversation())
-def test_a_prompt_is_a_prefix_and_a_new_turn_changes_nothing_before_it(c):
+@given(conversation(), st.integers(0, 5))
+def test_any_prompt_is_a_prefix_and_a_new_turn_changes_nothing_before_it(c, n):
     tok, template, turns, images, system = c
     ids, labels = encode(tok, template, turns, images, I, Q, system)
-    *before, (user, _) = turns
-    prompt, _ = encode(tok, template, [*before, (user, None)], images, I, Q, system)
+    *before, (user, _) = turns[:1 + n % len(turns)]
+    shown = sum(u.count(IMAGE) for u in (*(u for u, _ in before), user)) if images else 0
+    prompt, _ = encode(tok, template, [*before, (user, None)], shown, I, Q, system)
     assert ids[:len(prompt)] == prompt and len(ids) > len(prompt)
     longer, learnt = encode(tok, template, [*turns, ("and?", "yes")], images, I, Q, system)
     if template == "plain":  # its turns share a text, which ends in a newline
@@ -126,6 +132,26 @@ def test_the_exported_template_writes_the_same_ids(c):
         messages=said, bos_token="<s>", eos_token="</s>", add_generation_prompt=False)
     theirs = tok.full.encode(rendered, add_special_tokens=False).ids
     assert [i for t in theirs for i in [t] * (Q if t == I else 1)] == ids
+
+
+@cache
+def theirs():
+    transformers = pytest.importorskip("transformers")
+    return transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer("bytes").folder)
+
+
+@fuzz
+@given(conversation(st.lists(free | words, max_size=4).map("".join)), st.sampled_from(list(JINJA)))
+def test_ids_and_mask_are_those_of_transformers_where_a_template_marks_its_answers(c, template):
+    _, _, turns, _, system = c
+    tok, system = tokenizer("bytes"), (system or "").strip() or "Sys."
+    turns = [(user.replace(IMAGE, "").strip(), answer.strip()) for user, answer in turns]
+    assume(not any(control in text for control in tok.specials for turn in [*turns, [system]] for text in turn))
+    said = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+    out = theirs().apply_chat_template([{"role": "system", "content": system}, *said], chat_template=JINJA[template],
+                                       tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, labels = encode(tok, template, turns, 0, I, Q, system)
+    assert ids == list(out["input_ids"]) and [int(y != IGNORE) for y in labels] == list(out["assistant_masks"])
 
 
 @fuzz
@@ -228,13 +254,92 @@ def test_no_name_leads_out_of_the_image_folder(name):
     assert Path(path).read_text() == "inside"
 
 
-def test_a_worker_process_makes_the_same_ids(tmp_path):
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    turns = [("<image>\n" + t.replace(IMAGE, ""), t) for t in HOSTILE]
-    here = [encode(tokenizer("bytes"), "vicuna_v1", [t], 1, I, Q) for t in turns]
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        assert list(pool.map(encode, *zip(*[(tokenizer("bytes"), "vicuna_v1", [t], 1, I, Q) for t in turns]))) == here
+def echo(pipe):
+    while True:
+        kind, *rest = pipe.recv()
+        pipe.send(encode(tokenizer(kind), *rest))
+
+
+@cache
+def worker():
+    here, there = multiprocessing.Pipe()
+    multiprocessing.get_context("fork").Process(target=echo, args=(there,), daemon=True).start()
+    return here
+
+
+@fuzz
+@given(conversation())
+def test_a_worker_process_makes_the_same_ids(c):
+    tok, template, turns, images, system = c
+    worker().send((Path(tok.folder).name, template, turns, images, I, Q, system))
+    assert worker().recv() == encode(tok, template, turns, images, I, Q, system)
+
+
+PICTURES = [(Image.new(mode, (5, 4)), form) for mode, form in (("RGB", "JPEG"), ("RGBA", "PNG"), ("P", "GIF"),
+            ("RGB", "WEBP"), ("RGB", "BMP"), ("I;16", "TIFF"), ("CMYK", "TIFF"))]
+
+
+@cache
+def blobs():
+    made = []
+    for image, form in PICTURES:
+        file = io.BytesIO()
+        image.save(file, form)
+        made.append(file.getvalue())
+    return made
+
+
+@cache
+def picture_file():
+    return Path(mkdtemp()) / "picture"
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some of these files: that is its good right
+@fuzz
+@given(st.integers(0, len(PICTURES) - 1), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+       st.integers(0, 400), st.binary(max_size=8))
+def test_a_picture_of_any_bytes_is_read_or_a_bad_sample(n, changes, cut, more):
+    blob = bytearray(blobs()[n])
+    for at, byte in changes:
+        blob[at % len(blob)] = byte
+    picture_file().write_bytes(blob[:len(blob) if cut > 200 else cut] + more)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(data, "MAX_PIXELS", 1_000_000)
+        try:
+            image = data.load_image(picture_file())
+        except BadSample as e:
+            assert "\n" not in str(e)
+        else:
+            assert image.mode == "RGB" and 0 < image.width * image.height <= data.MAX_PIXELS
+            assert data.preprocess(image, data.ImageSpec(4)).shape == (3, 4, 4)
+
+
+@dataclasses.dataclass
+class Settings:
+    """One of each type that the scripts have."""
+    batch_size: int = 1
+    lr: float = 1.0
+    compile: bool = False
+    data: str = "toy"
+    system: str | None = None
+
+
+keys = st.sampled_from(["batch_size", "lr", "compile", "data", "system", "learning_rate", "l"]) | st.text(max_size=5)
+values = st.sampled_from(["1", "1e3", "nan", "inf", "-0", "true", "None", "1_0", "0x1", "", "٣"]) | st.text(max_size=5)
+typed = st.tuples(st.sampled_from(["--", "", "-"]), keys, st.sampled_from(["=", "", "=="]), values).map("".join)
+
+
+@fuzz
+@given(st.lists(typed | st.text(max_size=6), max_size=4))
+def test_a_command_line_is_read_or_refused_in_one_line(argv):
+    assume(not {"-h", "--help"} & set(argv))
+    try:
+        s = config.load(Settings, argv)
+    except SystemExit as e:
+        assert str(e).startswith("error: ") and ("\n" not in str(e) or "\n" in "".join(argv))
+        return
+    assert [type(v) for v in vars(s).values()][:4] == [int, float, bool, str] and s.lr == s.lr
+    assert s.system is None or isinstance(s.system, str)
 
 
 if __name__ == "__main__":
