@@ -257,6 +257,22 @@ def test_tensors_are_kept_by_name_so_another_order_of_creation_swaps_nothing(sav
     assert same(bits(pair), bits((model, optimizer)))
 
 
+def test_tied_embeddings_are_one_tensor_in_a_checkpoint_and_after_it(tmp_path):
+    def tied(seed):
+        model = tiny_vlm(seed, tie_word_embeddings=True)
+        return model, engine.adamw(model, engine.choose(model, {"language_model.*": 1e-2}, torch.float64), 0.1)
+    pair, other = tied(0), tied(0)
+    train(*pair, [0])
+    path = save(tmp_path, 1, pair)
+    assert [n for n in load_file(path / "trained.safetensors") if "embed" in n or "head" in n] == [
+        "language_model.model.embed_tokens.weight"]
+    checkpoint.restore(path, *other, world())
+    assert same(bits(pair), bits(other))
+    language = other[0].language_model
+    assert language.head_weight is language.model.embed_tokens.weight
+    assert train(*pair, [1]) == train(*other, [1]) and same(bits(pair), bits(other))
+
+
 def lose(tensors, name):
     del tensors[name]
 

@@ -205,6 +205,16 @@ def test_an_adapter_that_the_loss_cannot_reach_stops_the_first_step():
         engine.train_step(model, optimizer, [batch(0)], token_loss, CPU, check=True)
 
 
+def test_the_size_of_gradients_does_not_hang_on_the_precision():
+    """As it would with a loss that is scaled up for fp16 and never down again."""
+    norms = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model, w = tiny_vlm(), engine.World(0, 1, torch.device("cpu"), dtype)
+        optimizer = engine.adamw(model, engine.choose(model, TABLE, dtype), 0.0)
+        norms.append(engine.train_step(model, optimizer, [batch(*range(6))], token_loss, w)["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5) and norms[2] == pytest.approx(norms[0], rel=1e-2)
+
+
 def test_gradients_do_not_leak_into_the_next_step():
     model = tiny_vlm()
     optimizer = engine.adamw(model, engine.choose(model, {"*": 1e-300}, torch.float64), 0.0)

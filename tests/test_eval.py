@@ -87,6 +87,17 @@ def test_the_batch_size_does_not_change_an_answer(model_folder, world, capsys):
     assert said[0] == said[1] == said[2] and len(set(said[0])) > 1
 
 
+def test_a_row_of_the_vocabulary_without_a_word_is_never_said(model_folder):
+    """The vocabulary is padded to 512; the tokenizer has 500 words, and the picture's is none to say."""
+    speaker = answer.load(model_folder, "cpu")
+    n = len(speaker.tok)
+    assert n < 512 and speaker.banned == {speaker.cfg.image_token_index, *range(n, 512)}
+    with torch.no_grad():
+        speaker.model.language_model.lm_head.weight[n:] *= 100     # what it would like to say best
+    ids = speaker.say([speaker.prompt([("What?", None)], 0)], [], 8, temperature=1.0)
+    assert ids != [""]
+
+
 def test_blind_hands_zeros_to_the_connector(model_folder, world, capsys, monkeypatch):
     seen, load = [], answer.load
 

@@ -92,6 +92,21 @@ def test_own_data_in_five_lines_runs_as_written(place):
     run(place, the(r"train_sft\.py .*--data=mine\.json"), "--batch_size=1")
 
 
+def test_a_recipe_is_read_as_the_launch_lines_say(place):
+    command = the(r"^torchrun train_sft\.py recipes/llava15\.py .*").replace("FILE", "runs/toy/sft.json")
+    said = run(place, command.replace("DIR", "runs/toy/images"), "--dry_run").stdout
+    assert "of 128 samples" in said and "lr 2e-05: " in said and "what is learnt in green" in said
+
+
+def test_the_demo_is_the_commands_of_the_readme():
+    """demo/run.sh, command by command: each is one that runs in a test above."""
+    lines = [line.split("#")[0].split("||")[0].strip() for line in (ROOT / "demo/run.sh").read_text().splitlines()]
+    commands = [line.replace("$run ", "torchrun ").replace("$python ", "python ").removesuffix(' "$@"') for line in lines
+                if line.startswith(("$run ", "$python "))]
+    assert len(commands) > 7 and {*commands} <= {*COMMANDS, "torchrun train_align.py"}
+    assert subprocess.run(["bash", "-n", ROOT / "demo/run.sh"]).returncode == 0
+
+
 def test_launch_lines_name_scripts_recipes_and_settings_that_exist():
     import train_align
     import train_sft

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, error
 
 import toy
-from data import conversation, load_image
+from chat import Tokenizer
+from data import Encoder, conversation, load_image
 
 
 def worlds(n, test=False):
@@ -126,6 +127,8 @@ def test_files_are_llava_files_and_drawn_once(tmp_path):
             turns, names, system = conversation(row)
             assert all(load_image(tmp_path / "images" / n).size == (toy.SIDE, toy.SIDE) for n in names)
             assert sum(u.count("<image>") for u, _ in turns) == len(names)
+        encode = Encoder(Tokenizer(ROOT / "demo/tongue"), "plain" if name == "align" else "vicuna_v1", 3, 36, 512, "")
+        assert all(encode(row)[3] == 0 for row in rows), "none is dropped, none is cut"
     assert any("image" not in r for r in rows), "some conversations are text alone"
     assert any(len(r["conversations"]) > 8 for r in rows)
     short = [toy.SHORT in r["conversations"][0]["value"] for r in rows]
