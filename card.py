@@ -49,6 +49,9 @@ def limits(cfg, aspect):
                    "behind: only pumice can show this model pictures.")
     elif cfg.vision.model_type == "dinov2":
         out.append("vLLM and llama.cpp know no LLaVA with a DINOv2 tower.")
+    if cfg.vision.class_token:
+        out.append("SGLang's source takes a tower with a class token only from folders of the LLaVA repository; it was "
+                   "not run.")
     if cfg.connector == "linear":
         out.append("The connector is one matrix. A LLaVA folder always has two, so the second one is the unit matrix, "
                    "with projector_hidden_act `linear` between them, which transformers knows and vLLM does not.")
@@ -60,7 +63,7 @@ def limits(cfg, aspect):
     S, Q = cfg.vision.image_size, cfg.vision.patches
     return [*out, f"A picture is seen as one square of {S} x {S} pixels ({aspect}) and read as {Q} tokens.",
             "Folders that pumice writes were read by transformers 4.46, 4.57 and 5.23, and GGUF files made of them by "
-            "llama.cpp; for vLLM and SGLang they are written as their sources ask, and these were not run.",
+            "llama.cpp; for vLLM they are written as its source asks, and it was not run.",
             "What it says can be wrong, also about what is not in the picture. Nobody measured its biases."]
 
 

@@ -2,6 +2,7 @@
 sends the base."""
 
 import hashlib
+import json
 import shutil
 
 import pytest
@@ -11,14 +12,17 @@ from kernel_cases import TIGHT, normal
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_hf import error
-from test_model import all_logits, gradients
+from test_model import all_logits, gradients, their_logits
 from test_stages import LORA, aligned, halves_agree, run, state, world  # noqa: F401  (fixtures: world, stage 1)
 
 import answer
 import engine
+import eval as evaluation
+import hf
 import lora
 from data import pack
 from loss import token_loss
+from model import VLM
 
 BATCH = pack([example(1), example(2, images=2, text=14)], 8)
 LINEARS = 14                                                                  # of the tiny model's two decoder layers
@@ -215,3 +219,36 @@ def test_a_run_stores_no_base_resumes_to_the_bit_and_publishes_a_plain_model(wor
     halves_agree(*(answer.load(whole / part, "cpu", "fp32") for part in ("adapter", "model")))   # over four bits too
     merged, plain = (load_file(out / "model" / "model.safetensors") for out in (whole, aligned))
     assert {k: (v.shape, v.dtype) for k, v in merged.items()} == {k: (v.shape, v.dtype) for k, v in plain.items()}
+
+
+def test_it_is_published_in_bf16_and_asked_again(world, aligned, tmp_path, capsys):  # noqa: F811
+    """model/ of a run in bf16 is the base written out, the adapter added, rounded once; it answers in bf16 here and in
+    transformers, no further from the unrounded one than roundings of 2^-9 take it."""
+    out = tmp_path / "run"
+    run("sft", world, out, init=str(aligned), bits=4, dtype="bf16", lr=0.02, template="vicuna_v1", **LORA)
+    exact = hf.load(init=aligned, dtype=None)[0]
+    lora.load_adapter(exact, out / "adapter")                                 # quantises, for the adapter says so
+    state = lora.merge_state(exact.state_dict(), lora.scales(exact), torch.float64)
+    plain = hf.load(init=aligned)[0].state_dict()
+    moved, published = [n for n in state if (state[n] - plain[n]).abs().max() > 0.01], load_file(
+        out / "model" / "model.safetensors")
+    assert len(moved) >= LINEARS and {x.dtype for x in published.values()} == {torch.bfloat16}
+    assert all(torch.equal(published[n], x.float().bfloat16()) for n, x in state.items())
+    whole = VLM(exact.cfg).double()
+    whole.load_state_dict(state)
+    true = all_logits(whole, BATCH)
+    for dtype, gate in (("fp32", 0.03), ("bf16", 0.05)):
+        said = all_logits(answer.load(out / "model", "cpu", dtype).model, BATCH).double()
+        assert 0 < (said - true).norm() <= gate * true.norm()
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 0, "text": "What is this?", "answer": "a cat"}))
+    said = []
+    for part in ("model", "adapter"):
+        evaluation.main(evaluation.Settings(model=str(out / part), data=str(tmp_path / "q.jsonl"), device="cpu",
+                                            dtype="bf16", max_new_tokens=6, answers=str(tmp_path / part)))
+        said.append(json.loads((tmp_path / part).read_text())["text"])
+    assert said[0] == said[1]
+    T = pytest.importorskip("transformers")
+    there = T.LlavaForConditionalGeneration.from_pretrained(out / "model", dtype="auto")
+    assert there.dtype == torch.bfloat16
+    other = their_logits(there, [example(1), example(2, images=2, text=14)], exact.cfg.vision, torch.bfloat16).double()
+    assert (other - true).norm() <= 0.05 * true.norm()

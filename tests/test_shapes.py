@@ -208,3 +208,36 @@ def test_transformers_builds_the_same_from_the_same_config(name):
         assert sorted(theirs.values()) == sorted(eyes(c).values())
         if "dinov2" not in c["model_type"]:
             assert theirs.keys() == {k.removeprefix("vision_model.") for k in eyes(c)}
+
+
+@pytest.mark.parametrize("size", ["7B", "13B"])
+def test_transformers_builds_the_same_llava_from_the_same_config(size):
+    """Names and shapes of its state dict, spelt as the files have them"""
+    T = pytest.importorskip("transformers")
+    text = {"7B": READERS["LLaVA-1.5 7B's"][0], "13B": READERS["Vicuna 13B"][0] | {"vocab_size": 32064}}[size]
+    with torch.device("meta"):
+        model = T.LlavaForConditionalGeneration(T.LlavaConfig(vision_config=dict(CLIP_L), text_config=dict(text)))
+    published = {f"language_model.{k}": s for k, s in reader(text).items()}
+    published |= {f"vision_tower.{k}": s for k, s in eyes(CLIP_L).items()}
+    D = text.get("hidden_size", 4096)
+    published |= both("multi_modal_projector.linear_1", D, 1024) | both("multi_modal_projector.linear_2", D, D)
+    in_memory = {k.replace("language_model.lm_head", "lm_head").replace("vision_model.", ""): s for k, s in
+                 published.items()}
+    in_memory = {k if k.startswith("lm_head") else "model." + k.replace("language_model.model", "language_model"): s
+                 for k, s in in_memory.items()}
+    assert {k: tuple(p.shape) for k, p in model.named_parameters()} == in_memory
+
+
+def test_a_whole_siglip_2_is_accounted_for_to_the_last_tensor():
+    """google/siglip2-so400m-patch14-384: both halves in one file, the text one with Gemma's vocabulary, spelt as its
+    checkpoint and its config.json are: model_type siglip, not siglip2, which is the one of variable size."""
+    T = pytest.importorskip("transformers")
+    text = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, num_hidden_layers=27,
+                vocab_size=256000, model_type="siglip_text_model")
+    c = EYES["SigLIP so400m/14 384"][0]
+    with torch.device("meta"):
+        whole = T.SiglipModel(T.SiglipConfig(text_config=text, vision_config=c))
+    there = {f"vision_tower.{k}": tuple(p.shape) for k, p in whole.named_parameters()}
+    assert count(there.values()) == 1_136_008_498 and "vision_tower.vision_model.head.probe" in there
+    got = accounted(c, TOY_READER, there | reader(TOY_READER))
+    assert {k.removeprefix("vision_tower."): s for k, s in got.items() if k.startswith("vision")} == eyes(c)

@@ -18,7 +18,7 @@ import hf
 import hf_config
 import stage
 import train_sft
-from data import pack
+from data import pack, preprocess
 
 PICTURES = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -85,6 +85,50 @@ def test_a_tower_sees_what_it_sees_in_transformers(name, way, towers, tmp_path):
         assert (seen - true).abs().max() <= close * true.abs().max()
     assert len(folder.spare) == (20 if "DINO" in name else 18)                  # last block and norm
     assert all(".layers.2." in k or "post_layernorm" in k for k in folder.spare)
+
+
+SIGLIP2 = {  # preprocessor_config.json of google/siglip2-base-patch16-224, of another size
+    "do_convert_rgb": None, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3,
+    "image_processor_type": "SiglipImageProcessor", "image_std": [0.5] * 3, "processor_class": "SiglipProcessor",
+    "resample": 2, "rescale_factor": 1 / 255, "size": {"height": 8, "width": 8}}
+
+
+def test_a_siglip_2_of_fixed_size_as_it_is_published(towers, tmp_path):  # noqa: F811
+    """Both halves in one file under the names of transformers 4, config.json of type `siglip` with the halves nested,
+    Gemma's tokenizer beside it (which is not read), bilinear resizing; and out again as a LLaVA."""
+    T = pytest.importorskip("transformers")
+    from PIL import Image
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    text = HALF | {"max_position_embeddings": 64}
+    model = random(T.SiglipModel(T.SiglipConfig(vision_config=SMALL, text_config=text)))
+    save_file(with_prefix(model.state_dict()), tmp_path / "model.safetensors", {"format": "pt"})
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert {"logit_scale", "logit_bias", "text_model.head.weight", "vision_model.head.probe"} < names
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["SiglipModel"], "initializer_factor": 1.0, "model_type": "siglip", "torch_dtype": "float32",
+        "text_config": HALF | {"model_type": "siglip_text_model", "projection_size": 16, "hidden_act":
+                               "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "max_position_embeddings": 64},
+        "vision_config": SMALL | {"model_type": "siglip_vision_model", "attention_dropout": 0.0, "num_channels": 3,
+                                  "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
+    add_files(tmp_path, pre=SIGLIP2)
+    mine, folder = hf.load(tmp_path, towers[1], dtype=torch.float64)
+    with torch.no_grad():
+        seen = pixels(PICTURES, mine.cfg.vision).double()
+        true = model.double().vision_model(pixel_values=seen, output_hidden_states=True).hidden_states[-2]
+        assert (mine.vision_tower(PICTURES) - true).abs().max() <= PARITY * true.abs().max()
+    image = Image.effect_noise((23, 14), 90).convert("RGB")
+    spec = hf.image_spec(folder.pre, "squash")
+    there = SiglipImageProcessorPil(**SIGLIP2)(image, return_tensors="pt")["pixel_values"][0]
+    assert spec.resample == 2 and torch.equal(there, pixels(preprocess(image, spec)[None], mine.cfg.vision)[0])
+    hf.save(tmp_path / "out", mine.state_dict(), mine.cfg, folder, "vicuna_v1", "", "squash", torch.float32)
+    back, info = T.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    processor = T.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert int(processor.resample) == 2 and dict(processor.size) == {"height": 8, "width": 8}
+    assert "vision tower of type 'siglip2_vision_model'" in error(        # the one that takes pictures of any size
+        lambda: configure(tmp_path, model_type="siglip2", vision_config=SMALL) or hf.load(tmp_path, towers[1]))
 
 
 def test_a_llava_with_the_eyes_of_a_dinov2_is_that_of_transformers(tmp_path, bytes_folder):
