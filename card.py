@@ -49,9 +49,8 @@ def limits(cfg, aspect):
                    "behind: only pumice can show this model pictures.")
     elif cfg.vision.model_type == "dinov2":
         out.append("vLLM and llama.cpp know no LLaVA with a DINOv2 tower.")
-    if cfg.vision.class_token:
-        out.append("SGLang's source takes a tower with a class token only from folders of the LLaVA repository; it was "
-                   "not run.")
+    if cfg.vision.model_type == "clip_vision_model":
+        out.append("SGLang's source takes CLIP only from folders of the LLaVA repository; it was not run.")
     if cfg.connector == "linear":
         out.append("The connector is one matrix. A LLaVA folder always has two, so the second one is the unit matrix, "
                    "with projector_hidden_act `linear` between them, which transformers knows and vLLM does not.")
@@ -161,8 +160,8 @@ The weights derive from {" and ".join(origins)} and from the data above, whose l
 """
 
 
-NO_BASE = ("PEFT would put it on a LLaVA folder of transformers, and it was trained on something else; the model/ "
-           "beside it has it merged")
+NO_BASE = ("PEFT would put it on a LLaVA folder of transformers, and it was trained over something else;\n"
+           "the model/ beside it has it merged")
 
 
 def peft_reads(base):
@@ -175,11 +174,12 @@ def adapter(run, base):
     """The card of the adapter/ of a run, trained on base: a LLaVA, or None where it was two towers"""
     runs, origins = lineage(run)
     s = runs[-1][1]
-    known = known_as(base) if base else " and ".join(known_as(o) for o in origins)
+    at = Path(base or "")
+    known = known_as(str(at.parent if at.name == "model" else at)) if base else " and ".join(map(known_as, origins))
     hub = f"base_model: {known}\n" if base and "/" in known else ""
-    four = ("The language model was held in four bits while it was trained (NF4, double quantisation, blocks of 64). "
-            "Over the weights themselves the adapter says almost the same; `model/` beside it is merged with the "
-            "weights as four bits give them back.\n\n" if s["bits"] == 4 else "")
+    four = ("The language model was held in four bits while this was trained (NF4, double quantisation, blocks of 64).\n"
+            "Over the weights themselves it says almost the same; `model/` is merged with what four bits give back.\n"
+            "\n" if s["bits"] == 4 else "")
     return f"""\
 ---
 library_name: peft
@@ -191,8 +191,8 @@ library_name: peft
 
 # {Path(run).resolve().name}: adapter
 
-LoRA of rank {s["lora_r"]} with alpha {s["lora_alpha"]:g} on the language model of {known}, and a connector trained
-along with it; the template is `{s["template"]}`. Whole and merged, the model lies in `model/` beside this folder.
+LoRA of rank {s["lora_r"]} with alpha {s["lora_alpha"]:g} in the language model, and the connector trained along with
+it, over {known}; the template is `{s["template"]}`. Whole and merged, the model lies in `model/` beside this folder.
 
 ## Use
 

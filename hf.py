@@ -30,7 +30,7 @@ import chat
 from checkpoint import commit
 from config import read_json, stop
 from hf_config import (LLAVA_EYES, PROCESSORS, TEXT, image_spec, read_config, read_pre, strategy, text_config,
-                       vision_config)
+                       vision_config, vision_kind)
 from model import VLM, VisionTower, VLMConfig, init_weights
 from tokenizer import Tokenizer
 
@@ -211,10 +211,11 @@ class Folder(NamedTuple):
 
 def tower(folder):
     """-> config, preprocessor_config, {our name: tensor} of a vision tower"""
-    v, pre = read_config(folder), read_pre(folder)
+    v = read_config(folder)
     if nested := v.get("vision_config_dict") or v.get("vision_config"):       # a CLIP or SigLIP with both its halves
         v = {"model_type": f"{v.get('model_type')}_vision_model", **nested}
-    return v, pre, renamed({f"vision_tower.{k}": x for k, x in read_tensors(folder).items()}, folder)
+    vision_kind(v)                                                            # first of all: is it one?
+    return v, read_pre(folder), renamed({f"vision_tower.{k}": x for k, x in read_tensors(folder).items()}, folder)
 
 
 def llava(folder, c):

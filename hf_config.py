@@ -64,11 +64,17 @@ def typed(Config, what, d):
     return Config(**{k: x for k, x in d.items() if k in fields})
 
 
-def vision_config(c, feature_layer=-2, pre={}):
-    """config.json of a vision tower -> VisionConfig; absent keys take the defaults of their class."""
+def vision_kind(c):
+    """config.json of a vision tower -> its type, one that is known"""
     kind = c.get("model_type", "clip_vision_model")
     if kind not in list(VISION):
         stop(f"vision tower of type {kind!r}: {', '.join(VISION)} are known here")
+    return kind
+
+
+def vision_config(c, feature_layer=-2, pre={}):
+    """config.json of a vision tower -> VisionConfig; absent keys take the defaults of their class."""
+    kind = vision_kind(c)
     if c.get("use_swiglu_ffn") or c.get("num_channels", 3) != 3:
         stop(f"vision tower with use_swiglu_ffn={c.get('use_swiglu_ffn', False)} and num_channels="
              f"{c.get('num_channels', 3)}: false and 3 are known here")

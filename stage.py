@@ -540,7 +540,7 @@ class Run:
             stop(f"{e}. The last checkpoint is whole, the same command tries again")
         lost = self.seen["dropped"] + self.seen["truncated"]
         if self.adapter and not card.peft_reads(base):
-            self.world.print(f"{self.out / 'adapter'} is for sample.py and eval.py: {card.NO_BASE}")
+            self.world.print(f"{self.out / 'adapter'} is for sample.py and eval.py: {' '.join(card.NO_BASE.split())}")
         self.world.print(f"done: {self.out / 'model'}" + (f"; {self.seen['dropped']} of {self.seen['samples']} samples "
                          f"dropped, {self.seen['truncated']} truncated" if lost else "")
                          + (f"; {self.seen['animated']} pictures are animated, only the first frame was looked at"

@@ -35,7 +35,7 @@ DECODERS = {   # with a template that such a model would be given
 ASPECTS, DTYPES = ("crop", "pad", "squash"), (torch.float32, torch.float16, torch.bfloat16)
 CASES = ["-".join(c) for c in itertools.product(TOWERS, DECODERS, ("mlp", "linear"))]
 TOWERS["registers"] = TOWERS["dinov2"] | dict(model_type="dinov2_with_registers", num_register_tokens=4)   # it cannot
-QUESTION, SYSTEM = "What is this?", "Be brief."
+QUESTION, SYSTEM, PAD = "What is this?", "Be brief.", 4    # its id in conftest's tokenizers
 NEWER = {"qwen3": (4, 51)}    # came to transformers with this version; LlavaImageProcessor, which pads, came after 4.46
 
 

@@ -206,7 +206,8 @@ def test_the_card_of_an_adapter_says_how_peft_reads_it(bits, world, aligned, tmp
     out = tmp_path / "run" / "adapter"
     assert "is for sample.py and eval.py" not in capsys.readouterr().out
     card = (out / "README.md").read_text()
-    assert "library_name: peft" in card and ("four bits" in card) == (bits == 4) and str(tmp_path) not in card
+    assert "over align; the template is `vicuna_v1`" in card and "library_name: peft" in card
+    assert ("four bits" in card) == (bits == 4) and str(tmp_path) not in card
     monkeypatch.chdir(out)
     names = {}
     exec(card.split("```python\n")[1].split("```")[0].replace('"auto"', '"float64"'), names)

@@ -89,7 +89,7 @@ def test_places_on_this_machine_are_nobodys_business(name, known):
 
 def test_what_cannot_be_done_with_a_model_is_said():
     cfg = VLMConfig()
-    assert "vLLM does not" not in " ".join(card.limits(cfg, "crop"))
+    assert "vLLM does not" not in " ".join(card.limits(cfg, "crop")) and "SGLang" in card.limits(cfg, "crop")[0]
     cfg.connector, cfg.vision.model_type, cfg.text.model_type = "linear", "dinov2", "qwen3"
     said = " ".join(card.limits(cfg, "pad"))
     for words in ("vLLM and llama.cpp know no LLaVA with a DINOv2", "unit matrix", "4.51", "LlavaImageProcessor"):

@@ -324,7 +324,7 @@ def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava):
     assert "there is no such folder" in error(hf.load, init=tmp_path / "nowhere")
     assert "no model.safetensors in it" in error(hf.load, init=tmp_path / "empty")
     assert "holds a 'clip_vision_model', not a llava model" in error(hf.load, init=copy[0])
-    assert "vision tower of type 'llama'" in error(hf.load, add_files(copy[1], pre=PRE), towers[1])
+    assert "vision tower of type 'llama'" in error(hf.load, copy[1], copy[0])          # the wrong way round
     (copy[1] / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
     assert "is not a whole safetensors file" in error(hf.load, *copy)
     for text, says in (("{", "config.json: Expecting"), ("[1]", "is not a json object"),
@@ -415,6 +415,22 @@ def test_transformers_tokenizes_as_we_do(towers, tmp_path):
     assert T.GenerationConfig.from_pretrained(out).eos_token_id == 2
 
 
+def test_only_the_template_writes_bos(copy, tmp_path):
+    """Llama 3's tokenizer.json, and those that transformers converts, put one in front of every text."""
+    T = pytest.importorskip("transformers")
+    spec = json.loads((copy[1] / "tokenizer.json").read_text())
+    one, rest = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": [one, rest], "pair": [one, rest],
+                              "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+    (copy[1] / "tokenizer.json").write_text(json.dumps(spec))
+    model, folder = hf.load(*copy)
+    assert T.AutoTokenizer.from_pretrained(copy[1])("What")["input_ids"][0] == 1 != folder.tok.text("What")[0][0]
+    tok = T.AutoTokenizer.from_pretrained(export(model, folder, tmp_path / "out"))
+    assert tok("What")["input_ids"] == folder.tok.text("What")[0]
+    said = tok.apply_chat_template([{"role": "user", "content": "What"}], tokenize=False)
+    assert tok(said)["input_ids"].count(1) == 1 == tok(said)["input_ids"][0]
+
+
 @pytest.mark.parametrize("aspect", ["crop", "pad", "squash"])
 def test_the_whole_folder_answers_in_transformers_as_here(towers, tmp_path, aspect):
     """Tokens, pixels to the last bit, and greedy words: the folder alone says everything."""
@@ -455,6 +471,9 @@ def test_the_exported_folder_writes_our_prompts_by_itself(towers, tmp_path, temp
     there = T.AutoProcessor.from_pretrained(tmp_path / "out").apply_chat_template(
         [{"role": "user", "content": content}], return_tensors="pt", **how)
     speaker = Speaker(*hf.load(init=tmp_path / "out"), template, "Be brief.", "pad")
+    says = T.GenerationConfig.from_pretrained(tmp_path / "out")               # where an answer ends, what none holds
+    ends = says.eos_token_id if isinstance(says.eos_token_id, list) else [says.eos_token_id]
+    assert set(ends) == (speaker.stop if template != "plain" else {2}) and set(says.suppress_tokens) == speaker.banned
     assert there["input_ids"][0].tolist() == speaker.prompt([("<image>\nWhat is this?", None)], 1).tolist()
     assert there["pixel_values"].shape == (1, 3, 8, 8)
     (tmp_path / "out" / "chat_template.jinja").unlink()              # as transformers before 4.50 read it

@@ -62,6 +62,7 @@ def test_vllm_finds_every_setting(folder):
     assert c["architectures"] == ["LlavaForConditionalGeneration"] and c["model_type"] == "llava"
     assert set(t["architectures"]) < ARCHITECTURES and c["projector_hidden_act"] in ACTIVATIONS
     assert v["model_type"] in ("clip_vision_model", "siglip_vision_model") and v["hidden_act"] in ACTIVATIONS
+    assert c["pad_token_id"] == clients.PAD and c["tie_word_embeddings"] == t["tie_word_embeddings"]
     assert v["image_size"] % v["patch_size"] == 0 and type(c["vision_feature_layer"]) is int
     # SGLang looks here for the dtype, and its loader knows "full" and not "default": no tower with a class token
     assert c["torch_dtype"] in ("float32", "float16", "bfloat16")
@@ -80,7 +81,7 @@ def test_vllm_counts_as_many_tokens_for_a_picture_as_the_processor_writes(folder
     own = (v["image_size"] // v["patch_size"]) ** 2 + ("clip" in v["model_type"])
     own -= c["vision_feature_select_strategy"] == "default"
     seen = processor(images=Image.new("RGB", (23, 9)), text="<image>", return_tensors="pt")
-    assert (seen["input_ids"] == image).sum() == own
+    assert (seen["input_ids"] == image).sum() == own == c["image_seq_length"]
     assert seen["pixel_values"].shape == (1, 3, v["image_size"], v["image_size"])
     # of a question it renders the picture as the text <image>, or leaves the part to the template: once, either way
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
