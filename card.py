@@ -177,7 +177,7 @@ def adapter(run, base):
     at = Path(base or "")
     known = known_as(str(at.parent if at.name == "model" else at)) if base else " and ".join(map(known_as, origins))
     hub = f"base_model: {known}\n" if base and "/" in known else ""
-    four = ("The language model was held in four bits while this was trained (NF4, double quantisation, blocks of 64).\n"
+    four = ("The language model was held in four bits while this was trained (NF4, double quantisation).\n"
             "Over the weights themselves it says almost the same; `model/` is merged with what four bits give back.\n"
             "\n" if s["bits"] == 4 else "")
     return f"""\
