@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
+FOREVER = 600   # seconds, for what takes a few: a process that hangs is ended, one on a busy machine never is
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 torch.set_num_threads(1)  # two threads on two busy cores ran up to 25 times slower, and in other bits
 
@@ -114,8 +116,9 @@ def example(seed, text=9, learnt=4, images=1, model_patches=4, side=8):
     return ids, labels, torch.randint(0, 256, (images, 3, side, side), generator=g, dtype=torch.uint8)
 
 
-def fork(size, fn, folder, timeout=60):
-    """Run fn(rank) in `size` forked processes joined by gloo; fn's json-able results, by rank. Any failure fails the test."""
+def fork(size, fn, folder):
+    """Run fn(rank) in `size` forked processes joined by gloo; fn's json-able results, by rank. Any failure fails the test.
+    So does one that never ends; its limit says nothing about how fast a machine is."""
     pids = []
     for rank in range(size):
         sys.stdout.flush()
@@ -139,15 +142,14 @@ def fork(size, fn, folder, timeout=60):
                     dist.destroy_process_group()
                 os._exit(code)
         pids.append(pid)
-    import time
-    end, codes = time.time() + timeout, {}
+    end, codes = time.monotonic() + FOREVER, {}
     while len(codes) < size:
         for rank, pid in enumerate(pids):
             if rank not in codes:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     codes[rank] = os.waitstatus_to_exitcode(status)
-        if time.time() > end or any(codes.values()):
+        if time.monotonic() > end or any(codes.values()):
             for rank, pid in enumerate(pids):
                 if rank not in codes:
                     os.kill(pid, 9)

@@ -1,9 +1,11 @@
 """A run that is killed, told to stop or out of disk ends, once started again, with the bits of one that was left in
 peace. Dropout and shuffling are on, and a checkpoint is written after every step, so that kills hit writes."""
 
+import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -13,7 +15,7 @@ import traceback
 import pytest
 import test_checkpoint
 import torch
-from conftest import fork
+from conftest import FOREVER, fork
 from test_stages import LORA, SCRIPTS, files, rows, run, signals, world  # noqa: F401  (fixtures)
 
 import checkpoint
@@ -28,8 +30,11 @@ def settings(world):  # noqa: F811
     return {**world, **LORA, "steps": STEPS, "save_every": 1, "eval_every": 4, "sample_every": 4}
 
 
-def life(settings, out, told=None, name=signal.SIGTERM):
-    """Fork a trainer that also notes which samples each step saw, and hears a signal twice in step `told` -> pid"""
+def life(settings, out, told=None, name=signal.SIGTERM, killed=None, syncs=None):
+    """Fork a trainer that also notes which samples each step saw, and hears a signal twice in step `told` -> pid
+
+    It is killed after `killed` seconds of its own CPU time, wherever it is then, or at sync number `syncs` of what it
+    writes: neither depends on how busy the machine is, as a murderer beside it would."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -52,6 +57,15 @@ def life(settings, out, told=None, name=signal.SIGTERM):
             count(self, step, batch, result, waited)
 
         stage.Run.count = noting
+        if killed:                                     # the kernel's default for SIGPROF: as SIGKILL, no Python runs
+            signal.setitimer(signal.ITIMER_PROF, killed)
+        sync, done = checkpoint.sync, itertools.count(1)
+
+        def deadly(path):
+            if litter(out) and next(done) == syncs:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sync(path)
+        checkpoint.sync = deadly
         code = run("sft", settings, out) or 0
     except BaseException:
         traceback.print_exc()
@@ -60,17 +74,17 @@ def life(settings, out, told=None, name=signal.SIGTERM):
         os._exit(code)
 
 
-def ended(pid, seconds=120):
+def ended(pid):
     """-> exit code; a life that does not end fails the test"""
-    end = time.time() + seconds
-    while time.time() < end:
+    end = time.monotonic() + FOREVER
+    while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    raise AssertionError(f"still alive after {seconds} s")
+    raise AssertionError(f"still alive after {FOREVER} s")
 
 
 def result(out):
@@ -90,14 +104,17 @@ def result(out):
 
 @pytest.fixture(scope="module")
 def peace(settings, tmp_path_factory):
-    """The uninterrupted run -> its result, its seconds"""
-    out, began = tmp_path_factory.mktemp("peace") / "run", time.time()
+    """The uninterrupted run -> its result, its seconds on a CPU"""
+    def spent():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+    out, before = tmp_path_factory.mktemp("peace") / "run", spent()
     assert ended(life(settings, out)) == 0
-    return result(out), time.time() - began
+    return result(out), spent() - before
 
 
 def litter(out):
-    """Half-written things under a folder that another process is changing meanwhile (os.walk skips what has just gone)"""
+    """Half-written things under a folder"""
     return [name for _, folders, files in os.walk(out) for name in folders + files if name.startswith((".tmp", ".old"))]
 
 
@@ -107,27 +124,19 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same
     truth, seconds = peace
     rng, kills, in_writes, runs = random.Random(0), 0, 0, 0
     while kills < 20:
-        out = tmp_path / f"{runs}" / "run"
-        while True:
+        out, code = tmp_path / f"{runs}" / "run", None
+        while code != 0:
             ahead = {**settings, "workers": runs % 2}  # what a worker had prepared and nobody has seen dies too
-            pid, moment = life(ahead, out), time.time() + rng.uniform(0.02, seconds)
-            writing = kills % 3 == 0                   # each third waits from there for a write, or none might hit one
-            while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                if time.time() > moment and (not writing or litter(out)):
-                    break
-                time.sleep(0.0005)
-            os.kill(pid, signal.SIGKILL)
-            code = ended(pid)
-            if code == 0:
-                break                                  # it was faster than its murderer
-            assert code == -signal.SIGKILL, (out / "said.txt").read_text()
-            kills += 1
+            how = {"syncs": rng.randrange(1, 50)} if kills % 3 == 0 else {"killed": rng.uniform(0.02, 0.6 * seconds)}
+            code = ended(life(ahead, out, **how if kills < 20 else {}))
+            assert code in (0, -signal.SIGKILL, -signal.SIGPROF), (out / "said.txt").read_text()
+            kills += code != 0
             in_writes += bool(litter(out))
         assert result(out) == truth
         assert not litter(out)
         runs += 1
     print(f"{kills} kills, {in_writes} of them in a write, in {runs} runs")
-    assert in_writes >= 3, "the harness does not test what it claims"
+    assert in_writes >= 7, "the harness does not test what it claims"
 
 
 def test_killed_before_any_single_act_of_saving_an_old_or_the_new_checkpoint_is_whole(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ pytest.importorskip("hypothesis")
 from conftest import make_tokenizer
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 from PIL import Image
 from test_chat import HOSTILE, JINJA, I, Q, run_texts, said
 
@@ -25,6 +26,8 @@ import config
 import data
 from chat import IGNORE, IMAGE, TEMPLATES, BadSample, Tokenizer, encode, jinja, stop_ids, truncate
 
+# literals of our modules are tried as well: those that are imported, so that any edit would make all examples other ones
+providers._get_local_constants = lambda: providers._local_constants
 N = int(os.environ.get("PUMICE_FUZZ", 200))
 fuzz = settings(max_examples=N, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 

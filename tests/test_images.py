@@ -4,13 +4,12 @@ import io
 import os
 import resource
 import struct
-import time
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import GifImagePlugin, Image, ImageOps
+from PIL import GifImagePlugin, Image, ImageFile, ImageOps
 
 import data
 from chat import BadSample
@@ -157,13 +156,11 @@ def broken(seek):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # ours is the stricter limit
 @pytest.mark.parametrize("width, height, color", [
     (8001, 8000, 0), (10_000, 10_000, 2), (20_000, 20_000, 2), (60_000, 60_000, 0), (2**31 - 1, 2, 0)])
-def test_a_bomb_is_refused_by_its_header_before_anything_is_decoded(tmp_path, width, height, color):
+def test_a_bomb_is_refused_by_its_header_before_anything_is_decoded(tmp_path, width, height, color, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *a: pytest.fail("decoded"))
     (tmp_path / "x.png").write_bytes(png(width, height, 8, color, b"\0" * 1000))
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(BadSample, match="image is too large: 'x.png'"):
         load_image(str(tmp_path / "x.png"))
-    assert time.process_time() - began < 0.05
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (9000, 3), (3, 70_000)])

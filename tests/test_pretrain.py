@@ -1,6 +1,7 @@
 """Where the toy's towers come from: the lessons say what is true and keep the test world out; pretrain.py runs."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -73,7 +74,8 @@ def test_only_answers_are_learnt(tok):
 def test_two_commands_make_the_two_towers(tmp_path):
     """A few steps of each; the folders load, and the same command writes the same weights."""
     def run(*args):
-        done = subprocess.run([sys.executable, "demo/pretrain.py", *args], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "demo/pretrain.py", *args], cwd=ROOT, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import FOREVER, ROOT
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
@@ -38,7 +38,7 @@ def run(place, command, *more, code=0, stdin=""):
         words[0] = sys.executable
     words = [str(ROOT / w) if w.endswith(".py") and (ROOT / w).is_file() else w for w in words]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*words, *more], cwd=place, capture_output=True, text=True, env=env, input=stdin, timeout=300)
+    done = subprocess.run([*words, *more], cwd=place, capture_output=True, text=True, env=env, input=stdin, timeout=FOREVER)
     assert done.returncode == code, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
     return done
 

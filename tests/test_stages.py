@@ -13,7 +13,6 @@ import random
 import shutil
 import signal
 import sys
-import time
 import tokenize
 import types
 from pathlib import Path
@@ -171,10 +170,11 @@ def test_only_the_connector_moved_in_stage_1_and_only_the_tower_stayed_in_stage_
                          if not torch.equal(after[k], before[k].to(after[k].dtype))}
 
 
-def test_a_finished_run_that_is_started_again_changes_no_file(world, aligned, capsys):
-    before, began = files(aligned), time.time()
+def test_a_finished_run_that_is_started_again_takes_no_step_and_changes_no_file(world, aligned, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "train_step", lambda *a, **k: pytest.fail("a step"))
+    before = files(aligned)
     assert run("align", world, aligned) is None
-    assert files(aligned) == before and time.time() - began < 5
+    assert files(aligned) == before
     assert "is finished (6 steps): nothing to do" in capsys.readouterr().out
 
 
@@ -439,7 +439,8 @@ def test_a_spike_of_the_loss_is_reported_with_all_samples_of_its_step(world, tmp
 
 
 def test_memory_does_not_grow_with_steps(world, tmp_path, monkeypatch):
-    """Bytes held after each step: of the process, and in tensors alone."""
+    """Bytes held after each step: in tensors, and of the process, which may jump once (the kernel joins small pages to
+    large ones when it likes), but does not grow all the time."""
     held, count = [], stage.Run.count
 
     def noting(self, step, *args):
@@ -449,9 +450,9 @@ def test_memory_does_not_grow_with_steps(world, tmp_path, monkeypatch):
             held.append((engine.rss(), sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor)))
     monkeypatch.setattr(stage.Run, "count", noting)
     run("sft", world, tmp_path / "run", steps=181, save_every=50, eval_every=50, sample_every=50, log_every=1, **LORA)
-    (rss, tensors), *_, (rss_later, tensors_later) = held
-    assert tensors_later - tensors < 50_000, held                              # the streams of 120 steps are 450 kB
-    assert rss_later - rss < 8 * 2**20, held
+    rss, tensors = zip(*held)
+    assert tensors[2] - tensors[0] < 50_000, held                              # the streams of 120 steps are 450 kB
+    assert min(rss[1] - rss[0], rss[2] - rss[1]) < 4 * 2**20, held
 
 
 def test_a_finished_run_is_not_taken_for_another_one_in_the_same_folder(world, tmp_path):
@@ -640,18 +641,19 @@ def test_animated_pictures_are_counted_and_said(world, tmp_path, capsys):
 @pytest.mark.parametrize("how", [{}, {"resume": "none"}, {"overfit": True}])
 def test_a_second_run_in_the_folder_of_a_living_one_is_refused_and_changes_nothing(world, tmp_path, how):
     out = tmp_path / "run" / "overfit" if "overfit" in how else tmp_path / "run"
+    (hears, speaks), (ends, holds) = os.pipe(), os.pipe()
     pid = os.fork()
     if not pid:
         try:
+            os.close(holds)
             lock = checkpoint.claim(out)
             if loader := os.fork():                                               # which outlives its parent
-                (tmp_path / "loader").write_text(str(loader))
-                os.rename(tmp_path / "loader", tmp_path / "taken")
-            time.sleep(60)
+                os.write(speaks, b"%d\n" % loader)
+            os.read(ends, 1)                                                      # until the test ends, however it does
         finally:
             os._exit(bool(lock))
-    while not (tmp_path / "taken").exists():
-        time.sleep(0.001)
+    os.close(speaks), os.close(ends)
+    loader = int(os.read(hears, 99))                                              # nothing, where it could not be taken
     before = files(tmp_path)
     line = refusal("align", world, tmp_path / "run", **how)
     assert line == f"error: out={out}: another run is writing there, as long as it lives; --out=DIR writes elsewhere"
@@ -659,7 +661,8 @@ def test_a_second_run_in_the_folder_of_a_living_one_is_refused_and_changes_nothi
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     run("align", world, tmp_path / "run", **how, steps=1)
-    os.kill(int((tmp_path / "taken").read_text()), signal.SIGKILL)
+    os.kill(loader, 0)                                                            # it is still there
+    os.close(hears), os.close(holds)
 
 
 def test_where_nothing_can_be_locked_a_run_says_so_and_goes_on(world, tmp_path, monkeypatch, capsys):
