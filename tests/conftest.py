@@ -29,6 +29,12 @@ SPECIALS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<|im_start|>", "<|im_en
             "<|end_header_id|>", "<|eot_id|>"]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_compiled_before(tmp_path_factory):
+    """What torch.compile left in /tmp for other instructions of the processor would be run again, and gave NaN."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture(autouse=True)
 def no_graphs_left():
     """torch.compile counts how often a function was compiled, over all tests of a process, and gives up at eight."""
