@@ -142,9 +142,8 @@ def steps_in(folder):
 
 
 def save(out, step, model, optimizer, world, state, keep_last, keep=()):
-    """Write out/checkpoints/step_<step>, then delete all but the newest keep_last and the steps in `keep`. All ranks
-    call it; rank 0 writes, and alone holds a copy of everything. What lies beyond `step` belongs to a life that was
-    given up (its checkpoints were damaged, or an older one was named to go on from) and goes too."""
+    """Write out/checkpoints/step_<step>, then retire older ones. All ranks call it; rank 0 writes, and alone holds a
+    copy of everything."""
     trained, moments = {}, {}
     for n, p in unwrap(model).named_parameters():
         if p.requires_grad:
@@ -168,6 +167,12 @@ def save(out, step, model, optimizer, world, state, keep_last, keep=()):
         (tmp / "state.json").write_text(json.dumps({"step": step, "world": world.size, **state}, indent=1))
 
     commit(Path(out, "checkpoints", f"step_{step:07}"), fill)
+    retire(out, step, keep_last, keep)
+
+
+def retire(out, step, keep_last, keep=()):
+    """Delete all checkpoints but the newest keep_last and the steps in `keep`. What lies beyond `step` belongs to a life
+    that was given up (its checkpoints were damaged, or an older one was named to go on from) and goes too."""
     steps = steps_in(out)
     lives = {*keep, *[s for s, _ in steps if s <= step][-max(1, keep_last):]}
     for s, path in steps:

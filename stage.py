@@ -485,10 +485,9 @@ class Run:
             return
         state = dict(settings=dataclasses.asdict(self.s), data=self.fingerprint, seen=self.seen, reasons=self.reasons,
                      best=self.best, base=self.base, losses=list(self.spikes.losses))
-        keep = (self.best[1],) if self.s.keep_best and self.best else ()
         problem = ""
         try:
-            checkpoint.save(self.out, step + 1, self.model, optimizer, self.world, state, self.s.keep_last, keep)
+            checkpoint.save(self.out, step + 1, self.model, optimizer, self.world, state, *self.kept())
         except OSError as e:
             problem = str(e)
         problem = next(filter(None, self.world.gather(problem)), "")
@@ -497,6 +496,9 @@ class Run:
             stop(f"{TRIES} checkpoints in a row could not be written: {problem}")
         if problem:
             self.world.print(f"step {step + 1}: {problem}; training goes on from memory")
+
+    def kept(self):
+        return self.s.keep_last, (self.best[1],) if self.s.keep_best and self.best else ()
 
     def stopping(self, step, optimizer):
         """Was any rank told to stop? Then this step is saved, unless it just was."""
@@ -522,6 +524,7 @@ class Run:
         if self.world.rank > 0:
             return
         try:
+            checkpoint.retire(self.out, max(self.steps, self.logger.start), *self.kept())   # killed in its last save?
             if self.adapter:
                 trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
                 about = dict(template=s.template, system=s.system, image_aspect=s.image_aspect, bits=s.bits)

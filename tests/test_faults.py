@@ -183,6 +183,20 @@ def test_killed_before_any_single_act_of_saving_an_old_or_the_new_checkpoint_is_
     assert fatal > 25 and outcomes[0] == outcomes[-1] == "step_0000002"
 
 
+def test_killed_after_its_last_checkpoint_and_before_an_older_one_went_it_goes_with_the_next_life(settings, peace,
+                                                                                                  tmp_path, monkeypatch):
+    """There is no step left to take then, and no checkpoint to write."""
+    discard = checkpoint.discard
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "discard", lambda p: sys.exit("killed") if p.name == "step_0000008" else discard(p))
+        with pytest.raises(SystemExit, match="killed"):
+            run("sft", settings, tmp_path / "run")
+    assert [n for n, _ in checkpoint.steps_in(tmp_path / "run")] == [8, 9, 10]
+    run("sft", settings, tmp_path / "run")
+    (tmp_path / "run" / "seen.txt").write_text("")
+    assert result(tmp_path / "run")[:3] == peace[0][:3]
+
+
 def test_a_checkpoint_written_in_place_would_not_survive(tmp_path):
     pair = test_checkpoint.trainer()
     path = test_checkpoint.save(tmp_path, 1, pair)
