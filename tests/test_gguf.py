@@ -17,7 +17,7 @@ import chat
 import gguf_export
 import hf
 from data import pack
-from model import VLM
+from model import VLM, TextConfig, VisionConfig, VLMConfig
 from tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -89,6 +89,31 @@ def test_a_model_rebuilt_from_its_two_files_has_equal_logits(name, tmp_path, byt
     assert keys[f"{arch}.attention.key_length"] == cfg.head_dim
     assert keys[f"{arch}.context_length"] == (5 if "window" in name else cfg.max_position_embeddings)
     assert keys.get(f"{arch}.rope.scaling.factor") == (4.0 if name == "linear rope" else None)
+
+
+def test_every_number_of_a_config_stands_under_its_key():
+    """All of them different, so that none can stand for another."""
+    v = VisionConfig("siglip_vision_model", hidden_size=30, intermediate_size=40, num_hidden_layers=7, image_size=28,
+                     num_attention_heads=6, patch_size=4, hidden_act="gelu_pytorch_tanh", layer_norm_eps=2**-9,
+                     feature_layer=-3, image_mean=(0.25, 0.5, 0.75), image_std=(0.125, 0.375, 0.625))
+    t = TextConfig("qwen2", vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                   num_attention_heads=12, num_key_value_heads=2, head_dim=16, rms_norm_eps=2**-8, rope_theta=4096.0,
+                   rope_scaling={"type": "linear", "factor": 8.0}, max_position_embeddings=512, qkv_bias=True)
+    assert gguf_export.text_keys(t, "bf16", "x") == {
+        "general.architecture": "qwen2", "general.type": "model", "general.name": "x", "general.file_type": 32,
+        "qwen2.vocab_size": 101, "qwen2.block_count": 3, "qwen2.embedding_length": 48, "qwen2.context_length": 512,
+        "qwen2.feed_forward_length": 80, "qwen2.attention.head_count": 12, "qwen2.attention.head_count_kv": 2,
+        "qwen2.attention.key_length": 16, "qwen2.attention.value_length": 16, "qwen2.rope.dimension_count": 16,
+        "qwen2.attention.layer_norm_rms_epsilon": 2**-8, "qwen2.rope.freq_base": 4096.0,
+        "qwen2.rope.scaling.type": "linear", "qwen2.rope.scaling.factor": 8.0}
+    assert gguf_export.mmproj_keys(VLMConfig(v, t), "f16", "x") == {
+        "general.architecture": "clip", "general.type": "mmproj", "general.name": "x", "general.file_type": 1,
+        "clip.has_text_encoder": False, "clip.has_vision_encoder": True, "clip.has_llava_projector": True,
+        "clip.projector_type": "mlp", "clip.use_gelu": True, "clip.vision.image_size": 28, "clip.vision.patch_size": 4,
+        "clip.vision.embedding_length": 30, "clip.vision.feed_forward_length": 40, "clip.vision.projection_dim": 48,
+        "clip.vision.attention.head_count": 6, "clip.vision.attention.layer_norm_epsilon": 2**-9,
+        "clip.vision.block_count": 5, "clip.vision.feature_layer": [5], "clip.vision.image_mean": [0.25, 0.5, 0.75],
+        "clip.vision.image_std": [0.125, 0.375, 0.625]}
 
 
 def test_the_factors_of_llama_3_are_those_of_the_converter(tmp_path, bytes_folder):
@@ -172,6 +197,14 @@ def test_a_byte_level_tokenizer_keeps_its_pieces_merges_and_kinds(llava, tmp_pat
     assert [m.split(" ") for m in keys["merges"]] == [list(m) for m in spec["model"]["merges"]]
     assert (keys["bos_token_id"], keys["eos_token_id"], keys["padding_token_id"]) == (1, 2, tok.specials["<pad>"])
     assert keys["add_bos_token"] is False and "scores" not in keys and "eot_token_id" not in keys
+
+
+def test_an_added_token_that_controls_nothing_is_a_word_there_too(tmp_path):
+    def change(spec):
+        next(t for t in spec["added_tokens"] if t["content"] == "<|eot_id|>")["special"] = False
+    tok = respecified(None, tmp_path / "t", change)
+    types = gguf_export.tokenizer_keys(tok, 512, None)["tokenizer.ggml.token_type"]
+    assert [types[tok.specials[t]] for t in ("<|eot_id|>", "<|im_end|>")] == [4, 3]
 
 
 @pytest.mark.parametrize("template", chat.TEMPLATES)
