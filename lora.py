@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from checkpoint import commit
 from config import read_json, stop
-from hf import find_model, fingerprint, load, mark, read_tensors, rename
+from hf import find, find_model, fingerprint, load, mark, read_tensors, rename
 from kernels import nf4
 from model import VLM
 
@@ -350,20 +350,22 @@ def load_adapter(model, folder):
 def load_merged(folder, dtype):
     """The folder of an adapter -> VLM, Folder, as hf.load reads a model: its base, and the adapter merged with it as a
     run's model/ is. The base is found where the adapter says; a relative path counts from here."""
-    base, says = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path"), about(folder)
-    towers = [says.get(k) for k in ("vision", "llm")]
-    where = f"{folder} was trained on {base}: base_model_name_or_path in its adapter_config.json says where that lies"
-    if not base and all(towers):                                              # and a connector that is in the adapter
+    says = about(folder)
+    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]         # where it was no LLaVA yet
+    base = " and ".join(towers) or read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    file = "its pumice.json" if towers else "base_model_name_or_path in its adapter_config.json"
+    where = f"{folder} was trained on {base}: {file} says where that lies"
+    if not base or not isinstance(base, str):
+        stop(where)
+    try:
+        at = [find(t) for t in towers] or [find_model(base)]
+    except SystemExit as e:
+        stop(f"{where}, and {str(e).removeprefix('error: ')}")
+    if towers:                                                                # and a connector that is in the adapter
         mlp = any("linear_2" in k for k in read_tensors(folder, "adapter_model"))
-        model, source = load(*towers, connector="mlp" if mlp else "linear", dtype=None)
+        model, source = load(*at, connector="mlp" if mlp else "linear", dtype=None)
     else:
-        if not base or not isinstance(base, str):
-            stop(where)
-        try:
-            at = find_model(base)
-        except SystemExit as e:
-            stop(f"{where}, and {str(e).removeprefix('error: ')}")
-        model, source = load(init=at, dtype=None)                             # unrounded: the fingerprint is of that
+        model, source = load(init=at[0], dtype=None)                          # unrounded: the fingerprint is of that
     load_adapter(model, folder)
     for k, p in model.named_parameters():
         if ".lora_" not in k:

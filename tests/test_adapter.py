@@ -196,6 +196,11 @@ def test_one_that_peft_has_no_base_for_says_so_and_is_read_here(base, world, ali
     ours, whole = (answer.load(tmp_path / "run" / part, "cpu", "fp32") for part in ("adapter", "model"))
     halves_agree(ours, whole)
     assert (ours.template, ours.system, ours.spec) == (whole.template, whole.system, whole.spec)
+    if not at:
+        rewrite(out / "pumice.json", llm="runs/gone")
+        assert error(answer.load, out, "cpu").endswith(
+            f"was trained on {world['vision']} and runs/gone: its pumice.json says where that lies, and runs/gone "
+            "holds no model: there is no such folder")
 
 
 @pytest.mark.parametrize("bits", [16, 4])
