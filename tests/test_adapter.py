@@ -174,7 +174,7 @@ def original(out, aligned, world):  # noqa: F811
     torch.save(tensors, out / "pytorch_model.bin")
     config = json.loads(Path(world["llm"], "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | dict(
-        model_type="llava_llama", mm_vision_tower=world["vision"], mm_projector_type="mlp2x_gelu",
+        model_type="llava", mm_vision_tower=world["vision"], mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2, image_aspect_ratio="pad")))
     for file in Path(world["llm"]).glob("tokenizer*"):
         shutil.copy(file, out)
