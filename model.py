@@ -229,6 +229,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.make = functools.partial(rms_norm, eps=eps)   # once: made anew, dynamo would take eps for an input
 
     def forward(self, x, add=None):
         """x (..., C) -> its norm; with add (..., C): x + add, the norm of that"""
@@ -236,7 +237,7 @@ class RMSNorm(nn.Module):
 
     def made(self, x):
         """How the norm of x is made, for together()."""
-        return functools.partial(rms_norm, eps=self.eps), (x, self.weight)
+        return self.make, (x, self.weight)
 
 
 def rope_frequencies(cfg, device=None):
@@ -389,9 +390,11 @@ class VLM(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would widen the stream
         z = self.see(images).flatten(0, 1)                                     # (I Q, C)
-        # holes were counted against images when the batch was built, on the CPU; counting them here would stall a GPU
-        holes = (ids == self.cfg.image_token_index).nonzero_static(size=len(z))[:, 0]                  # (I Q,)
-        x = x.index_copy(0, holes, z.to(x.dtype))   # masked_scatter's gradient would list its numbers one by one
+        # as many holes as features, and a -1 that says that there are no more: the device checks, the host goes on
+        holes = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]              # (I Q + 1,)
+        torch._assert_async(holes[-1] < 0, "there are more places for pictures than pictures")
+        torch._assert_async((holes[:-1] >= 0).all(), "there are more pictures than places for them")
+        x = x.index_copy(0, holes[:-1], z.to(x.dtype))   # masked_scatter's gradient would list its numbers one by one
         hidden = self.language_model(x, pos, lo, hi, rows, cache)
         return head(hidden, self.language_model.head_weight, labels[rows])
 

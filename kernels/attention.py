@@ -183,6 +183,19 @@ def _cut(begin, end, lo, hi, B: tl.constexpr):
 
 
 @triton.jit
+def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
+    """Of a tile of BM queries: lo, hi (BM,), begin and _cut of its keys. Whatever spans are given, only keys in [0, M)
+    are read."""
+    at = start + tl.arange(0, BM)
+    lo = tl.load(LO + at, mask=at < N, other=0)                              # rows behind the last see nothing
+    hi = tl.minimum(tl.load(HI + at, mask=at < N, other=0), M)
+    last = tl.minimum(start + BM, N) - 1
+    begin, end = tl.maximum(tl.load(LO + start), 0), tl.minimum(tl.load(HI + last), M)
+    a, b, reach = _cut(begin, end, tl.maximum(tl.load(LO + last), begin), tl.minimum(tl.load(HI + start), end), BN)
+    return lo, hi, begin, end, a, b, reach
+
+
+@triton.jit
 def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
     """X from row `start` on, whose row stride is `stride`; rows (B,) = 0 ... B - 1 -> (B, D), zeros from row `count`
     and column K on. The first row's offset is int64, for N H K passes 2**31; those inside a tile do not. The compiler
@@ -212,17 +225,13 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
     return higher, l, acc
 
 
-@triton.jit(do_not_specialize=["N"])
-def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
+@triton.jit(do_not_specialize=["N", "M", "g"])
+def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
              scale, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One tile of BM queries of one head. OUT (N, H, K) and LSE (H, N) are contiguous."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
-    last = tl.minimum(start + BM, N) - 1
-    lo = tl.load(LO + start + r, mask=start + r < N, other=0)                # rows behind the last see nothing
-    hi = tl.load(HI + start + r, mask=start + r < N, other=0)
-    begin, end = tl.load(LO + start), tl.load(HI + last)
-    a, b, reach = _cut(begin, end, tl.load(LO + last), tl.load(HI + start), BN)
+    lo, hi, begin, end, a, b, reach = _bounds(LO, HI, start, N, M, BM, BN)
 
     q = _tile(Q + h * stride_qh, start, r, N - start, stride_qn, K, D)
     KEYS += h // g * stride_kh
@@ -270,8 +279,8 @@ def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, s
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["N"])
-def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, stride_qn, stride_qh, stride_kn, stride_kh,
+@triton.jit(do_not_specialize=["N", "M", "g"])
+def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_qn, stride_qh, stride_kn, stride_kh,
                 stride_vn, stride_vh, stride_dn, stride_dh, scale, norm, g,
                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One tile of queries of one head, as in _forward: its dq, and delta (H, N) for the other kernel."""
@@ -279,11 +288,7 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, stride_qn, 
     r, d = tl.arange(0, BM), tl.arange(0, D)
     n = start.to(tl.int64) + r
     inside = n < N
-    last = tl.minimum(start + BM, N) - 1
-    lo = tl.load(LO + start + r, mask=inside, other=0)
-    hi = tl.load(HI + start + r, mask=inside, other=0)
-    begin, end = tl.load(LO + start), tl.load(HI + last)
-    a, b, reach = _cut(begin, end, tl.load(LO + last), tl.load(HI + start), BN)
+    lo, hi, begin, end, a, b, reach = _bounds(LO, HI, start, N, M, BM, BN)
 
     do = _tile(DO + h * stride_dh, start, r, N - start, stride_dn, K, D)
     out = _tile(OUT + h * K, start, r, N - start, H * K, K, D)
@@ -324,7 +329,7 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, 
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N", "M", "g"])
 def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_qn, stride_qh, stride_kn,
                  stride_kh, stride_vn, stride_vh, stride_dn, stride_dh, scale, norm, g,
                  K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
@@ -419,7 +424,7 @@ def attention_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torc
     out, lse = _fake(q, k, v, lo, hi)
     how = sizes(q, "forward")
     if N:
-        _forward[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo.contiguous(), hi.contiguous(), out, lse, N,
+        _forward[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo.contiguous(), hi.contiguous(), out, lse, N, k.shape[0],
                                                  *strides(q, k, v), **numbers(q, k, v), **how)
     return out, lse
 
@@ -442,7 +447,7 @@ def attention_triton_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     delta, norm = torch.empty_like(lse), K**-0.5
     if N:
         how = sizes(q, "backward_q")
-        _backward_q[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo, hi, out, lse, do, delta, dq, N,
+        _backward_q[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo, hi, out, lse, do, delta, dq, N, M,
                                                     *strides(q, k, v, do), norm=norm, **numbers(q, k, v), **how)
     if M:
         how = sizes(q, "backward_kv")

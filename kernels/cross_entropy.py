@@ -165,10 +165,14 @@ def _setup(ctx, inputs, output):
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
-    # the scalar is multiplied in before rounding: in bf16 it would bend all gradients by up to one part in 500
-    dh, dw = ((d.to(grad.dtype) * grad).to(t) if need and grad is not None else None
-              for d, t, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad))
-    return dh, dw, None, None, None, None, None
+    """The scalar is multiplied in before rounding: in bf16 it would bend all gradients by up to one part in 500. For
+    this moment there are two (V, C); to multiply in place what autograd keeps is not allowed in a compiled graph."""
+    (dh, dw), (hidden, weight), (need_h, need_w, *_) = ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad
+    if grad is None:
+        return (None,) * 7
+    dh = (dh.to(grad.dtype) * grad).to(hidden) if need_h else None
+    dw = torch.mul(dw, grad, out=dw.new_empty(dw.shape, dtype=weight)) if need_w else None  # and no third for a cast
+    return dh, dw if need_w else None, None, None, None, None, None
 
 
 op.register_autograd(_backward, setup_context=_setup)

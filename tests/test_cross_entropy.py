@@ -144,6 +144,17 @@ def test_the_logits_take_what_is_said_of_them(dtype, each, monkeypatch):
         assert said == min(R, 50) * 2000 * each <= held < 1.25 * said
 
 
+@pytest.mark.parametrize("V", [16, 17, 23])
+def test_a_sum_over_chunks_in_low_precision_reaches_every_word(V, monkeypatch):
+    """Of slices of 8 words: none left over, one, seven"""
+    import kernels.cross_entropy
+    monkeypatch.setattr(kernels.cross_entropy, "SLICE", 8)
+    hidden, weight, labels = case(12, 4, V, dtype=torch.bfloat16)
+    _, _, dw = with_gradients(linear_cross_entropy, hidden, weight, labels, up=1.0, chunk=5)
+    true = with_gradients(linear_cross_entropy_ref, hidden.double(), weight.double(), labels, up=1.0)[2]
+    torch.testing.assert_close(dw.double(), true, rtol=0.03, atol=0.03)     # of numbers that are 1 each, in bf16
+
+
 def test_without_a_gradient_none_is_made():
     hidden, weight, labels = case(500, 16, 1000, dtype=torch.float32)
     with torch.no_grad(), Largest() as largest:

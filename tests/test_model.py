@@ -403,6 +403,15 @@ def test_a_stream_without_pictures_runs_all_modules_and_gives_gradients_of_zero(
     assert all(torch.equal(both[n], alone[n]) for n in eyes)
 
 
+@pytest.mark.parametrize("images, says", [(0, "more places"), (1, "more places"), (3, "more pictures")])
+def test_a_picture_too_few_or_too_many_is_an_error(images, says):
+    """Neither is left out in silence, and on a GPU nobody waits for the answer (test_lean.py)."""
+    batch = pack([example(1), example(2)], 8)
+    given = batch._replace(images=torch.cat([batch.images] * 2)[:images])
+    with pytest.raises(RuntimeError, match=says):
+        tiny_vlm()(*given)
+
+
 @pytest.mark.parametrize("examples", [[], [example(1, learnt=0)]], ids=["an empty stream", "nothing to learn"])
 def test_a_stream_without_a_label_costs_nothing_and_gives_gradients_of_zero(examples):
     model = tiny_vlm()

@@ -115,6 +115,22 @@ def test_documents_do_not_see_each_other():
         assert torch.equal(a[11:], b[11:]) and not torch.equal(a[:11], b[:11])
 
 
+def test_spans_that_break_the_rules_read_nothing_outside():
+    """Ends behind the last key and beginnings before the first are cut to what exists; beside k and v lies nan, which
+    would be read, and counted through a mask that says all is seen."""
+    (lo, hi), M = documents(40), 40
+    room = [torch.full((M + 200, 1, 8), torch.nan) for _ in range(2)]
+    q, k, v = (t.detach() for t in low((lo, hi), M, torch.float32, H=1, G=1, K=8))
+    for at, t in zip(room, (k, v)):
+        at[100 : 100 + M] = t
+    k, v = (at[100 : 100 + M] for at in room)
+    want = attention(q, k, v, lo, torch.full_like(hi, M))
+    assert torch.equal(attention(q, k, v, lo - 50, torch.full_like(hi, M + 60)), want)
+    q, k, v = (t.requires_grad_() for t in (q, k.detach(), v.detach()))
+    for spans in ((lo - 50, hi + 60), (hi, lo), (lo, hi.flip(0)), (hi.flip(0) - 9, hi + 5)):
+        assert all(t.isfinite().all() for t in with_gradients(attention, q, k, v, *spans))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_ranges_are_those_of_a_loop(name):
     (lo, hi), M = CASES[name]
