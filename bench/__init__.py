@@ -1,5 +1,5 @@
 """What the two commands of bench.py share: lengths of conversations, a clock, measured ceilings, processes that may
-die, the machine in one line, and the last line in JSON."""
+die, the machine in one line, tables, and the last line in JSON."""
 
 import importlib.metadata
 import json
@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 import torch
+
+import config
 
 ROOT = Path(__file__).resolve().parent.parent
 LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # what is measured in
@@ -36,6 +38,25 @@ def drawn(n, g):
         words = mean * math.exp(sigma * z - sigma * sigma / 2)
         out.append((int(min(max(words, 8), 2048 if not pictures else 1472)), share, pictures))
     return out
+
+
+# ---- what is asked for ---------------------------------------------------------------------------------------------
+
+def choose(device):
+    """-> cuda or cpu, of auto, cuda, cpu"""
+    if device not in ("auto", "cuda", "cpu"):
+        config.stop(f"device={device}: auto, cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        config.stop("device=cuda, but this machine has no GPU that torch can use")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def picked(names, usual, known):
+    """"all" or "A3,C1" -> list of names: the usual ones, or these, all of which must be known"""
+    names = [*usual] if names == "all" else names.split(",")
+    if unknown := [n for n in names if n not in known]:
+        config.stop(f"rows={unknown[0]}: all, or some of {','.join(known)}")
+    return names
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -159,6 +180,11 @@ def write_line(x):
 def line(*cells):
     """A line of a markdown table; None is an empty cell."""
     return f"| {' | '.join('' if c is None else str(c) for c in cells)} |"
+
+
+def table(names, rows, numbers=False):
+    rule = "|---" * 2 + "|--:" * (len(names) - 2) if numbers else "|---" * len(names)
+    return "\n".join([line(*names), rule + "|", *(line(*cells) for cells in rows)]) + "\n"
 
 
 def write_page(page, out):

@@ -33,7 +33,8 @@ part() {  # name, seconds, command ...: its output here, and what it found on th
     [ "$code" = 0 ] || failed="${failed:-} $name"
 }
 
-side=(); python3 -c 'import xdist' 2>/dev/null && side=(-n 12)   # Triton compiles on one core
+# Triton compiles on one core, so the tests run side by side; what they compile, the other parts find in Triton's cache
+side=(); python3 -c 'import xdist' 2>/dev/null && side=(-n 12 --dist worksteal)
 part "Kernels against float64" 130 python3 -m pytest -q -p no:cacheprovider --tb=short --durations=5 "${side[@]}" tests/test_gpu.py
 part "Kernels beside their peers" 240 python3 bench.py kernels --seconds=225 --row_seconds=90 --out="$work/page"
 part "Training steps beside transformers" 200 python3 bench.py step --rows=S1,S2,S4 --steps=3 --seconds=185 --out="$work/page"

@@ -389,6 +389,17 @@ MORE = {"cpu": "The toy rows have no goal in time: with 512 words there is no he
                 "TFLOP/s. Theirs with a smaller micro-batch than meant, because the usual did not fit, is marked."}
 
 
+def cells(r):
+    """Of one line of the table: a row beside one peer"""
+    halved = "".join(f" (micro-batch x {p:g})" if p < 1 else "" for p in r["part"][1:])
+    return [r["row"], r["peer"] + halved, r["tokens"], f"{r['padding']:.2f}", f"{r['learnt']:.0%}",
+            *(f"{t:.0f}" for t in r["ms"]), "**{:.2f}** ({:.2f} to {:.2f})".format(r["speed"], *r["speed_range"]),
+            r["goal"], f"{r['samples_per_s'][0]:.1f}", f"{r['mfu']:.1%}" if "mfu" in r else None,
+            f"{r['of_floor']:.0%}" if "of_floor" in r else None, *(f"{m:.0f}" for m in r["mib"]),
+            f"**{r['memory']:.2f}**", r["memory_goal"], f"{r['memory_net']:.2f}",
+            "{:.0e}, {:.0e}".format(*r["apart"]) + ("" if r["agree"] else " **not the same steps**")]
+
+
 def page(rows, failed, s, head, ceilings):
     more = MORE[s.device].format(tflops=ceilings["matmul"] / 1e12 if ceilings else 0)
     text = PAGE.format(**head, steps=s.steps, repeats=s.repeats, date=s.date, more=more,
@@ -397,16 +408,7 @@ def page(rows, failed, s, head, ceilings):
                        agree={"cpu": "", "cuda": " (bf16; random data: only the first is a check)"}[s.device])
     names = ["row", "beside", "tokens", "padding", "learnt", "ms, ours", "ms, theirs", "**times faster**", "goal",
              "samples/s", "MFU", "of the floor", "MiB, ours", "MiB, theirs", "**memory**", "goal", "net", "apart"]
-    text += bench.line(*names) + "\n" + "|---" * 2 + "|--:" * (len(names) - 2) + "|\n"
-    for r in rows:
-        halved = "".join(f" (micro-batch x {p:g})" if p < 1 else "" for p in r["part"][1:])
-        text += bench.line(
-            r["row"], r["peer"] + halved, r["tokens"], f"{r['padding']:.2f}", f"{r['learnt']:.0%}",
-            *(f"{t:.0f}" for t in r["ms"]), "**{:.2f}** ({:.2f} to {:.2f})".format(r["speed"], *r["speed_range"]),
-            r["goal"], f"{r['samples_per_s'][0]:.1f}", f"{r['mfu']:.1%}" if "mfu" in r else None,
-            f"{r['of_floor']:.0%}" if "of_floor" in r else None, *(f"{m:.0f}" for m in r["mib"]),
-            f"**{r['memory']:.2f}**", r["memory_goal"], f"{r['memory_net']:.2f}",
-            "{:.0e}, {:.0e}".format(*r["apart"]) + ("" if r["agree"] else " **not the same steps**")) + "\n"
+    text += bench.table(names, map(cells, rows), numbers=True)
     return text + "".join(f"\n{name}, {side}: did not run: {why}\n" for (name, side), why in failed.items())
 
 
@@ -426,16 +428,9 @@ class Settings:
 
 
 def main(s, args):
-    if s.device == "auto":
-        s.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if s.device not in NAMES:
-        config.stop(f"device={s.device}: auto, cuda or cpu")
-    if s.device == "cuda" and not torch.cuda.is_available():
-        config.stop("device=cuda, but this machine has no GPU that torch can use")
+    s.device = bench.choose(s.device)
     s.size = s.size or {"cuda": "full", "cpu": "tiny"}[s.device]
-    names = NAMES[s.device] if s.rows == "all" else s.rows.split(",")
-    if unknown := [n for n in names if n not in NAMES["cpu"] + NAMES["cuda"]]:
-        config.stop(f"rows={unknown[0]}: all, or some of {','.join(NAMES['cpu'] + NAMES['cuda'])}")
+    names = bench.picked(s.rows, NAMES[s.device], NAMES["cpu"] + NAMES["cuda"])
     if s.size not in ("full", "tiny") or (s.device, s.size) == ("cpu", "full"):
         config.stop(f"size={s.size}, device={s.device}: full (on a GPU) or tiny")
     if s.repeats < 0 or s.steps < 1:

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -198,7 +199,8 @@ def made(name, monkeypatch):
 
 # what may be missing or refuse on a CPU, and how it says so
 EXCUSED = {"sdpa cudnn": "RuntimeError", "sdpa efficient": "RuntimeError", "varlen_attn": "NotImplementedError",
-           "flex": "NotImplementedError", "peft": "ModuleNotFoundError", "F.linear_cross_entropy": "AttributeError"}
+           "flex": "NotImplementedError", "peft": "ModuleNotFoundError", "bitsandbytes": "ModuleNotFoundError",
+           "F.linear_cross_entropy": "AttributeError"}
 
 
 @pytest.mark.parametrize("name", rows.ROWS)
@@ -220,7 +222,7 @@ def test_every_row_runs_at_toy_size(name, monkeypatch):
 
 def test_the_rows_are_those_that_goals_exist_for():
     assert {*rows.ROWS} == {*(f"A{n}" for n in range(1, 11)), *(f"C{n}" for n in range(1, 9)),
-                            "E1", "E1r", "E2", "E3", "L1a", "L1b"}
+                            "E1", "E1r", "E2", "E3", "L1a", "L1b", "L1c", "Q1"}
     assert sum(rows.ROWS["A3"][1]) == 8192 and sum(rows.ROWS["A7"][1]) == 16384 and min(rows.ROWS["A3"][1]) > 0
     q = {name: row[1:] for name, row in rows.ROWS.items()}
     work = {"A5": (696e-6, 1740e-6), "A10": (696e-6, 1740e-6), "A6": (2.78e-3, 6.96e-3)}
@@ -279,6 +281,36 @@ def test_a_contender_that_fails_later_or_returns_nonsense_is_told_from_the_other
     assert r["failed"]["late"] == r["failed"]["shy"] == "ZeroDivisionError: division by zero" and "odd" in r["failed"]
 
 
+class Event:
+    """torch.cuda.Event by the host's clock"""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+def test_what_only_a_gpu_is_asked_for_runs_on_one_that_is_pretended(monkeypatch):
+    """Events, an overwritten cache, peaks of memory: on tensors that lie on the CPU."""
+    row, empty = made("E2", monkeypatch), torch.empty
+    for name, f in {"Event": Event, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
+                    "memory_allocated": lambda: 2**20, "max_memory_allocated": lambda: 3 * 2**20}.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, f)
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: empty(n >> 20, dtype=dtype))
+    monkeypatch.setattr(rows, "poison", lambda device: None)
+    r = rows.judge(rows.measure("E2", row, "cuda", 0.1, 2))
+    ours = r["found"]["ours"]
+    assert r["right"] and len(ours["ms"]) == 2 and min(ours["ms"]) > 0
+    assert ours["mib"] == [2, 3 * 128 * 172 * 4 / 2**20]
+    result, seconds = step.clocked(lambda: time.sleep(0.01) or 7, "cuda")
+    assert result == 7 and seconds >= 0.01
+
+
 def test_a_process_that_dies_costs_one_row(monkeypatch, capsys):
     asked = []
 
@@ -290,7 +322,7 @@ def test_a_process_that_dies_costs_one_row(monkeypatch, capsys):
             if name == "A3":
                 yield {"ended": -11, "because": "illegal memory access"}
                 return
-            yield rows.broken(name, "ValueError: no") if name == "E2" else {"row": name, "broke": "KeyError: 1"}
+            yield rows.broken(name, "ValueError: no" if name == "E2" else "KeyError: 1")
         yield {"ended": 0, "because": ""}
     monkeypatch.setattr(bench, "child", child)
     rows.main(rows.Settings(rows="E2,A3,E1", size="tiny", device="cpu"), [])

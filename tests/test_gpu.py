@@ -2,6 +2,10 @@
 same bits 250 times, tensors of more than 2**31 numbers, no wait for the device. The rest of the tests needs no GPU;
 these, without one, are run interpreted and small by tests/interpreted/gpu.py, so that they themselves are right."""
 
+import fcntl
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import example, tiny_config
@@ -172,11 +176,12 @@ def test_nothing_waits_for_the_device(name):
 
 @pytest.fixture
 def room():
-    """What the largest tests need at once: nine tensors of 4 GiB"""
-    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 60 << 30:
-        pytest.skip("less than 60 GiB free on this GPU")
-    yield
-    if DEVICE == "cuda":
+    """What the largest tests need at once, nine tensors of 4 GiB, one test after the other on however many processes"""
+    with open(Path(tempfile.gettempdir()) / "pumice_largest_tests", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if torch.cuda.mem_get_info()[0] < 60 << 30:
+            pytest.skip("less than 60 GiB free on this GPU")
+        yield
         torch.cuda.empty_cache()
 
 

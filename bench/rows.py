@@ -1,0 +1,397 @@
+"""The rows of `bench.py kernels`: what is computed, on which numbers, and who can. bench/kernels.py measures.
+
+    A1 ... A10    attention: a ViT's pictures, packed documents, long ones, grouped queries
+    C1 ... C8     linear cross-entropy, forward and backward together; some with few supervised rows or a frozen head
+    E1, E1r       RMSNorm, alone and with a residual      E2  SwiGLU      E3  rotary positions
+    L1a, L1b      a frozen linear layer with an adapter of rank 16 or 128      L1c  three that read the same input
+    Q1            a matrix of four bits a number, written out in bf16
+"""
+
+import dataclasses
+import functools
+import inspect
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import bench
+
+
+@dataclasses.dataclass
+class Contender:
+    """How one of them computes a row, on tensors of its own: some write over what they are given."""
+    forward: object                # () -> tuple of outputs
+    leaves: list                   # tensors that get gradients
+    ups: list                      # gradients of the outputs
+    common: object = list          # [outputs..., gradients...] -> the form in which errors are taken
+    note: str = ""
+
+    def run(self):
+        """-> [outputs..., gradients...]"""
+        out = self.forward()
+        got = torch.autograd.grad(out, self.leaves, self.ups) if self.leaves else ()
+        return [*(o.detach() for o in out), *got]
+
+
+@dataclasses.dataclass
+class Row:
+    what: str
+    contenders: dict               # name -> () -> Contender; ours first, and "torch" is the definition as torch runs it
+    truth: object                  # () -> the common form, in float64
+    plain: object = None           # () -> the common form at low precision, where "torch" is no contender
+    flops: tuple = (0, 0)          # forward, backward
+    bytes: tuple = (0, 0)
+    together: bool = False         # forward and backward are one measurement
+
+
+def leaf(t):
+    return t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+
+def simple(f, args, ups, **more):
+    """A contender that takes the row's own tensors; f gives one result or a tuple of them"""
+    leaves = [leaf(t) for t in args]
+
+    def forward():
+        out = f(*leaves)
+        return out if isinstance(out, tuple) else (out,)
+    return Contender(forward, leaves, ups, **more)
+
+
+def gradients(f, args, ups):
+    """-> [outputs..., gradients of args...]"""
+    return simple(f, args, ups).run()
+
+
+def wide(*tensors):
+    return [t.double() for t in tensors]
+
+
+def normal(*shapes, device, dtype):
+    return [torch.randn(*s, device=device).to(dtype) for s in shapes]
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+def attention_row(lengths, H, G, K, causal, device, dtype):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from kernels.attention import attention, attention_ref
+    N, B, L, g = sum(lengths), len(lengths), max(lengths), H // G
+    q, k, v, do = normal(*((N, heads, K) for heads in (H, G, G, H)), device=device, dtype=dtype)
+    n, at = torch.tensor(lengths, device=device), torch.arange(N, device=device)
+    starts = n.cumsum(0) - n
+    doc = torch.arange(B, device=device).repeat_interleave(n)                   # (N,) whose token
+    place = doc * L + at - starts[doc]                                          # (N,) in a padded batch
+    lo = starts[doc].int()
+    hi = (at + 1 if causal else (starts + n)[doc]).int()
+    pairs = sum(t * (t + 1) // 2 if causal else t * t for t in lengths)
+    even = min(lengths) == L
+    shared = dict(enable_gqa=True) if g > 1 else {}
+
+    def first(ts):
+        """Errors are taken of the first group's heads: in float64 all of them would not fit beside each other"""
+        return [t[:, :heads] for t, heads in zip(ts, (g, g, 1, 1))]
+
+    def definition(*tensors):
+        """Document by document: out, dq, dk, dv of the first group"""
+        spans = [(int(s), int(s) + t) for s, t in zip(starts, lengths)]
+        parts = [gradients(lambda *x: attention_ref(*x, lo[a:b] - a, hi[a:b] - a), [t[a:b] for t in tensors[:3]],
+                           [tensors[3][a:b]]) for a, b in spans]
+        return [torch.cat(p) for p in zip(*parts)]
+
+    def spread(t):
+        """(N, heads, K) -> (B, heads, L, K), as a projection would leave it in memory"""
+        padded = t.new_zeros(B * L, *t.shape[1:])
+        padded[place] = t
+        return padded.view(B, L, *t.shape[1:]).transpose(1, 2)
+
+    def gather(t):
+        return t.transpose(1, 2).reshape(B * L, -1, K)[place]
+
+    def sdpa(backend):
+        def forward(*args):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*args, is_causal=causal, **shared)
+        return simple(forward, [spread(t) for t in (q, k, v)], [spread(do)],
+                      common=lambda ts: first([gather(t) for t in ts]),
+                      note="" if even else f"padded, {B * L / N:.2f} times the tokens")
+
+    def varlen():
+        from torch.nn.attention.varlen import varlen_attn
+        bounds = F.pad(n.cumsum(0), (1, 0)).int()
+        takes = inspect.signature(varlen_attn).parameters                      # 2.10 had is_causal; that heads
+        how = dict(window_size=(-1, 0 if causal else -1)) if "window_size" in takes else dict(is_causal=causal)
+        how |= shared if "enable_gqa" in takes else {}                          # form groups is said from 2.12 on
+        return simple(lambda q, k, v: varlen_attn(q, k, v, bounds, bounds, L, L, **how), (q, k, v), [do], common=first)
+
+    def flex():
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        run = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+        began, mask = time.perf_counter(), None
+        if not even:
+            mask = create_block_mask(lambda b, h, i, j: (doc[i] == doc[j]) & (i >= j if causal else i >= 0),
+                                     None, None, N, N, device=device)
+        elif causal:
+            mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, L, L, device=device)
+        bench.sync(device)
+        note = f"block mask: {1e3 * (time.perf_counter() - began):.1f} ms more" if mask else ""
+        into, back = (spread, gather) if even else (lambda t: t.transpose(0, 1)[None], lambda t: t[0].transpose(0, 1))
+        return simple(lambda *args: run(*args, block_mask=mask, **shared), [into(t) for t in (q, k, v)], [into(do)],
+                      common=lambda ts: first([back(t) for t in ts]), note=note)
+
+    cut = q[:, :g], k[:, :1], v[:, :1], do[:, :g]
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+                "efficient": SDPBackend.EFFICIENT_ATTENTION}
+    who = {"ours": lambda: simple(lambda q, k, v: attention(q, k, v, lo, hi), (q, k, v), [do], common=first),
+           **{f"sdpa {name}": functools.partial(sdpa, backend) for name, backend in backends.items()},
+           "varlen_attn": varlen, "flex": flex}
+    many = f"{B} x {L}" if even else f"{N} tokens in {B} documents"
+    return Row(f"{many}, {H}{f'/{G}' if g > 1 else ''} x {K}, {'causal' if causal else 'full'}", who,
+               lambda: definition(*wide(*cut)), lambda: definition(*cut), flops=(4 * pairs * H * K, 10 * pairs * H * K))
+
+
+# ---- linear cross-entropy ------------------------------------------------------------------------------------------
+
+def cross_entropy_row(N, C, V, share, trained, device, dtype):
+    from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+    h, w = normal((N, C), (V, C), device=device, dtype=dtype)
+    w *= C**-0.5
+    learnt = torch.rand(N, device=device) < share
+    y = torch.randint(0, V, (N,), device=device).masked_fill(~learnt, -100)
+    rows = learnt.nonzero()[:, 0]
+    R, some = rows.numel(), share < 1
+
+    def contender(f, gathered=True):
+        """f(hidden, weight, labels) -> summed loss, of supervised rows alone, or of all with -100"""
+        def loss(h, head=w):
+            return f(h[rows], head, y[rows]) if gathered and some else f(h, head, y)
+        return simple(loss, [h, w][: 1 + trained], [torch.ones((), device=device)])
+
+    def eager(h, w, y):
+        return F.cross_entropy((h @ w.T).float(), y, reduction="sum", ignore_index=-100)
+
+    def liger(gathered):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        return contender(lambda h, w, y: loss(w, h, y), gathered)
+
+    def cce(**how):
+        from cut_cross_entropy import linear_cross_entropy as f
+        return contender(functools.partial(f, reduction="sum", **how))
+
+    def chunked():
+        options = nn.LinearCrossEntropyOptions()
+        return contender(lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction="sum", options=options))
+
+    def truth():
+        """A thousand rows at a time: the logits of all do not fit"""
+        head, total = leaf(w.double()), torch.zeros((), dtype=torch.float64, device=device)
+        dh = torch.zeros(N, C, dtype=torch.float64, device=device)
+        for r in rows.split(1024):
+            x = leaf(h[r].double())
+            loss = linear_cross_entropy_ref(x, head, y[r])
+            loss.backward()
+            total, dh[r] = total + loss.detach(), x.grad
+        return [total, dh, *[head.grad] * trained]
+
+    who = {"ours": lambda: contender(linear_cross_entropy), "torch": lambda: contender(eager, False),
+           **({"torch, gathered": lambda: contender(eager)} if some else {}),
+           "torch.compile": lambda: contender(torch.compile(eager, dynamic=False)), "F.linear_cross_entropy": chunked,
+           "liger": lambda: liger(False), **({"liger, gathered": lambda: liger(True)} if some else {}),
+           "cce exact": lambda: cce(filter_eps=None), "cce": cce}
+    return Row(f"{N} x {C}, {V} words, {share:.0%} supervised{'' if trained else ', head frozen'}", who, truth,
+               flops=(2 * R * C * V, (2 + 2 * trained) * R * C * V), together=True)
+
+
+# ---- element by element --------------------------------------------------------------------------------------------
+
+def elementwise(what, ours, definition, liger, args, ups, moved):
+    """moved: bytes forward, backward. liger(args, ups) -> Contender"""
+    who = {"ours": lambda: simple(ours, args, ups), "torch": lambda: simple(definition, args, ups),
+           "torch.compile": lambda: simple(torch.compile(definition, dynamic=False), args, ups),
+           "liger": lambda: liger(args, ups)}
+    return Row(what, who, lambda: gradients(definition, wide(*args), wide(*ups)), bytes=moved)
+
+
+def norm_row(N, C, residual, device, dtype):
+    from kernels.norm import rms_norm, rms_norm_ref
+    x, add, dy, ds = normal(*[(N, C)] * 4, device=device, dtype=dtype)
+    w, eps, unit = torch.rand(C, device=device).to(dtype) + 0.5, 1e-6, N * C * dtype.itemsize
+
+    def liger(args, ups):
+        from liger_kernel.transformers import LigerFusedAddRMSNorm, LigerRMSNorm
+        layer = (LigerFusedAddRMSNorm if residual else LigerRMSNorm)(C, eps, in_place=False).to(device, dtype)
+        tensors = [*(leaf(t) for t in args[:-1]), layer.weight]
+        layer.weight.data.copy_(w)
+
+        def forward():
+            out = layer(*tensors[:-1])
+            return out[::-1] if residual else (out,)                            # theirs says y first, then the sum
+        return Contender(forward, tensors, ups)
+    if not residual:
+        return elementwise(f"RMSNorm, {N} x {C}", lambda x, w: rms_norm(x, w, eps),
+                           lambda x, w: rms_norm_ref(x, w, eps), liger, (x, w), [dy], (2 * unit, 3 * unit))
+    return elementwise(f"residual + RMSNorm, {N} x {C}", lambda x, add, w: rms_norm(x, w, eps, add),
+                       lambda x, add, w: (x + add, rms_norm_ref(x + add, w, eps)), liger, (x, add, w), [ds, dy],
+                       (4 * unit, 4 * unit))
+
+
+def swiglu_row(N, C, device, dtype):
+    from kernels.swiglu import swiglu, swiglu_ref
+    gate, up, dy = normal(*[(N, C)] * 3, device=device, dtype=dtype)
+
+    def liger(args, ups):
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+        return simple(LigerSiLUMulFunction.apply, args, ups)
+    unit = N * C * dtype.itemsize
+    return elementwise(f"SwiGLU, {N} x {C}", swiglu, swiglu_ref, liger, (gate, up), [dy], (3 * unit, 5 * unit))
+
+
+def rope_row(N, H, G, K, device, dtype):
+    from kernels.rope import rope, rope_qk
+    q, dq, k, dk = normal(*((N, heads, K) for heads in (H, H, G, G)), device=device, dtype=dtype)
+    angles = torch.arange(N, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, K // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+
+    def liger(args, ups):
+        from liger_kernel.ops.rope import LigerRopeFunction
+        both = [torch.cat([t, t], -1).to(dtype)[None] for t in (cos, sin)]      # (1, N, K)
+        args, ups = ([t.transpose(0, 1)[None] for t in ts] for ts in (args, ups))
+        # it rotates in place, which a leaf does not allow: a view of it does
+        return simple(lambda *ts: LigerRopeFunction.apply(*(t.view_as(t) for t in ts), *both), args, ups,
+                      common=lambda ts: [t[0].transpose(0, 1) for t in ts])
+    unit = N * (H + G) * K * dtype.itemsize
+    return elementwise(f"rotary positions, {N} x {H} + {G} heads x {K}", lambda q, k: rope_qk(q, k, cos, sin),
+                       lambda q, k: (rope(q, cos, sin), rope(k, cos, sin)), liger, (q, k), [dq, dk],
+                       (2 * unit, 2 * unit))
+
+
+# ---- adapters, and four bits ---------------------------------------------------------------------------------------
+
+def lora_row(N, C, O, layers, r, device, dtype):
+    """Layers that read the same x, each with its adapter, which is trained and kept in fp32; the products run under
+    autocast, as in training."""
+    import lora
+    import model
+    x, *ups = normal((N, C), *[(N, O)] * layers, device=device, dtype=dtype)
+    weights = [w * C**-0.5 for w in normal(*[(O, C)] * layers, device=device, dtype=dtype)]
+    pairs = [t * t.shape[1]**-0.5 for t in normal(*[(r, C), (O, r)] * layers, device=device, dtype=torch.float32)]
+    names = [f"linear_{i}" for i in range(layers)]
+
+    def contender(wrap, parts, forward):
+        """wrap(module of plain layers); parts(wrapped layer) -> A, B; forward(x, wrapped layers) -> results"""
+        holder = nn.Module()
+        for name, w in zip(names, weights):
+            layer = nn.Linear(C, O, bias=False, device=device, dtype=dtype)
+            layer.weight = nn.Parameter(w, requires_grad=False)
+            holder.add_module(name, layer)
+        wrap(holder)
+        wrapped = [getattr(holder.to(device), name) for name in names]
+        leaves = [leaf(x), *(p for layer in wrapped for p in parts(layer))]
+        for p, value in zip(leaves[1:], pairs):
+            p.data = value.clone()
+
+        def run():
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                return tuple(forward(leaves[0], wrapped))
+        return Contender(run, leaves, ups)
+
+    def ours():
+        return contender(lambda m: lora.apply(m, r, 2 * r, 0.0, "linear*"),
+                         lambda layer: (layer.lora_A.weight, layer.lora_B.weight),
+                         lambda x, wrapped: model.together(x, *wrapped))
+
+    def peft():
+        from peft import LoraConfig, inject_adapter_in_model
+        how = LoraConfig(r=r, lora_alpha=2 * r, target_modules=names, lora_dropout=0.0)
+        return contender(lambda m: inject_adapter_in_model(how, m),
+                         lambda layer: (layer.lora_A["default"].weight, layer.lora_B["default"].weight),
+                         lambda x, wrapped: [layer(x) for layer in wrapped])
+
+    def definition(x, *pairs, low=dtype):
+        return tuple(F.linear(x, w.to(low)) + 2.0 * F.linear(F.linear(x, A.to(low)), B.to(low))
+                     for w, A, B in zip(weights, pairs[::2], pairs[1::2]))
+
+    who = {"ours": ours, "torch": lambda: simple(definition, (x, *pairs), ups),
+           "torch.compile": lambda: simple(torch.compile(definition, dynamic=False), (x, *pairs), ups), "peft": peft}
+    base, extra = 2 * N * C * O * layers, 2 * N * r * (C + O) * layers
+    return Row(f"{layers} x adapter of rank {r}, {N} x {C} to {O}", who,
+               lambda: gradients(functools.partial(definition, low=torch.float64), wide(x, *pairs), wide(*ups)),
+               flops=(base + extra, base + 2 * extra), together=True)
+
+
+def nf4_row(O, C, device, dtype):
+    from kernels import nf4
+    W = torch.randn(O, C, device=device)
+    parts = codes, absmax, nested, offset = nf4.quantize(W)
+
+    def without_gradient(f, *args):
+        return Contender(lambda: (f(*args),), [], [])
+
+    def bitsandbytes():
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        _, state = quantize_4bit(W, blocksize=64, compress_statistics=True, quant_type="nf4")
+        state.absmax, state.state2.absmax, state.offset, state.dtype = absmax, nested, offset, dtype
+        return without_gradient(dequantize_4bit, codes.view(-1, 1), state)
+    who = {"ours": lambda: without_gradient(nf4.dequantize, *parts, dtype),
+           "torch": lambda: without_gradient(nf4.dequantize_ref, *parts, dtype),
+           "torch.compile": lambda: without_gradient(torch.compile(nf4.dequantize_ref, dynamic=False), *parts, dtype),
+           "bitsandbytes": bitsandbytes}
+    return Row(f"four bits to {dtype.itemsize * 8}, {O} x {C}", who,
+               lambda: [nf4.dequantize_ref(*parts, torch.float64)],
+               bytes=(sum(t.nbytes for t in parts) + O * C * dtype.itemsize, 0), together=True)
+
+
+# ---- the rows ------------------------------------------------------------------------------------------------------
+
+def packed(tokens, scale=1.0):
+    """Lengths of documents of the mixture, pictures as 576 tokens, that fill a stream"""
+    out, g = [], torch.Generator().manual_seed(0)
+    while sum(out) < tokens:
+        for words, _, pictures in bench.drawn(64, g):
+            out.append(int(scale * (words + 576 * pictures)))
+    while sum(out[:-1]) >= tokens:
+        out.pop()
+    return [*out[:-1], tokens - sum(out[:-1])]
+
+
+# in order of worth: a run that is cut short has the rows that matter most
+ROWS = {
+    "A3": (attention_row, packed(8192), 32, 32, 128, True),
+    "A1": (attention_row, [577] * 64, 16, 16, 64, False),
+    "C1": (cross_entropy_row, 8192, 4096, 32000, 1.0, True),
+    "C2": (cross_entropy_row, 8192, 4096, 32000, 0.1, False),
+    "E1r": (norm_row, 8192, 4096, True),
+    "E2": (swiglu_row, 8192, 11008),
+    "E3": (rope_row, 8192, 32, 32, 128),
+    "L1b": (lora_row, 8192, 4096, 11008, 1, 128),
+    "A4": (attention_row, [2048] * 4, 32, 32, 128, True),
+    "A7": (attention_row, packed(16384, 1.04), 32, 4, 64, True),
+    "C4": (cross_entropy_row, 8192, 4096, 128256, 1.0, True),
+    "E1": (norm_row, 8192, 4096, False),
+    "L1c": (lora_row, 8192, 4096, 4096, 3, 128),
+    "A5": (attention_row, [8192], 32, 32, 128, True),
+    "A6": (attention_row, [16384], 32, 8, 128, True),
+    "C6": (cross_entropy_row, 16384, 2048, 128256, 0.3, True),
+    "A2": (attention_row, [729] * 48, 16, 16, 72, False),
+    "A8": (attention_row, [4096] * 4, 15, 5, 64, True),
+    "C7": (cross_entropy_row, 16384, 960, 49152, 0.15, True),
+    "L1a": (lora_row, 8192, 4096, 11008, 1, 16),
+    "A9": (attention_row, [16384], 32, 8, 64, True),
+    "A10": (attention_row, [4096] * 4, 16, 16, 128, False),
+    "Q1": (nf4_row, 4096, 11008),
+    "C3": (cross_entropy_row, 8192, 4096, 32000, 0.3, False),
+    "C5": (cross_entropy_row, 8192, 4096, 128256, 0.1, False),
+    "C8": (cross_entropy_row, 65536, 960, 49152, 1.0, True),
+}
+
+
+def shrunk(make, *sizes):
+    """The same row at toy sizes: nothing can be concluded from its times, but everything in it runs."""
+    if make is attention_row:
+        lengths, H, G, K, causal = sizes
+        return make, [max(1, t // 24) for t in lengths[:3]], H // G, 1, K, causal
+    return make, *(max(16, t // 64) if type(t) is int and t > 128 else t for t in sizes)
