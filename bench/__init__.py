@@ -187,9 +187,9 @@ def table(names, rows, numbers=False):
     return "\n".join([line(*names), rule + "|", *(line(*cells) for cells in rows)]) + "\n"
 
 
-def write_page(page, out):
-    print("\n" + page, flush=True)
+def keep(page, out):
+    """-> page, which the file `out` holds then, if there is to be one"""
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(page, "utf-8")
-        print(f"written to {out}", flush=True)
+    return page

@@ -239,6 +239,16 @@ def main(s, args):
     end, rows, ceilings, left = time.time() + s.seconds, [], None, list(names)
     machine = bench.machine(s.device)
     print(machine, flush=True)
+
+    def report():
+        """The page as far as it is known: a file has it after every row, whatever becomes of this run"""
+        rows.sort(key=lambda r: [*ROWS].index(r["row"]))
+        after = f"afterwards {bench.machine(s.device).split(';')[0]}"          # the clocks of a GPU, the load of a CPU
+        head = dict(date=s.date, args="".join(f" {a}" for a in args), machine=machine, rounds=s.rounds, after=after,
+                    low=str(bench.LOW[s.device]).removeprefix("torch."))
+        text = page(rows, ceilings, head) if ceilings else ""
+        return bench.keep(text + (f"\nNot measured: {', '.join(left)}.\n" if left else ""), s.out)
+
     while left and time.time() < end:
         began = left[0]
         for said in bench.child("kernels", [f"--rows={','.join(left)}", f"--size={s.size}", f"--device={s.device}",
@@ -255,14 +265,6 @@ def main(s, args):
                     began, f"the process ended with {said['ended']}: {said['because']}")))
                 left.remove(rows[-1]["row"])
                 say(rows[-1])
-    rows.sort(key=lambda r: [*ROWS].index(r["row"]))
-    text = ""
-    if ceilings:
-        after = f"afterwards {bench.machine(s.device).split(';')[0]}"          # the clocks of a GPU, the load of a CPU
-        head = dict(date=s.date, args="".join(f" {a}" for a in args), machine=machine, rounds=s.rounds, after=after,
-                    low=str(bench.LOW[s.device]).removeprefix("torch."))
-        text = page(rows, ceilings, head)
-        if left:
-            text += f"\nNot measured within {s.seconds:.0f} s: {', '.join(left)}.\n"
-    bench.write_page(text, s.out)
+                report()
+    print("\n" + report(), flush=True)
     bench.write_line({"machine": machine, "ceilings": ceilings, "rows": rows, "not_measured": left})

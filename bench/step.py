@@ -467,18 +467,24 @@ def main(s, args):
     if s.device == "cuda":                 # in order of worth, for time may be short: every row beside its first peer,
         plan.sort(key=lambda p: (p[1], system(p[0]).peers[1:].index(p[2]) + 1 if p[2] in system(p[0]).peers[1:] else 0))
     got = {}
+
+    def report():
+        """The page as far as it is known: a file has it after every process, whatever becomes of this run"""
+        rows[:] = [compare(name, pairs, s.steps, sizes[name], s.device, ceilings, peer)
+                   for name in names for peer in system(name).peers
+                   if (pairs := [*zip(got.get((name, "ours"), []), got.get((name, peer), []))])]
+        head = {"args": "".join(f" {a}" for a in args), "machine": machine}
+        return bench.keep(page(rows, failed, s, head, ceilings), s.out)
+
     for name, n, side in plan:
         if (name, side) not in failed and (found := once(name, side)):
             got.setdefault((name, side), []).append(found)
             print(f"{name} {n + 1}/{s.repeats} {side}: {found['seconds'] * 1e3:.0f} ms, first loss "
                   f"{found['losses'][0]:.4f}, {found['peak'] / 2**20:.0f} MiB", flush=True)
-    for name, peer in ((name, peer) for name in names for peer in system(name).peers):
-        if pairs := [*zip(got.get((name, "ours"), []), got.get((name, peer), []))]:
-            rows.append(compare(name, pairs, s.steps, sizes[name], s.device, ceilings, peer))
-            r = rows[-1]
-            print(f"{name}: {r['speed']:.2f} times as fast as {peer}, {r['memory']:.2f} of its memory"
-                  + ("" if r["agree"] else f"; NOT THE SAME STEPS: first losses {r['apart'][0]:.1e} apart"), flush=True)
-    head = {"args": "".join(f" {a}" for a in args), "machine": machine}
-    bench.write_page(page(rows, failed, s, head, ceilings), s.out)
+            report()
+    print("\n" + report(), flush=True)
+    for r in rows:
+        print(f"{r['row']}: {r['speed']:.2f} times as fast as {r['peer']}, {r['memory']:.2f} of its memory"
+              + ("" if r["agree"] else f"; NOT THE SAME STEPS: first losses {r['apart'][0]:.1e} apart"), flush=True)
     bench.write_line({"machine": machine, "ceilings": ceilings, "rows": rows,
                       "failed": {f"{name}, {side}": why for (name, side), why in failed.items()}})

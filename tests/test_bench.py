@@ -325,7 +325,11 @@ def test_a_process_that_dies_costs_one_row(monkeypatch, capsys):
             yield rows.broken(name, "ValueError: no" if name == "E2" else "KeyError: 1")
         yield {"ended": 0, "because": ""}
     monkeypatch.setattr(bench, "child", child)
+    kept = []
+    monkeypatch.setattr(bench, "keep", lambda page, out: kept.append(page) or page)
     rows.main(rows.Settings(rows="E2,A3,E1", size="tiny", device="cpu"), [])
+    assert ["| A3 |" in page for page in kept] == [False, True, True, True]     # a file has what is known so far
+    assert "Not measured: A3, E1." in kept[0] and "Not measured" not in kept[-1]
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1], **JSON)
     assert asked == ["--rows=E2,A3,E1", "--rows=E1"] and found["not_measured"] == []
@@ -372,9 +376,9 @@ FAKE = """#!/bin/sh
 case "$*" in
   *get_device_name*) echo "NVIDIA Toy 9000" ;;
   *xdist*) exit 1 ;;
-  *pytest*) echo "3 passed"; echo "$*" >>"$CALLS" ;;
-  *kernels*) echo "$*" >>"$CALLS"; for a; do case $a in --out=*) echo "# Kernels, now" >"${a#--out=}" ;; esac; done ;;
-  *step*) echo "$*" >>"$CALLS"; echo "S1: half way"; exit 3 ;;
+  *"-m pytest"*) echo "3 passed"; echo "$*" >>"$CALLS" ;;
+  *"bench.py kernels"*) echo "$*" >>"$CALLS"; for a; do case $a in --out=*) echo "# Kernels, now" >"${a#--out=}" ;; esac; done ;;
+  *"bench.py step"*) echo "$*" >>"$CALLS"; echo "S1: half way"; exit 3 ;;
 esac
 """
 
@@ -389,6 +393,8 @@ def test_the_gpu_script_writes_down_what_it_has_whatever_happens(tmp_path):
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OUT": str(out), "CALLS": str(tmp_path / "calls")}
     p = subprocess.run(["bash", repo / "bench" / "gpu.sh"], env=env, capture_output=True, text=True)
     assert p.returncode == 1 and "did not end well: Training steps" in p.stdout and p.stderr == ""
+    assert {f.name for f in out.iterdir()} >= {f"{part}.{kind}" for part in ("tests", "kernels", "steps") for kind in
+                                               ("txt", "md")} and (out / "steps.txt").read_text() == "S1: half way\n"
     page, = (repo / "bench" / "results").iterdir()
     assert page.name.endswith("-toy-9000.md") and (out / page.name).read_text() == page.read_text()
     text = page.read_text()
@@ -400,7 +406,7 @@ def test_the_gpu_script_writes_down_what_it_has_whatever_happens(tmp_path):
         s = config.load(part.Settings, call.split()[2:])
         assert s.seconds < 240 and all(n in {*rows.ROWS, *step.NAMES["cuda"], "all"} for n in s.rows.split(","))
     seconds = [int(w) for line in (ROOT / "bench" / "gpu.sh").read_text().splitlines() if line.startswith("part ")
-               for w in [line.split('"')[2].split()[0]]]
+               for w in [line.split('"')[2].split()[1]]]
     assert len(seconds) == 3 and sum(seconds) <= 580
 
 
