@@ -142,20 +142,26 @@ def load(Settings, argv, doc=""):
     return Settings(**values)
 
 
+def pairs(items):
+    d = dict(items)
+    if len(d) < len(items):
+        seen = set()
+        raise ValueError(f"duplicate key {next(k for k, _ in items if k in seen or seen.add(k))!r}")
+    return d
+
+
+def constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+# json without what Python forgives: NaN, duplicate keys
+STRICT = json.JSONDecoder(object_pairs_hook=pairs, parse_constant=constant)
+
+
 def strict_json(text, where):
-    """json.loads without what Python forgives: NaN, duplicate keys."""
-    def pairs(items):
-        d = dict(items)
-        if len(d) < len(items):
-            seen = set()
-            raise ValueError(f"duplicate key {next(k for k, _ in items if k in seen or seen.add(k))!r}")
-        return d
-
-    def constant(name):
-        raise ValueError(f"{name} is not JSON")
-
+    """What a text says as json, or a ValueError that names the place."""
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return STRICT.decode(text)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: {e}") from None
 

@@ -23,12 +23,14 @@ from PIL import Image, ImageOps
 
 import chat
 from chat import IGNORE, BadSample
-from config import load, read_json, stop, strict_json, within
+from config import STRICT, load, read_json, stop, strict_json, within
 
 MAX_PIXELS = 64_000_000    # a header may promise more than memory holds: refuse before decoding
 MAX_SIDE = 8_000           # a thin picture padded to a square would be more than memory holds: reduce it first
 REPEATS = 1024             # a step may hold so many samples although the data hold fewer: a recipe tried on a handful
+WINDOW = 1 << 20           # bytes of a json list that are read at once
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # EPS would start Ghostscript
+SPACE = re.compile(r"[ \t\n\r]*")
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -144,9 +146,50 @@ def preprocess(image, spec):
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
+def element(text, i, first):
+    """The next value of a json list, or its ], from text[i] on -> (begin, end)."""
+    i = SPACE.match(text, i).end()
+    if text[i : i + 1] == "," and not first:
+        i = SPACE.match(text, i + 1).end()
+    elif text[i : i + 1] == "]":
+        return i, i + 1
+    elif not first:
+        raise json.JSONDecodeError("Expecting ',' or ']'", text, i)
+    return i, STRICT.raw_decode(text, i)[1]
+
+
+def elements(blob):
+    """Where the values of a json list stand in its bytes -> [(begin, end)]. Each is parsed once, out of a window that
+    grows until it holds it whole: a file of many GB needs no more memory than its longest value."""
+    spans, at, size = [], blob.find(b"[") + 1, WINDOW          # at: so many bytes are read
+    while True:
+        end = min(len(blob), at + size)
+        while end < len(blob) and blob[end] & 0xC0 == 0x80:    # not in the middle of a character
+            end -= 1
+        text, i = blob[at:end].decode(), 0                     # i: so many of its characters
+        try:
+            while True:
+                a, b = element(text, i, not spans)
+                if b == len(text) and end < len(blob):
+                    raise json.JSONDecodeError("12 may go on as 123", text, b)
+                begin = at + len(text[i:a].encode())
+                at, i = begin + len(text[a:b].encode()), b
+                if text[a] == "]":
+                    if blob[at:].strip():
+                        raise json.JSONDecodeError("Extra data", text, b)
+                    return spans
+                spans.append((begin, at))
+        except json.JSONDecodeError as e:
+            if end == len(blob):
+                before = blob[:at] + text[i : e.pos].encode()
+                line, column = before.count(b"\n") + 1, len(before) - before.rfind(b"\n")
+                raise ValueError(f"{e.msg}: line {line} column {column}") from None
+            size = WINDOW if i else 2 * size
+
+
 class Rows:
-    """The samples of one file, kept as text and parsed when asked for: memory is that of the file, shared between
-    workers."""
+    """The samples of one file, parsed when asked for: what is kept is where they stand in a memory map of it, which all
+    processes of a machine share."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -159,13 +202,14 @@ class Rows:
         first = re.match(rb"(?:\xef\xbb\xbf)?\s*([^\r\n]{0,9})", self.blob)[1].strip()
         if first[:1] == b"[":
             try:
-                rows = strict_json(self.blob[:].decode("utf-8-sig"), file)
-            except ValueError as e:
+                spans = elements(self.blob)
+            except (ValueError, RecursionError) as e:
                 stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
-            self.blob = b"\n".join(json.dumps(row).encode() for row in rows)
         elif first[:1] != b"{" or first == b"{":               # a { alone opens one object over several lines
             stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line")
-        self.spans = np.array([m.span() for m in re.finditer(rb"[^\n]+", self.blob) if m[0].strip()], np.int64)
+        else:
+            spans = [m.span() for m in re.finditer(rb"[^\n]+", self.blob) if m[0].strip()]
+        self.spans = np.array(spans, np.int64)
         if not len(self.spans):
             stop(f"{file} holds no samples")
 

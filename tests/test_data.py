@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -139,6 +140,36 @@ def test_fifty_megabytes_of_blank_line_are_read_in_time_that_grows_with_their_le
     began = time.process_time()
     assert len(Rows(tmp_path / "x.jsonl")) == 2
     assert time.process_time() - began < 100  # of a CPU: 0.1 here; quadratic, it takes hours
+
+
+@pytest.mark.parametrize("window", [1, 7, 100, 1 << 20])
+def test_a_json_list_is_cut_into_the_same_values_by_any_window(tmp_path, window, monkeypatch):
+    """And where it is broken, line and column are those that json itself finds in the whole text."""
+    monkeypatch.setattr(data, "WINDOW", window)
+    rows = [{"id": i, "text": "é👩" * (i % 5) + "[{,\\\"" * (i % 3), "more": [[], {"a": 1.5e3}]} for i in range(20)]
+    for indent, ascii in ((None, True), (None, False), (3, False)):
+        text = json.dumps(rows, indent=indent, ensure_ascii=ascii)
+        (tmp_path / "x").write_text(text, "utf-8")
+        read = Rows(tmp_path / "x")
+        assert [read[i] for i in range(len(read))] == rows
+        for broken in (text[:-1], text[: len(text) // 2], text.replace("}, {", "} {").replace("},\n", "}\n"), text + "]"):
+            with pytest.raises(json.JSONDecodeError) as e:
+                json.loads(broken)
+            (tmp_path / "x").write_text(broken, "utf-8")
+            with pytest.raises(SystemExit, match="line [0-9]+ column [0-9]+$") as said:
+                Rows(tmp_path / "x")
+            assert f"line {e.value.lineno} " in str(said.value)
+
+
+def test_reading_a_json_list_needs_a_window_of_memory_and_not_the_file(tmp_path):
+    rows = [{**ROW, "id": i, "more": "x" * 2000} for i in range(10_000)]          # 20 MB
+    (tmp_path / "x").write_text(json.dumps(rows))
+    tracemalloc.start()
+    try:
+        assert len(Rows(tmp_path / "x")) == 10_000
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_rows_and_steps_travel_to_a_process_that_was_not_forked(world):
