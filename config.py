@@ -125,7 +125,7 @@ def load(Settings, argv, doc=""):
     values = {}
     for arg in argv:
         if arg in ("-h", "--help"):
-            print(doc.strip() + "\n\n" + inspect.getsource(Settings).split("\n", 1)[1])
+            print(f"{doc.strip()}\n\nsettings, as --key=value:\n{inspect.getsource(Settings).split(chr(10), 2)[2]}")
             raise SystemExit(0)
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")

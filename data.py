@@ -221,6 +221,8 @@ class Rows:
 
     def __getitem__(self, i):
         a, b = self.spans[i]
+        if self.blob.size() < b:                               # to read on would end the process without a word
+            raise BadSample("the file has become shorter since it was opened")
         try:
             row = strict_json(self.blob[a:b].decode("utf-8-sig"), f"{self.file}, sample {i}")
         except ValueError as e:

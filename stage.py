@@ -460,7 +460,9 @@ class Run:
             for (i, q, a, _, _), answer in zip(self.fixed, said):
                 row = {"step": step + 1, "id": i, "prompt": q, "expected": a, "answer": answer}
                 engine.append(self.out / "samples.jsonl", row)
-        self.world.print(f"  says: {said[0]}\n  true: {self.fixed[0][2]}")
+        _, question, truth, *_ = self.fixed[0]
+        question = " ".join(question.replace(chat.IMAGE, "").split())
+        self.world.print(f"  asked: {question:.100}\n  says:  {said[0]}\n  true:  {truth}")
 
     def by_heart(self, batch):
         """After --overfit: is every supervised token of the batch the model's first choice?"""

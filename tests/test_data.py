@@ -142,6 +142,19 @@ def test_fifty_megabytes_of_blank_line_are_read_in_time_that_grows_with_their_le
     assert time.process_time() - began < 100  # of a CPU: 0.1 here; quadratic, it takes hours
 
 
+@pytest.mark.parametrize("text", [f"[{GOOD},{GOOD}]", f"{GOOD}\n{GOOD}\n"])
+def test_a_file_that_is_cut_off_while_it_is_read_costs_samples_and_not_the_process(tmp_path, text):
+    (tmp_path / "x").write_text(text + " " * 20_000)
+
+    def rank(_):
+        rows = Rows(tmp_path / "x")
+        (tmp_path / "x").write_text(text[:-len(GOOD) // 2])
+        with pytest.raises(BadSample, match="has become shorter"):
+            rows[1]
+        return rows[0]
+    assert fork(1, rank, tmp_path) == [ROW]
+
+
 @pytest.mark.parametrize("window", [1, 7, 100, 1 << 20])
 def test_a_json_list_is_cut_into_the_same_values_by_any_window(tmp_path, window, monkeypatch):
     """And where it is broken, line and column are those that json itself finds in the whole text."""
