@@ -274,19 +274,22 @@ def echo(pipe):
         pipe.send(encode(tokenizer(kind), *rest))
 
 
-@cache
+@pytest.fixture(scope="module")
 def worker():
     here, there = multiprocessing.Pipe()
-    multiprocessing.get_context("fork").Process(target=echo, args=(there,), daemon=True).start()
-    return here
+    process = multiprocessing.get_context("fork").Process(target=echo, args=(there,), daemon=True)
+    process.start()
+    yield here
+    process.kill()
+    process.join()
 
 
 @fuzz
-@given(conversation())
-def test_a_worker_process_makes_the_same_ids(c):
+@given(c=conversation())
+def test_a_worker_process_makes_the_same_ids(worker, c):
     tok, template, turns, images, system = c
-    worker().send((Path(tok.folder).name, template, turns, images, I, Q, system))
-    assert worker().recv() == encode(tok, template, turns, images, I, Q, system)
+    worker.send((Path(tok.folder).name, template, turns, images, I, Q, system))
+    assert worker.recv() == encode(tok, template, turns, images, I, Q, system)
 
 
 PICTURES = [(Image.new(mode, (5, 4)), form) for mode, form in (("RGB", "JPEG"), ("RGBA", "PNG"), ("P", "GIF"),
