@@ -195,24 +195,29 @@ _VICUNA = ("A chat between a curious user and an artificial intelligence assista
 _LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content "
           "that the user provides, and assist the user with a variety of tasks using natural language.")
 
+# what stands between these is learnt, as encode labels it: of it transformers makes return_assistant_tokens_mask
+LEARN, LEARNT = "{% generation %}", "{% endgeneration %}"
 _INST = "[INST] {% if system and ns.first %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ user }} [/INST]"
 _SYSTEM, _USER, _ASSISTANT = (f"<|start_header_id|>{r}<|end_header_id|>\n\n" for r in ("system", "user", "assistant"))
 
 TEMPLATES = {
-    "plain": Template(plain, "", "\n", ("{{ bos_token }}", "{{ '<image>' * images }}", "{{ answer }}\n", "")),
+    "plain": Template(plain, "", "\n", (
+        "{{ bos_token }}", "{{ '<image>' * images }}", LEARN + "{{ answer }}\n" + LEARNT, "")),
     "vicuna_v1": Template(vicuna_v1, _VICUNA, "", (
         "{{ bos_token }}{% if system %}{{ system + ' ' }}{% endif %}", "USER: {{ user }}",
-        " ASSISTANT: {{ answer }}{{ eos_token }}", " ASSISTANT:")),
+        " ASSISTANT:" + LEARN + " {{ answer }}{{ eos_token }}" + LEARNT, " ASSISTANT:")),
     "llava_llama_2": Template(llava_llama_2, _LLAVA, "", (
-        "", "{{ bos_token }}" + _INST, " {{ answer }} {{ eos_token }}", "")),
+        "", "{{ bos_token }}" + _INST, LEARN + " {{ answer }} {{ eos_token }}" + LEARNT, "")),
     "llama_3": Template(llama_3, _LLAVA, "<|eot_id|>", (
         "<|begin_of_text|>{% if system %}" + _SYSTEM + "{{ system | trim }}<|eot_id|>{% endif %}",
-        _USER + "{{ user }}<|eot_id|>", _ASSISTANT + "{{ answer }}<|eot_id|>", _ASSISTANT)),
+        _USER + "{{ user }}<|eot_id|>", _ASSISTANT + LEARN + "{{ answer }}<|eot_id|>" + LEARNT, _ASSISTANT)),
     "chatml": Template(chatml, "You are a helpful assistant.", "<|im_end|>", (
         "{% if system %}<|im_start|>system\n{{ system }}<|im_end|>\n{% endif %}",
-        "<|im_start|>user\n{{ user }}<|im_end|>\n", "<|im_start|>assistant\n{{ answer }}<|im_end|>\n",
+        "<|im_start|>user\n{{ user }}<|im_end|>\n",
+        "<|im_start|>assistant\n" + LEARN + "{{ answer }}<|im_end|>" + LEARNT + "{{ '\\n' }}",
         "<|im_start|>assistant\n")),
-    "mistral": Template(mistral, "", "", ("{{ bos_token }}", _INST, " {{ answer }} {{ eos_token }}", "")),
+    "mistral": Template(mistral, "", "", (
+        "{{ bos_token }}", _INST, LEARN + " {{ answer }} {{ eos_token }}" + LEARNT, "")),
 }
 
 # around these: contents are strings with markers or lists of parts, and markers stand as Script.user puts them. All in

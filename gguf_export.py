@@ -237,6 +237,7 @@ def marked(talk):
     """Our template for llama.cpp, which puts a marker of its own, <__media…__>, where a picture was, and no newline.
     As <image> does in training, it comes to the front of its turn, and a newline after it."""
     said = "{% set said = words(message['content']) %}"
+    talk = talk.replace(chat.LEARN, "").replace(chat.LEARNT, "")              # tags that not every reader of GGUF knows
     mark = ("{% set mark = '<__media' + said.split('<__media')[1].split('__>')[0] + '__>' if '<__media' in said "
             "else '<image>' %}")
     head, turns = talk.split(said)

@@ -240,3 +240,15 @@ def test_names_of_the_hub_are_looked_up_for_adapters_too(base, tmp_path, monkeyp
     assert Path("answers/adapter/answers_seeing.jsonl").is_file()
     (home / "models--me--adapter/snapshots/abc/adapter_model.safetensors").unlink()           # only its config came
     assert "no such model in" in error(answer.load, "me/adapter", "cpu")
+
+
+def test_a_base_by_its_name_on_the_hub_stays_one(world, aligned, tmp_path, monkeypatch):  # noqa: F811
+    """A place in this machine's cache would be nobody else's."""
+    shutil.copytree(aligned / "model", tmp_path / "hub/models--me--base/snapshots/abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run("sft", world, tmp_path / "run", init="me/base", steps=1, **LORA)
+    out = tmp_path / "run" / "adapter"
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/base"
+    assert "library_name: peft\nbase_model: me/base\n" in (out / "README.md").read_text()
+    halves_agree(*(answer.load(tmp_path / "run" / part, "cpu", "fp32") for part in ("adapter", "model")))

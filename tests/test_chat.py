@@ -495,10 +495,12 @@ def test_the_exported_template_renders_the_ids_of_our_own_prompt(tok_folder, tem
         messages = [{"role": r, "content": c} for u, a in turns for r, c in (("user", u), ("assistant", a))]
         messages = messages[:-1] if turns[-1][1] is None else messages
         for there, baked in (([], system), ([{"role": "system", "content": system or ""}], "another")):
-            ids, _ = encode(tok, template, turns, images, I, 1, system if not there else system or "")
+            ids, labels = encode(tok, template, turns, images, I, 1, system if not there else system or "")
             out = theirs.apply_chat_template(there + messages, chat_template=chat.jinja(template, baked), tokenize=True,
-                                             add_generation_prompt=turns[-1][1] is None, return_dict=True)
+                                             add_generation_prompt=turns[-1][1] is None, return_dict=True,
+                                             return_assistant_tokens_mask=True)
             assert list(out["input_ids"]) == ids, (messages, system)
+            assert list(out["assistant_masks"]) == [int(y != IGNORE) for y in labels], (messages, system)
             n += 1
     assert n > 100
 

@@ -353,6 +353,17 @@ def test_what_is_not_known_here_is_refused(copy, part, new, says):
     assert says in error(hf.load, *copy)
 
 
+def test_the_token_of_a_picture_may_be_called_index_or_id(llava, tmp_path):
+    """Two names of one thing in transformers 5; without either it is 32000, as in its class."""
+    folder = shutil.copytree(llava, tmp_path / "other")
+    c = json.loads((folder / "config.json").read_text())
+    c = {k: x for k, x in c.items() if k not in ("image_token_index", "image_token_id")}
+    (folder / "config.json").write_text(json.dumps(c | {"image_token_id": 3}))
+    assert hf.load(init=folder)[0].cfg.image_token_index == 3
+    (folder / "config.json").write_text(json.dumps(c))
+    assert "config.json has 32000 stand for a picture, here it is 3" in error(hf.load, init=folder)
+
+
 @pytest.mark.parametrize("new, says", [
     (dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy 'full'"),
     (dict(projector_hidden_act="relu"), "projector_hidden_act 'relu'"),
@@ -389,6 +400,7 @@ def test_half_precision_is_rounded_once_and_what_does_not_fit_is_refused(towers,
 
 
 def test_a_large_model_is_written_in_shards(towers, tmp_path, monkeypatch):
+    assert hf.SHARD == 5 * 10**9                                              # as published models have them
     monkeypatch.setattr(hf, "SHARD", 20_000)
     first = hf.load(*towers)
     out = export(*first, tmp_path / "out")
