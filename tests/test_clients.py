@@ -105,7 +105,7 @@ def test_a_model_is_loaded_once_in_the_dtype_it_is_used_in(tmp_path, bytes_folde
     seen = resident("RssAnon") - before
     engine.choose(model, {"multi_modal_projector.*": 1e-3}, torch.bfloat16)
     kept = resident("RssAnon") - before
-    assert seen < 0.2 * half and kept < 1.2 * half, (seen, kept, half)
+    assert seen < 0.6 * half and kept < 1.6 * half, (seen, kept, half)       # a copy too many is 1.0 more, at least
 
 
 def test_the_mark_of_a_tensor_needs_no_second_one_in_fp32():
@@ -113,7 +113,7 @@ def test_the_mark_of_a_tensor_needs_no_second_one_in_fp32():
     forget()
     before = resident("VmHWM")
     hf.mark(big)
-    assert resident("VmHWM") - before < 20, resident("VmHWM") - before
+    assert resident("VmHWM") - before < 80, resident("VmHWM") - before       # what malloc keeps of 4 MB pieces: to 32
 
 
 def test_saving_holds_one_shard_more_and_not_the_model_twice(tmp_path, bytes_folder, monkeypatch):
@@ -125,4 +125,4 @@ def test_saving_holds_one_shard_more_and_not_the_model_twice(tmp_path, bytes_fol
     before = resident("VmHWM")
     hf.save(tmp_path / "many", model.state_dict() | many, model.cfg, folder, "vicuna_v1", "", "pad")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) >= 16
-    assert resident("VmHWM") - before < 25, resident("VmHWM") - before
+    assert resident("VmHWM") - before < 45, resident("VmHWM") - before       # the model twice would be 64 more
