@@ -188,6 +188,7 @@ def test_a_demo_that_is_asked_wrongly_says_so_in_one_line(tmp_path, words, compl
 
 def test_a_wrong_setting_of_the_schooling_is_one_line(monkeypatch):
     import pretrain
-    for words, complaint in ((["--steps=x"], "--steps=x: expected int"), (["--step=1"], "unknown setting 'step'")):
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", "eyes", *words])
-        assert complaint in error(pretrain.settings, steps=1)
+    for word, complaint in (("--steps=x", "--steps=x: expected int"), ("--step=1", "unknown setting 'step'"),
+                            ("--steps=0", "steps=0: expected at least 1"), ("--out=/dev/null", "/dev/null is not a fo")):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", "eyes", word])
+        assert complaint in error(pretrain.settings, steps=1, out="x")
