@@ -90,3 +90,13 @@ def test_two_commands_make_the_two_towers(tmp_path):
             f"--tongue={tmp_path / 'a'}", f"--out={tmp_path / head}")
         model, folder = hf.load(vision=str(tmp_path / head), llm=str(tmp_path / "a"))
         assert sum(p.numel() for p in model.parameters()) > 1e6
+
+
+def test_the_two_heads_were_compared_alike_and_what_is_told_of_them_is_on_file():
+    import pretrain
+    made = [json.loads((ROOT / "demo/eyes" / name).read_text()) for name in ("training.json", "contrastive.json")]
+    assert [m["settings"].pop("head") for m in made] == ["classes", "contrastive"]
+    assert made[0]["settings"] == made[1]["settings"]
+    for m in made:
+        *most, last = (f"{100 * v:.1f}".removesuffix(".0") for v in m["log"][-1]["probe"]["-2"].values())
+        assert f"{', '.join(most)} and {last} %" in " ".join(pretrain.Eyes.__doc__.split())
