@@ -93,6 +93,8 @@ def test_own_data_in_five_lines_runs_as_written(place):
 
 
 def test_a_recipe_is_read_as_the_launch_lines_say(place):
+    if not (place / "runs/align/model").is_dir():
+        run(place, "python train_align.py", *SMALL)
     command = the(r"^torchrun train_sft\.py recipes/llava15\.py .*").replace("FILE", "runs/toy/sft.json")
     said = run(place, command.replace("DIR", "runs/toy/images"), "--dry_run").stdout
     assert "of 128 samples" in said and "lr 2e-05: " in said and "what is learnt in green" in said
