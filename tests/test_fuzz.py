@@ -280,6 +280,7 @@ def worker():
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=echo, args=(there,), daemon=True)
     process.start()
+    there.close()                                                  # or nobody would notice that the worker has died
     yield here
     process.kill()
     process.join()
