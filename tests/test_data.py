@@ -1,5 +1,6 @@
 """Files -> rows -> steps -> streams: nothing lost, nothing twice, nothing in a stranger's place."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -479,6 +480,7 @@ def test_no_worker_holds_a_copy_of_the_data(bytes_folder, tmp_path, monkeypatch,
         return max(private(w.pid) for w in multiprocessing.active_children()), file.stat().st_size
 
     def rank(_):
+        gc.disable()           # a collection writes on all that was inherited, from whatever tests came before this one
         few, _ = held(104)
         many, size = held(1304)
         return (many - few) / size
