@@ -507,6 +507,13 @@ def test_the_config_says_how_the_model_was_trained(towers, tmp_path):
     assert c["torch_dtype"] == "float32" and "dtype" not in text and text["architectures"] == ["LlamaForCausalLM"]
     assert text["rope_theta"] == 1e4 and "rope_parameters" not in text                   # flat: 4.x reads no other
     assert (out / "README.md").read_text().endswith("a card\n")
+    names, both, talk = (json.loads((out / f"{n}.json").read_text())          # what older readers would miss (7.1)
+                         for n in ("tokenizer_config", "processor_config", "chat_template"))
+    assert {k: names[k] for k in ("tokenizer_class", "model_input_names", "clean_up_tokenization_spaces")} == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False}
+    assert {x["processor_class"] for x in (names, both, pre)} == {"LlavaProcessor"}
+    assert names["chat_template"] == talk["chat_template"] == (out / "chat_template.jinja").read_text()
 
 
 def test_image_preprocessing_is_read_from_either_spelling():

@@ -438,3 +438,13 @@ def test_training_says_what_the_tokenizer_was_lacking(publish, tmp_path, capsys)
     assert lines[:3] == [
         "the tokenizer had no <image>: it is new, id 275", "the tokenizer had no <pad>: it is new, id 276",
         "embedding and head get 45 rows for it, each the mean of the old ones: 275 -> 320"]
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_padding_is_never_what_ends_an_answer(image):
+    """TinyLlama-Chat pads with </s>, and who masks by `not the padding` would never learn to stop."""
+    names = ["<unk>", "<s>", "</s>", *(["<image>"] if image else [])]
+    spec = {"model": {"vocab": {n: i for i, n in enumerate(names)}, "unk_token": "<unk>"},
+            "added_tokens": [tokenizer.added(i, n) for i, n in enumerate(names)]}
+    _, pad, _ = tokenizer.needed(spec, {"eos_token": "</s>", "pad_token": "</s>"})
+    assert pad == (0 if image else 4)                        # as original LLaVA; a new one, behind the new <image>
