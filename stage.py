@@ -173,6 +173,8 @@ def rehearse(s, world, samples, first, tok):
     reasons = {}
     tally(world, first.dropped, reasons)
     too_many(s, {"samples": used + dropped, "dropped": dropped}, reasons)
+    for count, line in reasons.values():
+        world.print(f"  {count} of these samples cannot be used, as {line}")
     validation(s, world, samples)
     for f, i in samples.samples(0):
         try:

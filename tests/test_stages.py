@@ -683,7 +683,9 @@ def test_a_dry_run_stops_where_the_run_would(world, tmp_path, capsys):
     said = [refusal("align", world, out, **w, dry_run=True) for w in wrong]
     assert "what is learnt in green" not in capsys.readouterr().out
     assert run("align", {**world, "data": bad}, out, dry_run=True, max_dropped=1.0) == 1
-    assert "none of the first step's samples can be used" in capsys.readouterr().out
+    said_of = capsys.readouterr().out
+    assert "none of the first step's samples can be used" in said_of
+    assert "  4 of these samples cannot be used, as bad.jsonl[" in said_of and "id=None: no conversations" in said_of
     assert not out.exists()
     assert said == [refusal("align", world, out, **w) for w in wrong]
 
