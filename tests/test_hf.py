@@ -281,6 +281,12 @@ def test_pickles_give_tensors_and_run_nothing(copy, towers):
         assert "is no dict of dense tensors by name" in error(hf.load, *copy)
 
 
+def test_a_pickle_beside_safetensors_is_not_even_opened(copy, towers):
+    for part in copy:                                                         # many published folders hold both
+        (part / "pytorch_model.bin").write_bytes(b"never read")
+    assert same(hf.load(*copy), hf.load(*towers))
+
+
 def shards(folder, name="model-00002-of-00002.safetensors"):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
