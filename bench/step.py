@@ -1,10 +1,5 @@
-"""Whole training steps beside transformers' LLaVA: same weights, same ragged conversations, same parameters trained.
-
-    step_align, step_sft    a ViT of 6 x 192, a Llama of 6 x 256 with 32,000 words, 4 conversations a step, on a CPU
-    toy_align, toy_sft      the toy world's model, 32 conversations a step, on a CPU
-    S1, S2, S3              CLIP ViT-L/336 and Llama 7B: stage 1; stage 2 through LoRA of rank 128; stage 2 whole
-    S4, S4b                 stage 2 whole with TinyLlama 1.1B; with Llama 3.2 1B and its 128,256 words
-    S5                      stage 2 whole with SigLIP-B/16-512 and SmolLM2 360M
+"""Whole training steps beside transformers' LLaVA: same weights, same ragged conversations, same parameters trained
+(the rows: bench/systems.py).
 
 The vision tower is frozen and builds no graph on either side. Ours takes the conversations packed, through
 engine.train_step; transformers takes them padded, with a mask, in a loop of the same verbs: sdpa, fused AdamW, the
@@ -27,128 +22,11 @@ import torch
 
 import bench
 import config
+from bench.systems import NAMES, conversations, fill, pad, system, work
 
 LR, CLIP = 1e-3, 1.0
 AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # how far the first losses may lie apart: bf16, fp32
 MEMORY = 0.65                               # goal: peak memory of ours over theirs
-
-
-@dataclasses.dataclass
-class System:
-    cfg: object                    # model.VLMConfig
-    stage: str                     # align: the connector learns; sft: the language model too; lora: through adapters
-    samples: int                   # conversations per step
-    peers: tuple                   # who stands beside ours
-    goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs over ours
-    spread: float | None = None    # words are log-normal around 90 with this sigma; None: LLaVA's mixture
-    room: int = 1 << 30            # tokens in one of our streams
-    micro: int = 1 << 30           # conversations in one of their batches
-    r: int = 0                     # rank of the adapters
-
-
-NAMES = {"cpu": ("step_align", "step_sft", "toy_align", "toy_sft"), "cuda": ("S1", "S2", "S4", "S4b", "S5", "S3")}
-
-
-def system(name, size="full"):
-    """A row's name -> System. `tiny`: the same with a model of a few thousand parameters, to see that it runs."""
-    from model import TextConfig, VisionConfig, VLMConfig
-
-    def vision(D, F, L, H, side, patch, **more):
-        return VisionConfig(hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
-                            image_size=side, patch_size=patch, **more)
-
-    def text(C, F, L, H, G, K, V, **more):
-        return TextConfig(vocab_size=V, hidden_size=C, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
-                          num_key_value_heads=G, head_dim=K, **more)
-    clip = vision(1024, 4096, 24, 16, 336, 14)
-    vicuna = VLMConfig(clip, text(4096, 11008, 32, 32, 32, 128, 32000), image_token_index=3)
-    both = ("theirs", "theirs+liger")
-    small = VLMConfig(vision(192, 768, 6, 3, 112, 14), text(256, 688, 6, 8, 4, 32, 32000), image_token_index=3)
-    toy = VLMConfig(vision(128, 512, 4, 4, 72, 12), text(128, 352, 6, 4, 4, 32, 512), image_token_index=3)
-    tinyllama = text(2048, 5632, 22, 32, 4, 64, 32000)
-    llama32 = text(2048, 8192, 16, 32, 8, 64, 128256, tie_word_embeddings=True, rope_theta=500000.0)
-    siglip = vision(768, 3072, 12, 12, 512, 16, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
-    smollm = text(960, 2560, 32, 15, 5, 64, 49152, tie_word_embeddings=True, rope_theta=100000.0)
-    s = {
-        "step_align": System(small, "align", 4, ("theirs",), {"theirs": 2.5}, 0.7),
-        "step_sft": System(small, "sft", 4, ("theirs",), {"theirs": 2.0}, 0.7),
-        "toy_align": System(toy, "align", 32, ("theirs",), {}, 0.25),
-        "toy_sft": System(toy, "sft", 32, ("theirs",), {}, 0.25),
-        "S1": System(vicuna, "align", 32, (*both, "theirs+ckpt"), {"theirs": 1.3, "theirs+liger": 1.1}, None, 20480,
-                     16),
-        "S2": System(vicuna, "lora", 24, both, {"theirs": 2.0, "theirs+liger": 1.7}, None, 12288, 8, r=128),
-        "S3": System(vicuna, "sft", 24, both, {"theirs": 1.7, "theirs+liger": 1.5}, None, 4096, 2),
-        "S4": System(VLMConfig(clip, tinyllama, image_token_index=3), "sft", 48, (*both, "theirs+sorted"),
-                     {"theirs": 2.0, "theirs+liger": 1.7, "theirs+sorted": 1.1}, None, 16384, 16),
-        "S4b": System(VLMConfig(clip, llama32, image_token_index=3), "sft", 48, (*both, "theirs+sorted"),
-                      {"theirs": 2.0, "theirs+liger": 1.7, "theirs+sorted": 1.1}, None, 16384, 16),
-        "S5": System(VLMConfig(siglip, smollm, image_token_index=3), "sft", 32, both, {"theirs": 2.0}, None, 16384, 8),
-    }[name]
-    if size == "full":
-        return s
-    v, t = s.cfg.vision, s.cfg.text
-    g = t.num_attention_heads // t.num_key_value_heads
-    v = dataclasses.replace(v, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-                            image_size=2 * v.patch_size)
-    t = dataclasses.replace(t, vocab_size=512, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-                            num_attention_heads=g, num_key_value_heads=1, head_dim=8)
-    return dataclasses.replace(s, cfg=dataclasses.replace(s.cfg, vision=v, text=t), samples=6, r=min(s.r, 4),
-                               room=60 if s.stage == "align" else 1500, micro=min(s.micro, 4))
-
-
-# ---- what both sides are given -------------------------------------------------------------------------------------
-
-def conversations(s, step, mean=90, asked=10, answered=3):
-    """One step's samples as data.pack takes them: BOS, a picture, turns. Lengths on a CPU are log-normal around `mean`,
-    spread so that padding a batch to its longest costs what it costs with real conversations: 1.3 to 1.75 times the
-    tokens; on a GPU they are drawn from LLaVA's mixture, and captions of about 18 words are learnt whole."""
-    g = torch.Generator().manual_seed(1000 + step)
-    if s.spread is not None:
-        words = (mean * (s.spread * torch.randn(s.samples, generator=g)).exp()).long().clamp(8, 5 * mean).tolist()
-        plan = [(n, answered / (asked + answered), 1) for n in words]
-    elif s.stage == "align":
-        words = (18 * (0.3 * torch.randn(s.samples, generator=g)).exp()).long().clamp(4, 80).tolist()
-        plan = [(n, 1.0, 1) for n in words]
-    else:
-        plan = bench.drawn(s.samples, g)
-    out, S = [], s.cfg.vision.image_size
-    for n, share, pictures in plan:
-        turn = asked + answered if s.spread is not None else 20
-        learnt = max(1, round(turn * share))
-        text = torch.randint(4, s.cfg.text.vocab_size, (n,), generator=g).tolist()
-        ids = [1] + [s.cfg.image_token_index] * (s.cfg.vision.patches * pictures)
-        labels = [-100] * len(ids) + [t if i % turn >= turn - learnt else -100 for i, t in enumerate(text)]
-        out.append((ids + text, labels, torch.randint(0, 256, (pictures, 3, S, S), generator=g, dtype=torch.uint8)))
-    return out
-
-
-def pad(cfg, made):
-    """Samples as transformers takes them."""
-    longest = max(len(ids) for ids, _, _ in made)
-
-    def rows(lists, filler):
-        return torch.tensor([[*r, *[filler] * (longest - len(r))] for r in lists])
-    mean, std = (torch.tensor(t).view(1, 3, 1, 1) for t in (cfg.vision.image_mean, cfg.vision.image_std))
-    images = torch.cat([images for *_, images in made])
-    return {"input_ids": rows([ids for ids, _, _ in made], 0), "labels": rows([labels for _, labels, _ in made], -100),
-            "attention_mask": rows([[1] * len(ids) for ids, _, _ in made], 0),
-            **({"pixel_values": (images / 255 - mean) / std} if len(images) else {})}
-
-
-def fill(cfg, model, device, names=lambda k: [k]):
-    """Give a model the parameters of model.VLM, under one of their `names`, always the same ones -> names of what it
-    has besides."""
-    from model import VLM
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in VLM(cfg).state_dict().items()}
-    has, g = dict(model.named_parameters()), torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for k, shape in shapes.items():
-            p = has.pop(next(n for n in names(k) if n in has))
-            assert p.shape == shape, f"{k} is {tuple(shape)} here and {tuple(p.shape)} there"
-            value = torch.empty(shape, device=device).normal_(0, 0.02, generator=g)
-            p.copy_(value.add_("norm" in k and k.endswith("weight")))
-    return set(has)
 
 
 # ---- the two sides: each prepares samples, off the clock, and trains a step, which says the loss before it ----------
@@ -252,30 +130,6 @@ def theirs(s, device, *how):
         optimizer.zero_grad(set_to_none=True)
         return total.item()
     return prepare, step, optimizer
-
-
-# ---- what a step has to compute ------------------------------------------------------------------------------------
-
-def work(s, made):
-    """FLOPs that a step needs -> products, attention forward, attention backward. A weight costs 2 per row forward, 2
-    for the gradient of its input, 2 more if it trains; no padding, no recomputation; rows without a label end at the
-    last layer's keys; attention by pairs that see each other, 5/2 as much backward."""
-    v, t = s.cfg.vision, s.cfg.text
-    N = sum(len(ids) for ids, _, _ in made)
-    R = sum(i >= 0 for _, labels, _ in made for i in labels[1:])
-    I = sum(len(images) for *_, images in made)
-    pairs = sum(len(ids) * (len(ids) + 1) // 2 for ids, _, _ in made)
-    C, F, L, A, kv = (t.hidden_size, t.intermediate_size, t.num_hidden_layers, t.num_attention_heads * t.head_dim,
-                      t.num_key_value_heads * t.head_dim)
-    layer, keys = 2 * C * A + 2 * C * kv + 3 * C * F, 2 * C * kv
-    adapters = 7 * C + 2 * A + 2 * kv + 3 * F                                  # in + out of all seven, where r > 0
-    rows = (L - 1) * layer * N + keys * N + (layer - keys) * R + t.vocab_size * C * R
-    T, D = v.patches + v.class_token, v.hidden_size
-    tower = 2 * I * (v.depth * T * (4 * D * D + 2 * D * v.intermediate_size) + v.patches * 3 * v.patch_size**2 * D)
-    connector = I * v.patches * (4 * D * C + 6 * C * C)
-    products = (6 if s.stage == "sft" else 4) * rows + 6 * s.r * adapters * L * N + tower + connector
-    seen = 4 * pairs * A * (L - 1 + R / N)
-    return products, seen + 4 * I * v.depth * T * T * D, 2.5 * seen
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from interpret import interpret
 import bench
 import data
 from bench import kernels as rows
-from bench import step
+from bench import step, systems
 
-SMALL = step.System(tiny_config(rms_norm_eps=1e-6), "sft", 3, ("theirs",), {}, 0.5)
+SMALL = systems.System(tiny_config(rms_norm_eps=1e-6), "sft", 3, ("theirs",), {}, 0.5)
 JSON = dict(parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 

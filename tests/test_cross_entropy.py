@@ -80,9 +80,10 @@ def test_extreme_logits_do_not_overflow():
             torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=atol)
 
 
-@pytest.mark.parametrize("up", [1.0, 1 / 777])
+@pytest.mark.parametrize("up", [1.0, 1.0038 / 1024])
 def test_bf16_gradients_err_no_more_than_plain_torch(up):
-    """Truth: float64 from the rounded inputs. 1 / 777 is no power of two: in bf16 it would bend every gradient."""
+    """Truth: float64 from the rounded inputs. The second scale lies between two numbers of bf16: rounded to either, it
+    would bend every gradient by 0.4 %."""
     hidden, weight, labels = case(64, 32, 300, dtype=torch.bfloat16)
     truth = with_gradients(linear_cross_entropy_ref, hidden.double(), weight.double(), labels, up)
     theirs = with_gradients(linear_cross_entropy_ref, hidden, weight, labels, up)

@@ -152,6 +152,9 @@ def test_the_same_gradients_every_time_and_weights_of_another_dtype():
     x, w = args[0].half(), args[1]                                          # a weight in fp32, as under autocast
     y, dx, dw = with_gradients(f, x, w)
     assert (y.dtype, dx.dtype, dw.dtype) == (torch.float16, torch.float16, torch.float32)
+    up = normal(129, 97, dtype=torch.float16)                               # sums over rows are not kept in fp16
+    dw, exact = with_gradients(f, x, w, up=[up])[2], with_gradients(true, x.double(), w.double(), up=[up.double()])[2]
+    assert (dw - exact).norm() < 1e-5 * exact.norm()
     s, y = rms_norm(x, w, EPS, args[0])                                     # the sum of two dtypes is the wider one
     assert s.dtype == y.dtype == torch.float32 and torch.equal(s, x + args[0])
 
