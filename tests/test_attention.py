@@ -95,6 +95,7 @@ CASES = {
     "some rows": (rows(documents(5, 9, 3), [4, 12, 13, 16]), 17),
     "sliding window": (window((20, 3, 30), 4), 53), "window longer than documents": (window((5, 4), 9), 9),
     "gaps": (gaps(), 20), "nothing to read": ((torch.zeros(4, dtype=torch.int32),) * 2, 6),
+    "keys left out": (tuple(torch.tensor(t, dtype=torch.int32) for t in ([0, 0, 5, 5], [3, 3, 8, 8])), 9),
     "no query": (documents(0), 5), "no key": ((torch.zeros(3, dtype=torch.int32),) * 2, 0),
 }
 LONG = {  # beyond the rows that are handled at once

@@ -111,6 +111,15 @@ def test_adapters_together_are_each_alone_and_so_are_their_gradients(N, n, bias)
             assert not torch.allclose(lora.LoRALinear.together(x, layers)[-1], ours[n - 1])
 
 
+@pytest.mark.parametrize("needs", [True, False])
+def test_an_input_that_needs_no_gradient_costs_no_product(needs, monkeypatch):
+    """The base's matrix is multiplied on the way back only where the gradient of x is asked for."""
+    layer, dense, calls = lora.LoRALinear(torch.nn.Linear(6, 5), 2, 4, 0.0), lora.dense, []
+    monkeypatch.setattr(lora, "dense", lambda *a: calls.append(a) or dense(*a))
+    layer(torch.ones(3, 6, requires_grad=needs)).sum().backward()
+    assert len(calls) == 1 + needs and layer.lora_B.weight.grad is not None
+
+
 def test_one_mask_of_dropout_serves_all_that_read_the_same_and_is_scaled():
     layers, x, p = family(dropout=0.25), normal(500, 40), 0.25
     torch.manual_seed(5)

@@ -60,6 +60,12 @@ def test_zeros_and_blocks_of_zeros_stay_zero():
     assert got.isfinite().all() and not got[2].any() and not got[5, ::2].any()
 
 
+def test_small_weights_are_as_exact_as_large_ones():
+    W = normal(8, 64).float()
+    for small in (2.0**-20, 2.0**-60):
+        assert torch.equal(nf4.quantize(W * small)[0], nf4.quantize(W)[0])
+
+
 def test_a_weight_takes_little_more_than_half_a_byte():
     parts = nf4.quantize(normal(512, 1376))
     assert sum(t.nbytes for t in parts) <= 0.517 * 512 * 1376
