@@ -223,6 +223,14 @@ def test_element_wise_beyond_31_bits(room):
     whole, alone = (with_gradients(swiglu, t, u, up=[u])[:2] for t, u in ((x, up), (x[-3:], up[-3:])))
     for a, b in zip(whole, alone):
         assert torch.equal(a[-3:], b)
+    del whole
+    q, dq = (t.view(N, HEADS, -1) for t in (x, up))
+    angles = torch.arange(N, device=DEVICE)[:, None] / torch.arange(1, q.shape[2] // 2 + 1, device=DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+    whole, alone = (with_gradients(lambda q, k: rope_qk(q, k, cos[at], sin[at]), q[at], q[at, :1],
+                                   up=[dq[at], dq[at, :1]]) for at in (slice(None), slice(-3, None)))
+    for a, b in zip(whole, alone):
+        assert torch.equal(a[-3:], b)
 
 
 def test_a_stream_without_pictures_and_one_without_labels():

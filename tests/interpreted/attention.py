@@ -88,20 +88,21 @@ def test_a_query_without_keys_gets_zeros_and_gives_gradients_of_zero():
 def test_strides_do_not_matter():
     spans = documents(20, 13)
     q, k, v = (t.detach() for t in low(spans, 33, torch.float32))
-    odd = [q.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([k, -k], 1)[:, :2],
-           torch.stack([v, -v], -1)[..., 0]]
-    assert not any(t.is_contiguous() for t in odd)
+    odd = [q.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([k, -k], 1)[:, :2], torch.cat([v, -v], 2)[..., :6]]
+    every_other = [torch.stack([t, -t], -1)[..., 0] for t in (q, k, v)]
+    assert not any(t.is_contiguous() for t in (*odd, *every_other)) and len({t.stride()[:2] for t in odd}) == 3
     up = torch.randn(*q.shape[:2], 2 * q.shape[2])[..., ::2]
     slices = [torch.stack([t, -t], 1)[:, 0] for t in spans]
     wide, got = up[:1].expand_as(up), []                             # one row's gradient, seen from everywhere
-    for tensors, s, d in ((odd, slices, up), ((q, k, v), spans, up.contiguous()), ((q, k, v), spans, wide)):
+    for tensors, s, d in ((odd, slices, up), (every_other, spans, up), ((q, k, v), spans, up.contiguous()),
+                          ((q, k, v), spans, wide)):
         tensors = [t.requires_grad_() for t in tensors]
         out = attention(*tensors, *s)
         got.append([out, *torch.autograd.grad(out, tensors, d)])
-    for a, b in zip(*got[:2]):
-        assert torch.equal(a, b)
+    for a, b, c in zip(*got[:3]):
+        assert torch.equal(a, c) and torch.equal(b, c)
     want = torch.autograd.grad(attention_torch(*tensors, *spans), tensors, wide)
-    for a, b in zip(got[2][1:], want):
+    for a, b in zip(got[3][1:], want):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -7,7 +7,7 @@ from kernel_cases import normal, with_gradients
 import kernels
 from kernels import nf4
 from kernels.attention import attention
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import linear_cross_entropy, turn_triton
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rope_qk
 from kernels.swiglu import swiglu
@@ -78,4 +78,12 @@ def test_heads_may_lie_further_apart_than_31_bits_count():
     up = far.as_strided((N, 3, C), (C, 2**30, 1))
     for a, b in zip(with_gradients(lambda *t: attention(*t, LO, HI), q, q, q, up=[up]),
                     with_gradients(lambda *t: attention(*t, LO, HI), near, near, near, up=[near])):
+        assert torch.equal(a, b)
+
+
+def test_so_may_rows_of_logits():
+    far = torch.empty(2**31 + 2**16, dtype=torch.float16).as_strided((3, 200), (2**30, 1))
+    near, labels = normal(3, 200, dtype=torch.float16), torch.tensor([5, -100, 199])
+    far.copy_(near)
+    for a, b in zip(turn_triton(far, labels, True), turn_triton(near, labels, True)):
         assert torch.equal(a, b)
