@@ -170,8 +170,9 @@ def elements(blob):
         try:
             while True:
                 a, b = element(text, i, not spans)
-                if b == len(text) and end < len(blob):
-                    raise json.JSONDecodeError("12 may go on as 123", text, b)
+                after = SPACE.match(text, b).end()
+                if text[a] != "]" and end < len(blob) and text[after : after + 1] not in (",", "]"):
+                    raise json.JSONDecodeError("1 may go on as 12 or as 1.5", text, b)
                 begin = at + len(text[i:a].encode())
                 at, i = begin + len(text[a:b].encode()), b
                 if text[a] == "]":

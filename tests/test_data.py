@@ -160,12 +160,12 @@ def test_a_file_that_is_cut_off_while_it_is_read_costs_samples_and_not_the_proce
 def test_a_json_list_is_cut_into_the_same_values_by_any_window(tmp_path, window, monkeypatch):
     """And where it is broken, line and column are those that json itself finds in the whole text."""
     monkeypatch.setattr(data, "WINDOW", window)
-    rows = [{"id": i, "text": "é👩" * (i % 5) + "[{,\\\"" * (i % 3), "more": [[], {"a": 1.5e3}]} for i in range(20)]
+    rows = [0.5, -1.5e-3, 12, "x", None] + [{"id": i, "text": "é👩" * (i % 5) + "[{,\\\"" * (i % 3), "more": [[], {"a": 1.5e3}]} for i in range(20)]
     for indent, ascii in ((None, True), (None, False), (3, False)):
         text = json.dumps(rows, indent=indent, ensure_ascii=ascii)
         (tmp_path / "x").write_text(text, "utf-8")
         read = Rows(tmp_path / "x")
-        assert [read[i] for i in range(len(read))] == rows
+        assert [json.loads(read.blob[a:b]) for a, b in read.spans] == rows
         for broken in (text[:-1], text[: len(text) // 2], text.replace("}, {", "} {").replace("},\n", "}\n"), text + "]"):
             with pytest.raises(json.JSONDecodeError) as e:
                 json.loads(broken)
