@@ -47,6 +47,12 @@ LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_f
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
 
+# keys of adapter_config.json that make another function of the same tensors. Ways to begin are no matter, but for those
+# that change the base as well (PiSSA, OLoRA, CorDA ...)
+UNKNOWN = ("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+           "kasa_config", "monteclora_config", "layer_replication", "target_parameters")
+BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+
 STEMS = ("model", "mm_projector", "non_lora_trainables")  # files whose presence makes a folder one of a model
 # spellings of a LLaVA tensor, one after the other, until it is the llava-hf one, which is ours
 SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
@@ -94,7 +100,8 @@ def find(name):
         files = hub.HfApi().list_repo_files(name)
         kind = "*.safetensors" if any(re.fullmatch(r"[^/]+\.safetensors", f) for f in files) else "*.bin"
         wanted = ["*.json", "*.jinja", "*.model", "mm_projector.bin", "non_lora_trainables.bin", kind]
-        return Path(hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(hub.snapshot_download(name, allow_patterns=wanted,       # Mistral's hold it all twice
+                                          ignore_patterns=["*/*", "consolidated*"]))
     except ImportError:
         stop(f"{absent}; pip install huggingface_hub would let it be downloaded")
     except Exception as e:  # a network has many
@@ -170,6 +177,27 @@ def read_pickle(file):
                                               for x in found.values()):
         stop(f"{file} is no dict of dense tensors by name")
     return found
+
+
+def read_adapter(folder):
+    """adapter_config.json of a LoRA, which asks for no other function of its tensors than we know"""
+    c = read_json(folder / "adapter_config.json")
+    for key in UNKNOWN:
+        if c.get(key):
+            stop(f"{folder}: {key}={c[key]} is not known here")
+    if (how := c.get("init_lora_weights")) not in BEGINNINGS:
+        stop(f"{folder}: init_lora_weights={how} changed the base as well, which is not known here")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(c.get(key) or {}, dict):
+            stop(f"{folder}: {key}={c[key]} is no object of numbers by layer")
+    return c
+
+
+def scaled(folder, c, r, alpha):
+    """alpha of a layer, so that B A times alpha / r is meant; rsLoRA means alpha / sqrt(r)"""
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
+        stop(f"{folder}: r={r!r} and lora_alpha={alpha!r} in its adapter_config.json")
+    return alpha * (r**0.5 if c.get("use_rslora") else 1)
 
 
 def rename(name):
@@ -253,14 +281,12 @@ def original(folder, c):
             stop(f"{folder}: {key}={value!r}, where {' or '.join(map(repr, known))} is known here")
     base, extra, scale = folder, {}, 0
     if weights(folder, "adapter_model"):
-        a = read_json(folder / "adapter_config.json")
-        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        a = read_adapter(folder)
+        for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
             if a.get(key):
                 stop(f"{folder}: {key}={a[key]} is not known here")
-        r, alpha, base = (a.get(k) for k in ("r", "lora_alpha", "base_model_name_or_path"))
-        if type(r) is not int or r < 1 or not isinstance(alpha, int | float):
-            stop(f"{folder}: r={r} and lora_alpha={alpha} in its adapter_config.json")
-        scale = alpha / r
+        r, base = a.get("r"), a.get("base_model_name_or_path")
+        scale = scaled(folder, a, r, a.get("lora_alpha")) / r
         extra = read_tensors(folder, "adapter_model") | read_tensors(folder, "non_lora_trainables")
     elif not weights(folder):
         base, extra = c.get("_name_or_path"), read_tensors(folder, "mm_projector")

@@ -19,16 +19,13 @@ from safetensors.torch import save_file
 
 from checkpoint import commit
 from config import read_json, stop
-from hf import find, find_model, fingerprint, load, mark, read_tensors, rename
+from hf import find, find_model, fingerprint, load, mark, read_adapter, read_tensors, rename, renamed, scaled
 from kernels import nf4
 from model import VLM
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
-# keys of adapter_config.json that make another function of the same tensors. Ways to begin are no matter, but for those
-# that change the base as well (PiSSA, OLoRA, CorDA ...)
-UNKNOWN = ("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
-           "kasa_config", "monteclora_config", "layer_replication", "target_parameters")
-BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+# what the tower holds behind the feature layer, where PEFT puts adapters too, and nobody reads them
+UNREAD = re.compile(r"vision_tower\.vision_model\.(post_layernorm|encoder\.layers\.(\d+))\.")
 
 
 def held(layer):
@@ -294,10 +291,16 @@ def save_adapter(out, state, r, alpha, dropout, base, mark, about={}, card=""):
     commit(out, fill)
 
 
-def own(pattern, name, usual):
-    """The value of a layer under PEFT's rank_pattern or alpha_pattern: that of the first key, a regular expression,
-    that its name ends in."""
-    return next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name)), usual)
+def own(c, key, pattern, name):
+    """r or lora_alpha of a layer: under PEFT's rank_pattern or alpha_pattern that of the first key, a regular
+    expression, that its name ends in; the name it had when it was trained, which is that in the file."""
+    return next((v for k, v in (c.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), c.get(key))
+
+
+def unread(model, name):
+    """Is a tensor one of the tower behind the feature layer?"""
+    v, at = model.cfg.vision, UNREAD.match(name)
+    return bool(at) and (at[2] is None or v.depth <= int(at[2]) < v.num_hidden_layers)
 
 
 def about(folder):
@@ -310,19 +313,18 @@ def load_adapter(model, folder):
     """Wrap `model`, as hf.load read it, with the adapter of a PEFT folder. Every tensor must find its place, and the
     model must be the one that the adapter was trained on, where the folder says which that was."""
     folder = Path(folder)
-    c = read_json(folder / "adapter_config.json")
-    for key in UNKNOWN:
-        if c.get(key):
-            stop(f"{folder}: {key}={c[key]} is not known here")
-    if (how := c.get("init_lora_weights")) not in BEGINNINGS:
-        stop(f"{folder}: init_lora_weights={how} changed the base as well, which is not known here")
+    c = read_adapter(folder)
     if c.get("bias", "none") != "none":
         stop(f"{folder}: bias={c['bias']} is not known here")
-    tensors = read_tensors(folder, "adapter_model")
-    tensors = {rename(k.removeprefix(PREFIX)): v for k, v in tensors.items()}
-    names = sorted({k.split(".lora_")[0] for k in tensors if ".lora_" in k})
+    found = {k.removeprefix(PREFIX): v for k, v in read_tensors(folder, "adapter_model").items()}
+    found = {k: v for k, v in found.items() if not unread(model, rename(k))}
+    tensors = renamed(found, folder)
+    there = {rename(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}   # ours: its own name
+    names, linears = sorted(there), targets(model, "*")
     if not names:
         stop(f"{folder} holds no adapter")
+    if strange := [there[n] for n in names if n not in linears]:
+        stop(f"{folder} holds an adapter of {strange[0]}, which is no linear layer of this model that can carry one")
     if says := about(folder):
         base = {k: mark(p) for k, p in model.named_parameters() if k not in tensors}
         if (was := says.get("base")) != fingerprint(base):
@@ -330,9 +332,8 @@ def load_adapter(model, folder):
     if says.get("bits") == 4:
         quantize(model)
     for name in names:
-        r, alpha = (own(c.get(f"{kind}_pattern"), in_memory(name), c[key]) for kind, key in
-                    (("rank", "r"), ("alpha", "lora_alpha")))
-        alpha *= r**0.5 if c.get("use_rslora") else 1                         # rsLoRA scales by alpha / sqrt(r)
+        r = own(c, "r", "rank_pattern", there[name])
+        alpha = scaled(folder, c, r, own(c, "lora_alpha", "alpha_pattern", there[name]))
         apply(model, r, alpha, c.get("lora_dropout", 0.0), name, kind=DoRALinear if c.get("use_dora") else LoRALinear)
     params = dict(model.named_parameters())
     if missing := sorted(k for k in params.keys() - tensors.keys() if ".lora_" in k):

@@ -464,6 +464,63 @@ def test_layers_of_their_own_rank_and_scale_are_read_and_merged_each_by_its_own(
     assert (say(plain, batch) - true).abs().max() > 1e6 * gate
 
 
+def before_4_52(k):
+    """A name in the memory of transformers 5 -> the one that it had until 4.51, and in an adapter made then"""
+    for new, old in (("model.language_model.", "language_model.model."), ("model.multi_modal_", "multi_modal_"),
+                     ("model.vision_tower.", "vision_tower.vision_model."), ("lm_head.", "language_model.lm_head.")):
+        if k.startswith(lora.PREFIX + new):
+            return k.replace(new, old, 1)
+    raise AssertionError(k)
+
+
+@pytest.mark.parametrize("spelling", [lambda k: k, before_4_52])
+@pytest.mark.parametrize("how", [
+    dict(target_modules=["q_proj", "v_proj"]), dict(target_modules="all-linear"),
+    dict(target_modules=["fc1", "k_proj"], use_dora=True),
+    dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
+    dict(target_modules=["o_proj"], modules_to_save=["norm", "lm_head", "embed_tokens", "multi_modal_projector"])])
+def test_adapters_that_reach_all_of_a_llava_are_read(tmp_path, how, spelling):
+    """The leaf names that everybody gives mean layers of the tower, too, even of the block that nobody reads."""
+    peft = pytest.importorskip("peft")
+    there = exact_norms(theirs(v={"image_size": 8}))
+    model = ours(there)
+    # one layer of another alpha, told by its whole name
+    name = "model.language_model.layers.1.self_attn.q_proj"
+    there = peft.get_peft_model(there, peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **how,
+                                                       alpha_pattern={name: 20})).float()
+    for n, p in there.named_parameters():
+        if "modules_to_save" in n or "lora_magnitude" in n:
+            p.data += 0.2 * torch.rand_like(p)
+    there.save_pretrained(tmp_path)
+    there = exact_norms(there).double().eval()
+    tensors = {spelling(k): v for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["alpha_pattern"] = {spelling(f"{lora.PREFIX}{name}").removeprefix(lora.PREFIX): 20}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    lora.load_adapter(model, tmp_path)
+    true = their_logits(there, EXAMPLES, model.cfg.vision)
+    assert (say(model.double(), pack(EXAMPLES, 8)) - true).abs().max() <= 1e-10 * max(1, true.abs().max())
+
+
+def test_an_adapter_of_what_carries_none_is_named(adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name in ("lm_head", "model.language_model.embed_tokens", "model.vision_tower.encoder.layers.3.mlp.fc1"):
+        new = {f"{lora.PREFIX}{name}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+        save_file(tensors | new, adapter / "adapter_model.safetensors")
+        assert f"holds an adapter of {name}, which is no linear layer" in error(lora.load_adapter, tiny_vlm(), adapter)
+
+
+@pytest.mark.parametrize("new, says", [
+    (dict(r=0), "r=0 and lora_alpha=8.0 in its adapter_config.json"), (dict(r=None), "r=None and"),
+    (dict(lora_alpha="8"), "lora_alpha='8' in its"), (dict(alpha_pattern={"q_proj": True}), "lora_alpha=True in its"),
+    (dict(rank_pattern=["q_proj"]), "rank_pattern=['q_proj'] is no object of numbers by layer")])
+def test_a_scale_that_is_no_number_is_one_line(adapter, new, says):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | new))
+    assert says in error(lora.load_adapter, tiny_vlm(), adapter)
+
+
 def test_an_adapter_is_refused_by_any_base_but_its_own(tmp_path):
     model, _ = wrapped(dtype=torch.float32)
     lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
@@ -491,7 +548,7 @@ def adapter(tmp_path):
 
 def test_what_peft_may_hold_and_we_do_not_know_is_refused(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for key, value in (("bias", "all"), *((key, True) for key in lora.UNKNOWN)):
+    for key, value in (("bias", "all"), *((key, True) for key in hf.UNKNOWN)):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {key: value}))
         assert f"{key}={value} is not known here" in error(lora.load_adapter, tiny_vlm(), adapter)
     for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq"):

@@ -1,6 +1,7 @@
 """Weights in: what transformers, peft and the LLaVA repository write, found by folder or by name, to the last bit."""
 
 import dataclasses
+import fnmatch
 import itertools
 import json
 import random as dice
@@ -435,6 +436,9 @@ def test_what_is_not_in_the_cache_is_downloaded(cache, towers, monkeypatch):  # 
     assert hf.find("openai/old") == towers[0]
     kinds = [(name, kw["allow_patterns"][-1]) for name, kw in asked]
     assert kinds == [("openai/new", "*.safetensors"), ("openai/old", "*.bin")]
+    left = asked[0][1]["ignore_patterns"]                                       # Mistral's, Llama's second copies
+    assert [any(fnmatch.fnmatch(f, p) for p in left) for f in (
+        "model-00001-of-00003.safetensors", "consolidated.safetensors", "original/model.safetensors")] == [0, 1, 1]
     assert "and the download failed: KeyError: 'openai/none'" in error(hf.find, "openai/none")
 
 
@@ -538,10 +542,16 @@ def test_a_lora_of_the_llava_repository_is_what_peft_makes_of_it(originals, towe
     for k in got:
         torch.testing.assert_close(got[k], merged.get(k, true[k] + ("projector" in k)), rtol=1e-6, atol=1e-6)
     assert all(torch.equal(got[k], true[k]) for k in got if "projector" not in k and k not in moved)
-    for key in ("use_dora", "use_rslora"):
-        configure_adapter(folder, **{key: True})
-        assert f"{key}=True is not known here" in error(hf.load, init=folder)
-        configure_adapter(folder, **{key: False})
+    for key, value, usual in (("use_dora", True, False), ("fan_in_fan_out", True, False), ("lora_bias", True, False),
+                              ("init_lora_weights", "pissa", True), ("alpha_pattern", {"q_proj": 2}, {})):
+        configure_adapter(folder, **{key: value})
+        assert f"{key}={value} " in error(hf.load, init=folder)
+        configure_adapter(folder, **{key: usual})
+    configure_adapter(folder, use_rslora=True)                                # alpha / sqrt(4): twice what it was
+    for k, x in hf.load(init=folder)[0].state_dict().items():
+        if k in moved:
+            torch.testing.assert_close(x - true[k], 2 * (got[k] - true[k]), rtol=1e-5, atol=1e-5)
+    configure_adapter(folder, use_rslora=False)
     tensors = load_file(folder / "adapter_model.safetensors")
     file = folder / "adapter_model.safetensors"
     save_file({k.replace("layers.1.", "layers.9."): v for k, v in tensors.items()}, file)
