@@ -171,8 +171,8 @@ def save(out, step, model, optimizer, world, state, keep_last, keep=()):
 
 
 def retire(out, step, keep_last, keep=()):
-    """Delete all checkpoints but the newest keep_last and the steps in `keep`. What lies beyond `step` belongs to a life
-    that was given up (its checkpoints were damaged, or an older one was named to go on from) and goes too."""
+    """Delete all checkpoints but the newest keep_last and the steps in `keep`. What lies beyond `step` belongs to a
+    life that was given up (its checkpoints were damaged, or an older one was named to go on from) and goes too."""
     steps = steps_in(out)
     lives = {*keep, *[s for s, _ in steps if s <= step][-max(1, keep_last):]}
     for s, path in steps:

@@ -28,7 +28,6 @@ from config import STRICT, load, read_json, stop, strict_json, within
 MAX_PIXELS = 64_000_000    # a header may promise more than memory holds: refuse before decoding
 MAX_SIDE = 8_000           # a thin picture padded to a square would be more than memory holds: reduce it first
 REPEATS = 1024             # a step may hold so many samples although the data hold fewer: a recipe tried on a handful
-WINDOW = 1 << 20           # bytes of a json list that are read at once
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # EPS would start Ghostscript
 SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -146,46 +145,28 @@ def preprocess(image, spec):
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
-def element(text, i, first):
-    """The next value of a json list, or its ], from text[i] on -> (begin, end)."""
-    i = SPACE.match(text, i).end()
-    if text[i : i + 1] == "," and not first:
-        i = SPACE.match(text, i + 1).end()
-    elif text[i : i + 1] == "]":
-        return i, i + 1
-    elif not first:
-        raise json.JSONDecodeError("Expecting ',' or ']'", text, i)
-    return i, STRICT.raw_decode(text, i)[1]
-
-
 def elements(blob):
-    """Where the values of a json list stand in its bytes -> [(begin, end)]. Each is parsed once, out of a window that
-    grows until it holds it whole: a file of many GB needs no more memory than its longest value."""
-    spans, at, size = [], blob.find(b"[") + 1, WINDOW          # at: so many bytes are read
-    while True:
-        end = min(len(blob), at + size)
-        while end < len(blob) and blob[end] & 0xC0 == 0x80:    # not in the middle of a character
-            end -= 1
-        text, i = blob[at:end].decode(), 0                     # i: so many of its characters
-        try:
-            while True:
-                a, b = element(text, i, not spans)
-                after = SPACE.match(text, b).end()
-                if text[a] != "]" and end < len(blob) and text[after : after + 1] not in (",", "]"):
-                    raise json.JSONDecodeError("1 may go on as 12 or as 1.5", text, b)
-                begin = at + len(text[i:a].encode())
-                at, i = begin + len(text[a:b].encode()), b
-                if text[a] == "]":
-                    if blob[at:].strip():
-                        raise json.JSONDecodeError("Extra data", text, b)
-                    return spans
-                spans.append((begin, at))
-        except json.JSONDecodeError as e:
-            if end == len(blob):
-                before = blob[:at] + text[i : e.pos].encode()
-                line, column = before.count(b"\n") + 1, len(before) - before.rfind(b"\n")
-                raise ValueError(f"{e.msg}: line {line} column {column}") from None
-            size = WINDOW if i else 2 * size
+    """Where the values of a json list stand in its bytes -> [(begin, end)]. Each is parsed once and let go: beside the
+    map of the file there is its text for a moment, and never all of its values."""
+    text = str(blob, "utf-8")
+    i, spans = text.index("[") + 1, []
+    at = len(text[:i].encode())                                # i in characters, at in bytes: read so far
+    a = SPACE.match(text, i).end()
+    more = text[a : a + 1] != "]"
+    while more:
+        b = STRICT.raw_decode(text, a)[1]
+        begin = at + len(text[i:a].encode())
+        at, i = begin + len(text[a:b].encode()), b
+        spans.append((begin, at))
+        a = SPACE.match(text, b).end()
+        more = text[a : a + 1] == ","
+        if more:
+            a = SPACE.match(text, a + 1).end()
+        elif text[a : a + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, a)
+    if SPACE.match(text, a + 1).end() < len(text):
+        raise json.JSONDecodeError("Extra data", text, a + 1)
+    return spans
 
 
 class Rows:

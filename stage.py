@@ -69,8 +69,8 @@ def toy_world(s, world, split):
 RANGES = {"steps": (0, None), "epochs": (0, 1e9), "batch_size": (1, None), "lr": (0, None), "connector_lr": (0, None),
           "warmup": (0, 0.99, "a share of the steps"), "weight_decay": (0, None), "grad_clip": (0, None),
           "workers": (0, None), "lora_r": (0, None), "lora_dropout": (0, 0.99), "max_dropped": (0, 1),
-          "lora_alpha": (1e-6, None), "save_every": (0, None), "log_every": (0, None), "eval_every": (0, None), "sample_every": (0, None),
-          "keep_last": (1, None), "seed": (0, 2**32)}
+          "lora_alpha": (1e-6, None), "save_every": (0, None), "log_every": (0, None), "eval_every": (0, None),
+          "sample_every": (0, None), "keep_last": (1, None), "seed": (0, 2**32)}
 
 
 def where(name):

@@ -43,8 +43,8 @@ def settings(**defaults):
         if key not in defaults:
             raise SystemExit(f"error: unknown setting {key!r}: one of {', '.join(defaults)}")
         defaults[key] = config.read(value, type(defaults[key]), key)
-    config.within(SimpleNamespace(**defaults), dict.fromkeys(("steps", "scenes", "exam_every", "exam", "tokens", "depth"),
-                                                             (1, None)) | {"batch": (2, None), "width": (32, None)})
+    counts = dict.fromkeys(("steps", "scenes", "exam_every", "exam", "tokens", "depth"), (1, None))
+    config.within(SimpleNamespace(**defaults), counts | {"batch": (2, None), "width": (32, None)})
     if problem := config.unwritable(defaults["out"]):
         config.stop(f"out={defaults['out']}: {problem}")
     return defaults
