@@ -226,24 +226,24 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
 
 
 @triton.jit(do_not_specialize=["N", "M", "g"])
-def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
-             scale, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride_v, scale, g,
+             K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One tile of BM queries of one head. OUT (N, H, K) and LSE (H, N) are contiguous."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     lo, hi, begin, end, a, b, reach = _bounds(LO, HI, start, N, M, BM, BN)
 
-    q = _tile(Q + h * stride_qh, start, r, N - start, stride_qn, K, D)
-    KEYS += h // g * stride_kh
-    VALUES += h // g * stride_vh
+    q = _tile(Q + h * K, start, r, N - start, stride_q, K, D)
+    KEYS += h // g * K
+    VALUES += h // g * K
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     for j in range(a, b, BN):
-        m, l, acc = _attend(q, KEYS, VALUES, j, BN, lo, hi, m, l, acc, stride_kn, stride_vn, scale, K, D, BN, False)
+        m, l, acc = _attend(q, KEYS, VALUES, j, BN, lo, hi, m, l, acc, stride_k, stride_v, scale, K, D, BN, False)
     for i in range(begin, reach, BN):
         j = tl.where(i < a, i, i + (b - a))
-        m, l, acc = _attend(q, KEYS, VALUES, j, end - j, lo, hi, m, l, acc, stride_kn, stride_vn, scale,
+        m, l, acc = _attend(q, KEYS, VALUES, j, end - j, lo, hi, m, l, acc, stride_k, stride_v, scale,
                             K, D, BN, True)
 
     n = start.to(tl.int64) + r
@@ -280,9 +280,8 @@ def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, s
 
 
 @triton.jit(do_not_specialize=["N", "M", "g"])
-def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_qn, stride_qh, stride_kn, stride_kh,
-                stride_vn, stride_vh, stride_dn, stride_dh, scale, norm, g,
-                K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q, stride_k, stride_v, stride_d,
+                scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """One tile of queries of one head, as in _forward: its dq, and delta (H, N) for the other kernel."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
@@ -290,21 +289,21 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q
     inside = n < N
     lo, hi, begin, end, a, b, reach = _bounds(LO, HI, start, N, M, BM, BN)
 
-    do = _tile(DO + h * stride_dh, start, r, N - start, stride_dn, K, D)
+    do = _tile(DO + h * K, start, r, N - start, stride_d, K, D)
     out = _tile(OUT + h * K, start, r, N - start, H * K, K, D)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)                # (BM,)
     tl.store(DELTA + h * N + n, delta, mask=inside)
     lse = tl.load(LSE + h * N + n, mask=inside, other=float("inf"))
-    q = _tile(Q + h * stride_qh, start, r, N - start, stride_qn, K, D)
-    KEYS += h // g * stride_kh
-    VALUES += h // g * stride_vh
+    q = _tile(Q + h * K, start, r, N - start, stride_q, K, D)
+    KEYS += h // g * K
+    VALUES += h // g * K
     dq = tl.zeros([BM, D], tl.float32)
     for j in range(a, b, BN):
-        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, BN, lo, hi, stride_kn, stride_vn, scale,
+        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, BN, lo, hi, stride_k, stride_v, scale,
                        K, D, BN, False)
     for i in range(begin, reach, BN):
         j = tl.where(i < a, i, i + (b - a))
-        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, end - j, lo, hi, stride_kn, stride_vn, scale,
+        dq = _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, end - j, lo, hi, stride_k, stride_v, scale,
                        K, D, BN, True)
     tl.store(DQ + (n[:, None] * H + h) * K + d[None, :], (dq * norm).to(DQ.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < K))
@@ -330,9 +329,9 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, 
 
 
 @triton.jit(do_not_specialize=["N", "M", "g"])
-def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_qn, stride_qh, stride_kn,
-                 stride_kh, stride_vn, stride_vh, stride_dn, stride_dh, scale, norm, g,
-                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_q, stride_k,
+                 stride_v, stride_d, scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr):
     """One tile of BN keys of one group: its dk and dv, summed over the g heads that read it. The queries that see any
     of the tile are [BY_HI[0], BY_LO[1]), those that see it all [BY_HI[1], BY_LO[0]): ranges() makes these tables."""
     tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -341,20 +340,20 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
     begin, end = tl.load(BY_HI + tile), tl.load(BY_LO + tiles + tile)
     a, b, reach = _cut(begin, end, tl.load(BY_HI + tiles + tile), tl.load(BY_LO + tile), BM)
 
-    k = _tile(KEYS + group * stride_kh, start, c, M - start, stride_kn, K, D)
-    v = _tile(VALUES + group * stride_vh, start, c, M - start, stride_vn, K, D)
+    k = _tile(KEYS + group * K, start, c, M - start, stride_k, K, D)
+    v = _tile(VALUES + group * K, start, c, M - start, stride_v, K, D)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     for h in range(group * g, group * g + g):
         h = tl.cast(h, tl.int64)
-        q, do, row = Q + h * stride_qh, DO + h * stride_dh, h * N
+        q, do, row = Q + h * K, DO + h * K, h * N
         for i in range(a, b, BM):
             dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, BM, start + c, dk, dv,
-                                 stride_qn, stride_dn, scale, K, D, BM, False)
+                                 stride_q, stride_d, scale, K, D, BM, False)
         for i in tl.range(begin, reach, BM, num_stages=1):  # a pipeline of four row vectors spills in Triton 3.6
             i = tl.where(i < a, i, i + (b - a))
             dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, end - i, start + c, dk, dv,
-                                 stride_qn, stride_dn, scale, K, D, BM, True)
+                                 stride_q, stride_d, scale, K, D, BM, True)
     n = start.to(tl.int64) + c
     at = (n[:, None] * G + group) * K + d[None, :]
     inside = (n[:, None] < M) & (d[None, :] < K)
@@ -377,7 +376,7 @@ def ranges(lo, hi, M, block):
 # (architecture, padded head dim) -> per kernel: queries, keys, warps, stages of the pipeline. All compile without
 # spills in Triton 3.6 and 3.7 (tests/test_attention_triton.py); none of them has been timed yet. 128 also serves 72, 80
 # and 96: tiles are powers of two, and products with the zeros behind a head cost as much as any (there dk and dv spill
-# two words on Hopper).
+# two words on Hopper in Triton 3.6).
 TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
@@ -401,8 +400,10 @@ def sizes(q, kernel):
 
 
 def rowwise(*tensors):
-    """Kernels walk along a head by 1; any other stride is taken as it is."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    """Heads lie side by side for the kernels: K is known when they are compiled, while of a distance given at run time
+    Triton only knows whether 16 divides it, and heads 72 apart would be loaded one number at a time. Rows may lie at
+    any distance that 128 of them, a tile, can be apart in int32."""
+    return [t if t.stride()[1:] == (t.shape[2], 1) and t.stride(0) < 2**24 else t.contiguous() for t in tensors]
 
 
 def numbers(q, k, v):
@@ -411,7 +412,7 @@ def numbers(q, k, v):
 
 
 def strides(*tensors):
-    return [s for t in tensors for s in t.stride()[:2]]
+    return [t.stride(0) for t in tensors]
 
 
 @torch.library.custom_op("pumice::attention", mutates_args=())

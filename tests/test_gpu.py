@@ -195,7 +195,7 @@ def test_attention_beyond_31_bits(room):
     docs = BEYOND // (n * H * K) + 2
     lo, hi = on(*documents(*[n] * docs))
     q, k, v, up = (flat(docs * n, h, K) for h in (H, H, 1, H))
-    v = v.expand(-1, H, -1)                                         # strides of 0 are fine, and save memory
+    v = v.expand(-1, H, -1)                                         # a stride of 0: copied while it is worked on
     whole = with_gradients(lambda *t: attention(*t, lo, hi), q, k, v, up=[up])
     alone = with_gradients(lambda *t: attention(*t, lo[:n], hi[:n]), *(t[-n:] for t in (q, k, v)), up=[up[-n:]])
     for a, b in zip(whole, alone):                                  # other tiles may add in another order

@@ -81,6 +81,15 @@ def test_heads_may_lie_further_apart_than_31_bits_count():
         assert torch.equal(a, b)
 
 
+def test_so_may_rows():
+    """The last of a tile lies 2**31 numbers behind the first, which is more than int32 counts."""
+    far = torch.empty(2**31 + 2**16, dtype=torch.float16).as_strided((17, 2, C), (2**27, C, 1))
+    near, spans = normal(17, 2, C, dtype=torch.float16), (torch.zeros(17).int(), torch.full((17,), 17).int())
+    far.copy_(near)
+    for a, b in zip(*(with_gradients(lambda *x: attention(*x, *spans), t, t, t, up=[t]) for t in (far, near))):
+        assert torch.equal(a, b)
+
+
 def test_so_may_rows_of_logits():
     far = torch.empty(2**31 + 2**16, dtype=torch.float16).as_strided((3, 200), (2**30, 1))
     near, labels = normal(3, 200, dtype=torch.float16), torch.tensor([5, -100, 199])
