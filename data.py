@@ -154,7 +154,12 @@ def elements(blob):
     a = SPACE.match(text, i).end()
     more = text[a : a + 1] != "]"
     while more:
-        b = STRICT.raw_decode(text, a)[1]
+        try:
+            b = STRICT.raw_decode(text, a)[1]
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as e:              # these say what is wrong and not where
+            raise ValueError(f"sample {len(spans)}: {e}") from None
         begin = at + len(text[i:a].encode())
         at, i = begin + len(text[a:b].encode()), b
         spans.append((begin, at))
@@ -185,7 +190,7 @@ class Rows:
         if first[:1] == b"[":
             try:
                 spans = elements(self.blob)
-            except (ValueError, RecursionError) as e:
+            except ValueError as e:
                 stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
         elif first[:1] != b"{" or first == b"{":               # a { alone opens one object over several lines
             stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line")
@@ -438,8 +443,7 @@ def loader(steps, order, workers):
     """StepData for the steps in `order`. A worker prepares whole steps, so their number changes nothing."""
     own = torch.Generator()    # or the loader draws a seed from dropout's generator, and a resumed run differs
     return watched(iter(torch.utils.data.DataLoader(
-        steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
-        prefetch_factor=2 if workers else None, worker_init_fn=deaf)))
+        steps, batch_size=None, sampler=order, num_workers=workers, generator=own, worker_init_fn=deaf)))
 
 
 def watched(batches):

@@ -212,6 +212,8 @@ def main(s):
         at = mine[i : i + s.batch_size]
         heard += zip(at, ask(speaker, [rows[j] for j in at], [names[j] for j in at], images, s.max_new_tokens))
     said = [a for _, a in sorted((i, a) for rank in world.gather(heard) for i, a in rank)]
+    if said.count(None) == len(said):
+        config.stop(f"none of the {len(rows)} questions could be asked; the lines above say why")
     points = [0.0 if a is None else SCORES[s.task](a, r["answers"]) for a, r in zip(said, rows)]
 
     kinds = by_type(rows)

@@ -521,6 +521,8 @@ class Run:
             stop(f"nothing was learnt in {self.steps} steps ({self.seen['dropped']} of {self.seen['samples']} samples "
                  "dropped), so no model is written")
         dtype = self.world.dtype if self.world.dtype != torch.float32 else torch.float16
+        if not self.begun:
+            self.begin()                                     # no step was left to do
         for k, v in model.state_dict().items():
             v = engine.full(v.detach())                      # every rank takes part in gathering it
             if self.world.rank == 0:

@@ -98,9 +98,10 @@ def test_json_and_jsonl_are_read_alike(tmp_path, text):
     (b'{\n  "a": 1\n}', "neither a json list"), (b"id,image\n1,2", "neither a json list"),
     (b"[{'id': 1}]", "line 1 column 3"), (f"[{GOOD},]".encode(), r"line 1 column \d+"),
     (f"[{GOOD},\n{GOOD[:-9]}".encode(), r"cut off\?\): .*line 2 column \d+"),
-    (f"[{GOOD}]\n[{GOOD}]".encode(), "Extra data"), (b'[{"id": NaN}]', "NaN is not JSON"),
-    (b'[{"id": 1, "id": 2}]', "duplicate key 'id'"), (b"[" * 100_000, "recursion"),
-    (b"[" + b"9" * 5000 + b"]", "limit"), (b"[\xff]", "can't decode byte"),
+    (f"[{GOOD}]\n[{GOOD}]".encode(), "Extra data"), (f'[{GOOD}, {{"id": NaN}}]'.encode(), "sample 1: NaN is not JSON"),
+    (b'[{"id": 1, "id": 2}]', "sample 0: duplicate key 'id'"), (b"[" * 100_000, "sample 0: .*recursion"),
+    (b"[" + b"9" * 5000 + b"]", "limit"), (f"[{GOOD},".encode() + b"\xff]", f"position {len(GOOD) + 2}:"),
+    (f"[,{GOOD}]".encode(), "line 1 column 2"),
     (f"[{GOOD}]".encode("utf-16"), "neither a json list"), (bytes(100), "neither a json list"),
     (b"\x1f\x8b\x08" + bytes(50), "neither a json list")])
 def test_a_file_that_is_no_data_file_stops_with_one_line(tmp_path, text, message):

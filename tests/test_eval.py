@@ -68,6 +68,8 @@ def test_the_last_line_counts_and_the_answers_file_repeats_every_question(model_
     assert result["accuracy"] == sum(r["score"] for r in rows) / 11
     assert rows[1]["image"] == "1.png" and rows[10]["image"] is None and rows[0]["prompt"] == "What is this?"
     assert page.is_file()
+    first, same, _ = run(model_folder, world, capsys, limit=3)
+    assert first["n"] == 3 and same == rows[:3]
 
 
 def test_the_score_is_that_of_the_answers_that_were_given(model_folder, world, capsys):
@@ -128,10 +130,19 @@ def test_shuffled_never_shows_a_questions_own_picture(model_folder, world, capsy
 @pytest.mark.parametrize("task", ["exact", "pope"])
 def test_a_question_without_its_picture_is_counted_and_wrong(model_folder, world, capsys, task):
     rows = [{"question_id": i, "image": "gone.png", "text": "Is it?", "answer": a} for i, a in enumerate(["yes", "no"])]
-    write(world / "q.jsonl", rows)
+    write(world / "q.jsonl", [*rows, {**rows[0], "image": "0.png"}])
     result, said, page = run(model_folder, world, capsys, task=task)
-    assert result["unreadable"] == 2 and result["accuracy"] == 0 and [r["text"] for r in said] == [None, None]
+    assert result["unreadable"] == 2 and [r["score"] for r in said[:2]] == [0, 0]
+    assert [r["text"] for r in said[:2]] == [None, None] and said[2]["text"] is not None
     assert re.search("gone.png.*missing|missing.*gone.png", page.read_text()) and "2 could not be" in page.read_text()
+
+
+def test_where_no_question_can_be_asked_there_is_no_score(model_folder, world, capsys):
+    write(world / "q.jsonl", [{"question_id": 1, "image": "gone.png", "text": "Is it?", "answer": "yes"}] * 2)
+    with pytest.raises(SystemExit, match="^error: none of the 2 questions could be asked"):
+        run(model_folder, world, capsys)
+    out, err = capsys.readouterr()
+    assert out == "" and "image is missing" in err and not (world / "a.jsonl").exists()
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing(model_folder, world, capsys):

@@ -61,7 +61,8 @@ def test_pope_counts_with_yes_as_the_positive():
 
 
 @pytest.mark.parametrize("said, answer, right", [
-    ("Red.", "red", 1), (" top  left ", "Top left", 1), ("red circle", "red", 0), ("", "red", 0), ("U.S.", "U.S", 1)])
+    ("Red.", "red", 1), (" top  left ", "Top left", 1), ("red circle", "red", 0), ("", "red", 0), ("U.S.", "U.S", 1),
+    ("red..", "red", 0)])
 def test_exact_match_forgives_case_space_and_one_period(said, answer, right):
     assert exact(said, [answer]) == right
 

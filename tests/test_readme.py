@@ -89,7 +89,9 @@ def test_own_data_in_five_lines_runs_as_written(place):
         pytest.fail("stage 2 has left no model: see the test before")
     out = run(place, the(r"^python data\.py mine\.json")).stdout
     assert f"{len(json.loads(rows))} good" in out
-    run(place, the(r"train_sft\.py .*--data=mine\.json"), "--batch_size=1")
+    assert "step 40/40" in run(place, the(r"train_sft\.py .*--data=mine\.json")).stdout
+    command, said = re.search(r"`(python sample\.py .*?)` then says `(.*?)`", TEXT).groups()
+    assert run(place, command).stdout.strip() == said == json.loads(rows)[0]["conversations"][1]["value"]
 
 
 def test_a_recipe_is_read_as_the_launch_lines_say(place):

@@ -195,6 +195,13 @@ def halves_agree(ours, published):
         assert torch.equal(p.half().float(), q), k
 
 
+def test_a_checkpoint_that_has_no_step_left_to_do_is_published_in_another_folder(world, aligned, tmp_path):
+    assert run("align", world, tmp_path / "b", resume=str(aligned / "checkpoints/step_0000006")) is None
+    one, other = (load_file(out / "model/model.safetensors") for out in (aligned, tmp_path / "b"))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert run("align", world, tmp_path / "b") is None and eval.answer.load(tmp_path / "b", "cpu").template == "plain"
+
+
 def test_lora_leaves_an_adapter_and_a_merged_model_that_says_the_same(world, aligned, tmp_path):
     out = tmp_path / "lora"
     run("sft", world, out, init=str(aligned), image_aspect="crop", **LORA)
