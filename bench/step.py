@@ -190,31 +190,34 @@ def measure(name, side, steps, size="full", device="cpu"):
 
 
 def compare(name, pairs, steps, size, device, ceilings, peer):
-    """[(ours, theirs)] of one row and one peer -> a row of the table"""
+    """[(ours, theirs)] of one row and one peer -> a row of the table; of [(ours,)] without one, what it says alone"""
     s = system(name, size)
     batches = [conversations(s, n) for n in range(1, steps + 1)]
     real = sum(len(ids) for made in batches for ids, _, _ in made)
     padded = sum(len(made) * max(len(ids) for ids, _, _ in made) for made in batches)
     learnt = sum(i >= 0 for made in batches for _, labels, _ in made for i in labels)
     mid = statistics.median
-    speed = sorted(b["seconds"] / a["seconds"] for a, b in pairs)
-    share = mid(a["peak"] / b["peak"] for a, b in pairs)
-    seconds, theirs_s = (mid(p["seconds"] for p in side) for side in zip(*pairs))
+    sides = [*zip(*pairs)]
+    seconds = [mid(p["seconds"] for p in side) for side in sides]
     products, forward, backward = (sum(w) / steps for w in zip(*(work(s, made) for made in batches)))
-    apart = [max(abs(a["losses"][n] - b["losses"][n]) for a, b in pairs) for n in (0, -1)]
     row = {"row": name, "peer": peer, "tokens": round(real / steps), "padding": padded / real, "learnt": learnt / real,
-           "ms": [1e3 * seconds, 1e3 * theirs_s], "samples_per_s": [s.samples / seconds, s.samples / theirs_s],
-           "mib": [mid(p["peak"] for p in side) / 2**20 for side in zip(*pairs)], "speed": mid(speed),
-           "speed_range": [speed[0], speed[-1]], "goal": s.goals.get(peer), "memory": share, "memory_goal": MEMORY,
-           "memory_net": mid((a["peak"] - a["imported"]) / (b["peak"] - b["imported"]) for a, b in pairs),
-           "apart": apart, "agree": apart[0] <= AGREE[device], "part": [pairs[0][0]["part"], pairs[0][1]["part"]]}
+           "ms": [1e3 * t for t in seconds], "samples_per_s": [s.samples / t for t in seconds],
+           "mib": [mid(p["peak"] for p in side) / 2**20 for side in sides], "part": [side[0]["part"] for side in sides]}
     if ceilings:                           # attention at its published best, for a product of 790 TFLOP/s: 600 and 500
         rate = ceilings["matmul"]
         floor = products / rate + forward / (rate * 600 / 790) + backward / (rate * 500 / 790)
-        row |= {"flops": products + forward + backward, "mfu": (products + forward + backward) / seconds / peak_flops(),
-                "of_floor": floor / seconds}
-    return row | {"reached": row["agree"] and row["speed"] >= (row["goal"] or 0)
-                  and (device != "cpu" or share <= MEMORY)}
+        flops = products + forward + backward
+        row |= {"flops": flops, "mfu": flops / seconds[0] / peak_flops(), "of_floor": floor / seconds[0]}
+    if not peer:
+        return row
+    speed = sorted(b["seconds"] / a["seconds"] for a, b in pairs)
+    share = mid(a["peak"] / b["peak"] for a, b in pairs)
+    apart = [max(abs(a["losses"][n] - b["losses"][n]) for a, b in pairs) for n in (0, -1)]
+    goal, agree = s.goals.get(peer), apart[0] <= AGREE[device]
+    return row | {"speed": mid(speed), "speed_range": [speed[0], speed[-1]], "goal": goal, "memory": share,
+                  "memory_goal": MEMORY, "apart": apart, "agree": agree,
+                  "memory_net": mid((a["peak"] - a["imported"]) / (b["peak"] - b["imported"]) for a, b in pairs),
+                  "reached": agree and mid(speed) >= (goal or 0) and (device != "cpu" or share <= MEMORY)}
 
 
 def peak_flops():
@@ -244,14 +247,17 @@ MORE = {"cpu": "The toy rows have no goal in time: with 512 words there is no he
 
 
 def cells(r):
-    """Of one line of the table: a row beside one peer"""
+    """Of one line of the table: a row beside one peer, or alone"""
     halved = "".join(f" (micro-batch x {p:g})" if p < 1 else "" for p in r["part"][1:])
-    return [r["row"], r["peer"] + halved, r["tokens"], f"{r['padding']:.2f}", f"{r['learnt']:.0%}",
-            *(f"{t:.0f}" for t in r["ms"]), "**{:.2f}** ({:.2f} to {:.2f})".format(r["speed"], *r["speed_range"]),
-            r["goal"], f"{r['samples_per_s'][0]:.1f}", f"{r['mfu']:.1%}" if "mfu" in r else None,
-            f"{r['of_floor']:.0%}" if "of_floor" in r else None, *(f"{m:.0f}" for m in r["mib"]),
-            f"**{r['memory']:.2f}**", r["memory_goal"], f"{r['memory_net']:.2f}",
-            "{:.0e}, {:.0e}".format(*r["apart"]) + ("" if r["agree"] else " **not the same steps**")]
+    ms, mib = ([f"{x:.0f}" for x in r[key]] + [None] * (2 - len(r[key])) for key in ("ms", "mib"))
+    faster, memory = [None] * 2, [None] * 4
+    if r["peer"]:
+        faster = ["**{:.2f}** ({:.2f} to {:.2f})".format(r["speed"], *r["speed_range"]), r["goal"]]
+        memory = [f"**{r['memory']:.2f}**", r["memory_goal"], f"{r['memory_net']:.2f}",
+                  "{:.0e}, {:.0e}".format(*r["apart"]) + ("" if r["agree"] else " **not the same steps**")]
+    return [r["row"], (r["peer"] or "none ran") + halved, r["tokens"], f"{r['padding']:.2f}", f"{r['learnt']:.0%}",
+            *ms, *faster, f"{r['samples_per_s'][0]:.1f}", f"{r['mfu']:.1%}" if "mfu" in r else None,
+            f"{r['of_floor']:.0%}" if "of_floor" in r else None, *mib, *memory]
 
 
 def page(rows, failed, s, head, ceilings):
@@ -324,9 +330,12 @@ def main(s, args):
 
     def report():
         """The page as far as it is known: a file has it after every process, whatever becomes of this run"""
-        rows[:] = [compare(name, pairs, s.steps, sizes[name], s.device, ceilings, peer)
-                   for name in names for peer in system(name).peers
-                   if (pairs := [*zip(got.get((name, "ours"), []), got.get((name, peer), []))])]
+        rows.clear()
+        for name in names:
+            ours, peers = got.get((name, "ours"), []), [p for p in system(name).peers if (name, p) in got]
+            for peer in (peers or [None]) if ours else []:
+                pairs = [*zip(ours, got[name, peer])] if peer else [*zip(ours)]
+                rows.append(compare(name, pairs, s.steps, sizes[name], s.device, ceilings, peer))
         head = {"args": "".join(f" {a}" for a in args), "machine": machine}
         return bench.keep(page(rows, failed, s, head, ceilings), s.out)
 
@@ -338,6 +347,9 @@ def main(s, args):
             report()
     print("\n" + report(), flush=True)
     for r in rows:
+        if not r["peer"]:
+            print(f"{r['row']}: {r['samples_per_s'][0]:.1f} samples/s; no peer ran", flush=True)
+            continue
         print(f"{r['row']}: {r['speed']:.2f} times as fast as {r['peer']}, {r['memory']:.2f} of its memory"
               + ("" if r["agree"] else f"; NOT THE SAME STEPS: first losses {r['apart'][0]:.1e} apart"), flush=True)
     bench.write_line({"machine": machine, "ceilings": ceilings, "rows": rows,

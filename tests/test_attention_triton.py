@@ -29,8 +29,9 @@ def compiled(kernel, arch, K, tile, **types):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("K", [32, 64, 72, 128])
 def test_compiled(K, arch):
-    """Every row of the table, and a head that is padded: no spills (but two words in one kernel of Triton 3.6, where columns
-    behind the head are masked), tensor cores, and loads of 16 bytes that the pipeline issues ahead where it has two stages."""
+    """Every row of the table, and a head that is padded: no spills (but two words in one kernel of Triton 3.6,
+    where columns behind the head are masked), tensor cores, and loads of 16 bytes that the pipeline issues ahead where
+    it has two stages."""
     for kernel, tile in TILES[arch, max(32, 1 << (K - 1).bit_length())].items():
         found = compiled(kernel, arch, K, tile)
         if (K, arch, kernel) == (72, 90, "backward_kv") and found["stack"] <= 8:
@@ -53,8 +54,8 @@ class Launch:
 
 @pytest.mark.parametrize("H, G, K", [(16, 16, 72), (16, 16, 64), (32, 8, 128), (15, 5, 64), (32, 4, 64), (20, 5, 80)])
 def test_what_was_compiled_for_is_what_is_launched(H, G, K, monkeypatch):
-    """Above, 16 divides every distance. Of these heads it does: else nothing is loaded 16 bytes at a time, nothing ahead,
-    and four of six kernels for heads of 72 spilled."""
+    """Above, 16 divides every distance. Of these heads it does: else nothing is loaded 16 bytes at a time, nothing
+    ahead, and four of six kernels for heads of 72 spilled."""
     pytest.importorskip("triton", reason="no Triton on this system")
     launches = {name: Launch(getattr(attention, name)) for name in ("_forward", "_backward_q", "_backward_kv")}
     for name, launch in launches.items():

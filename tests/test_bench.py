@@ -166,7 +166,10 @@ def test_different_losses_are_said_to_be(monkeypatch, capsys):
 def test_who_cannot_run_is_named_and_costs_nobody_else_anything(monkeypatch, capsys):
     Fake(monkeypatch, [1.0, None, 1.0, 2.0], (7.0, 0.0))               # theirs of the first row cannot
     out, found = run_step(capsys, rows="toy_align,toy_sft", repeats=1)
-    assert [r["row"] for r in found["rows"]] == ["toy_sft"]
+    assert [(r["row"], r["peer"]) for r in found["rows"]] == [("toy_align", None), ("toy_sft", "theirs")]
+    assert "toy_align: 32.0 samples/s; no peer ran" in out                  # ours is told all the same
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert "| toy_align | none ran |" in lines[2] and len({line.count("|") for line in lines}) == 1
     assert found["failed"] == {"toy_align, theirs": "ModuleNotFoundError: No module named 'transformers'"}
     assert "toy_align, theirs: did not run: ModuleNotFoundError" in out
     Fake(monkeypatch, [], (7.0, 0.0))
@@ -181,8 +184,10 @@ def test_a_page_of_a_gpu_has_its_shares(monkeypatch):
     r = step.compare("S1", [pair], 2, "full", "cuda", ceilings, "theirs+liger")
     assert 0.6 < r["of_floor"] < 0.7 and r["mfu"] == pytest.approx(r["of_floor"] * 790 / 989, rel=0.03)
     assert r["reached"] and r["goal"] == 1.1
+    alone = step.compare("S1", [pair[:1]], 2, "full", "cuda", ceilings, None)
+    assert [alone[k] for k in ("mfu", "of_floor")] == [r[k] for k in ("mfu", "of_floor")]
     s = step.Settings(device="cuda")
-    text = step.page([r], {("S2", "ours"): "why"}, s, {"args": "", "machine": "m"}, ceilings)
+    text = step.page([r, alone], {("S2", "ours"): "why"}, s, {"args": "", "machine": "m"}, ceilings)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     assert "theirs+liger (micro-batch x 0.5)" in text and "S2, ours" in text
