@@ -1,6 +1,7 @@
 """Questions about pictures -> answers in words: the one path that sample.py, eval.py and the samples during training
 share, with the templates and the image preprocessing of training."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +26,12 @@ def load(path, device="auto", dtype="auto", template="", system=None, kernels="a
         model, folder = lora.load_merged(path, world.dtype)
     else:
         model, folder = hf.load(init=path, dtype=world.dtype)
-    return Speaker(model.to(world.device), folder, template or folder.meta.get("template") or "vicuna_v1",
+    template = template or folder.meta.get("template")
+    if not template:                                                          # on stdout there are answers alone
+        template = "vicuna_v1"
+        world.print(f"note: {path} does not say by which template it was trained: asked by {template}; --template= of "
+                    f"{', '.join(chat.TEMPLATES)}", file=sys.stderr)
+    return Speaker(model.to(world.device), folder, template,
                    folder.meta.get("system") if system is None else system, hf.aspect(folder, model.cfg))
 
 

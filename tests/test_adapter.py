@@ -116,6 +116,19 @@ def test_pefts_answers_as_peft_and_as_what_peft_merges(base, tmp_path, how):
         assert (say(wrong, pack(EXAMPLES, 8)) - true).abs().max() > 1e6 * gate
 
 
+def test_a_template_that_nobody_tells_is_guessed_aloud(base, tmp_path, capsys):
+    """transformers would take the folder's own chat template, which need not be LLaVA-1.5's."""
+    folder = shutil.copytree(base, tmp_path / "theirs")
+    answer.load(folder, "cpu", "fp64")
+    assert capsys.readouterr() == ("", "")                                    # ours says how it was trained
+    (folder / "pumice.json").unlink()
+    assert answer.load(folder, "cpu", "fp64", "chatml").template == "chatml" and capsys.readouterr() == ("", "")
+    assert answer.load(folder, "cpu", "fp64").template == "vicuna_v1"
+    out, said = capsys.readouterr()
+    assert out == "" and said.startswith(f"note: {folder} does not say by which template it was trained: asked by "
+                                         "vicuna_v1; --template= of plain, vicuna_v1, ") and said.count("\n") == 1
+
+
 def rewrite(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 

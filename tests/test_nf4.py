@@ -1,5 +1,7 @@
 """NF4: the same codes and bytes as bitsandbytes, an error that is known, and the kernel interpreted and compiled."""
 
+import hashlib
+
 import pytest
 import torch
 from compile_check import ARCHS, compile_for, fits
@@ -36,6 +38,16 @@ def test_codes_and_bytes_are_those_of_bitsandbytes(shape, dtype):
         assert apart.max() <= 1 and (apart > 0).float().mean() < 0.005
     theirs = bnb.dequantize_4bit(packed, state)                               # what it wrote, read by both
     assert torch.equal(nf4.dequantize(codes, state.absmax, nested, offset, dtype), theirs)
+
+
+def test_bytes_are_those_that_bitsandbytes_wrote():
+    """On file, for where it is not installed: what 0.50.2 makes of numbers that any machine has to the last bit."""
+    i = torch.arange(33 * 250)
+    W = ((i * 7919 % 1009 - 504) * (1 + i % 7) / 4096).view(33, 250)
+    for part, digest in zip(nf4.quantize(W), ("d190fcec1b3edcd3", "8ed55d28e22b6aa6")):
+        assert hashlib.sha256(bytes(part.flatten().tolist())).hexdigest()[:16] == digest
+    some = torch.tensor([-0.99296874, -0.97890627, -0.09859375, -5.5e-7, 0, 5.5e-7, 3.25e-6, 0.23359375, 0.99296874, 1])
+    torch.testing.assert_close(nf4.STEPS[[0, 1, 64, 126, 127, 128, 129, 200, 254, 255]], some, rtol=1e-6, atol=0)
 
 
 def test_every_level_comes_back_and_nothing_errs_by_more_than_half_a_gap():
