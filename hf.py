@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 import chat
 from checkpoint import commit
 from config import read_json, stop
-from hf_config import (LLAVA_EYES, PROCESSORS, TEXT, image_spec, read_config, read_pre, strategy, text_config,
-                       vision_config, vision_kind)
+from hf_config import (LLAVA_EYES, PROCESSORS, TEXT, image_spec, positions, read_config, read_pre, strategy,
+                       text_config, vision_config, vision_kind)
 from model import VLM, VisionTower, VLMConfig, init_weights
 from tokenizer import Tokenizer
 
@@ -242,8 +242,8 @@ def tower(folder):
     v = read_config(folder)
     if nested := v.get("vision_config_dict") or v.get("vision_config"):       # a CLIP or SigLIP with both its halves
         v = {"model_type": f"{v.get('model_type')}_vision_model", **nested}
-    vision_kind(v)                                                            # first of all: is it one?
-    return v, read_pre(folder), renamed({f"vision_tower.{k}": x for k, x in read_tensors(folder).items()}, folder)
+    pre = read_pre(folder, vision_kind(v))                                    # first of all: is it one?
+    return v, pre, renamed({f"vision_tower.{k}": x for k, x in read_tensors(folder).items()}, folder)
 
 
 def llava(folder, c):
@@ -270,7 +270,7 @@ def llava(folder, c):
     if v.get("model_type") == "dinov2_with_registers" and not meta:
         stop(f"{folder}: a tower whose register tokens are read along with the patches is not known here")
     tok = Tokenizer(folder, c.get("image_token_index", c.get("image_token_id", 32000)))
-    return Folder(tok, v, t, read_pre(folder), {}, meta), tensors, layer
+    return Folder(tok, v, t, read_pre(folder, vision_kind(v)), {}, meta), tensors, layer
 
 
 def original(folder, c):
@@ -497,7 +497,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos),
             "eos_token": names.get(tok.eos), "pad_token": names.get(pad),
-            "unk_token": "<unk>" if "<unk>" in tok.specials else None, "model_max_length": t.max_position_embeddings,
+            "unk_token": "<unk>" if "<unk>" in tok.specials else None, "model_max_length": positions(t),
             "padding_side": "left", "clean_up_tokenization_spaces": False, "image_token": image,
             "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor",
             "chat_template": talk},                                           # where transformers before 4.50 look,

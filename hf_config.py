@@ -176,14 +176,15 @@ def strategy(vision):
 
 # ---- preprocessor_config.json ----------------------------------------------------------------------------------------
 
-def read_pre(folder):
-    """What is done to pictures: preprocessor_config.json, or the part of processor_config.json that took its place in
-    transformers 5"""
-    both = folder / "processor_config.json"
-    if not (folder / "preprocessor_config.json").is_file() and both.is_file():
-        if isinstance(pre := read_json(both).get("image_processor"), dict):
-            return pre
-    return read_json(folder / "preprocessor_config.json")
+def read_pre(folder, kind):
+    """What is done to pictures for a tower of this type: preprocessor_config.json, or the part of processor_config.json
+    that took its place in transformers 5. Colours that it leaves out are those of the tower's class, told here, for a
+    reader of what is written would take those of an image processor's."""
+    file, both = folder / "preprocessor_config.json", folder / "processor_config.json"
+    pre = read_json(both).get("image_processor") if both.is_file() and not file.is_file() else None
+    pre = pre if isinstance(pre, dict) else read_json(file)
+    usual = typed(VisionConfig, "vision tower", VISION[kind])
+    return pre | {k: getattr(usual, k) for k in ("image_mean", "image_std") if pre.get(k) is None}
 
 
 def image_spec(pre, aspect):

@@ -502,7 +502,8 @@ def test_the_exported_folder_writes_our_prompts_by_itself(towers, tmp_path, temp
 
 def test_the_config_says_how_the_model_was_trained(towers, tmp_path):
     model, folder = hf.load(*towers)
-    out = tmp_path / "out"
+    out, text = tmp_path / "out", model.cfg.text
+    text.max_position_embeddings, text.rope_scaling = 512, {"rope_type": "linear", "factor": 4.0}
     hf.save(out, model.state_dict(), model.cfg, folder, "plain", "be brief", "pad", torch.float32, "a card\n")
     assert hf.load(init=out)[1].meta == {"template": "plain", "system": "be brief", "image_aspect": "pad"}
     pre = json.loads((out / "preprocessor_config.json").read_text())
@@ -518,6 +519,7 @@ def test_the_config_says_how_the_model_was_trained(towers, tmp_path):
     assert {k: names[k] for k in ("tokenizer_class", "model_input_names", "clean_up_tokenization_spaces")} == {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False}
+    assert names["model_max_length"] == 2048                                  # positions after scaling, as trained
     assert {x["processor_class"] for x in (names, both, pre)} == {"LlavaProcessor"}
     assert names["chat_template"] == talk["chat_template"] == (out / "chat_template.jinja").read_text()
 
@@ -534,7 +536,8 @@ def test_image_preprocessing_is_read_from_either_spelling():
 
 @pytest.mark.parametrize("new", [
     dict(do_normalize=False), dict(rescale_factor=1 / 127.5), dict(do_rescale=False),
-    dict(do_normalize=False, rescale_factor=0.5), dict(image_mean=[0.5] * 3, image_std=[0.25] * 3)])
+    dict(do_normalize=False, rescale_factor=0.5), dict(image_mean=[0.5] * 3, image_std=[0.25] * 3),
+    dict(do_normalize=None), dict(do_rescale=None)])                          # null is no
 def test_the_tower_sees_the_numbers_that_the_image_processor_would_have_made(towers, copy, new):
     """do_normalize and rescale_factor included, but for the order of two roundings."""
     pytest.importorskip("transformers")
@@ -554,6 +557,29 @@ def test_the_tower_sees_the_numbers_that_the_image_processor_would_have_made(tow
         seen = embeddings(mine[None])[0, 1:, :32]
     patches = there[0].unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 0, 3, 4).reshape(4, 48)[:, :32]
     torch.testing.assert_close(seen, patches, rtol=1e-6, atol=1e-6 * patches.abs().max().item())
+
+
+@pytest.mark.parametrize("aspect", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("eyes", ["clip", "siglip"])
+def test_colours_that_a_folder_does_not_tell_are_those_of_its_tower_there_too(towers, tmp_path, eyes, aspect):
+    """Whatever image processor goes out: that of another class would take other ones for granted."""
+    T = pytest.importorskip("transformers")
+    from PIL import Image
+
+    from data import preprocess
+    shutil.copytree(towers[0], tmp_path / "eyes")
+    if eyes == "siglip":
+        random(T.SiglipVisionModel(T.SiglipVisionConfig(**VISION | {"image_size": 8}))).save_pretrained(tmp_path / "eyes")
+    add_files(tmp_path / "eyes", pre={k: None if "mean" in k else x for k, x in PRE.items() if k != "image_std"})
+    first = hf.load(tmp_path / "eyes", towers[1])
+    model, folder = hf.load(init=export(*first, tmp_path / "out", aspect=aspect))
+    image = Image.effect_noise((23, 14), 90).convert("RGB")
+    mine = preprocess(image, hf.image_spec(folder.pre, aspect))
+    v = model.cfg.vision
+    assert v.image_mean == first[0].cfg.vision.image_mean == ((0.5,) * 3 if eyes == "siglip" else tuple(PRE["image_mean"]))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (v.image_mean, v.image_std))
+    there = T.AutoProcessor.from_pretrained(tmp_path / "out").image_processor(image, return_tensors="pt")
+    torch.testing.assert_close((mine / 255 - mean) / std, there["pixel_values"][0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("new, says", [

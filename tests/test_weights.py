@@ -514,8 +514,11 @@ def test_a_connector_alone_loads_on_the_models_that_it_names(originals, kind):
     trained = {k: v.half() for k, v in part(state, "mm_projector").items()}
     if kind == "linear":
         trained = {k.replace(".0.", "."): v for k, v in trained.items() if ".0." in k}
-    model, _ = hf.load(init=make({"mm_projector.bin": trained}, tokenizer=False, _name_or_path="lmsys/tongue",
-                                 mm_projector_type="linear" if kind == "linear" else "mlp2x_gelu"))
+    how = dict(_name_or_path="lmsys/tongue", mm_projector_type="linear" if kind == "linear" else "mlp2x_gelu")
+    at = make({"mm_projector.bin": trained}, **how)
+    assert hf.load(init=at)[1].tok.folder == at                                   # its own, where it has one
+    model, read = hf.load(init=make({"mm_projector.bin": trained}, tokenizer=False, **how))
+    assert "models--lmsys--tongue" in str(read.tok.folder)
     assert model.cfg.connector == kind
     got, true = model.state_dict(), want[0].state_dict()
     assert all(torch.equal(got[k], true[k].half().float() if "projector" in k else true[k]) for k in got)
