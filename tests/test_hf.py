@@ -569,14 +569,16 @@ def test_colours_that_a_folder_does_not_tell_are_those_of_its_tower_there_too(to
     from data import preprocess
     shutil.copytree(towers[0], tmp_path / "eyes")
     if eyes == "siglip":
-        random(T.SiglipVisionModel(T.SiglipVisionConfig(**VISION | {"image_size": 8}))).save_pretrained(tmp_path / "eyes")
+        config = T.SiglipVisionConfig(**VISION | {"image_size": 8})
+        random(T.SiglipVisionModel(config)).save_pretrained(tmp_path / "eyes")
     add_files(tmp_path / "eyes", pre={k: None if "mean" in k else x for k, x in PRE.items() if k != "image_std"})
     first = hf.load(tmp_path / "eyes", towers[1])
     model, folder = hf.load(init=export(*first, tmp_path / "out", aspect=aspect))
     image = Image.effect_noise((23, 14), 90).convert("RGB")
     mine = preprocess(image, hf.image_spec(folder.pre, aspect))
     v = model.cfg.vision
-    assert v.image_mean == first[0].cfg.vision.image_mean == ((0.5,) * 3 if eyes == "siglip" else tuple(PRE["image_mean"]))
+    assert v.image_mean == ((0.5,) * 3 if eyes == "siglip" else tuple(PRE["image_mean"]))
+    assert first[0].cfg.vision.image_mean == v.image_mean
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (v.image_mean, v.image_std))
     there = T.AutoProcessor.from_pretrained(tmp_path / "out").image_processor(image, return_tensors="pt")
     torch.testing.assert_close((mine / 255 - mean) / std, there["pixel_values"][0], rtol=0, atol=1e-6)

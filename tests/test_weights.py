@@ -395,7 +395,12 @@ def cache(towers, tmp_path, monkeypatch):  # noqa: F811
 def test_a_name_is_found_in_the_cache_of_the_hub_without_a_network(cache, towers, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)                   # not even the client is needed
     want = hf.load(*towers)
+    others = [cache / "models--lmsys--tongue" / "snapshots" / name for name in ("aaa", "zzz")]
+    for other in others:                                                        # revisions that main no longer is
+        shutil.copytree(other.with_name("abc"), other)
+        (other / "config.json").write_text("{")
     assert same(hf.load("openai/eyes", "lmsys/tongue"), want)
+    [shutil.rmtree(other) for other in others]
     (cache / "models--lmsys--tongue" / "refs" / "main").unlink()                # a snapshot by its revision alone
     assert same(hf.load("openai/eyes", "lmsys/tongue"), want)
     monkeypatch.setenv("HF_HUB_CACHE", str(cache.rename(cache.parent / "elsewhere")))
