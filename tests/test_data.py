@@ -465,6 +465,7 @@ class Objects(Rows):
 def held_alone(form, tok, folder):
     """What one of 4 workers holds alone after a file of 20 MB is read, above what it holds after a small one, as a
     share of the file."""
+    multiprocessing.set_start_method("fork", force=True)   # as it is on Linux until Python 3.14; this process was spawned
     if form == "objects":
         data.Rows = Objects
 
