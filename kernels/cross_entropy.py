@@ -63,7 +63,8 @@ def turn_torch(logits, labels, gradient):
     """logits (n, V), labels (n,) -> (summed loss, softmax - onehot (n, V), in place where no cast is needed). Without
     `gradient` the second is not formed."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    keep, at = labels != IGNORE, labels.clamp(min=0)[:, None]
+    keep = labels != IGNORE
+    at = labels.where(keep, 0)[:, None]
     lse = wide.logsumexp(-1, keepdim=True)
     loss = ((lse - wide.gather(1, at)).squeeze(1) * keep).sum()
     if not gradient:
@@ -86,7 +87,8 @@ def _turn(X, LABELS, LOSS, V, stride, GRADIENT: tl.constexpr, BLOCK: tl.constexp
     c = tl.arange(0, BLOCK)                  # (BLOCK,) the tail of the last block is masked
     y = tl.load(LABELS + row)
     keep = y != -100
-    xy = tl.load(X + y, mask=keep, other=0.0).to(tl.float32)  # before anything is written over it
+    real = (0 <= y) & (y < V)                # a label that is no word makes the loss nan: nothing outside is read
+    xy = tl.load(X + y, mask=real, other=float("nan")).to(tl.float32)         # before anything is written over it
 
     m, l = -float("inf"), 0.0                # the largest logit so far, and the sum of exp(x - m) so far
     for i in range(0, V, BLOCK):
@@ -180,7 +182,8 @@ op.register_autograd(_backward, setup_context=_setup)
 
 def linear_cross_entropy(hidden, weight, labels, chunk=None):
     """Sum of losses over rows whose label is not -100; shapes in the head of this file. `chunk` rows of logits exist at
-    a time. Labels lie in [0, V) or are -100: the loader guarantees it, and a check here would stall a GPU."""
+    a time. Labels lie in [0, V) or are -100. Of others the kernel makes a loss of nan, for a check would stall the
+    GPU; the definition raises RuntimeError."""
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

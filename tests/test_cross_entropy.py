@@ -205,3 +205,9 @@ def test_a_second_derivative_is_refused():
     grad, = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("word", [-1, -101, 7])
+def test_a_label_that_is_no_word_is_an_error(word):
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(torch.ones(2, 3), torch.ones(7, 3), torch.tensor([0, word]))

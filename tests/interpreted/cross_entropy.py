@@ -85,6 +85,14 @@ def test_loss_and_gradients_err_little_more_than_plain_torch(R, V, chunk, dtype)
         errs_little_more(ours[0], theirs[0], truth[0])
 
 
+@pytest.mark.parametrize("word", [-1, 70, 2**31 + 5, -2**40])
+def test_a_label_that_is_no_word_makes_the_loss_nan(word):
+    """And reads nothing outside: addresses like the last two are nobody's."""
+    hidden, weight, labels = case(4, 8, 70)
+    labels[1] = word
+    assert linear_cross_entropy(hidden, weight, labels).isnan()
+
+
 def test_inputs_may_be_slices():
     hidden, weight, labels = case(9, 8, 70)
     odd = [torch.stack([t.detach(), -t.detach()], -1)[..., 0].requires_grad_() for t in (hidden, weight)]
