@@ -171,6 +171,10 @@ attention_torch.register_autograd(_torch_gradients,
 # Where spans never move backwards, the bounds of a tile of queries are those of its first and last row: nobody in it
 # sees a key before lo[first] or from hi[last] on, and everybody sees all of [lo[last], hi[first]). Of the key blocks
 # between the outer bounds those inside the inner ones need no mask; in a long document they are almost all.
+#
+# New here: a grid of two dimensions, tiles by heads; tl.dot, a product of two tiles on the tensor cores ("ieee": and of
+# fp32 without them, which would keep 10 bits); and do_not_specialize. Triton compiles a kernel anew for integers that
+# are 1 or that 16 divides, since it then knows more about addresses; of these it is told to make no such difference.
 
 
 @triton.jit

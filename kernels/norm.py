@@ -9,9 +9,12 @@ once and written once: 2 N C forward, 4 N C with the addition, which alone would
 backward, or 4 N C where the residual brings a gradient of its own. The sums of the forward pass are formed again in the
 backward pass: the row is in registers anyway, so that costs no byte, and nothing is kept but the input.
 
-A first kernel in Triton. `norm_forward` is run by many programs at once. Each asks which one it is, computes addresses
-as tensors of integers, loads a whole tile through them, works on it in registers and stores a tile. Sizes of tiles are
-powers of two, and lanes that hang over an edge are switched off by a mask.
+A first kernel in Triton. `norm_forward[programs,](...)` runs it in so many programs at once, each by num_warps x 32
+threads, which the code never mentions. A program asks which one it is, computes addresses as tensors of integers, loads
+a whole tile through them, works on it in registers and stores a tile. Sizes of tiles are powers of two, and lanes that
+hang over an edge are switched off by a mask: tl.load(addresses, mask, what to take instead). A tensor arrives as the
+address of its first number, X, and X.dtype.element_ty is what lies there. What is marked tl.constexpr is known when the
+kernel is compiled, which happens once for each of its values.
 """
 
 import torch
@@ -20,7 +23,7 @@ import torch.nn.functional as F
 from kernels import on_its_device, tl, triton, use_triton
 
 TILE = 4096     # numbers a program holds at once, 16 per thread; a longer row has a program to itself
-PROGRAMS = 256  # of the backward pass: two for each processor of an H100. Fixed: the sums are the same on every card
+PROGRAMS = 256  # of the backward pass: about two for each processor of an H100. Fixed: the sums are the same on every card
 
 
 def rms_norm_ref(x, w, eps):
