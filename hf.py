@@ -457,7 +457,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
     v, t, tok = cfg.vision, cfg.text, folder.tok
     names = {i: name for name, i in tok.specials.items()}
     layer, pad, image, talk = v.feature_layer, tok.pad, names[cfg.image_token_index], chat.jinja(template, system)
-    stops = sorted(chat.stop_ids(tok, template)) if chat.template(template).stop != "\n" else [tok.eos]
+    end, = [tok.eos] if chat.template(template).stop == "\n" else chat.stop_ids(tok, template)
 
     def published(old, new, keys):
         """The config a part came with, and over it what was built."""
@@ -490,7 +490,7 @@ def save(out, state, cfg, folder, template, system, aspect, dtype=torch.float16,
             "tie_word_embeddings": t.tie_word_embeddings, "torch_dtype": str(dtype).removeprefix("torch."),
             "text_config": text, "vision_config": vision},
         "generation_config.json": {
-            "bos_token_id": tok.bos, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": pad,
+            "bos_token_id": tok.bos, "eos_token_id": end, "pad_token_id": pad,
             "do_sample": False,                                        # no words: the image, and what pads the rows
             "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},
         "tokenizer.json": tokenizer,

@@ -261,7 +261,8 @@ def merge_state(state, scales, dtype=None):
 
 
 def in_memory(name):
-    """Our name of a tensor -> the one it has in the memory of transformers since 4.52, which is what PEFT goes by."""
+    """Our name of a tensor -> the one it has in the memory of transformers since 4.52, of a tower's since 5, which is
+    what PEFT goes by."""
     for ours, theirs in (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
                          ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_", "model.multi_modal_")):
         if name.startswith(ours):
