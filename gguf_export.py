@@ -225,12 +225,20 @@ def tokenizer_keys(tok, V, template, system=None):
     keys |= {f"{k}_token_id": i for k, i in ids.items() if i is not None}
     keys |= {"tokens": names, "token_type": types, "add_bos_token": tok.full.encode("a").ids[:1] == [tok.bos],
              "add_eos_token": False}
-    names = tok.folder / "tokenizer_config.json"
-    talk = read_json(names).get("chat_template") if names.is_file() else None
-    if (file := tok.folder / "chat_template.jinja").is_file():
-        talk = file.read_text("utf-8")
-    talk = marked(chat.jinja(template, system)) if template else talk
+    talk = marked(chat.jinja(template, system)) if template else own_template(tok.folder)
     return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | ({"tokenizer.chat_template": talk} if talk else {})
+
+
+def own_template(folder):
+    """The chat template of a folder, wherever its time kept it (llava-hf's: in chat_template.json) -> str or None"""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text("utf-8")
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        if file.is_file() and (talk := read_json(file).get("chat_template")):
+            if isinstance(talk, list):                                        # several of them, by name
+                named = [t for t in talk if isinstance(t, dict) and t.get("name") == "default"]
+                talk = named[0].get("template") if named else None
+            return talk if isinstance(talk, str) else None
 
 
 def marked(talk):
@@ -322,7 +330,9 @@ def export(folder, out, dtype):
     paths = out / f"model-{dtype}.gguf", out / f"mmproj-model-{dtype}.gguf"
     write_gguf(paths[0], keys, partial(text_tensors, model.language_model, cfg.text, dtype))
     write_gguf(paths[1], eyes, partial(mmproj_tensors, model, dtype))
-    return *paths, list(unlike(cfg, source))
+    notes = [] if "tokenizer.chat_template" in keys else [
+        f"{folder} has no chat template: llama.cpp will ask by one of its own, which this model need not know"]
+    return *paths, [*notes, *unlike(cfg, source)]
 
 
 def main(argv):

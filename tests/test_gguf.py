@@ -3,6 +3,7 @@
 import io
 import json
 import runpy
+import shutil
 import sys
 import weakref
 
@@ -333,7 +334,29 @@ def test_the_command_writes_two_files_and_says_what_will_differ(llava, tmp_path,
     files = ["model-bf16.gguf", "mmproj-model-bf16.gguf"]
     assert out.split() == [str(tmp_path / f) for f in files] and {p.name for p in tmp_path.iterdir()} == set(files)
     notes = [n for n in notes.splitlines() if n.startswith("note: ")]
-    assert len(notes) == 2 and "trained with image_aspect=crop" in notes[0] and "issue 25814" in notes[1]
+    assert len(notes) == 3 and "trained with image_aspect=crop" in notes[1] and "issue 25814" in notes[2]
+    assert f"{llava} has no chat template: llama.cpp will ask by one of its own" in notes[0]
+
+
+def test_a_chat_template_is_found_wherever_its_time_kept_it(llava, tmp_path):
+    folder = shutil.copytree(llava, tmp_path / "theirs")
+    names, both = folder / "tokenizer_config.json", folder / "chat_template.json"
+    said = json.loads(names.read_text())
+
+    def found():
+        paths_and_notes = gguf_export.export(folder, tmp_path / "out", "f16")
+        talk = read(paths_and_notes[0])[0].get("tokenizer.chat_template")
+        assert (talk is None) == any("has no chat template" in note for note in paths_and_notes[2])
+        return talk
+
+    several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "A"}]
+    for talk, want in (("A", "A"), (several, "A"), (several[:1], None), (["A"], None), ([], None)):
+        names.write_text(json.dumps(said | {"chat_template": talk}))
+        assert found() == want
+    both.write_text('{"chat_template": "B"}')                                 # a processor's, as llava-hf has it
+    assert found() == "B"
+    (folder / "chat_template.jinja").write_text("C")                          # of transformers since 4.50
+    assert found() == "C"
 
 
 def test_what_llama_cpp_cannot_do_is_refused_in_a_line(llava):
