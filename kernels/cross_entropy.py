@@ -11,9 +11,9 @@ for each row, read, read again, write: a reader sees each logit twice because th
 share of the sum. Of the second reads those hit the cache whose row is still there: at 32,000 words the rows that a GPU
 has at work together are about as large as it, at 128k they are several times larger. Not measured yet.
 
-A chunk should be tall: its products do 6 V C flops a row, but to add to the weight's gradient in fp32 moves 10 V C bytes
-per chunk whatever its height. At 790 TFLOP/s and 4.3 TB/s the two balance near 300 rows, so 2,048 rows spend seven
-eighths of their time on products.
+A chunk should be tall: its products do 6 V C flops a row, but to add to the weight's gradient in fp32 moves 10 V C
+bytes per chunk whatever its height. At 790 TFLOP/s and 4.3 TB/s the two balance near 300 rows, so 2,048 rows spend
+seven eighths of their time on products.
 """
 
 import torch

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from kernels import on_its_device, tl, triton, use_triton
 
 TILE = 4096     # numbers a program holds at once, 16 per thread; a longer row has a program to itself
-PROGRAMS = 256  # of the backward pass: about two for each processor of an H100. Fixed: the sums are the same on every card
+PROGRAMS = 256  # of the backward pass: about two for each processor of an H100. Fixed: sums are the same on every card
 
 
 def rms_norm_ref(x, w, eps):
