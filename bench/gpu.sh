@@ -13,7 +13,7 @@ card=$(echo "${card#NVIDIA }" | tr 'A-Z ' 'a-z-')
 page=bench/results/$(date +%F)-$card.md
 work=${OUT:-$(mktemp -d)}
 [ -n "${OUT:-}" ] || trap 'rm -rf "$work"' EXIT
-mkdir -p bench/results
+mkdir -p bench/results "$work"
 python3 -c 'import bench; print(bench.machine("cuda"))'
 
 part() {  # name, file, seconds, command ...: what it prints is in file.txt, what it found in file.md and on the page

@@ -81,10 +81,11 @@ def test_heads_may_lie_further_apart_than_31_bits_count():
         assert torch.equal(a, b)
 
 
-def test_so_may_rows():
-    """The last of a tile lies 2**31 numbers behind the first, which is more than int32 counts."""
-    far = torch.empty(2**31 + 2**16, dtype=torch.float16).as_strided((17, 2, C), (2**27, C, 1))
-    near, spans = normal(17, 2, C, dtype=torch.float16), (torch.zeros(17).int(), torch.full((17,), 17).int())
+@pytest.mark.parametrize("N, stride", [(17, 2**27), (257, 2**23)], ids=["within a tile", "from the first tile on"])
+def test_so_may_rows(N, stride):
+    """The last lies 2**31 numbers behind the first, which is more than int32 counts."""
+    far = torch.empty(2**31 + 2**16, dtype=torch.float16).as_strided((N, 2, C), (stride, C, 1))
+    near, spans = normal(N, 2, C, dtype=torch.float16), (torch.zeros(N).int(), torch.full((N,), N).int())
     far.copy_(near)
     for a, b in zip(*(with_gradients(lambda *x: attention(*x, *spans), t, t, t, up=[t]) for t in (far, near))):
         assert torch.equal(a, b)
