@@ -138,6 +138,13 @@ def test_what_is_frozen_as_a_whole_is_in_eval_mode_whatever_is_asked_for(table, 
     assert not any(m.training for m in model.modules())
 
 
+def test_no_weight_is_a_view_of_what_was_loaded():
+    model = tiny_vlm(dtype=torch.float32)
+    before = {n: p.data_ptr() for n, p in model.named_parameters()}
+    engine.choose(model, {"multi_modal_projector.*": 1e-3}, torch.float32)
+    assert not [n for n, p in model.named_parameters() if p.data_ptr() == before[n]]
+
+
 def test_a_glob_that_fits_nothing_is_named_and_so_is_a_table_that_trains_nothing():
     with pytest.raises(SystemExit, match=r"'multi_modal_projektor\.\*'; the model has, for example, vision_tower"):
         engine.choose(tiny_vlm(), {"multi_modal_projektor.*": 1e-3})
@@ -352,6 +359,11 @@ def test_a_spike_is_seen_once_and_no_clean_step_is_taken_for_one():
     assert not any(young.look(x) for x in [1.0, 1.1] * 15 + [9.0])           # too few to say what is usual
     constant = engine.Spikes([1.0] * 40)
     assert constant.look(1.0) is None
+
+
+def test_losses_that_are_all_the_same_have_no_spikes():
+    spikes = engine.Spikes([0.5] * 40)
+    assert spikes.look(0.75) is None and spikes.look(90.0) > 6
 
 
 def test_a_log_that_cannot_be_written_costs_the_line_and_not_the_run(tmp_path, capsys):

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_vlm
+from conftest import fork, make_tokenizer, tiny_vlm
 from PIL import Image
 
 import answer
@@ -40,7 +40,7 @@ def world(tmp_path):
     for i in range(11):
         rows.append({"question_id": i, "image": f"{i % 5}.png", "text": "What is this?" + " Yes?" * (i % 4),
                      "answer": "a cat", "type": KINDS[i % 3]})
-    del rows[10]["image"]
+    rows[10]["image"] = ""                                       # as none, which other tests leave out
     write(tmp_path / "q.jsonl", rows)
     return tmp_path
 
@@ -87,6 +87,17 @@ def test_the_score_is_that_of_the_answers_that_were_given(model_folder, world, c
 def test_the_batch_size_does_not_change_an_answer(model_folder, world, capsys):
     said = [[r["text"] for r in run(model_folder, world, capsys, batch_size=b)[1]] for b in (1, 4, 64)]
     assert said[0] == said[1] == said[2] and len(set(said[0])) > 1
+
+
+def test_two_processes_give_the_answers_of_one_in_the_order_of_the_questions(model_folder, world, capsys, tmp_path):
+    said = run(model_folder, world, capsys)[1]
+    (world / "a.jsonl").unlink()
+
+    def rank(r):
+        eval.main(eval.Settings(model=str(model_folder), data=str(world / "q.jsonl"), answers=str(world / "a.jsonl"),
+                                device="cpu", dtype="fp64", max_new_tokens=5))
+    fork(2, rank, tmp_path)
+    assert [json.loads(line) for line in (world / "a.jsonl").read_text().splitlines()] == said
 
 
 def test_a_row_of_the_vocabulary_without_a_word_is_never_said(model_folder):

@@ -173,9 +173,10 @@ def test_only_the_connector_moved_in_stage_1_and_only_the_tower_stayed_in_stage_
 def test_a_finished_run_that_is_started_again_takes_no_step_and_changes_no_file(world, aligned, capsys, monkeypatch):
     monkeypatch.setattr(engine, "train_step", lambda *a, **k: pytest.fail("a step"))
     before = files(aligned)
-    assert run("align", world, aligned) is None
-    assert files(aligned) == before
-    assert "is finished (6 steps): nothing to do" in capsys.readouterr().out
+    for changes in ({}, {"steps": 4}, {"log_every": 5, "workers": 1, "max_tokens": 48}):
+        assert run("align", world, aligned, **changes) is None
+        assert files(aligned) == before
+        assert f"is finished ({changes.get('steps', 6)} steps): nothing to do" in capsys.readouterr().out
 
 
 def test_more_steps_go_on_and_resume_none_starts_again(world, aligned, tmp_path, capsys):
@@ -189,17 +190,47 @@ def test_more_steps_go_on_and_resume_none_starts_again(world, aligned, tmp_path,
     assert state(out) == state(aligned)
 
 
-def halves_agree(ours, published):
-    """Answering from adapter/ is answering from model/, which is in fp16, to the last bit"""
-    for (k, p), q in zip(ours.model.state_dict().items(), published.model.state_dict().values(), strict=True):
-        assert torch.equal(p.half().float(), q), k
-
-
 def test_a_checkpoint_that_has_no_step_left_to_do_is_published_in_another_folder(world, aligned, tmp_path):
     assert run("align", world, tmp_path / "b", resume=str(aligned / "checkpoints/step_0000006")) is None
     one, other = (load_file(out / "model/model.safetensors") for out in (aligned, tmp_path / "b"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    assert run("align", world, tmp_path / "b") is None and eval.answer.load(tmp_path / "b", "cpu").template == "plain"
+    shutil.rmtree(tmp_path / "b/model")
+    assert run("align", world, tmp_path / "b") is None and (tmp_path / "b/model/model.safetensors").is_file()
+
+
+def test_a_run_that_goes_on_elsewhere_knows_what_was_counted_before(world, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(Path(world["data"]).read_text() + "{}\n" * 2)         # 24 samples, in six steps
+    a, b = (functools.partial(run, "align", {**world, "data": str(tmp_path / "bad.jsonl")}, tmp_path / out) for out in "ab")
+    a()
+    b(resume=str(tmp_path / "a/checkpoints/step_0000004"))
+    one, other = (json.loads((tmp_path / out / "checkpoints/step_0000006/state.json").read_text()) for out in "ab")
+    assert len(one["losses"]) == 6 and one["seen"]["samples"] == 24 and one["reasons"]["no conversations"][0] == 2
+    del one["settings"], other["settings"]
+    assert one == other
+    (tmp_path / "a/finished.json").unlink()
+    a(steps=4)                                               # less than was done: published as it is, and nothing goes
+    assert [step for step, _ in checkpoint.steps_in(tmp_path / "a")] == [4, 6]
+
+
+def test_the_best_checkpoint_is_kept_and_known_after_a_restart(world, tmp_path, monkeypatch):
+    """Validation losses 5, 1 and 3 after steps 2, 4 and 6, of which the last two are done by a second life."""
+    real, out = stage.Run.validate, tmp_path / "run"
+
+    def validate(run, step):
+        mean = {2: 5.0, 4: 1.0, 6: 3.0}[step + 1]
+        monkeypatch.setattr(stage, "token_loss", lambda model, batch: mean * (batch.labels >= 0).sum())
+        real(run, step)
+    monkeypatch.setattr(stage.Run, "validate", validate)
+    for steps in (4, 6):
+        run("align", world, out, steps=steps, eval_every=2, keep_best=True, keep_last=1)
+    assert [r["val_loss"] for r in rows(out / "log.jsonl") if "val_loss" in r] == [5, 1, 3]
+    assert [step for step, _ in checkpoint.steps_in(out)] == [4, 6]
+
+
+def halves_agree(ours, published):
+    """Answering from adapter/ is answering from model/, which is in fp16, to the last bit"""
+    for (k, p), q in zip(ours.model.state_dict().items(), published.model.state_dict().values(), strict=True):
+        assert torch.equal(p.half().float(), q), k
 
 
 def test_lora_leaves_an_adapter_and_a_merged_model_that_says_the_same(world, aligned, tmp_path):
@@ -693,6 +724,8 @@ def test_a_dry_run_stops_where_the_run_would(world, tmp_path, capsys):
     said_of = capsys.readouterr().out
     assert "none of the first step's samples can be used" in said_of
     assert "  4 of these samples cannot be used, as bad.jsonl[" in said_of and "id=None: no conversations" in said_of
+    run("align", {**world, "val_data": ""}, out, images=str(tmp_path), batch_size=22, max_dropped=1.0, dry_run=True)
+    assert "0 image(s), what is learnt in green" in capsys.readouterr().out                # not one whose picture is gone
     assert not out.exists()
     assert said == [refusal("align", world, out, **w) for w in wrong]
 
@@ -710,7 +743,7 @@ def test_a_gradient_that_is_not_finite_is_seen_on_any_step_and_ten_in_a_row_stop
     assert "step 3: gradient norm nan" in capsys.readouterr().out
     assert rows(tmp_path / "once" / "log.jsonl")[-1]["skipped_updates"] == 1
     calls.clear()
-    monkeypatch.setattr(train_align, "token_loss", functools.partial(poisoned, lambda call: call > 4))
+    monkeypatch.setattr(train_align, "token_loss", functools.partial(poisoned, lambda call: call == 2 or call > 4))
     line = refusal("align", settings, tmp_path / "ever")
     assert "10 updates in a row" in line and "step 14" in line and "train.jsonl[" in line
     with open(tmp_path / "once" / "log.jsonl") as f:
