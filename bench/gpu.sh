@@ -8,6 +8,7 @@
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/pumice-triton-$UID}   # one for all: tests and Inductor have their own
 card=$(python3 -c 'import torch; print(torch.cuda.get_device_name())') || { echo "no GPU that torch can use"; exit 1; }
 card=$(echo "${card#NVIDIA }" | tr 'A-Z ' 'a-z-')
 page=bench/results/$(date +%F)-$card.md

@@ -32,9 +32,9 @@ SPECIALS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<|im_start|>", "<|im_en
 @pytest.fixture(autouse=True, scope="session")
 def nothing_compiled_before(tmp_path_factory):
     """What torch.compile left in /tmp for other instructions of the processor would be run again, and gave NaN; what
-    Triton compiles would go to a home that may not be there."""
+    Triton compiles would go to a home that may not be there. bench/gpu.sh says where it goes, for all to share."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -381,7 +382,7 @@ FAKE = """#!/bin/sh
 case "$*" in
   *get_device_name*) echo "NVIDIA Toy 9000" ;;
   *xdist*) exit 1 ;;
-  *"-m pytest"*) echo "3 passed"; echo "$*" >>"$CALLS" ;;
+  *"-m pytest"*) echo "3 passed in $TRITON_CACHE_DIR"; echo "$*" >>"$CALLS" ;;
   *"bench.py kernels"*) echo "$*" >>"$CALLS"; for a; do case $a in --out=*) echo "# Kernels, now" >"${a#--out=}" ;; esac; done ;;
   *"bench.py step"*) echo "$*" >>"$CALLS"; echo "S1: half way"; exit 3 ;;
 esac
@@ -403,7 +404,7 @@ def test_the_gpu_script_writes_down_what_it_has_whatever_happens(tmp_path):
     page, = (repo / "bench" / "results").iterdir()
     assert page.name.endswith("-toy-9000.md") and (out / page.name).read_text() == page.read_text()
     text = page.read_text()
-    assert "3 passed" in text and "# Kernels, now" in text and "S1: half way" in text and "exit code 3" in text
+    assert "3 passed in /tmp/pumice-triton-" in text and "# Kernels, now" in text and "S1: half way" in text and "exit code 3" in text
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sum("timeout" in c for c in calls) == 0 and len(calls) == 3
     for call, part in zip(calls[1:], (rows, step)):                   # what it asks for are settings that exist
@@ -413,6 +414,15 @@ def test_the_gpu_script_writes_down_what_it_has_whatever_happens(tmp_path):
     seconds = [int(w) for line in (ROOT / "bench" / "gpu.sh").read_text().splitlines() if line.startswith("part ")
                for w in [line.split('"')[2].split()[1]]]
     assert len(seconds) == 3 and sum(seconds) <= 580
+
+
+def test_tests_compile_into_the_cache_that_they_are_given(tmp_path):
+    """Of gpu.sh, where what they compile is there for the parts behind them."""
+    pytest.importorskip("triton", reason="no Triton on this system")
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_norm.py", "-k",
+                    "too_large"], cwd=ROOT, check=True, capture_output=True,
+                   env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)})
+    assert [*tmp_path.rglob("norm_backward.cubin")]
 
 
 def test_the_gpu_script_without_a_gpu_says_so():
