@@ -21,6 +21,7 @@ import data
 import engine
 import hf
 import lora
+import plan
 import stage
 from kernels import choose_kernels
 from loss import token_loss
@@ -106,7 +107,7 @@ def main(s):
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
     warmup = math.ceil(s.warmup * steps)
     first = samples[0]
-    world.print(*folder.notes, *stage.plan(model, lrs, world, first.micro, steps, s), sep="\n")
+    world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
         return stage.rehearse(s, world, samples, first, folder.tok)
 

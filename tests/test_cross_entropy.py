@@ -132,7 +132,7 @@ def test_logits_never_exist_beyond_a_chunk(chunk):
 
 @pytest.mark.parametrize("dtype, each", [(torch.bfloat16, 10), (torch.float32, 8), (torch.float64, 16)])
 def test_the_logits_take_what_is_said_of_them(dtype, each, monkeypatch):
-    """Fewer rows than a chunk, and more: what the plan of a run is told (stage.memory) is what is held; hidden and
+    """Fewer rows than a chunk, and more: what the plan of a run is told (plan.memory) is what is held; hidden and
     its gradient, which are narrow, come on top, and in bf16 a copy that the CPU's product makes of its input."""
     import kernels.cross_entropy
     monkeypatch.setattr(kernels.cross_entropy, "CHUNK_BYTES", 0)

@@ -15,7 +15,7 @@ from conftest import example, tiny_vlm
 
 import engine
 import lora
-import stage
+import plan
 from data import pack
 from kernels.cross_entropy import linear_cross_entropy_ref
 from loss import token_loss
@@ -304,12 +304,12 @@ def test_flops_are_those_counted_by_hand():
     D, F, C, M, V, P, T = 32, 48, 32, 48, 512, 4, 5                       # T: patches and the class token
     vit = P * D * 48 + 2 * T * (4 * D * D + 2 * D * F)                    # frozen, nothing before it trains
     qo, kv, mlp = 2 * C * C, 2 * C * C // 2, 3 * C * M                    # two of four heads share keys
-    assert engine.flops(model, stage.rows(model.cfg)) == {
+    assert engine.flops(model, plan.rows(model.cfg)) == {
         "images": 2 * vit + P * (4 * D * C + 6 * C * C),                  # the first matrix need not look below itself
         "tokens": 4 * (qo + kv + mlp) + 4 * kv,                           # in the last layer a token makes keys alone
         "supervised": 4 * (qo + mlp + V * C)}
     engine.choose(model, {"multi_modal_projector.*": 1e-3, "language_model.*": 1e-3}, torch.float64)
-    assert engine.flops(model, stage.rows(model.cfg))["tokens"] == 6 * (qo + 2 * kv + mlp)
+    assert engine.flops(model, plan.rows(model.cfg))["tokens"] == 6 * (qo + 2 * kv + mlp)
 
 
 def test_flops_agree_with_torchs_own_counter_but_for_attention():
@@ -317,7 +317,7 @@ def test_flops_agree_with_torchs_own_counter_but_for_attention():
     model, b = tiny_vlm(vocab_size=8192), batch(0, 1, 2)
     engine.choose(model, {"multi_modal_projector.*": 1e-3, "language_model.*": 1e-3}, torch.float64)
     units = dict(tokens=len(b.ids), supervised=int((b.labels >= 0).sum()), images=len(b.images))
-    ours = sum(f * units[u] for u, f in engine.flops(model, stage.rows(model.cfg)).items())
+    ours = sum(f * units[u] for u, f in engine.flops(model, plan.rows(model.cfg)).items())
     in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # of these it must be told, and
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:   # into attention it does not look
         model(*b, head=linear_cross_entropy_ref).backward()
@@ -370,12 +370,12 @@ def test_the_plan_says_what_trains_at_which_rate_and_what_the_first_step_holds()
     model = tiny_vlm()
     lrs = engine.choose(model, {"multi_modal_projector.*": 2e-3, "language_model.*": 1e-5}, torch.float64)
     settings = SimpleNamespace(batch_size=3, recompute="none", parallel="auto")
-    plan = "\n".join(stage.plan(model, lrs, CPU, [batch(0, 1), batch(2)], 7, settings))
+    text = "\n".join(plan.lines(model, lrs, CPU, [batch(0, 1), batch(2)], 7, settings))
     connector = 32 * 32 * 2 + 32 * 2
     for words in (f"multi_modal_projector {connector:,} 0", "lr 0.002: 4 tensors", "lr 1e-05: 21 tensors",
                   "7 steps of 3 samples; the first one, on this rank: 42 tokens in 2 stream(s), 12 supervised, 3 im",
                   "MiB activations", "1 x cpu, torch.float64"):
-        assert words in " ".join(plan.split()), plan
+        assert words in " ".join(text.split()), text
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ import hf
 import kernels
 import lora
 import sample
+import plan
 import stage
 import train_align
 import train_sft
@@ -785,9 +786,9 @@ def test_the_plan_guesses_memory_within_a_factor_of_two(also, lora_r, recompute)
     lrs = engine.choose(model, dict.fromkeys(["multi_modal_projector.*", *also], 1e-3), torch.float32)
     micro = [data.pack([example(i, 30 + i % 50, 10, 1, 36, 48) for i in range(20)], 48)]
     s = types.SimpleNamespace(parallel="auto", recompute=recompute, batch_size=20)
-    guess = sum(stage.memory(model, w, micro, s))
-    plan = "\n".join(stage.plan(model, lrs, w, micro, 5, s))
-    assert f"{len(micro[0].ids):,} tokens in 1 stream(s), 200 supervised, 20 images" in plan and "GFLOP" in plan
+    guess = sum(plan.memory(model, w, micro, s))
+    text = "\n".join(plan.lines(model, lrs, w, micro, 5, s))
+    assert f"{len(micro[0].ids):,} tokens in 1 stream(s), 200 supervised, 20 images" in text and "GFLOP" in text
     blocks = [*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers]
     engine.parallelize(model, w, blocks, recompute=recompute)
     optimizer = engine.adamw(model, lrs, 0.0)
@@ -806,7 +807,7 @@ def test_the_plan_counts_the_logits_that_the_loss_makes(R, rows):
     w = engine.World(0, 1, torch.device("cpu"), torch.float32)
     s = types.SimpleNamespace(parallel="auto", recompute="block", batch_size=1)
     ids, spans = torch.zeros(R, dtype=torch.long), torch.arange(R)
-    work = stage.memory(model, w, [types.SimpleNamespace(ids=ids, labels=ids, lo=spans, hi=spans + 1)], s)[1]
+    work = plan.memory(model, w, [types.SimpleNamespace(ids=ids, labels=ids, lo=spans, hi=spans + 1)], s)[1]
     assert rows * 128256 * 8 <= work < 1.05 * rows * 128256 * 8
 
 
