@@ -1,5 +1,5 @@
-"""What is about to happen, before anything is spent: who trains, how much passes each matrix, what it takes in bytes and
-operations.
+"""What is about to happen, before anything is spent: who trains, how much passes each matrix, and what a step takes in
+bytes and operations.
 
     N tokens of a stream   R of them supervised   C, V, q, kv: width, vocabulary, queries' and keys' width of the LLM
 """
