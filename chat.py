@@ -10,23 +10,13 @@ their turn. Hence: no searching of rendered text, and the prompt at inference is
 """
 
 import itertools
-import json
 import re
 from typing import NamedTuple
 
-from config import stop
-from tokenizer import IMAGE, Tokenizer  # noqa: F401  (the marker of LLaVA's data files is also the token's name)
+from config import BadSample, stop
+from kernels.cross_entropy import IGNORE
 
-IGNORE = -100
-
-
-class BadSample(ValueError):
-    """A sample that cannot be used. Whoever reads data counts these by `reason`, worded alike for like samples; str()
-    adds the detail after a colon."""
-
-    def __init__(self, reason, detail=""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+IMAGE = "<image>"  # the marker of LLaVA's data files; a tokenizer's token for an image has the same name
 
 
 class Script:
@@ -220,19 +210,6 @@ TEMPLATES = {
         "{{ bos_token }}", _INST, LEARN + " {{ answer }} {{ eos_token }}" + LEARNT, "")),
 }
 
-# around these: contents are strings with markers or lists of parts, and markers stand as Script.user puts them. All in
-# one line, for readers differ in what they do with a line break after a tag
-_JINJA = (
-    "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-    "{{ part['text'] if part['type'] == 'text' else '<image>\\n' }}{% endfor %}{% endif %}{% endmacro %}"
-    "{% set system = @system@ %}{% if messages[0]['role'] == 'system' %}"
-    "{% set system = words(messages[0]['content']) %}{% endif %}{% set ns = namespace(first=true) %}@begin@"
-    "{% for message in messages %}{% set said = words(message['content']) %}"
-    "{% set images = said.split('<image>') | length - 1 %}{% if message['role'] == 'user' %}"
-    "{% set user = ('<image>\\n' + (said | replace('<image>', '') | trim) if images == 1 else said) | trim %}@user@"
-    "{% set ns.first = false %}{% elif message['role'] == 'assistant' %}{% set answer = said | trim %}@assistant@"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}@prompt@{% endif %}")
-
 
 def template(name):
     if name not in TEMPLATES:
@@ -251,16 +228,6 @@ def encode(tok, name, turns, images, image_id, image_tokens, system=None):
     w = Script(tok, images)
     t.write(w, t.system if system is None else system, [(u, a if a is None else a.strip()) for u, a in turns])
     return w.ids(image_id, image_tokens)
-
-
-def jinja(name, system=None):
-    """A template as transformers, vLLM and others read it: it renders to text what `encode` makes ids of. A string does
-    not tell what was typed from what was meant, so there, and not here, a control token can be typed."""
-    t = template(name)
-    out = _JINJA
-    for place, part in zip(("@begin@", "@user@", "@assistant@", "@prompt@"), t.jinja):
-        out = out.replace(place, part)
-    return out.replace("@system@", json.dumps(t.system if system is None else system, ensure_ascii=False))
 
 
 def stop_ids(tok, name):

@@ -4,12 +4,11 @@ A script's settings are a dataclass. A recipe is plain Python whose module-level
 with _ is its own. Values are read by the annotated type: 1 is a good float, yes is not a bool, none is None only where
 the annotation allows it."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
-import json
 import math
-import os
 import runpy
 import sys
 import traceback
@@ -28,9 +27,30 @@ LLAVA = {  # what people who come from LLaVA type
     "dataloader_num_workers": "workers"}
 
 
+class Error(Exception):
+    """A mistake of the user's, told in one line. Scripts end with that line, without a traceback (one_line_errors)."""
+
+
 def stop(message):
-    """A mistake of the user's: one line, no traceback."""
-    raise SystemExit(f"error: {message}")
+    raise Error(message)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a script's main: an Error ends the process with its one line on stderr and exit code 1."""
+    try:
+        yield
+    except Error as e:
+        raise SystemExit(f"error: {e}") from None
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used. Whoever reads data counts these by `reason`, worded alike for like samples; str()
+    adds the detail after a colon."""
+
+    def __init__(self, reason, detail=""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
 
 
 def within(s, ranges):
@@ -43,24 +63,6 @@ def within(s, ranges):
                  + ("" if high is None else f" and {high}") + "".join(f", {w}" for w in what))
 
 
-def unwritable(folder):
-    """Why no file can be made in a folder, which need not exist yet -> a reason, or None. Nothing is written."""
-    at = os.path.abspath(folder)
-    while not os.path.lexists(at):
-        at = os.path.dirname(at)
-    if not os.path.isdir(at):
-        return f"{at} is not a folder"
-    return None if os.access(at, os.W_OK | os.X_OK) else f"{at} cannot be written to"
-
-
-def foreign(folder, own):
-    """Does a folder that no run has made hold something under a name in `own`? -> a reason, or None. To write there
-    would cost somebody a model."""
-    about, there = Path(folder, "config.json"), [n for n in own if os.path.lexists(os.path.join(folder, n))]
-    if there and not (about.is_file() and "settings" in read_json(about)):
-        return f"it is no run, and its {there[0]} would be lost"
-
-
 def kinds(annotation):
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
@@ -70,7 +72,7 @@ def wrong(annotation, key, value):
     stop(f"{key}={value}: expected {' or '.join(names.get(k, k.__name__) for k in kinds(annotation))}")
 
 
-def read(text, annotation, key):
+def read_value(text, annotation, key):
     """Text -> a value of the annotated type."""
     if types.NoneType in kinds(annotation) and text.lower() == "none":
         return None
@@ -106,7 +108,7 @@ def run(recipe):
     return {k: v for k, v in found.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
 
 
-def load(Settings, argv, doc=""):
+def parse(Settings, argv, doc=""):
     """argv without the script's name -> an instance of Settings."""
     for stream in (sys.stdout, sys.stderr):                # what a terminal cannot show is escaped and ends nothing
         if hasattr(stream, "reconfigure"):                 # a notebook's has none
@@ -132,7 +134,7 @@ def load(Settings, argv, doc=""):
             known(key, arg)
             if not equals and fields[key] is not bool:
                 stop(f"{arg}: write --{key}=value")
-            values[key] = read(text, fields[key], key) if equals else True   # --blind is --blind=true
+            values[key] = read_value(text, fields[key], key) if equals else True   # --blind is --blind=true
         elif arg.endswith(".py"):
             for key, value in run(arg).items():
                 known(key, arg)
@@ -142,40 +144,3 @@ def load(Settings, argv, doc=""):
     return Settings(**values)
 
 
-def pairs(items):
-    d = dict(items)
-    if len(d) < len(items):
-        seen = set()
-        raise ValueError(f"duplicate key {next(k for k, _ in items if k in seen or seen.add(k))!r}")
-    return d
-
-
-def constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-# json without what Python forgives: NaN, duplicate keys
-STRICT = json.JSONDecoder(object_pairs_hook=pairs, parse_constant=constant)
-
-
-def strict_json(text, where):
-    """What a text says as json, or a ValueError that names the place."""
-    try:
-        return STRICT.decode(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: {e}") from None
-
-
-def read_json(path):
-    """A file that holds one json object -> dict"""
-    try:
-        found = strict_json(Path(path).read_text("utf-8"), path)
-    except FileNotFoundError:
-        stop(f"{path} is missing")
-    except OSError as e:
-        stop(f"{path} cannot be read: {e.strerror}")
-    except UnicodeDecodeError:
-        stop(f"{path} is not text in utf-8")
-    except ValueError as e:
-        stop(str(e))
-    return found if isinstance(found, dict) else stop(f"{path} is not a json object")

@@ -6,11 +6,7 @@
 """
 
 import dataclasses
-import json
 import math
-import mmap
-import os
-import re
 import signal
 import sys
 from collections import defaultdict
@@ -19,204 +15,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 import chat
-from chat import IGNORE, BadSample
-from config import STRICT, load, read_json, stop, strict_json, within
+from config import BadSample, one_line_errors, parse, stop, within
+from formats import tokenizer
+from formats.rows import Rows
+from formats.strict_json import read_json
+from images import image_folder, load_image, preprocess, safe_path
+from kernels.cross_entropy import IGNORE
 
-MAX_PIXELS = 64_000_000    # a header may promise more than memory holds: refuse before decoding
-MAX_SIDE = 8_000           # a thin picture padded to a square would be more than memory holds: reduce it first
 REPEATS = 1024             # a step may hold so many samples although the data hold fewer: a recipe tried on a handful
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # EPS would start Ghostscript
-SPACE = re.compile(r"[ \t\n\r]*")
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
-class ImageSpec(NamedTuple):
-    """How a picture becomes S x S: pad = to a square of the mean colour, then resize (LLaVA-1.5); crop = resize the
-    shorter side, cut out the centre (CLIP); squash = resize both sides (SigLIP)."""
-    side: int
-    aspect: str = "pad"
-    resample: int = Image.BICUBIC
-    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
-    short: int = 0             # crop: the shorter side before the cut, where it is not S (DINOv2: 256, then 224)
-
-
-def safe_path(root, name):
-    """A file below root, whatever the name says and wherever links lead."""
-    shown = f"{name!r:.200}"                                   # repr: a name may hold what no terminal can print
-    root = os.path.realpath(root)
-    try:
-        path = os.path.realpath(os.path.join(root, name))
-    except (TypeError, ValueError):                            # not a string; a NUL or a lone surrogate in it
-        raise BadSample("image name is not a path", shown) from None
-    if os.path.commonpath([root, path]) != root:
-        raise BadSample("image lies outside the image folder", shown)
-    if not os.path.exists(path):
-        raise BadSample("image is missing", shown)
-    if not os.path.isfile(path):                               # never open a pipe or a device: it may not answer
-        raise BadSample("image is not a file", shown)
-    return path
-
-
-def image_folder(path):
-    """A folder that image names are relative to. A wrong one ends here, not after a step of missing pictures."""
-    if not os.path.isdir(path or "."):
-        stop(f"images={path} is no folder")
-
-
-def load_image(path):
-    """-> PIL image, RGB, upright. Transparency shows white; 16 bits are scaled; an animation is its first frame, and
-    its info says so."""
-    name = repr(os.path.basename(path))
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-            image.load()
-            still = rgb(upright(image))
-            still.info = {"animated": animated(image)}
-            return still
-    except BadSample as e:
-        raise BadSample(e.reason, name) from None
-    except Image.DecompressionBombError as e:
-        raise BadSample("image is too large", f"{name}, {e} pixels; the limit is {MAX_PIXELS:,}") from None
-    except Exception as e:                                     # Pillow raises almost anything on a broken file
-        raise BadSample("image cannot be read", f"{name} ({type(e).__name__})") from None
-
-
-def upright(image):
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:                                          # EXIF that cannot be read does not say what is up
-        return image
-
-
-def animated(image):
-    """Does a file hold more than the frame that was loaded?"""
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:                                          # the first frame is whole, and no other is looked at
-        return True
-
-
-def rgb(image):
-    if image.mode.startswith("I"):                             # 16 or 32 bits: convert("RGB") would cut at 255
-        a = np.asarray(image).astype(np.int64).clip(0, 65535)
-        if image.mode != "I" or a.max() > 255:                 # 32 bits may also hold 8
-            a = a // 257
-        image = Image.fromarray(a.astype(np.uint8))
-    elif image.mode == "F":
-        a = np.asarray(image)
-        if not (a.min() >= 0 and a.max() <= 255):              # so written because NaN compares false
-            raise BadSample("image holds floats outside 0..255")
-        image = Image.fromarray((a * (255 if a.max() <= 1 else 1)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def preprocess(image, spec):
-    """PIL RGB -> (3, S, S) uint8; equal to the pixels of transformers' Pillow processors before they normalise, for
-    sides of at most MAX_SIDE."""
-    S = spec.side
-    if max(image.size) > MAX_SIDE:
-        image = image.reduce(math.ceil(max(image.size) / MAX_SIDE))
-    w, h = image.size
-    if spec.aspect == "pad" and w != h:
-        canvas = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * m) for m in spec.mean))
-        canvas.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
-        image, w, h = canvas, max(w, h), max(w, h)
-    W, H = (S, S)
-    if spec.aspect == "crop":
-        short = spec.short or S
-        W, H = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
-    left, top = (W - S) // 2, (H - S) // 2
-    if W * H <= MAX_PIXELS:
-        image = image.resize((W, H), spec.resample).crop((left, top, left + S, top + S))
-    else:                                                      # very thin: resize no more than the crop will keep
-        box = (left * w / W, top * h / H, (left + S) * w / W, (top + S) * h / H)
-        image = image.resize((S, S), spec.resample, box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
-
-def elements(blob):
-    """Where the values of a json list stand in its bytes -> [(begin, end)]. Each is parsed once and let go: beside the
-    map of the file there is its text for a moment, and never all of its values."""
-    text = str(blob, "utf-8")
-    i, spans = text.index("[") + 1, []
-    at = len(text[:i].encode())                                # i in characters, at in bytes: read so far
-    a = SPACE.match(text, i).end()
-    more = text[a : a + 1] != "]"
-    while more:
-        try:
-            b = STRICT.raw_decode(text, a)[1]
-        except json.JSONDecodeError:
-            raise
-        except (ValueError, RecursionError) as e:              # these say what is wrong and not where
-            raise ValueError(f"sample {len(spans)}: {e}") from None
-        begin = at + len(text[i:a].encode())
-        at, i = begin + len(text[a:b].encode()), b
-        spans.append((begin, at))
-        a = SPACE.match(text, b).end()
-        more = text[a : a + 1] == ","
-        if more:
-            a = SPACE.match(text, a + 1).end()
-        elif text[a : a + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, a)
-    if SPACE.match(text, a + 1).end() < len(text):
-        raise json.JSONDecodeError("Extra data", text, a + 1)
-    return spans
-
-
-class Rows:
-    """The samples of one file, parsed when asked for: what is kept is where they stand in a memory map of it, which all
-    processes of a machine share."""
-
-    def __init__(self, file):
-        self.file = str(file)
-        if not os.path.isfile(file):
-            stop(f"{file} is a folder, no data file" if os.path.isdir(file) else f"no data file {file or '(no name)'}")
-        if os.path.getsize(file) == 0:
-            stop(f"{file} is empty")
-        with open(file, "rb") as f:
-            self.blob = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        first = re.match(rb"(?:\xef\xbb\xbf)?\s*([^\r\n]{0,9})", self.blob)[1].strip()
-        if first[:1] == b"[":
-            try:
-                spans = elements(self.blob)
-            except ValueError as e:
-                stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
-        elif first[:1] != b"{" or first == b"{":               # a { alone opens one object over several lines
-            stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line")
-        else:
-            spans = [m.span() for m in re.finditer(rb"[^\n]+", self.blob) if m[0].strip()]
-        self.spans = np.array(spans, np.int64)
-        if not len(self.spans):
-            stop(f"{file} holds no samples")
-
-    def __reduce__(self):                                      # a memory map does not travel to a worker: open it there
-        return Rows, (self.file,)
-
-    def __len__(self):
-        return len(self.spans)
-
-    def __getitem__(self, i):
-        a, b = self.spans[i]
-        if self.blob.size() < b:                               # to read on would end the process without a word
-            raise BadSample("the file has become shorter since it was opened")
-        try:
-            row = strict_json(self.blob[a:b].decode("utf-8-sig"), f"{self.file}, sample {i}")
-        except ValueError as e:
-            raise BadSample("not JSON", str(e)) from None
-        if not isinstance(row, dict):
-            raise BadSample("not an object", f"{row!r:.80}")
-        return row
 
 
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")
@@ -469,7 +283,7 @@ class Check:
 
 def main(argv):
     files = [a for a in argv if not a.startswith("--")]
-    s = load(Check, [a for a in argv if a.startswith("--")], __doc__)
+    s = parse(Check, [a for a in argv if a.startswith("--")], __doc__)
     if len(files) != 1 or not s.model:
         stop("usage: python data.py FILE --images=DIR --model=DIR [--template=NAME]")
     within(s, {"max_len": (1, None), "image_tokens": (1, None), "show": (0, None)})
@@ -477,7 +291,7 @@ def main(argv):
     folder = Path(s.model)
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
     cfg = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    tok = chat.Tokenizer(folder, cfg.get("image_token_index", cfg.get("image_token_id")))
+    tok = tokenizer.Tokenizer(folder, cfg.get("image_token_index", cfg.get("image_token_id")))
     meta = read_json(folder / "pumice.json") if (folder / "pumice.json").is_file() else {}
     known = meta.get("template", "plain")
     template = s.template or (known if known != "plain" else "vicuna_v1")
@@ -512,4 +326,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with one_line_errors():
+        sys.exit(main(sys.argv[1:]))

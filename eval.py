@@ -24,12 +24,15 @@ from pathlib import Path
 
 import torch
 
-import answer
 import config
 import engine
+import generate
 import metrics
-from card import remember
-from data import BadSample, image_folder, load_image, safe_path
+from config import BadSample
+from formats import strict_json
+from formats.card import remember
+from images import image_folder, load_image, safe_path
+from run import folder
 
 SCORES = {"exact": metrics.exact, "vqa": metrics.vqa_accuracy,
           "vqa_official": lambda said, answers: metrics.vqa_accuracy(said, answers, evalai=False),
@@ -74,7 +77,7 @@ def read_questions(file, task):
             continue
         where = f"{file}, line {n}"
         try:
-            row = config.strict_json(line, where)
+            row = strict_json.strict_json(line, where)
         except ValueError as e:
             config.stop(str(e))
         row = row if isinstance(row, dict) else {}
@@ -98,8 +101,7 @@ def read_questions(file, task):
 
 def toy_questions(world, task):
     """The toy world's held-out questions, drawn if need be -> question file, folder of images"""
-    sys.path.insert(0, str(Path(__file__).resolve().parent / "demo"))
-    import toy
+    from demo import toy
     file = Path("runs/toy/questions.jsonl")
     yes_or_no = file.with_name("questions_pope.jsonl")
     if world.rank == 0:
@@ -131,7 +133,7 @@ def ask(speaker, rows, names, images, max_new_tokens):
     for i, (row, name) in enumerate(zip(rows, names)):
         try:
             shown = [speaker.picture(safe_path(images, name))] if name else []
-            prompts.append(speaker.prompt([(answer.with_marker(row["text"], len(shown)), None)], len(shown)))
+            prompts.append(speaker.prompt([(generate.with_marker(row["text"], len(shown)), None)], len(shown)))
         except BadSample as e:
             print(f"question {row['question_id']}: {e}; counted as wrong", file=sys.stderr)
             continue
@@ -179,11 +181,11 @@ def place(s, name):
     elif run.name in ("model", "adapter"):
         run = run.parent
     out = Path(s.answers or run / f"answers_{name}.jsonl")
-    problem = f"{out} is no file" if out.exists() and not out.is_file() else config.unwritable(out.parent)  # a device!
+    problem = f"{out} is no file" if out.exists() and not out.is_file() else folder.unwritable(out.parent)  # a device!
     if problem and not s.answers:
         print(f"{problem}; the answers go to {Path('answers', run.resolve().name)}", file=sys.stderr)
         out = Path("answers", run.resolve().name, out.name)
-        problem = config.unwritable(out.parent)
+        problem = folder.unwritable(out.parent)
     if problem:
         config.stop(f"{problem}: --answers=FILE says where the answers may go")
     return out
@@ -201,7 +203,7 @@ def main(s):
     image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"
     names = other_pictures(rows) if s.shuffled else [r["image"] for r in rows]
-    speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
+    speaker = generate.load(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
     name = how if s.task == "exact" else f"{s.task}_{how}"
     out = place(s, name) if world.rank == 0 else None
     if s.blind:                                                  # zeros where the tower's features would be
@@ -305,4 +307,5 @@ def report(rows, said, points, names, images, result, worst=8, best=4):
 
 
 if __name__ == "__main__":
-    sys.exit(engine.finish(main(config.load(Settings, sys.argv[1:], __doc__))))
+    with config.one_line_errors():
+        sys.exit(engine.finish(main(config.parse(Settings, sys.argv[1:], __doc__))))

@@ -3,29 +3,19 @@
 A wrapped layer keeps its weight under its published name and gains lora_A.weight (r, in) and lora_B.weight (out, r),
 which are the names of a PEFT adapter. B starts at zero, so that a wrapped model says exactly what it said before.
 
-QLoRA (Dettmers et al. 2023) is the same over a frozen W in four bits (kernels/nf4.py): quantize() comes first. W is
+QLoRA (Dettmers et al. 2023) is the same over a frozen W in four bits (kernels/nf4.py): quantize_base() comes first. W is
 then no parameter but a few buffers, is written out for each product, forward and backward, and is in no checkpoint: it
 follows from the model that a run starts from. What is published is merged with the W the adapter was trained over."""
 
 import fnmatch
-import json
 import re
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from checkpoint import commit
-from config import read_json, stop
-from hf import find, find_model, fingerprint, load, mark, read_adapter, read_tensors, rename, renamed, scaled
+from config import stop
 from kernels import nf4
-from model import VLM
-
-PREFIX = "base_model.model."  # of every name in a PEFT file
-# what the tower holds behind the feature layer, where PEFT puts adapters too, and nobody reads them
-UNREAD = re.compile(r"vision_tower\.vision_model\.(post_layernorm|encoder\.layers\.(\d+))\.")
 
 
 def held(layer):
@@ -54,7 +44,7 @@ class Frozen(torch.autograd.Function):
 
 
 class NF4Linear(nn.Linear):
-    """A frozen layer in four bits a weight, as quantize() puts it in."""
+    """A frozen layer in four bits a weight, as quantize_base() puts it in."""
 
     def __init__(self, base):
         nn.Module.__init__(self)
@@ -202,7 +192,7 @@ def targets(model, pattern):
 
 
 @torch.no_grad()
-def quantize(model):
+def quantize_base(model):
     """Put the linear layers of the language model but its head into NF4, in place: what QLoRA leaves in full are norms,
     embeddings, head, connector and eyes. A row's length must be even. -> their names"""
     names = targets(model, "all-linear")
@@ -260,123 +250,3 @@ def merge_state(state, scales, dtype=None):
     return out
 
 
-def in_memory(name):
-    """Our name of a tensor -> the one it has in the memory of transformers since 4.52, of a tower's since 5, which is
-    what PEFT goes by."""
-    for ours, theirs in (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
-                         ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_", "model.multi_modal_")):
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
-
-
-def save_adapter(out, state, r, alpha, dropout, base, mark, about={}, card=""):
-    """A PEFT folder, whole or absent. What is trained besides adapters, the connector, goes along by its own name.
-    base: a LLaVA, by folder or name; or None where it was none yet but two towers, which `about` then tells (vision,
-    llm). mark: hf.fingerprint of all other tensors, which are the base. about: also how the model is asked (template,
-    system, image_aspect), and the bits of its base. card: README.md."""
-    tensors = {PREFIX + in_memory(k): v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
-    names = sorted({in_memory(k).split(".lora_")[0] for k in state if ".lora_" in k})
-    extra = sorted({in_memory(k).rpartition(".")[0] for k in state if ".lora_" not in k})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base and str(base), "r": r,
-              "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "target_modules": names,
-              "modules_to_save": extra or None, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
-              "init_lora_weights": True, "inference_mode": True}
-
-    def fill(tmp):
-        save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
-        (tmp / "adapter_config.json").write_text(json.dumps(config, indent=2))
-        (tmp / "pumice.json").write_text(json.dumps({"base": mark, **about}))
-        (tmp / "README.md").write_text(card, "utf-8")
-
-    commit(out, fill)
-
-
-def own(c, key, pattern, name):
-    """r or lora_alpha of a layer: under PEFT's rank_pattern or alpha_pattern that of the first key, a regular
-    expression, that its name ends in; the name it had when it was trained, which is that in the file."""
-    return next((v for k, v in (c.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), c.get(key))
-
-
-def unread(model, name):
-    """Is a tensor one of the tower behind the feature layer?"""
-    v, at = model.cfg.vision, UNREAD.match(name)
-    return bool(at) and (at[2] is None or v.depth <= int(at[2]) < v.num_hidden_layers)
-
-
-def about(folder):
-    """What save_adapter says beside PEFT's own files; an adapter that PEFT made says nothing"""
-    file = Path(folder) / "pumice.json"
-    return read_json(file) if file.is_file() else {}
-
-
-def load_adapter(model, folder):
-    """Wrap `model`, as hf.load read it, with the adapter of a PEFT folder. Every tensor must find its place, and the
-    model must be the one that the adapter was trained on, where the folder says which that was."""
-    folder = Path(folder)
-    c = read_adapter(folder)
-    if c.get("bias", "none") != "none":
-        stop(f"{folder}: bias={c['bias']} is not known here")
-    found = {k.removeprefix(PREFIX): v for k, v in read_tensors(folder, "adapter_model").items()}
-    found = {k: v for k, v in found.items() if not unread(model, rename(k))}
-    tensors = renamed(found, folder)
-    there = {rename(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}   # ours: its own name
-    names, linears = sorted(there), targets(model, "*")
-    if not names:
-        stop(f"{folder} holds no adapter")
-    if strange := [there[n] for n in names if n not in linears]:
-        stop(f"{folder} holds an adapter of {strange[0]}, which is no linear layer of this model that can carry one")
-    if says := about(folder):
-        base = {k: mark(p) for k, p in model.named_parameters() if k not in tensors}
-        if (was := says.get("base")) != fingerprint(base):
-            stop(f"{folder} was trained on another base (fingerprint {was}) than this model ({fingerprint(base)})")
-    if says.get("bits") == 4:
-        quantize(model)
-    for name in names:
-        r = own(c, "r", "rank_pattern", there[name])
-        alpha = scaled(folder, c, r, own(c, "lora_alpha", "alpha_pattern", there[name]))
-        apply(model, r, alpha, c.get("lora_dropout", 0.0), name, kind=DoRALinear if c.get("use_dora") else LoRALinear)
-    params = dict(model.named_parameters())
-    if missing := sorted(k for k in params.keys() - tensors.keys() if ".lora_" in k):
-        stop(f"{folder}: {missing[0]} is missing")
-    with torch.no_grad():
-        for k, v in tensors.items():
-            if k not in params or params[k].shape != v.shape:
-                stop(f"{folder}: {k} {tuple(v.shape)} does not fit this model")
-            if not v.isfinite().all():
-                stop(f"{folder}: {k} is not finite")
-            params[k].data = v.to(torch.promote_types(v.dtype, params[k].dtype))   # fp32 over a base in fp16 stays so
-    return names
-
-
-def load_merged(folder, dtype):
-    """The folder of an adapter -> VLM, Folder, as hf.load reads a model: its base, and the adapter merged with it as a
-    run's model/ is. The base is found where the adapter says; a relative path counts from here."""
-    says = about(folder)
-    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]         # where it was no LLaVA yet
-    base = " and ".join(towers) or read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
-    file = "its pumice.json" if towers else "base_model_name_or_path in its adapter_config.json"
-    where = f"{folder} was trained on {base}: {file} says where that lies"
-    if not base or not isinstance(base, str):
-        stop(where)
-    try:
-        at = [find(t) for t in towers] or [find_model(base)]
-    except SystemExit as e:
-        stop(f"{where}, and {str(e).removeprefix('error: ')}")
-    if towers:                                                                # and a connector that is in the adapter
-        mlp = any("linear_2" in k for k in read_tensors(folder, "adapter_model"))
-        model, source = load(*at, connector="mlp" if mlp else "linear", dtype=None)
-    else:
-        model, source = load(init=at[0], dtype=None)                          # unrounded: the fingerprint is of that
-    load_adapter(model, folder)
-    for k, p in model.named_parameters():
-        if ".lora_" not in k:
-            p.data = p.data.to(dtype, copy=True)                              # as trained over; no view of a file
-    state = merge_state(model.state_dict(), scales(model), dtype)
-    with torch.device("meta"):
-        model = VLM(model.cfg)
-    model.load_state_dict(state, assign=True)
-    pre = source.pre
-    if "image_aspect" in says:
-        pre = pre | {"do_pad": says["image_aspect"] == "pad"}                 # the base's may have been another
-    return model, source._replace(meta=source.meta | says, pre=pre)

@@ -3,7 +3,6 @@ variant and of POPE's evaluation, quirks included; tests/test_metrics.py pins th
 
 import re
 
-
 # ---- exact match ---------------------------------------------------------------------------------------------------
 
 def exact(said, answers):

@@ -17,14 +17,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.attention import attention
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from kernels.linear import linears
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rope_qk
 from kernels.swiglu import swiglu
-
-IGNORE = -100  # the label of a position that is not learnt
-
 
 # ---- configs: the names are those of the published config.json ------------------------------------------------------
 
@@ -427,66 +424,4 @@ def init_weights(model, seed=0):
 
 # ---- talking --------------------------------------------------------------------------------------------------------
 
-class Cache:
-    """Keys and values of B conversations of at most L tokens: sequence b owns the slots [b L, (b + 1) L), so that a
-    span says which part of the cache a query reads, in the prompt and afterwards alike."""
 
-    def __init__(self, B, L):
-        self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): where the tokens of the next forward pass go
-
-    def append(self, layer, k, v):
-        if layer not in self.kv:
-            self.kv[layer] = tuple(t.new_zeros(self.B * self.L, *t.shape[1:]) for t in (k, v))
-        for kept, new in zip(self.kv[layer], (k, v)):
-            kept[self.slot] = new
-        return self.kv[layer]
-
-
-@torch.no_grad()
-def generate(model, prompts, images, stop, max_new_tokens=64, temperature=0.0, banned=(), seed=0):
-    """Continue B ragged prompts. prompts: list of (n_b,) id tensors with Q holes per image; images (I, 3, S, S) uint8,
-    in the order of the holes. Ends at an id in `stop`, which is not returned; ids in `banned` (vocabulary padding) are
-    never said, nor are holes. Greedy at temperature 0. Returns B lists of ids. Leaves every module's mode and the
-    global random state as they were."""
-    if not prompts:
-        return []
-    device = images.device
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    rng = torch.Generator(device).manual_seed(seed)
-    lengths = torch.tensor([len(p) for p in prompts])
-    B, L = len(prompts), int(lengths.max()) + max_new_tokens
-    cache = Cache(B, L)
-    base = torch.arange(B) * L
-    ids = torch.cat([p.to(device) for p in prompts])
-    pos = torch.cat([torch.arange(n) for n in lengths])
-    lo = base.repeat_interleave(lengths)
-    last = torch.full((len(pos),), IGNORE)
-    last[lengths.cumsum(0) - 1] = 0                           # ask for the logits of each prompt's last token
-    said, alive = [[] for _ in prompts], list(range(B))
-    banned = torch.tensor(sorted({*banned, model.cfg.image_token_index}), device=device)
-    try:
-        for _ in range(max_new_tokens):
-            cache.slot = (lo + pos).to(device)
-            batch = (t.to(device) for t in (last, pos, lo.int(), (lo + pos + 1).int()))
-            logits = model(ids, *batch, images, head=logits_head, cache=cache).float()                     # (alive, V)
-            logits[:, banned] = -torch.inf
-            if temperature > 0:
-                ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
-            else:
-                ids = logits.argmax(-1)
-            words = ids.tolist()
-            for b, w in zip(alive, words):
-                said[b].append(w)
-            keep = [i for i, w in enumerate(words) if w not in stop]
-            alive = [alive[i] for i in keep]
-            if not alive:
-                break
-            ids, images = ids[keep], images[:0]
-            lo = base[alive]
-            pos = lengths[alive] + len(said[alive[0]]) - 1
-            last = torch.zeros(len(alive), dtype=torch.long)
-    finally:
-        for m in training:
-            m.training = True
-    return [s[:-1] if s and s[-1] in stop else s for s in said]

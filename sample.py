@@ -7,9 +7,9 @@
 import dataclasses
 import sys
 
-import answer
 import config
-from data import BadSample
+import generate
+from config import BadSample
 
 
 @dataclasses.dataclass
@@ -29,7 +29,7 @@ class Settings:
 
 def main(s):
     config.within(s, {"max_new_tokens": (1, None), "temperature": (0, 100), "seed": (0, 2**32)})
-    speaker = answer.load(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
+    speaker = generate.load(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
     turns = []
     try:
         pictures = [speaker.picture(file) for file in s.image.split(",") if file]
@@ -37,7 +37,7 @@ def main(s):
             text = s.prompt or input("you: " if sys.stdin.isatty() else "").strip()
             if not text:
                 return
-            turns.append((text if turns else answer.with_marker(text, len(pictures)), None))
+            turns.append((text if turns else generate.with_marker(text, len(pictures)), None))
             prompt = speaker.prompt(turns, len(pictures))
             said = speaker.say([prompt], pictures, s.max_new_tokens, s.temperature, s.seed)[0]
             print(said, flush=True)
@@ -51,4 +51,5 @@ def main(s):
 
 
 if __name__ == "__main__":
-    main(config.load(Settings, sys.argv[1:], __doc__))
+    with config.one_line_errors():
+        main(config.parse(Settings, sys.argv[1:], __doc__))

@@ -18,11 +18,10 @@ from pathlib import Path
 import config
 import data
 import engine
-import hf
-import plan
-import stage
+from formats import configs, llava
 from kernels import choose_kernels
 from loss import token_loss
+from run import plan, stage
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,8 +37,8 @@ class Settings:
     image_aspect: str = ""               # pad (LLaVA-1.5), crop (CLIP), squash (SigLIP); empty: as init, else pad
     max_dropped: float = 0.01            # share of samples that may be unusable before the run stops
     # model
-    vision: str = str(HERE / "demo/eyes")    # CLIP, SigLIP or DINOv2: folder or org/name
-    llm: str = str(HERE / "demo/tongue")     # Llama, Mistral or Qwen: folder or org/name
+    vision: str = str(HERE / "demo/vit")    # CLIP, SigLIP or DINOv2: folder or org/name
+    llm: str = str(HERE / "demo/llm")     # Llama, Mistral or Qwen: folder or org/name
     init: str = ""                       # a run or a LLaVA folder to start from, instead of two towers
     connector: str = "mlp"               # mlp, linear
     # optimisation
@@ -81,12 +80,12 @@ def main(s):
     stage.toy_world(s, world, "align")
 
     # what is trained
-    model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
+    model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
     stage.inherit(s, folder, model.cfg, "plain")
     lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype)
 
     # on what
-    cfg, spec = model.cfg, hf.image_spec(folder.pre, s.image_aspect)
+    cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
     encode = data.Encoder(folder.tok, s.template, cfg.image_token_index, cfg.vision.patches, s.max_len, s.system)
     samples = data.Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size)
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
@@ -130,4 +129,5 @@ def main(s):
 
 
 if __name__ == "__main__":
-    sys.exit(engine.finish(main(config.load(Settings, sys.argv[1:], __doc__))))
+    with config.one_line_errors():
+        sys.exit(engine.finish(main(config.parse(Settings, sys.argv[1:], __doc__))))

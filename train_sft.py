@@ -19,12 +19,11 @@ from pathlib import Path
 import config
 import data
 import engine
-import hf
 import lora
-import plan
-import stage
+from formats import configs, llava
 from kernels import choose_kernels
 from loss import token_loss
+from run import plan, stage
 
 HERE = Path(__file__).resolve().parent
 
@@ -90,18 +89,18 @@ def main(s):
     stage.toy_world(s, world, "sft")
 
     # what is trained
-    model, folder = hf.load(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
+    model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
     stage.inherit(s, folder, model.cfg, "vicuna_v1")
     adapter = None
     if s.bits == 4:
-        lora.quantize(model)
+        lora.quantize_base(model)
     if s.lora_r:
         adapter = lora.apply(model, s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_targets, s.seed)
     table = {"multi_modal_projector.*": s.connector_lr or s.lr, "*.lora_*" if s.lora_r else "language_model.*": s.lr}
     lrs = engine.choose(model, table, world.dtype)
 
     # on what
-    cfg, spec = model.cfg, hf.image_spec(folder.pre, s.image_aspect)
+    cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
     encode = data.Encoder(folder.tok, s.template, cfg.image_token_index, cfg.vision.patches, s.max_len, s.system)
     samples = data.Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size)
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
@@ -145,4 +144,5 @@ def main(s):
 
 
 if __name__ == "__main__":
-    sys.exit(engine.finish(main(config.load(Settings, sys.argv[1:], __doc__))))
+    with config.one_line_errors():
+        sys.exit(engine.finish(main(config.parse(Settings, sys.argv[1:], __doc__))))

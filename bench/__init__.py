@@ -113,12 +113,12 @@ def reason(e):
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 def child(command, args, seconds):
-    """`bench.py command args` in a process of its own, ended after `seconds`: it may run out of memory or hang, and a
+    """`python -m bench command args` in a process of its own, ended after `seconds`: it may run out of memory or hang, and a
     GPU that a kernel has crashed serves nobody else in it -> the JSON objects that it prints, as they come, and at last
     {"ended": exit code, "because": the end of what it complained}."""
     with tempfile.TemporaryFile("w+") as errors:
-        p = subprocess.Popen([sys.executable, ROOT / "bench.py", command, *args], stdout=subprocess.PIPE, stderr=errors,
-                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        p = subprocess.Popen([sys.executable, "-m", "bench", command, *args], stdout=subprocess.PIPE, stderr=errors,
+                             text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         killer = threading.Timer(max(1, seconds), p.kill)
         killer.start()
         try:

@@ -32,9 +32,9 @@ part() {  # name, file, seconds, command ...: what it prints is in file.txt, wha
 
 # Triton compiles on one core, so the tests run side by side; what they compile, the other parts find in Triton's cache
 side=(); python3 -c 'import xdist' 2>/dev/null && side=(-n 12 --dist worksteal)
-tests=(python3 -m pytest -q -p no:cacheprovider --tb=short --durations=5 "${side[@]}" tests/test_gpu.py)
-kernels=(python3 bench.py kernels --seconds=225 --row_seconds=90 --out="$work/kernels.md")
-steps=(python3 bench.py step --rows=S1,S2,S4 --steps=3 --seconds=185 --out="$work/steps.md")
+tests=(python3 -m pytest -q -p no:cacheprovider --tb=short --durations=5 "${side[@]}" tests/kernels/test_gpu.py)
+kernels=(python3 -m bench kernels --seconds=225 --row_seconds=90 --out="$work/kernels.md")
+steps=(python3 -m bench step --rows=S1,S2,S4 --steps=3 --seconds=185 --out="$work/steps.md")
 rm -f "$page"
 part "Kernels against float64" tests 130 "${tests[@]}"
 part "Kernels beside their peers" kernels 240 "${kernels[@]}"

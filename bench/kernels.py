@@ -120,7 +120,7 @@ def judge(r):
 
 PAGE = """# Kernels, {date}
 
-`python bench.py kernels{args}` on {machine}; {after}.
+`python -m bench kernels{args}` on {machine}; {after}.
 
 Measured ceilings: {tflops:.0f} TFLOP/s in a product of two {low} matrices, {gbs:.0f} GB/s in a copy; shares are of
 these. Medians of {rounds} rounds by turns; ratio = the best peer's time over ours, = where the difference lies within

@@ -1,4 +1,4 @@
-"""The rows of `bench.py kernels`: what is computed, on which numbers, and who can. bench/kernels.py measures.
+"""The rows of `python -m bench kernels`: what is computed, on which numbers, and who can. bench/kernels.py measures.
 
     A1 ... A10    attention: a ViT's pictures, packed documents, long ones, grouped queries
     C1 ... C8     linear cross-entropy, forward and backward together; some with few supervised rows or a frozen head

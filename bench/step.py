@@ -222,15 +222,16 @@ def compare(name, pairs, steps, size, device, ceilings, peer):
 
 def peak_flops():
     import engine
+    from run import log
     name = torch.cuda.get_device_name()
-    return next((f for card, f in engine.PEAK.items() if card in name), float("nan"))
+    return next((f for card, f in log.PEAK.items() if card in name), float("nan"))
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 PAGE = """# Training steps, {date}
 
-`python bench.py step{args}` on {machine}.
+`python -m bench step{args}` on {machine}.
 
 Ours beside transformers' LlavaForConditionalGeneration (sdpa, fused AdamW): same weights, same conversations, same
 trained set, each side in a process of its own, by turns. {clock} of the median of {steps} steps; medians over

@@ -1,4 +1,4 @@
-"""The rows of `bench.py step`: models of published shapes, conversations of realistic lengths, and what a step of them
+"""The rows of `python -m bench step`: models of published shapes, conversations of realistic lengths, and what a step of them
 has to compute. bench/step.py measures.
 
     step_align, step_sft    a ViT of 6 x 192, a Llama of 6 x 256 with 32,000 words, 4 conversations a step, on a CPU

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import answer
+import generate
 import config
 import toy
 
@@ -64,7 +64,7 @@ def main(s):
     rows = map(json.loads, Path("runs/toy/questions.jsonl").read_text("utf-8").splitlines())
     names = sorted({row["image"] for row in rows})
     scenes = [toy.make_scene(random.Random(seed(n)), test=True) for n in names]
-    speaker = answer.load(s.model, s.device)
+    speaker = generate.load(s.model, s.device)
     pictures = [speaker.picture(f"runs/toy/images/{n}") for n in names]
     prompt = speaker.prompt([("<image>\nDescribe the image.", None)], 1)
     said = sum((speaker.say([prompt] * len(some), some, 80) for some in
@@ -77,4 +77,5 @@ def main(s):
 
 
 if __name__ == "__main__":
-    main(config.load(Settings, sys.argv[1:], __doc__))
+    with config.one_line_errors():
+        main(config.parse(Settings, sys.argv[1:], __doc__))

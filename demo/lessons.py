@@ -19,7 +19,7 @@ runs of one seed each, so hints and not findings:
 """
 
 import toy
-from chat import Script, encode
+from chat import encode, Script
 
 FILLERS = ["is", "now", "there", "then", "and", "so"]
 

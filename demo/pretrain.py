@@ -1,7 +1,7 @@
 """The toy's tongue and eyes, trained from nothing: a small Llama and a small ViT.
 
-    python demo/pretrain.py tongue [--steps=N --out=DIR ...]      # -> demo/tongue: config, weights, tokenizer
-    python demo/pretrain.py eyes [--head=contrastive|classes ...] # -> demo/eyes: config, weights, preprocessing
+    python demo/pretrain.py tongue [--steps=N --out=DIR ...]      # -> demo/llm: config, weights, tokenizer
+    python demo/pretrain.py eyes [--head=contrastive|classes ...] # -> demo/vit: config, weights, preprocessing
 
 Stage 1 is meaningful only if the language model can reason about a scene in words before it can see one, as Vicuna can.
 So the tongue learns captions, small talk, and above all questions answered from a *written* scene. Neither tongue nor
@@ -25,14 +25,17 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import config  # noqa: E402
+import config
+from run import folder
 import lessons  # noqa: E402
 import toy  # noqa: E402
-from chat import Tokenizer, encode  # noqa: E402
-from data import pack  # noqa: E402
-from engine import lr_at  # noqa: E402
+from chat import encode
+from formats.tokenizer import Tokenizer
+from data import pack
+from engine import lr_at
 from kernels.cross_entropy import linear_cross_entropy  # noqa: E402
-from model import IGNORE, Llama, TextConfig, VisionConfig, VisionModel, init_weights  # noqa: E402
+from kernels.cross_entropy import IGNORE
+from model import init_weights, Llama, TextConfig, VisionConfig, VisionModel
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<image>"]  # ids 0, 1, 2, 3
 
@@ -42,10 +45,10 @@ def settings(**defaults):
         key, _, value = a.removeprefix("--").partition("=")
         if key not in defaults:
             raise SystemExit(f"error: unknown setting {key!r}: one of {', '.join(defaults)}")
-        defaults[key] = config.read(value, type(defaults[key]), key)
+        defaults[key] = config.read_value(value, type(defaults[key]), key)
     counts = dict.fromkeys(("steps", "scenes", "exam_every", "exam", "tokens", "depth"), (1, None))
     config.within(SimpleNamespace(**defaults), counts | {"batch": (2, None), "width": (32, None)})
-    if problem := config.unwritable(defaults["out"]):
+    if problem := folder.unwritable(defaults["out"]):
         config.stop(f"out={defaults['out']}: {problem}")
     return defaults
 
@@ -134,7 +137,7 @@ def reading_score(lm, tok, scenes=100, seed="exam"):
 
 def train_tongue():
     s = settings(pairs=700, records=3000, questions=6000, tokens=2048, width=128, depth=4, lr=3e-3, matrix_lr=0.005,
-                 embed=0.7, residual=0.3, exam_every=1000, exam=100, seed=0, out=str(HERE / "tongue"))
+                 embed=0.7, residual=0.3, exam_every=1000, exam=100, seed=0, out=str(HERE / "llm"))
     out, heads = Path(s["out"]), s["width"] // 32
     plan = [name for name in ("pairs", "records", "questions") for _ in range(s[name])]
     tok = train_tokenizer(out)
@@ -206,7 +209,7 @@ class Eyes(torch.nn.Module):
 
     After the same 2,000 steps of 96 scenes, one seed each, a linear reader of features of held-out scenes (`probe`,
     block -2) finds of colours, shapes, sizes, digits, rows and columns 100, 99.7, 100, 100, 100 and 100 % after
-    "classes" (demo/eyes/training.json); 99.8, 82.4, 99.5, 89.3, 34.8 and 36.5 % after "contrastive" (contrastive.json
+    "classes" (demo/vit/training.json); 99.8, 82.4, 99.5, 89.3, 34.8 and 36.5 % after "contrastive" (contrastive.json
     beside it; its minutes are those of a crowded machine): a batch of captions seldom hangs on one digit, and the class
     token alone is compared, so no patch needs to know its place. Hence "classes"."""
 
@@ -304,7 +307,7 @@ def probe(eyes, train, test, layer):
 
 def train_eyes():
     s = settings(steps=2000, batch=96, scenes=16000, head="classes", lr=1e-3, matrix_lr=0.01, exam_every=500, exam=600,
-                 seed=0, out=str(HERE / "eyes"), tongue=str(HERE / "tongue"))
+                 seed=0, out=str(HERE / "vit"), tongue=str(HERE / "llm"))
     if s["head"] not in ("contrastive", "classes"):
         raise SystemExit(f"error: head={s['head']}: contrastive or classes")
     out = Path(s["out"])

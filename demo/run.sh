@@ -15,4 +15,4 @@ $python eval.py --model=runs/sft --blind          #             what can be gues
 $python eval.py --model=runs/sft --shuffled       #             what can be guessed from another picture
 $python sample.py --model=runs/sft --image=runs/toy/images/test_00000.png --prompt="How many shapes are there?"
 $python demo/sheet.py runs/sft/answers_seeing.jsonl runs/answers.png
-$python plot.py runs/align runs/sft --out=runs/curves.png || echo "no curves: pip install matplotlib"
+$python -m tools.plot runs/align runs/sft --out=runs/curves.png || echo "no curves: pip install matplotlib"

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import stop  # noqa: E402
+from config import stop
 
 ZOOM, WIDTH, LINE, GAP = 3, 680, 22, 18  # pixels
 IMAGES = Path("runs/toy/images")

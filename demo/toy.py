@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import read, stop  # noqa: E402
+from config import read_value, stop
 
 COLORS = {"red": (220, 35, 35), "green": (35, 165, 50), "blue": (40, 60, 225), "yellow": (240, 220, 40),
           "purple": (190, 45, 200), "cyan": (50, 215, 225)}
@@ -344,7 +344,7 @@ if __name__ == "__main__":
     if len(folders) != 1 or set(sizes) - {*SCENES, "seed"}:
         raise SystemExit(__doc__.split("\n\n")[1])
     try:
-        drawn = write(folders[0], **{k: read(v, int, k) for k, v in sizes.items()})
+        drawn = write(folders[0], **{k: read_value(v, int, k) for k, v in sizes.items()})
     except OSError as e:
         stop(f"the toy world cannot be drawn in {folders[0]}: {e.strerror or e}")
     print("drew", *drawn or ["nothing: it is all there"])

@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREVER = 600   # seconds, for what takes a few: a process that hangs is ended, one on a busy machine never is
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+sys.path[:0] = [str(ROOT), str(ROOT / "demo"), *(str(ROOT / "tests" / room) for room in ("kernels", "formats", "run"))]
 torch.set_num_threads(1)  # two threads on two busy cores ran up to 25 times slower, and in other bits
 
 import torch._dynamo  # noqa: E402,F401  (imported before any fork: a child would need seconds for it)
 import torch.distributed.fsdp  # noqa: E402,F401
 
-from model import VLM, TextConfig, VisionConfig, VLMConfig  # noqa: E402
+from config import Error  # noqa: E402
+from model import VLM, TextConfig, VisionConfig, VLMConfig
 
 WORDS = """A chat between a curious user and an artificial intelligence assistant. USER: What is this? ASSISTANT: It is a black cat.
 The red circle is at the top left, 1 2 3 4 5 6 7 8 9 0. [INST] <<SYS>> You are a helpful language and vision assistant [/INST]
@@ -46,10 +47,10 @@ def no_graphs_left():
 
 def error(call, *args, **kw):
     """The one line that a user sees"""
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(Error) as e:
         call(*args, **kw)
     line = str(e.value)
-    assert line.startswith("error: ") and "\n" not in line
+    assert "\n" not in line
     return line
 
 

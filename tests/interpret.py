@@ -1,9 +1,9 @@
 """Run tests of Triton kernels on a CPU: a process of its own, for TRITON_INTERPRET must be set before Triton is imported.
 
     def test_the_kernels():
-        interpret("norm")          # pytest on tests/interpreted/norm.py, a file that pytest alone does not collect
+        interpret("norm")          # pytest on tests/kernels/interpreted/norm.py, a file that pytest alone does not collect
 
-By hand: TRITON_INTERPRET=1 python -m pytest tests/interpreted/norm.py. What the interpreter gets wrong, and must not be
+By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted/norm.py. What the interpreter gets wrong, and must not be
 tested there: tl.dot of bf16 multiplies raw bits, and a cast of fp32 to bf16 truncates."""
 
 import importlib.util
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent / "kernels"
 
 
 def interpret(name):

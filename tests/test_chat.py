@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from config import Error
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import chat
-import tokenizer
-from chat import IGNORE, IMAGE, TEMPLATES, BadSample, Tokenizer, encode, stop_ids, truncate
+from chat import IMAGE, TEMPLATES, encode, stop_ids, truncate
+from config import BadSample
+from formats import jinja, tokenizer
+from formats.tokenizer import Tokenizer
+from kernels.cross_entropy import IGNORE
 
 I, Q = 3, 4  # the id of <image> in conftest's tokenizers, and an image short enough to read in a failed assertion
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -285,7 +290,7 @@ def test_a_broken_tokenizer_stops_with_one_line(bytes_folder, tmp_path, file, te
     (tmp_path / file).unlink()
     if text is not None:
         (tmp_path / file).write_text(text)
-    with pytest.raises(SystemExit, match=message) as e:
+    with pytest.raises(Error, match=message) as e:
         Tokenizer(tmp_path)
     assert "\n" not in str(e.value)
 
@@ -293,10 +298,10 @@ def test_a_broken_tokenizer_stops_with_one_line(bytes_folder, tmp_path, file, te
 def test_a_template_that_the_tokenizer_cannot_write_stops_with_the_missing_token(bytes_folder, tmp_path):
     tok = by_hand(tmp_path, "bytes", [])
     for template, message in [("llama_3", r"no token '<\|begin_of_text\|>'"), ("nope", "unknown template 'nope': one")]:
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(Error, match=message):
             encode(tok, template, [("q", "a")], 0, I, Q)
     tok.bos = None
-    with pytest.raises(SystemExit, match="needs a BOS and an EOS token"):
+    with pytest.raises(Error, match="needs a BOS and an EOS token"):
         encode(tok, "vicuna_v1", [("q", "a")], 0, I, Q)
 
 
@@ -496,7 +501,7 @@ def test_the_exported_template_renders_the_ids_of_our_own_prompt(tok_folder, tem
         messages = messages[:-1] if turns[-1][1] is None else messages
         for there, baked in (([], system), ([{"role": "system", "content": system or ""}], "another")):
             ids, labels = encode(tok, template, turns, images, I, 1, system if not there else system or "")
-            out = theirs.apply_chat_template(there + messages, chat_template=chat.jinja(template, baked), tokenize=True,
+            out = theirs.apply_chat_template(there + messages, chat_template=jinja.jinja(template, baked), tokenize=True,
                                              add_generation_prompt=turns[-1][1] is None, return_dict=True,
                                              return_assistant_tokens_mask=True)
             assert list(out["input_ids"]) == ids, (messages, system)
@@ -508,13 +513,13 @@ def test_the_exported_template_renders_the_ids_of_our_own_prompt(tok_folder, tem
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_exported_template_takes_contents_in_parts(tok_folder, template):
     transformers = pytest.importorskip("transformers")
-    from answer import with_marker
+    from generate import with_marker
     theirs, tok = transformers.PreTrainedTokenizerFast.from_pretrained(tok_folder), Tokenizer(tok_folder)
     for parts in PARTS:
         images = sum(p["type"] == "image" for p in parts)
         text = "".join(p.get("text", "") for p in parts)
         ids, _ = encode(tok, template, [(with_marker(text, images), None)], images, I, 1)
-        out = theirs.apply_chat_template([{"role": "user", "content": parts}], chat_template=chat.jinja(template),
+        out = theirs.apply_chat_template([{"role": "user", "content": parts}], chat_template=jinja.jinja(template),
                                          tokenize=True, add_generation_prompt=True, return_dict=True)
         assert list(out["input_ids"]) == ids, parts
 
@@ -600,9 +605,7 @@ WORDS = "the cat is a black dog What this It user system assistant USER ASSISTAN
 
 def by_hand(folder, kind, words=WORDS):
     """A tokenizer whose merges are written down, not trained, so that no release of a library changes it."""
-    from tokenizers import AddedToken
-    from tokenizers import Tokenizer as HF
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer as HF, decoders, models, normalizers, pre_tokenizers
     specials = ["<unk>", "<s>", "</s>", "<image>"]
     if kind == "bytes":
         if words:

@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import config
-from config import load, strict_json
-from conftest import ROOT
+from config import Error, parse
+from formats import strict_json
+from formats.strict_json import strict_json
+from run import folder
 
 
 @dataclasses.dataclass
@@ -25,9 +28,9 @@ class Settings:
 
 def refused(argv):
     """The one line in which a mistake ends."""
-    with pytest.raises(SystemExit) as e:
-        load(Settings, argv)
-    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+    with pytest.raises(Error) as e:
+        parse(Settings, argv)
+    assert "\n" not in str(e.value)
     return str(e.value)
 
 
@@ -46,19 +49,19 @@ def recipe(tmp_path):
     ("--system=", "system", ""), ("--llm=a=b=c", "llm", "a=b=c"), ("--llm=--x", "llm", "--x"),
     ("--llm=a b", "llm", "a b")])
 def test_a_value_is_read_by_the_annotated_type(arg, key, value):
-    got = getattr(load(Settings, [arg]), key)
+    got = getattr(parse(Settings, [arg]), key)
     assert got == value and type(got) is type(value)
 
 
 @pytest.mark.parametrize("arg, message", [
-    ("--lr=fast", "error: --lr=fast: expected float"), ("--lr=nan", "error: --lr=nan: expected float"),
-    ("--lr=none", "error: --lr=none: expected float"), ("--lr=", "error: --lr=: expected float"),
-    ("--batch_size=1.5", "error: --batch_size=1.5: expected int"),
-    ("--steps=1e3", "error: --steps=1e3: expected int or none"),
-    ("--compile=yes", "error: --compile=yes: expected true or false"),
-    ("--compile=1", "error: --compile=1: expected true or false"),
-    ("8", "error: 8: expected a recipe file (*.py) or --key=value"),
-    ("-lr=1", "error: -lr=1: expected a recipe file (*.py) or --key=value"), ("no.py", "error: no recipe no.py")])
+    ("--lr=fast", "--lr=fast: expected float"), ("--lr=nan", "--lr=nan: expected float"),
+    ("--lr=none", "--lr=none: expected float"), ("--lr=", "--lr=: expected float"),
+    ("--batch_size=1.5", "--batch_size=1.5: expected int"),
+    ("--steps=1e3", "--steps=1e3: expected int or none"),
+    ("--compile=yes", "--compile=yes: expected true or false"),
+    ("--compile=1", "--compile=1: expected true or false"),
+    ("8", "8: expected a recipe file (*.py) or --key=value"),
+    ("-lr=1", "-lr=1: expected a recipe file (*.py) or --key=value"), ("no.py", "no recipe no.py")])
 def test_a_wrong_value_stops_with_what_was_expected(arg, message):
     assert refused([arg]) == message
 
@@ -83,13 +86,13 @@ def test_every_hint_to_those_who_know_llava_names_a_real_setting():
 
 def test_later_wins_over_earlier_and_the_command_line_over_a_recipe_before_it(recipe):
     a, b = recipe("lr = 1\nsteps = 3\n", "a.py"), recipe("lr = 2.5\ncompile = True\n", "b.py")
-    s = load(Settings, [a, b, "--steps=7", "--steps=8"])
-    assert (s.lr, s.steps, s.compile, s.batch_size) == (2.5, 8, True, 8) and type(load(Settings, [a]).lr) is float
+    s = parse(Settings, [a, b, "--steps=7", "--steps=8"])
+    assert (s.lr, s.steps, s.compile, s.batch_size) == (2.5, 8, True, 8) and type(parse(Settings, [a]).lr) is float
 
 
 def test_a_recipe_may_compute_import_and_keep_names_of_its_own(recipe):
     text = "import math\n_half = 4\nbatch_size = 2 * _half\nlr = math.sqrt(4)\nsystem = None\nllm = 'none'\n"
-    s = load(Settings, [recipe(text)])
+    s = parse(Settings, [recipe(text)])
     assert (s.batch_size, s.lr, s.system, s.llm) == (8, 2.0, None, "none")
 
 
@@ -108,8 +111,8 @@ def test_a_mistake_in_a_recipe_stops_with_its_place(recipe, text, message):
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_shows_how_to_run_and_every_setting_with_its_comment(capsys, flag):
-    with pytest.raises(SystemExit) as e:
-        load(Settings, [flag], "How to run it.\n")
+    with pytest.raises(Error) as e:
+        parse(Settings, [flag], "How to run it.\n")
     out = capsys.readouterr().out
     assert e.value.code == 0 and out.startswith("How to run it.") and "# a comment that --help shows" in out
     assert all(f.name in out for f in dataclasses.fields(Settings))
@@ -125,18 +128,18 @@ def test_a_json_file_that_is_no_object_ends_in_one_line_that_names_it(tmp_path, 
         file.mkdir()
     elif text is not None:
         file.write_bytes(text)
-    with pytest.raises(SystemExit) as e:
-        config.read_json(file)
+    with pytest.raises(Error) as e:
+        strict_json.read_json(file)
     line = str(e.value)
-    assert line.startswith(f"error: {file}") and message in line and "\n" not in line
+    assert line.startswith(f"{file}") and message in line and "\n" not in line
 
 
 def test_the_nearest_folder_that_exists_says_whether_a_folder_can_be_written(tmp_path, monkeypatch):
-    assert config.unwritable(tmp_path / "a" / "b") is None and not (tmp_path / "a").exists()
+    assert folder.unwritable(tmp_path / "a" / "b") is None and not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
-    assert config.unwritable(tmp_path / "file" / "b") == f"{tmp_path / 'file'} is not a folder"
+    assert folder.unwritable(tmp_path / "file" / "b") == f"{tmp_path / 'file'} is not a folder"
     monkeypatch.setattr("os.access", lambda path, mode: False)            # root may write everywhere
-    assert config.unwritable(tmp_path / "a" / "b") == f"{tmp_path} cannot be written to"
+    assert folder.unwritable(tmp_path / "a" / "b") == f"{tmp_path} cannot be written to"
 
 
 @pytest.mark.parametrize("text, message", [
@@ -167,6 +170,6 @@ def test_on_the_command_line_a_mistake_is_one_line_on_stderr_and_exit_code_one()
 def test_what_a_terminal_cannot_show_is_escaped_and_ends_nothing(monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", narrow)
-    load(Settings, [])
+    parse(Settings, [])
     print("\ufffd \ud800", flush=True)
     assert narrow.buffer.getvalue() == b"\\ufffd \\ud800\n"

@@ -12,6 +12,7 @@ from conftest import example, fork, tiny_vlm
 from safetensors.torch import load_file, save_file
 
 import engine
+from config import Error
 from data import Batch, pack
 from loss import token_loss
 
@@ -325,7 +326,7 @@ def test_dropout_differs_between_ranks_and_weights_must_not(tmp_path):
         assert lrs
         try:
             engine.parallelize(model, w, [], "fsdp")
-        except SystemExit as e:
+        except Error as e:
             return noise, str(e)
     (a, why), (b, _) = fork(2, rank, tmp_path)
     assert a != b and "different weights" in why
@@ -376,7 +377,7 @@ def test_a_rank_that_hangs_is_named_with_the_step_and_a_mismatch_ends(tmp_path):
         engine.MEET = datetime.timedelta(seconds=1)  # in this forked process alone
         try:
             w.meet("step 3")
-        except SystemExit as e:
+        except Error as e:
             return str(e)
         finally:
             (tmp_path / "said").touch()

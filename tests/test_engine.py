@@ -15,10 +15,12 @@ from conftest import example, tiny_vlm
 
 import engine
 import lora
-import plan
+from config import Error
 from data import pack
 from kernels.cross_entropy import linear_cross_entropy_ref
 from loss import token_loss
+from run import plan
+from run.log import Log, Spikes, append, clock, rss
 
 CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)
 TABLE = {"multi_modal_projector.*": 4e-3, "language_model.*": 1e-3}
@@ -146,9 +148,9 @@ def test_no_weight_is_a_view_of_what_was_loaded():
 
 
 def test_a_glob_that_fits_nothing_is_named_and_so_is_a_table_that_trains_nothing():
-    with pytest.raises(SystemExit, match=r"'multi_modal_projektor\.\*'; the model has, for example, vision_tower"):
+    with pytest.raises(Error, match=r"'multi_modal_projektor\.\*'; the model has, for example, vision_tower"):
         engine.choose(tiny_vlm(), {"multi_modal_projektor.*": 1e-3})
-    with pytest.raises(SystemExit, match="nothing would be trained"):
+    with pytest.raises(Error, match="nothing would be trained"):
         engine.choose(tiny_vlm(), {"*": 0.0})
 
 
@@ -194,12 +196,12 @@ def test_a_trained_weight_without_gradient_and_a_frozen_one_with_it_are_both_nam
     engine.check_gradients(model)
     weight = model.multi_modal_projector.linear_2.weight
     kept, weight.grad = weight.grad, None
-    with pytest.raises(SystemExit, match="linear_2.weight is trained but got no gradient"):
+    with pytest.raises(Error, match="linear_2.weight is trained but got no gradient"):
         engine.check_gradients(model)
     weight.grad = kept
     head = model.language_model.lm_head.weight
     head.grad = torch.zeros_like(head)
-    with pytest.raises(SystemExit, match="lm_head.weight is frozen but got a gradient"):
+    with pytest.raises(Error, match="lm_head.weight is frozen but got a gradient"):
         engine.check_gradients(model)
 
 
@@ -208,7 +210,7 @@ def test_an_adapter_that_the_loss_cannot_reach_stops_the_first_step():
     lrs = engine.choose(model, {"vision_tower.*": 1e-3, "multi_modal_projector.*": 1e-3}, torch.float64)
     optimizer = engine.adamw(model, lrs, 0.0)
     model.see = lambda images: torch.zeros(len(images), 4, 32, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(SystemExit, match="trained but got no gradient"):
+    with pytest.raises(Error, match="trained but got no gradient"):
         engine.train_step(model, optimizer, [batch(0)], token_loss, CPU, check=True)
 
 
@@ -232,7 +234,7 @@ def test_gradients_do_not_leak_into_the_next_step():
 
 @pytest.mark.parametrize("parallel, recompute", [("both", "none"), ("auto", "some")])
 def test_an_unknown_way_to_parallelize_is_named(parallel, recompute):
-    with pytest.raises(SystemExit, match="both: one of auto, ddp, fsdp|some: one of none, block"):
+    with pytest.raises(Error, match="both: one of auto, ddp, fsdp|some: one of none, block"):
         engine.parallelize(tiny_vlm(), CPU, [], parallel, recompute)
 
 
@@ -304,12 +306,12 @@ def test_flops_are_those_counted_by_hand():
     D, F, C, M, V, P, T = 32, 48, 32, 48, 512, 4, 5                       # T: patches and the class token
     vit = P * D * 48 + 2 * T * (4 * D * D + 2 * D * F)                    # frozen, nothing before it trains
     qo, kv, mlp = 2 * C * C, 2 * C * C // 2, 3 * C * M                    # two of four heads share keys
-    assert engine.flops(model, plan.rows(model.cfg)) == {
+    assert plan.flops(model, plan.rows(model.cfg)) == {
         "images": 2 * vit + P * (4 * D * C + 6 * C * C),                  # the first matrix need not look below itself
         "tokens": 4 * (qo + kv + mlp) + 4 * kv,                           # in the last layer a token makes keys alone
         "supervised": 4 * (qo + mlp + V * C)}
     engine.choose(model, {"multi_modal_projector.*": 1e-3, "language_model.*": 1e-3}, torch.float64)
-    assert engine.flops(model, plan.rows(model.cfg))["tokens"] == 6 * (qo + 2 * kv + mlp)
+    assert plan.flops(model, plan.rows(model.cfg))["tokens"] == 6 * (qo + 2 * kv + mlp)
 
 
 def test_flops_agree_with_torchs_own_counter_but_for_attention():
@@ -317,7 +319,7 @@ def test_flops_agree_with_torchs_own_counter_but_for_attention():
     model, b = tiny_vlm(vocab_size=8192), batch(0, 1, 2)
     engine.choose(model, {"multi_modal_projector.*": 1e-3, "language_model.*": 1e-3}, torch.float64)
     units = dict(tokens=len(b.ids), supervised=int((b.labels >= 0).sum()), images=len(b.images))
-    ours = sum(f * units[u] for u, f in engine.flops(model, plan.rows(model.cfg)).items())
+    ours = sum(f * units[u] for u, f in plan.flops(model, plan.rows(model.cfg)).items())
     in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # of these it must be told, and
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:   # into attention it does not look
         model(*b, head=linear_cross_entropy_ref).backward()
@@ -327,7 +329,7 @@ def test_flops_agree_with_torchs_own_counter_but_for_attention():
 def test_log_rows_hold_rates_since_the_last_row_and_the_time_left(tmp_path, capsys, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
-    log = engine.Log(tmp_path, CPU, steps=100, start=10)
+    log = Log(tmp_path, CPU, steps=100, start=10)
     log.peak = 1e6
     for _ in range(10):
         now[0] += 2
@@ -343,26 +345,26 @@ def test_log_rows_hold_rates_since_the_last_row_and_the_time_left(tmp_path, caps
     assert json.loads(lines[1], parse_constant=pytest.fail)["loss"] is None, "nan is not json"
     said = capsys.readouterr().out
     assert "step  20/100  loss 1.5000  lr 1.00e-03  norm 0.250" in said and "left 2:40" in said
-    assert engine.clock(3725) == "1:02:05" and engine.rss() > 2**20
+    assert clock(3725) == "1:02:05" and rss() > 2**20
 
 
 def test_a_spike_is_seen_once_and_no_clean_step_is_taken_for_one():
     g = torch.Generator().manual_seed(0)
     clean = (2 + 3 * torch.exp(-torch.arange(10_000) / 300) + 0.1 * torch.randn(10_000, generator=g)).tolist()
-    spikes = engine.Spikes()
+    spikes = Spikes()
     assert not any(spikes.look(x) for x in clean)
     spike = spikes.look(clean[-1] + 0.8)
     assert 6 < spike < 10
     assert not any(spikes.look(x) for x in clean[-500:]) and len(spikes.losses) == 128
     assert sum(bool(spikes.look(x + 5)) for x in clean[-500:]) < 6           # a new level is soon the usual one
-    young = engine.Spikes()
+    young = Spikes()
     assert not any(young.look(x) for x in [1.0, 1.1] * 15 + [9.0])           # too few to say what is usual
-    constant = engine.Spikes([1.0] * 40)
+    constant = Spikes([1.0] * 40)
     assert constant.look(1.0) is None and constant.look(1.5) is None     # nor by how many deviations of zero
 
 
 def test_a_log_that_cannot_be_written_costs_the_line_and_not_the_run(tmp_path, capsys):
-    engine.append(tmp_path / "gone" / "log.jsonl", {"step": 1})
+    append(tmp_path / "gone" / "log.jsonl", {"step": 1})
     assert "log.jsonl is lost: No such file" in capsys.readouterr().out
 
 
@@ -386,7 +388,7 @@ def test_the_plan_says_what_trains_at_which_rate_and_what_the_first_step_holds()
 def test_a_machine_that_cannot_is_told_in_one_line(device, dtype, words):
     if device.startswith("cuda") and torch.cuda.is_available():
         pytest.skip("tests the message of a machine without a GPU; this one has one")
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(Error) as e:
         engine.start(device, dtype)
     assert words in str(e.value) and "\n" not in str(e.value)
 
@@ -394,7 +396,7 @@ def test_a_machine_that_cannot_is_told_in_one_line(device, dtype, words):
 def test_a_gpu_that_is_not_there_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(SystemExit, match=r"device=cuda:2, but this machine has 2 GPU\(s\)"):
+    with pytest.raises(Error, match=r"device=cuda:2, but this machine has 2 GPU\(s\)"):
         engine.start("cuda:2")
 
 

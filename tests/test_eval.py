@@ -10,10 +10,11 @@ import torch
 from conftest import fork, make_tokenizer, tiny_vlm
 from PIL import Image
 
-import answer
 import eval
-import hf
+import generate
 import sample
+from config import Error
+from formats import llava
 
 KINDS = ["color", "count", "exists"]
 
@@ -22,12 +23,12 @@ KINDS = ["color", "count", "exists"]
 def model_folder(tmp_path_factory):
     """A whole published folder around a random model, in fp64 so that no batch size can tip a choice of words."""
     root = tmp_path_factory.mktemp("run")
-    tok = hf.chat.Tokenizer(make_tokenizer(root / "tok"))
+    tok = llava.chat.Tokenizer(make_tokenizer(root / "tok"))
     model = tiny_vlm()
     vision = {"model_type": "clip_vision_model", "hidden_size": 32}
     pre = {"crop_size": {"height": 8, "width": 8}, "size": {"shortest_edge": 8}, "image_mean": [0.5] * 3}
-    folder = hf.Folder(tok, vision, {"model_type": "llama"}, pre, {}, {})
-    hf.save(root / "model", model.state_dict(), model.cfg, folder, "vicuna_v1", None, "pad", torch.float64, "")
+    folder = llava.Folder(tok, vision, {"model_type": "llama"}, pre, {}, {})
+    llava.save_model(root / "model", model.state_dict(), model.cfg, folder, "vicuna_v1", None, "pad", torch.float64, "")
     return root
 
 
@@ -102,7 +103,7 @@ def test_two_processes_give_the_answers_of_one_in_the_order_of_the_questions(mod
 
 def test_a_row_of_the_vocabulary_without_a_word_is_never_said(model_folder):
     """The vocabulary is padded to 512; the tokenizer has 500 words, and the picture's is none to say."""
-    speaker = answer.load(model_folder, "cpu")
+    speaker = generate.load(model_folder, "cpu")
     n = len(speaker.tok)
     assert n < 512 and speaker.banned == {speaker.cfg.image_token_index, *range(n, 512)}
     with torch.no_grad():
@@ -112,13 +113,13 @@ def test_a_row_of_the_vocabulary_without_a_word_is_never_said(model_folder):
 
 
 def test_blind_hands_zeros_to_the_connector(model_folder, world, capsys, monkeypatch):
-    seen, load = [], answer.load
+    seen, load = [], generate.load
 
     def spied(*args):
         speaker = load(*args)
         speaker.model.multi_modal_projector.register_forward_pre_hook(lambda m, a: seen.append(float(a[0].abs().sum())))
         return speaker
-    monkeypatch.setattr(answer, "load", spied)
+    monkeypatch.setattr(generate, "load", spied)
     run(model_folder, world, capsys)
     assert max(seen) > 0
     seen.clear()
@@ -134,7 +135,7 @@ def test_shuffled_never_shows_a_questions_own_picture(model_folder, world, capsy
     for n in range(2, 7):
         rows = [{"image": str(i % n)} for i in range(3 * n)]
         assert all(r["image"] != name for r, name in zip(rows, eval.other_pictures(rows)))
-    with pytest.raises(SystemExit, match="at least two different pictures"):
+    with pytest.raises(Error, match="at least two different pictures"):
         eval.other_pictures([{"image": "a"}, {"image": "a"}, {"image": None}])
 
 
@@ -150,7 +151,7 @@ def test_a_question_without_its_picture_is_counted_and_wrong(model_folder, world
 
 def test_where_no_question_can_be_asked_there_is_no_score(model_folder, world, capsys):
     write(world / "q.jsonl", [{"question_id": 1, "image": "gone.png", "text": "Is it?", "answer": "yes"}] * 2)
-    with pytest.raises(SystemExit, match="^error: none of the 2 questions could be asked"):
+    with pytest.raises(Error, match="^none of the 2 questions could be asked"):
         run(model_folder, world, capsys)
     out, err = capsys.readouterr()
     assert out == "" and "image is missing" in err and not (world / "a.jsonl").exists()
@@ -178,10 +179,10 @@ def test_the_page_needs_nothing_else_and_runs_nothing(model_folder, world, capsy
     ('\n{"question_id": 1, "text": "a", "answer": "b", "answer": "c"}', "line 2.*duplicate key"), ("\xff", "utf-8")])
 def test_a_bad_question_file_ends_in_one_clear_line(tmp_path, text, complaint):
     (tmp_path / "q.jsonl").write_bytes(text.encode("latin-1"))
-    with pytest.raises(SystemExit, match=complaint) as stopped:
+    with pytest.raises(Error, match=complaint) as stopped:
         eval.read_questions(str(tmp_path / "q.jsonl"), "exact")
     assert "\n" not in str(stopped.value)
-    with pytest.raises(SystemExit, match="no question file"):
+    with pytest.raises(Error, match="no question file"):
         eval.read_questions(str(tmp_path / "gone.jsonl"), "exact")
 
 
@@ -199,7 +200,7 @@ def test_pope_takes_popes_own_files_and_nothing_but_yes_and_no(tmp_path):
     row, = eval.read_questions(str(tmp_path / "q.jsonl"), "pope")
     assert row["answers"] == ["yes"] and row["type"] == "random"
     write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Is it?", "answer": "maybe"}])
-    with pytest.raises(SystemExit, match="yes or no, not 'maybe'"):
+    with pytest.raises(Error, match="yes or no, not 'maybe'"):
         eval.read_questions(str(tmp_path / "q.jsonl"), "pope")
 
 
@@ -222,7 +223,7 @@ def test_pope_and_vqa_work_on_the_toy_worlds_own_questions(model_folder, world, 
     (dict(dtype="foo"), "dtype=foo: auto"), (dict(limit=-1), "limit=-1: expected"),
     (dict(max_new_tokens=0), "max_new_tokens=0: expected")])
 def test_wrong_settings_end_in_one_clear_line(world, settings, complaint):
-    with pytest.raises(SystemExit, match=complaint):
+    with pytest.raises(Error, match=complaint):
         eval.main(dataclasses.replace(eval.Settings(data=str(world / "q.jsonl"), device="cpu"), **settings))
 
 
@@ -247,9 +248,9 @@ def test_answers_go_where_they_can_be_written_and_a_line_says_where(model_folder
 def test_an_answers_file_that_cannot_be_is_one_line_before_any_question(model_folder, world, monkeypatch, answers,
                                                                         complaint):
     monkeypatch.chdir(world)
-    monkeypatch.setattr(answer.Speaker, "say", lambda *a: pytest.fail("asked"))
+    monkeypatch.setattr(generate.Speaker, "say", lambda *a: pytest.fail("asked"))
     os.mkfifo("pipe")                                             # a device would be replaced by a file: /dev/null, say
-    with pytest.raises(SystemExit, match=complaint) as stopped:
+    with pytest.raises(Error, match=complaint) as stopped:
         eval.main(eval.Settings(model=str(model_folder), data="q.jsonl", answers=answers, device="cpu"))
     assert "\n" not in str(stopped.value)
 
@@ -270,7 +271,7 @@ def test_a_full_disk_does_not_cost_the_score(model_folder, world, capsys, monkey
     (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(template="foo"), "unknown template 'foo'"),
     (dict(model=""), "model is empty"), (dict(image="."), "there is no image file .")])
 def test_wrong_settings_of_sample_end_in_one_clear_line(model_folder, settings, complaint):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(Error) as stopped:
         sample.main(dataclasses.replace(sample.Settings(model=str(model_folder), prompt="q", device="cpu"), **settings))
     assert complaint in str(stopped.value) and "\n" not in str(stopped.value)
 
@@ -282,14 +283,14 @@ def test_sample_prints_the_answer_and_nothing_else(model_folder, world, capsys):
                         device="cpu", dtype="fp64")
     sample.main(s)
     assert capsys.readouterr().out == first["text"] + "\n"      # which is what eval.py was told
-    with pytest.raises(SystemExit, match="error: there is no image file .*gone.png"):
+    with pytest.raises(Error, match="there is no image file .*gone.png"):
         sample.main(dataclasses.replace(s, image=str(world / "gone.png")))
 
 
 def test_a_chat_remembers_what_was_said_and_ends_with_an_empty_line(model_folder, world, capsys, monkeypatch):
-    lines, asked, say = iter(["What is this?", "Yes?", ""]), [], answer.Speaker.say
+    lines, asked, say = iter(["What is this?", "Yes?", ""]), [], generate.Speaker.say
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    monkeypatch.setattr(answer.Speaker, "say", lambda self, p, *a: (asked.append(p[0].tolist()), say(self, p, *a))[1])
+    monkeypatch.setattr(generate.Speaker, "say", lambda self, p, *a: (asked.append(p[0].tolist()), say(self, p, *a))[1])
     sample.main(sample.Settings(model=str(model_folder), image=str(world / "0.png"), max_new_tokens=3, device="cpu"))
     assert len(asked) == 2 and asked[1][: len(asked[0])] == asked[0] and len(asked[1]) > len(asked[0]) + 3
     assert asked[0].count(3) == asked[1].count(3) == 4           # four holes for one picture, once

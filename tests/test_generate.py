@@ -5,7 +5,9 @@ import torch
 from conftest import example, tiny_vlm
 
 from data import pack
-from model import IGNORE, Cache, generate, logits_head
+from generate import Cache, generate
+from kernels.cross_entropy import IGNORE
+from model import logits_head
 
 TIGHT = 1e-12
 NOTHING = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)

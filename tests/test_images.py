@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import GifImagePlugin, Image, ImageFile, ImageOps
 
-import data
-from chat import BadSample
-from data import ImageSpec, load_image, preprocess, safe_path
+import images
+from config import BadSample
+from images import ImageSpec, load_image, preprocess, safe_path
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
@@ -348,7 +348,7 @@ AWKWARD = [(1, 1), (1, 500), (500, 1), (336, 336), (337, 335), (335, 337), (336,
 
 def tower(kind, S, p, mean, std):
     """A tower whose features are the pixels it normalised: every patch as it is, and nothing else."""
-    from model import ViTEmbeddings, VisionConfig
+    from model import VisionConfig, ViTEmbeddings
     e = ViTEmbeddings(VisionConfig(model_type=kind, hidden_size=3 * p * p, image_size=S, patch_size=p,
                                    image_mean=tuple(mean), image_std=tuple(std)))
     with torch.no_grad():
@@ -433,5 +433,5 @@ def test_padding_has_the_mean_colour_and_the_picture_lies_in_the_middle():
 
 
 def test_training_and_answering_use_one_function():
-    import answer
-    assert answer.preprocess is data.preprocess and answer.load_image is data.load_image
+    import generate
+    assert generate.preprocess is images.preprocess and generate.load_image is images.load_image

@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 from test_stages import run, signals, world  # noqa: F401  (fixtures)
 
-import answer
 import chat
 import data
-from model import generate
+import generate
+import images
+from generate import generate
+from kernels import cross_entropy
 
 COLORS = ["red", "black", "white"]
 
@@ -27,7 +29,7 @@ def learnt(world, folder):  # noqa: F811
     (folder / "data.json").write_text(json.dumps(rows))
     run("sft", {**world, "val_data": ""}, folder / "run", data=str(folder / "data.json"), images=str(folder / "images"),
         batch_size=3, steps=60, lr=1e-2, log_every=100, save_every=0)
-    speaker = answer.load(str(folder / "run"), "cpu")
+    speaker = generate.load(str(folder / "run"), "cpu")
     prompt = speaker.prompt([(rows[0]["conversations"][0]["value"], None)], 1)
     pictures = torch.stack([speaker.picture(folder / "images" / f"{c}.png") for c in COLORS])
     said = generate(speaker.model, [prompt] * 3, pictures, speaker.stop, 40, banned=speaker.banned)
@@ -41,7 +43,7 @@ def test_it_answers_by_the_picture_and_stops_by_itself(world, tmp_path):  # noqa
 
 
 def test_a_model_whose_pictures_do_not_arrive_would_be_seen(world, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(data, "preprocess", lambda image, spec: torch.zeros(3, spec.side, spec.side, dtype=torch.uint8))
+    monkeypatch.setattr(images, "preprocess", lambda image, spec: torch.zeros(3, spec.side, spec.side, dtype=torch.uint8))
     said = learnt(world, tmp_path)
     assert sum(text == f"It is {c}." for (text, _), c in zip(said, COLORS)) <= 1, "chance"
 
@@ -52,7 +54,7 @@ def test_a_model_that_never_learnt_to_stop_would_be_seen(world, tmp_path, monkey
     def endless(self, row):
         ids, labels, *more = encode(self, row)
         stop = chat.stop_ids(self.tok, self.template)
-        return ids, [chat.IGNORE if y in stop else y for y in labels], *more
+        return ids, [cross_entropy.IGNORE if y in stop else y for y in labels], *more
     monkeypatch.setattr(data.Encoder, "__call__", endless)
     said = learnt(world, tmp_path)
     assert all(text.startswith(f"It is {c}.") and n == 40 for (text, n), c in zip(said, COLORS))

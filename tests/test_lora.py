@@ -8,14 +8,14 @@ import torch
 from conftest import example, tiny_vlm
 from kernel_cases import TIGHT, normal
 from safetensors.torch import load_file, save_file
-from test_hf import EXAMPLES, error
+from test_llava import EXAMPLES, error
 from test_model import all_logits, exact_norms, gradients, ours, their_logits, theirs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
-import hf
 import lora
 from data import pack
+from formats import configs, peft as our_peft, tensors
 from model import together
 
 BATCH = pack([example(1), example(2, images=2, text=14)], 8)
@@ -41,7 +41,7 @@ def trained(model):
 def mark_of(model, without=None):
     """The fingerprint of what is not in the adapter's file"""
     without = without or trained(model)
-    return hf.fingerprint({n: hf.mark(p) for n, p in model.named_parameters() if n not in without and "lora_" not in n})
+    return tensors.base_digest({n: tensors.tensor_digest(p) for n, p in model.named_parameters() if n not in without and "lora_" not in n})
 
 
 def say(model, batch=BATCH):
@@ -351,16 +351,16 @@ def test_adapter_and_connector_come_back_bit_by_bit(tmp_path):
     model, names = wrapped(pattern="q_proj,down_proj", dtype=torch.float32)
     with torch.no_grad():
         model.multi_modal_projector.linear_1.weight.add_(0.1)
-    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
+    our_peft.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
     back = tiny_vlm(dtype=torch.float32)
-    assert lora.load_adapter(back, tmp_path / "adapter") == sorted(names)
+    assert our_peft.load_adapter(back, tmp_path / "adapter") == sorted(names)
     assert torch.equal(say(back), say(model))
     bare = tiny_vlm(dtype=torch.float32)                                      # without the connector it would not
     adapters = {n: p for n, p in trained(model).items() if ".lora_" in n}
-    lora.save_adapter(tmp_path / "bare", adapters, 4, 8.0, 0.0, "base", mark_of(model, adapters))
-    assert "was trained on another base" in error(lora.load_adapter, bare, tmp_path / "bare")
+    our_peft.save_adapter(tmp_path / "bare", adapters, 4, 8.0, 0.0, "base", mark_of(model, adapters))
+    assert "was trained on another base" in error(our_peft.load_adapter, bare, tmp_path / "bare")
     (tmp_path / "bare" / "pumice.json").unlink()
-    lora.load_adapter(bare, tmp_path / "bare")
+    our_peft.load_adapter(bare, tmp_path / "bare")
     assert not torch.equal(say(bare), say(model))
 
 
@@ -375,7 +375,7 @@ def test_peft_reads_what_we_write(tmp_path):
         if ".lora_" in n or "projector" in n:
             torch.nn.init.normal_(p.data, std=0.1)
             p.data = p.data.float()                                           # what a file holds
-    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
+    our_peft.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
     model.double()
     before = their_logits(base, EXAMPLES, model.cfg.vision)
     there = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").double().eval()
@@ -399,7 +399,7 @@ def test_we_read_what_peft_writes(tmp_path, save_too):
                 torch.nn.init.normal_(p.data, std=0.1)
     there.float().save_pretrained(tmp_path / "adapter")
     there = exact_norms(there).double().eval()
-    assert lora.load_adapter(model, tmp_path / "adapter") == sorted(
+    assert our_peft.load_adapter(model, tmp_path / "adapter") == sorted(
         f"language_model.model.layers.{i}.{p}" for i in (0, 1) for p in ("self_attn.q_proj", "mlp.up_proj"))
     true = their_logits(there, EXAMPLES, model.cfg.vision)
     assert (say(model.double(), pack(EXAMPLES, 8)) - true).abs().max() <= 1e-10 * max(1, true.abs().max())
@@ -421,7 +421,7 @@ def test_rslora_and_dora_of_peft_are_read_and_merged(tmp_path, how, ranks):
             p.data *= 1 + 0.2 * torch.rand_like(p)                            # at first it is the length that rows have
     there.save_pretrained(tmp_path / "adapter")
     there = exact_norms(there).double().eval()
-    assert len(lora.load_adapter(model, tmp_path / "adapter")) == 6
+    assert len(our_peft.load_adapter(model, tmp_path / "adapter")) == 6
     model.double()
     true = their_logits(there, EXAMPLES, model.cfg.vision)
     gate, batch = 1e-10 * max(1, true.abs().max()), pack(EXAMPLES, 8)
@@ -435,9 +435,9 @@ def test_rslora_and_dora_of_peft_are_read_and_merged(tmp_path, how, ranks):
         tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
         lengths = next(k for k in tensors if "lora_magnitude" in k)
         save_file({k: v for k, v in tensors.items() if k != lengths}, tmp_path / "adapter" / "adapter_model.safetensors")
-        assert "lora_magnitude_vector is missing" in error(lora.load_adapter, other, tmp_path / "adapter")
+        assert "lora_magnitude_vector is missing" in error(our_peft.load_adapter, other, tmp_path / "adapter")
     else:
-        lora.load_adapter(other, tmp_path / "adapter")
+        our_peft.load_adapter(other, tmp_path / "adapter")
         assert (say(other.double(), batch) - true).abs().max() > 1e6 * gate
 
 
@@ -452,7 +452,7 @@ def test_layers_of_their_own_rank_and_scale_are_read_and_merged_each_by_its_own(
     there = peft.get_peft_model(there, config).float()
     there.save_pretrained(tmp_path / "adapter")
     there = exact_norms(there).double().eval()
-    lora.load_adapter(model, tmp_path / "adapter")
+    our_peft.load_adapter(model, tmp_path / "adapter")
     scales = lora.scales(model)
     assert sorted(scales.values()) == [1.5, 3.0, 5.0, 5.0]
     true = their_logits(there, EXAMPLES, model.cfg.vision)
@@ -468,7 +468,7 @@ def before_4_52(k):
     """A name in the memory of transformers 5 -> the one that it had until 4.51, and in an adapter made then"""
     for new, old in (("model.language_model.", "language_model.model."), ("model.multi_modal_", "multi_modal_"),
                      ("model.vision_tower.", "vision_tower.vision_model."), ("lm_head.", "language_model.lm_head.")):
-        if k.startswith(lora.PREFIX + new):
+        if k.startswith(our_peft.PREFIX + new):
             return k.replace(new, old, 1)
     raise AssertionError(k)
 
@@ -496,9 +496,9 @@ def test_adapters_that_reach_all_of_a_llava_are_read(tmp_path, how, spelling):
     tensors = {spelling(k): v for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config["alpha_pattern"] = {spelling(f"{lora.PREFIX}{name}").removeprefix(lora.PREFIX): 20}
+    config["alpha_pattern"] = {spelling(f"{our_peft.PREFIX}{name}").removeprefix(our_peft.PREFIX): 20}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    lora.load_adapter(model, tmp_path)
+    our_peft.load_adapter(model, tmp_path)
     true = their_logits(there, EXAMPLES, model.cfg.vision)
     assert (say(model.double(), pack(EXAMPLES, 8)) - true).abs().max() <= 1e-10 * max(1, true.abs().max())
 
@@ -506,9 +506,9 @@ def test_adapters_that_reach_all_of_a_llava_are_read(tmp_path, how, spelling):
 def test_an_adapter_of_what_carries_none_is_named(adapter):
     tensors = load_file(adapter / "adapter_model.safetensors")
     for name in ("lm_head", "model.language_model.embed_tokens", "model.vision_tower.encoder.layers.3.mlp.fc1"):
-        new = {f"{lora.PREFIX}{name}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+        new = {f"{our_peft.PREFIX}{name}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
         save_file(tensors | new, adapter / "adapter_model.safetensors")
-        assert f"holds an adapter of {name}, which is no linear layer" in error(lora.load_adapter, tiny_vlm(), adapter)
+        assert f"holds an adapter of {name}, which is no linear layer" in error(our_peft.load_adapter, tiny_vlm(), adapter)
 
 
 @pytest.mark.parametrize("new, says", [
@@ -518,48 +518,48 @@ def test_an_adapter_of_what_carries_none_is_named(adapter):
 def test_a_scale_that_is_no_number_is_one_line(adapter, new, says):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | new))
-    assert says in error(lora.load_adapter, tiny_vlm(), adapter)
+    assert says in error(our_peft.load_adapter, tiny_vlm(), adapter)
 
 
 def test_an_adapter_is_refused_by_any_base_but_its_own(tmp_path):
     model, _ = wrapped(dtype=torch.float32)
-    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
+    our_peft.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
     for spoil in ("language_model.lm_head.weight", "vision_tower.vision_model.pre_layrnorm.bias"):
         other = tiny_vlm(dtype=torch.float32)
         with torch.no_grad():
             p = other.get_parameter(spoil).view(-1)
             p[-1] = p[-1].nextafter(torch.tensor(9.0))                        # the last bit of one weight
-        assert "was trained on another base" in error(lora.load_adapter, other, tmp_path / "adapter")
+        assert "was trained on another base" in error(our_peft.load_adapter, other, tmp_path / "adapter")
         assert not any("lora_" in n for n, _ in other.named_parameters())
     other = tiny_vlm(dtype=torch.float32)
     torch.nn.init.zeros_(other.multi_modal_projector.linear_1.weight)         # the connector comes with the adapter
-    lora.load_adapter(other, tmp_path / "adapter")
+    our_peft.load_adapter(other, tmp_path / "adapter")
     assert torch.equal(say(other), say(model))
     (tmp_path / "adapter" / "pumice.json").unlink()                           # as PEFT itself writes one
-    lora.load_adapter(tiny_vlm(seed=1, dtype=torch.float32), tmp_path / "adapter")
+    our_peft.load_adapter(tiny_vlm(seed=1, dtype=torch.float32), tmp_path / "adapter")
 
 
 @pytest.fixture
 def adapter(tmp_path):
     model, _ = wrapped(pattern="q_proj")
-    lora.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
+    our_peft.save_adapter(tmp_path / "adapter", trained(model), 4, 8.0, 0.0, "base", mark_of(model))
     return tmp_path / "adapter"
 
 
 def test_what_peft_may_hold_and_we_do_not_know_is_refused(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for key, value in (("bias", "all"), *((key, True) for key in hf.UNKNOWN)):
+    for key, value in (("bias", "all"), *((key, True) for key in configs.UNKNOWN)):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-        assert f"{key}={value} is not known here" in error(lora.load_adapter, tiny_vlm(), adapter)
+        assert f"{key}={value} is not known here" in error(our_peft.load_adapter, tiny_vlm(), adapter)
     for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq"):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": how}))
-        assert f"{how} changed the base" in error(lora.load_adapter, tiny_vlm(), adapter)
+        assert f"{how} changed the base" in error(our_peft.load_adapter, tiny_vlm(), adapter)
 
 
 @pytest.mark.parametrize("change, says", [
     (lambda t, k: t[k].fill_(torch.nan), "is not finite"), (lambda t, k: t.pop(k), "lora_A.weight is missing"),
     (lambda t, k: t.update({k: torch.ones(4, 31)}), "(4, 31) does not fit this model"),
-    (lambda t, k: t.update({lora.PREFIX + "model.language_model.norms": torch.ones(1)}),
+    (lambda t, k: t.update({our_peft.PREFIX + "model.language_model.norms": torch.ones(1)}),
      "language_model.model.norms (1,) does not fit"),
     (lambda t, k: [t.pop(k) for k in list(t) if "lora" in k], "holds no adapter"),
 ])
@@ -567,10 +567,10 @@ def test_an_adapter_that_is_not_whole_is_refused(adapter, change, says):
     tensors = load_file(adapter / "adapter_model.safetensors")
     change(tensors, next(k for k in sorted(tensors) if k.endswith("lora_A.weight")))
     save_file(tensors, adapter / "adapter_model.safetensors")
-    assert says in error(lora.load_adapter, tiny_vlm(), adapter)
+    assert says in error(our_peft.load_adapter, tiny_vlm(), adapter)
 
 
 def test_a_folder_without_an_adapter_is_one_line(adapter, tmp_path):
-    assert "adapter_config.json is missing" in error(lora.load_adapter, tiny_vlm(), tmp_path)
+    assert "adapter_config.json is missing" in error(our_peft.load_adapter, tiny_vlm(), tmp_path)
     shutil.move(adapter / "adapter_model.safetensors", adapter / "adapter_model.bin")
-    assert "adapter_model.bin is no whole file of tensors and nothing else" in error(lora.load_adapter, tiny_vlm(), adapter)
+    assert "adapter_model.bin is no whole file of tensors and nothing else" in error(our_peft.load_adapter, tiny_vlm(), adapter)

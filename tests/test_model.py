@@ -8,11 +8,13 @@ import torch
 from conftest import example, tiny_config, tiny_vlm
 
 import engine
-import hf
 from data import pack
+from formats import configs, llava
+from generate import generate
+from kernels.cross_entropy import IGNORE
 from kernels.rope import rope
-from model import (IGNORE, VLM, Llama, TextConfig, VisionConfig, VisionModel, VLMConfig, generate, init_weights,
-                   logits_head, rope_frequencies)
+from model import (VLM, Llama, TextConfig, VisionConfig, VisionModel, VLMConfig, init_weights, logits_head,
+                   rope_frequencies)
 
 TIGHT = 1e-12   # float64, some thousand roundings of 1.1e-16 of numbers about 1
 PARITY = 1e-10  # float64 against another implementation: other orders of summation, then a few layers that amplify them
@@ -94,9 +96,9 @@ def exact_norms(model):
 def ours(model):
     """Our model with the weights and the config of theirs"""
     c = model.config.to_dict()
-    vision = hf.vision_config(c["vision_config"], c["vision_feature_layer"])
-    mine = VLM(VLMConfig(vision, hf.text_config(c["text_config"]), "mlp", c["image_token_index"])).double()
-    state = {hf.rename(k): x for k, x in model.state_dict().items()}
+    vision = configs.vision_config(c["vision_config"], c["vision_feature_layer"])
+    mine = VLM(VLMConfig(vision, configs.text_config(c["text_config"]), "mlp", c["image_token_index"])).double()
+    state = {llava.rename(k): x for k, x in model.state_dict().items()}
     mine.load_state_dict({k: state[k] for k in mine.state_dict()})
     return mine
 
@@ -212,7 +214,7 @@ def test_a_config_that_is_read_wrong_would_be_seen(wrong):
     model = ours(reference)
     with torch.no_grad():
         before = all_logits(model, pack(RAGGED, 10))
-    state = {hf.rename(k): x for k, x in reference.state_dict().items()}
+    state = {llava.rename(k): x for k, x in reference.state_dict().items()}
     cfg = model.cfg
     for key, value in wrong.items():
         setattr(cfg.vision if hasattr(cfg.vision, key) else cfg.text, key, value)
@@ -570,7 +572,7 @@ def test_initial_weights_follow_the_seed_and_the_table():
         elif "projector" in name:
             assert p.any() and p.abs().max() <= 32**-0.5, name                   # U(-1 / sqrt(in), 1 / sqrt(in))
             assert p.abs().max() > 0.8 * 32**-0.5, name
-    alone = VLM(cfg).multi_modal_projector                                       # as hf.load does it
+    alone = VLM(cfg).multi_modal_projector                                       # as llava.load_model does it
     init_weights(alone, 0)
     assert alone.linear_1.weight.abs().max() > 0.8 * 32**-0.5
 

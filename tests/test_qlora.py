@@ -11,18 +11,19 @@ from conftest import example, fork, tiny_vlm
 from kernel_cases import TIGHT, normal
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_hf import error
+from test_llava import error
 from test_model import all_logits, gradients, their_logits
 from test_stages import LORA, aligned, halves_agree, run, state, world  # noqa: F401  (fixtures: world, stage 1)
 
-import answer
 import engine
 import eval as evaluation
-import hf
+import generate
 import lora
 from data import pack
+from formats import llava, peft as our_peft
 from loss import token_loss
 from model import VLM
+from run import plan
 
 BATCH = pack([example(1), example(2, images=2, text=14)], 8)
 LINEARS = 14                                                                  # of the tiny model's two decoder layers
@@ -44,7 +45,7 @@ def adapted(model, pattern="all-linear", dropout=0.0):
 def pair(pattern="all-linear"):
     """-> a model over NF4, and one whose base is that base written out, with the same adapters"""
     ours, plain = tiny_vlm(qkv_bias=True), tiny_vlm(qkv_bias=True)
-    for name in lora.quantize(ours):
+    for name in lora.quantize_base(ours):
         layer = plain.get_submodule(name)
         layer.weight.data = lora.dense(lora.held(ours.get_submodule(name)), torch.float64)
     return adapted(ours, pattern), adapted(plain, pattern)
@@ -69,16 +70,16 @@ def test_it_is_lora_over_the_base_written_out_and_so_are_the_gradients(pattern):
 def test_a_weight_takes_little_more_than_half_a_byte_all_counted():
     model = tiny_vlm(hidden_size=128, intermediate_size=352, head_dim=32).requires_grad_(False)
     count = {n: m.weight.numel() for n, m in model.named_modules() if n in lora.targets(model, "all-linear")}
-    before = {n: c for n, _, c in engine.weights(model)}
-    shapes = engine.flops(model, {"*": ("tokens", 1)})
-    names = lora.quantize(model)
+    before = {n: c for n, _, c in plan.count_parameters(model)}
+    shapes = plan.flops(model, {"*": ("tokens", 1)})
+    names = lora.quantize_base(model)
     assert len(names) == LINEARS and count.keys() == set(names)
     held = sum(t.nbytes for n in names for t in model.get_submodule(n).state_dict().values())
     assert held == sum(b.nbytes for b in model.buffers())
     assert held <= 0.53 * sum(count.values())
     assert not any(n.rpartition(".")[0] in count for n, _ in model.named_parameters())
-    assert {n: c for n, _, c in engine.weights(model)} == before              # the plan counts weights, not bytes
-    assert engine.flops(model, {"*": ("tokens", 1)}) == shapes
+    assert {n: c for n, _, c in plan.count_parameters(model)} == before              # the plan counts weights, not bytes
+    assert plan.flops(model, {"*": ("tokens", 1)}) == shapes
 
 
 def test_the_matrix_written_out_is_not_kept_for_the_backward_pass():
@@ -138,12 +139,12 @@ def test_training_changes_no_bit_of_the_base():
 def test_what_cannot_be_quantised_is_one_line():
     model = tiny_vlm()
     model.language_model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.inf
-    assert "layers.1.mlp.up_proj.weight is not finite and is not quantised" in error(lora.quantize, model)
-    assert "has rows of 45 numbers" in error(lora.quantize, tiny_vlm(intermediate_size=45))
-    assert "is a LoRALinear already" in error(lora.quantize, adapted(tiny_vlm()))
+    assert "layers.1.mlp.up_proj.weight is not finite and is not quantised" in error(lora.quantize_base, model)
+    assert "has rows of 45 numbers" in error(lora.quantize_base, tiny_vlm(intermediate_size=45))
+    assert "is a LoRALinear already" in error(lora.quantize_base, adapted(tiny_vlm()))
     model = tiny_vlm()
-    lora.quantize(model)
-    assert "is a NF4Linear already" in error(lora.quantize, model)
+    lora.quantize_base(model)
+    assert "is a NF4Linear already" in error(lora.quantize_base, model)
 
 
 MICRO = [pack([example(1)], 8), pack([example(2, images=2, text=14)], 8)]
@@ -216,7 +217,7 @@ def test_a_run_stores_no_base_resumes_to_the_bit_and_publishes_a_plain_model(wor
     assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     with safe_open(whole / "checkpoints/step_0000006/trained.safetensors", "pt") as f:
         assert all(".lora_" in k or "projector" in k for k in f.keys()) and len(list(f.keys())) == 2 * LINEARS + 4
-    halves_agree(*(answer.load(whole / part, "cpu", "fp32") for part in ("adapter", "model")))   # over four bits too
+    halves_agree(*(generate.load(whole / part, "cpu", "fp32") for part in ("adapter", "model")))   # over four bits too
     merged, plain = (load_file(out / "model" / "model.safetensors") for out in (whole, aligned))
     assert {k: (v.shape, v.dtype) for k, v in merged.items()} == {k: (v.shape, v.dtype) for k, v in plain.items()}
 
@@ -226,10 +227,10 @@ def test_it_is_published_in_bf16_and_asked_again(world, aligned, tmp_path, capsy
     transformers, no further from the unrounded one than roundings of 2^-9 take it."""
     out = tmp_path / "run"
     run("sft", world, out, init=str(aligned), bits=4, dtype="bf16", lr=0.02, template="vicuna_v1", **LORA)
-    exact = hf.load(init=aligned, dtype=None)[0]
-    lora.load_adapter(exact, out / "adapter")                                 # quantises, for the adapter says so
+    exact = llava.load_model(init=aligned, dtype=None)[0]
+    our_peft.load_adapter(exact, out / "adapter")                                 # quantises, for the adapter says so
     state = lora.merge_state(exact.state_dict(), lora.scales(exact), torch.float64)
-    plain = hf.load(init=aligned)[0].state_dict()
+    plain = llava.load_model(init=aligned)[0].state_dict()
     moved, published = [n for n in state if (state[n] - plain[n]).abs().max() > 0.01], load_file(
         out / "model" / "model.safetensors")
     assert len(moved) >= LINEARS and {x.dtype for x in published.values()} == {torch.bfloat16}
@@ -238,7 +239,7 @@ def test_it_is_published_in_bf16_and_asked_again(world, aligned, tmp_path, capsy
     whole.load_state_dict(state)
     true = all_logits(whole, BATCH)
     for dtype, gate in (("fp32", 0.03), ("bf16", 0.05)):
-        said = all_logits(answer.load(out / "model", "cpu", dtype).model, BATCH).double()
+        said = all_logits(generate.load(out / "model", "cpu", dtype).model, BATCH).double()
         assert 0 < (said - true).norm() <= gate * true.norm()
     (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 0, "text": "What is this?", "answer": "a cat"}))
     said = []

@@ -1,0 +1,1 @@
+"""The toy world: scenes, captions, questions with answers that can be computed."""

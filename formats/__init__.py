@@ -1,0 +1,1 @@
+"""Published folders in and out: LLaVA and its relatives, tokenizers, PEFT, GGUF, model cards; data rows."""

@@ -1,0 +1,326 @@
+"""A LLaVA folder for llama.cpp and what is built on it: one GGUF file for the language model, one for the eyes.
+
+    python -m tools.export_gguf DIR [--out=DIR] [--dtype=f16]     # -> OUT/model-f16.gguf and OUT/mmproj-model-f16.gguf
+
+Keys and tensor names are those that llama.cpp's converter writes (conversion/llama.py, qwen.py) and its loaders ask for
+(src/llama-vocab.cpp, tools/mtmd/clip.cpp; read at 0c1e570, of October 2026). That converter takes the language model of
+our folders too, and refuses their eyes. It knows a tokenizer by what it makes of one sentence, so none but published
+ones; here its rules are compared with those that llama.cpp has, and what it would read otherwise is refused.
+
+    V vocabulary   H heads, of queries or of keys   K head dim   C LLM width
+"""
+
+import os
+import struct
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import chat
+from config import stop
+from formats import configs, jinja, llava
+from formats.strict_json import read_json
+from model import rope_frequencies
+
+ALIGN = 32
+DTYPES = {"f32": (torch.float32, 0, 0), "f16": (torch.float16, 1, 1), "bf16": (torch.bfloat16, 30, 32)}  # ggml's number
+#                                                                                                    and that of a file
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)                                   # kinds of tokens
+
+TEXT = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+LAYER = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+         "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+EYES = {"embeddings.class_embedding": "v.class_embd", "embeddings.patch_embedding": "v.patch_embd",
+        "embeddings.position_embedding": "v.position_embd", "pre_layrnorm": "v.pre_ln"}
+BLOCK = {"layer_norm1": "ln1", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+         "self_attn.out_proj": "attn_out", "layer_norm2": "ln2", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
+CONNECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
+
+# how a byte-level tokenizer cuts text before it merges -> llama.cpp's name for it
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CUTS = {(("Split", _WORDS % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
+        (("Split", _WORDS % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
+        (("Digits", True), ("ByteLevel", False, True)): "smollm",
+        (("ByteLevel", False, True),): "gpt-2"}
+# the ways of SentencePiece, which cuts nothing: normalizers, pre-tokenizers -> is a space put in front?
+PIECES = {(("Prepend", "Replace"), ()): True, (("Replace",), ()): False, ((), (("Metaspace", "always", False),)): True,
+          ((), (("Metaspace", "first", False),)): True, ((), (("Metaspace", "never", False),)): False}
+
+
+# ---- the container --------------------------------------------------------------------------------------------------
+
+def packed(value):
+    """A key's value -> (type, bytes): uint32, float32, bool, string, or an array of int32, float32 or strings"""
+    if isinstance(value, bool):
+        return 7, struct.pack("<?", value)
+    if isinstance(value, int):
+        return 4, struct.pack("<I", value)
+    if isinstance(value, float):
+        return 6, struct.pack("<f", value)
+    if isinstance(value, str):
+        raw = value.encode("utf-8")
+        return 8, struct.pack("<Q", len(raw)) + raw
+    kind, pack = {int: (5, struct.Struct("<i").pack), float: (6, struct.Struct("<f").pack),
+                  str: (8, lambda s: packed(s)[1])}[type(value[0])]
+    return 9, struct.pack("<IQ", kind, len(value)) + b"".join(map(pack, value))
+
+
+def write_gguf(path, keys, tensors):
+    """GGUF, version 3. keys: {name: value}; tensors() gives (name, tensor of any shape, "f32", "f16" or "bf16") one by
+    one, and is asked twice: for the table of them all, and for the numbers."""
+    table, at = [(name, x.shape, dtype) for name, x, dtype in tensors()], 0
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(table), len(keys))]
+    for name, value in keys.items():
+        kind, raw = packed(value)
+        head += [packed(name)[1], struct.pack("<I", kind), raw]
+    for name, shape, dtype in table:
+        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),   # fastest axis first
+                 struct.pack("<IQ", DTYPES[dtype][1], at)]
+        at += padded(shape.numel() * DTYPES[dtype][0].itemsize)
+    tmp = path.with_name(f".tmp-{path.name}")
+    try:
+        with open(tmp, "wb") as f:
+            f.write(b"".join(head))
+            f.write(bytes(padded(f.tell()) - f.tell()))
+            for name, x, dtype in tensors():
+                x = x.detach().cpu().to(DTYPES[dtype][0]).contiguous()
+                if not x.isfinite().all():
+                    stop(f"{path}: {name} is not finite in {dtype}")
+                f.write(memoryview(x.flatten().view(torch.uint8).numpy()))
+                f.write(bytes(padded(x.nbytes) - x.nbytes))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)                                                 # whole or absent
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def padded(n):
+    return -(-n // ALIGN) * ALIGN
+
+
+# ---- the language model ---------------------------------------------------------------------------------------------
+
+def interleaved(x, heads):
+    """Rows of q or k, K of each head: rope turns the halves (i, i + K/2) here, the neighbours (2i, 2i + 1) there."""
+    return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def spelt(name, table):
+    """A module's parameter -> its name there"""
+    stem, _, last = name.rpartition(".")
+    return f"{table[stem]}.{last}" if stem in table else table[name]
+
+
+def text_tensors(language_model, cfg, dtype):
+    for k, x in language_model.state_dict().items():
+        if k.startswith("model.layers."):
+            _, _, i, rest = k.split(".", 3)
+            if cfg.model_type in ("llama", "mistral"):                        # Qwen's graphs turn halves, as ours
+                heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}.get(rest.split(".")[1])
+                x = interleaved(x, heads) if heads else x
+            name = f"blk.{i}.{spelt(rest, LAYER)}"
+        else:
+            name = spelt(k, TEXT)
+        yield name, x, dtype if x.ndim > 1 else "f32"
+    if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
+        plain = type(cfg)(head_dim=cfg.head_dim, rope_theta=cfg.rope_theta)
+        yield "rope_freqs.weight", rope_frequencies(plain) / rope_frequencies(cfg), "f32"
+
+
+def text_keys(cfg, dtype, name):
+    arch = "llama" if cfg.model_type == "mistral" else cfg.model_type
+    if arch not in ("llama", "qwen2", "qwen3"):
+        stop(f"{name}: no GGUF of a language model of type {cfg.model_type!r} here: llama, mistral, qwen2, qwen3")
+    if arch != "llama" and (cfg.o_bias or cfg.mlp_bias or cfg.qk_norm and cfg.qkv_bias):
+        stop(f"{name}: llama.cpp knows no {arch} with these biases")
+    keys = {"general.architecture": arch, "general.type": "model", "general.name": name,
+            "general.file_type": DTYPES[dtype][2]}
+    keys |= {f"{arch}.{k}": v for k, v in {
+        "vocab_size": cfg.vocab_size, "block_count": cfg.num_hidden_layers, "embedding_length": cfg.hidden_size,
+        # it knows no window, and needs none where a text is no longer than that
+        "context_length": min(cfg.max_position_embeddings, cfg.sliding_window or cfg.max_position_embeddings),
+        "feed_forward_length": cfg.intermediate_size, "attention.head_count": cfg.num_attention_heads,
+        "attention.head_count_kv": cfg.num_key_value_heads, "attention.key_length": cfg.head_dim,
+        "attention.value_length": cfg.head_dim, "attention.layer_norm_rms_epsilon": float(cfg.rms_norm_eps),
+        "rope.dimension_count": cfg.head_dim, "rope.freq_base": float(cfg.rope_theta)}.items()}
+    scaling = cfg.rope_scaling or {}
+    if scaling.get("rope_type", scaling.get("type")) == "linear":
+        keys |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": float(scaling["factor"])}
+    return keys
+
+
+# ---- the tokenizer --------------------------------------------------------------------------------------------------
+
+def parts(part, inside):
+    """A normalizer or pre-tokenizer of tokenizer.json -> the steps it consists of"""
+    return [] if part is None else part[inside] if part["type"] == "Sequence" else [part]
+
+
+def cutting(spec, where):
+    """-> llama.cpp's name for the way a tokenizer cuts text, or None for SentencePiece's; is a space put in front?"""
+    facts = {"Split": lambda s: (s["pattern"].get("Regex"), s["behavior"], s["invert"]),
+             "ByteLevel": lambda s: (s["add_prefix_space"], s.get("use_regex", True)),
+             "Digits": lambda s: (s["individual_digits"],),
+             "Metaspace": lambda s: (s.get("prepend_scheme", "always"), s.get("split", True))}
+    norms = tuple(n["type"] for n in parts(spec.get("normalizer"), "normalizers"))
+    steps = parts(spec.get("pre_tokenizer"), "pretokenizers")
+    cut = tuple((s["type"], *facts.get(s["type"], lambda s: ())(s)) for s in steps)
+    at_once = bool(spec["model"].get("ignore_merges"))                        # a word that is a token is not merged
+    if cut in CUTS and norms in ((), ("NFC",)) and at_once == (CUTS[cut] == "llama-bpe"):     # NFC, of Qwen, is not
+        return CUTS[cut], False                                                               # done there
+    if (norms, cut) not in PIECES or at_once or not spec["model"].get("byte_fallback"):
+        stop(f"{where}: llama.cpp has no name for this way of cutting text: {[*norms, *(c[0] for c in cut)]}")
+    return None, PIECES[norms, cut]
+
+
+def scores(vocab, merges, where):
+    """{piece: id}, [(left, right)], best first -> {piece: score}. SentencePiece has scores and no merges: any two
+    neighbours whose union is a piece may join, and the union with the highest score joins first."""
+    out, last = {}, None
+    for rank, (a, b) in enumerate(merges):
+        if a + b != last and a + b in out:
+            break
+        last = a + b
+        out.setdefault(last, -float(rank))
+    splits = sum(p[:i] in vocab and p[i:] in vocab for p in out for i in range(1, len(p)))
+    orphans = {p for p in vocab.keys() - out.keys() if any(p[:i] in vocab and p[i:] in vocab for i in range(1, len(p)))}
+    if splits != len(merges) or orphans:
+        stop(f"{where}: these merges are not those of a SentencePiece model, and llama.cpp would tokenise otherwise")
+    return out
+
+
+def tokenizer_keys(tok, V, template, system=None):
+    """A tokenizer -> the keys that llama.cpp builds its own from. V: rows of the embedding; template: ours, or none of
+    ours, and then the folder's own, as it is."""
+    where, spec = f"the tokenizer in {tok.folder}", tok.spec
+    if (kind := spec["model"].get("type")) != "BPE":
+        stop(f"{where}: GGUF of a tokenizer of type {kind!r} is not known here: BPE")
+    vocab = spec["model"]["vocab"]
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
+    added = {t["content"]: t for t in spec["added_tokens"]}
+    pre, space = cutting(spec, where)
+    names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # rows that no token has
+    for piece, i in {**vocab, **{c: t["id"] for c, t in added.items()}}.items():
+        names[i], types[i] = piece, NORMAL
+        if piece in added:
+            types[i] = CONTROL if added[piece]["special"] else USER_DEFINED
+    if pre:
+        keys = {"model": "gpt2", "pre": pre, "merges": [" ".join(m) for m in merges]}
+    else:
+        for byte in range(256):
+            types[vocab[f"<0x{byte:02X}>"]] = BYTE
+        score = scores({p: i for p, i in vocab.items() if types[i] == NORMAL}, merges, where)
+        keys = {"model": "llama", "pre": "default", "add_space_prefix": space,
+                "scores": [score.get(n, -float(len(merges))) for n in names]}
+        if (unknown := vocab.get(spec["model"].get("unk_token"))) is not None:
+            types[unknown] = UNKNOWN
+            keys["unknown_token_id"] = unknown
+    end = chat.template(template).stop if template else ""
+    ids = {"bos": tok.bos, "eos": tok.eos, "padding": tok.pad, "eot": tok.specials.get(end)}
+    keys |= {f"{k}_token_id": i for k, i in ids.items() if i is not None}
+    keys |= {"tokens": names, "token_type": types, "add_bos_token": tok.full.encode("a").ids[:1] == [tok.bos],
+             "add_eos_token": False}
+    talk = marked(jinja.jinja(template, system)) if template else own_template(tok.folder)
+    return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | ({"tokenizer.chat_template": talk} if talk else {})
+
+
+def own_template(folder):
+    """The chat template of a folder, wherever its time kept it (llava-hf's: in chat_template.json) -> str or None"""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text("utf-8")
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        if file.is_file() and (talk := read_json(file).get("chat_template")):
+            if isinstance(talk, list):                                        # several of them, by name
+                named = [t for t in talk if isinstance(t, dict) and t.get("name") == "default"]
+                talk = named[0].get("template") if named else None
+            return talk if isinstance(talk, str) else None
+
+
+def marked(talk):
+    """Our template for llama.cpp, which puts a marker of its own, <__media…__>, where a picture was, and no newline.
+    As <image> does in training, it comes to the front of its turn, and a newline after it."""
+    said = "{% set said = words(message['content']) %}"
+    talk = talk.replace(chat.LEARN, "").replace(chat.LEARNT, "")              # tags that not every reader of GGUF knows
+    mark = ("{% set mark = '<__media' + said.split('<__media')[1].split('__>')[0] + '__>' if '<__media' in said "
+            "else '<image>' %}")
+    head, turns = talk.split(said)
+    return head + said + mark + turns.replace("'<image>\\n'", "mark + '\\n'").replace("'<image>'", "mark")
+
+
+# ---- eyes and connector ---------------------------------------------------------------------------------------------
+
+def mmproj_tensors(model, dtype):
+    for k, x in model.vision_tower.vision_model.state_dict().items():
+        if k.startswith("encoder.layers."):
+            _, _, i, rest = k.split(".", 3)
+            name = f"v.blk.{i}.{spelt(rest, BLOCK)}"
+        else:
+            name = spelt(k, EYES)
+        exact = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"     # its convolution takes f16
+        yield name, x, "f32" if exact else dtype
+    for k, x in model.multi_modal_projector.state_dict().items():
+        yield spelt(k, CONNECTOR), x, "f32" if x.ndim == 1 else dtype
+
+
+def mmproj_keys(cfg, dtype, name):
+    v = cfg.vision
+    if v.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        stop(f"{name}: llama.cpp knows no {v.model_type} in front of a LLaVA connector: CLIP and SigLIP")
+    if cfg.connector != "mlp":
+        stop(f"{name}: llama.cpp knows no {cfg.connector} connector: mlp")
+    if v.intermediate_size == v.hidden_size:                 # it tells old files, with fc1 named fc2, by their shapes
+        stop(f"{name}: llama.cpp would swap the two layers of an MLP as wide as the tower")
+    keys = {"general.architecture": "clip", "general.type": "mmproj", "general.name": name,
+            "general.file_type": DTYPES[dtype][2]}
+    return keys | {f"clip.{k}": x for k, x in {
+        "has_text_encoder": False, "has_vision_encoder": True, "has_llava_projector": True, "projector_type": "mlp",
+        "use_gelu": v.hidden_act != "quick_gelu", "vision.image_size": v.image_size, "vision.patch_size": v.patch_size,
+        "vision.embedding_length": v.hidden_size, "vision.feed_forward_length": v.intermediate_size,
+        "vision.projection_dim": cfg.text.hidden_size, "vision.attention.head_count": v.num_attention_heads,
+        "vision.attention.layer_norm_epsilon": float(v.layer_norm_eps), "vision.block_count": v.depth,
+        "vision.feature_layer": [v.depth],                                    # else the last block is left out
+        "vision.image_mean": [float(m) for m in v.image_mean],
+        "vision.image_std": [float(s) for s in v.image_std]}.items()}
+
+
+def unlike(cfg, folder):
+    """What llama.cpp does to pictures otherwise than this model was trained."""
+    aspect, spec = llava.aspect(folder, cfg), configs.image_spec(folder.pre, "pad")
+    if aspect != "pad":
+        yield f"this model was trained with image_aspect={aspect}; llama.cpp pads what is not square"
+    elif (colour := tuple(int(255 * m) for m in spec.mean)) != (122, 116, 104):
+        yield f"this model was trained with borders of the colour {colour}; llama.cpp paints (122, 116, 104)"
+    if spec.resample != 3:
+        yield f"this model was trained with resample={spec.resample}; llama.cpp takes 3, bicubic"
+    if cfg.vision.class_token:
+        yield ("llama.cpp of May 2025 to at least October 2026 puts CLIP's class token behind the patches and moves "
+               "their positions by one (its issue 25814): answers about pictures suffer until that is mended; "
+               "SigLIP's do not")
+    if folder.tok.inner is not folder.tok.plain:
+        yield "this tokenizer adds a space at the beginning of a text; llama.cpp does after each control token too"
+    if cfg.vision.hidden_act == "gelu":
+        yield "llama.cpp computes the tower's GELU by its tanh form"
+
+
+def export(folder, out, dtype):
+    """A LLaVA folder or a run -> the paths of its language model and of its mmproj, and what to know of them. The
+    weights stay in their file, and pass through memory one tensor at a time."""
+    if dtype not in DTYPES:
+        stop(f"dtype={dtype}: {', '.join(DTYPES)}")
+    model, source = llava.load_model(init=folder, dtype=None)
+    cfg, name = model.cfg, Path(folder).resolve().name
+    keys = text_keys(cfg.text, dtype, name)
+    keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
+    eyes = mmproj_keys(cfg, dtype, name)
+    out = Path(out or Path(folder) / "gguf")
+    out.mkdir(parents=True, exist_ok=True)
+    paths = out / f"model-{dtype}.gguf", out / f"mmproj-model-{dtype}.gguf"
+    write_gguf(paths[0], keys, partial(text_tensors, model.language_model, cfg.text, dtype))
+    write_gguf(paths[1], eyes, partial(mmproj_tensors, model, dtype))
+    notes = [] if "tokenizer.chat_template" in keys else [
+        f"{folder} has no chat template: llama.cpp will ask by one of its own, which this model need not know"]
+    return *paths, [*notes, *unlike(cfg, source)]

@@ -1,0 +1,1 @@
+"""A run folder: checkpoints, resume, log, plan, publish."""

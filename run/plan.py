@@ -1,0 +1,103 @@
+"""What is about to happen, before anything is spent: who trains, how much passes each matrix, and what a step takes in
+bytes and operations.
+
+    N tokens of a stream   R of them supervised   C, V, q, kv: width, vocabulary, queries' and keys' width of the LLM
+"""
+
+import fnmatch
+from collections import Counter
+
+import torch
+
+import engine
+from engine import unwrap
+from formats import card
+from kernels import use_triton
+from kernels.cross_entropy import logits_bytes
+from run import plan
+
+
+def rows(cfg):
+    """What passes each matrix, for plan.flops: name glob -> (unit, rows per unit)."""
+    last = f"language_model.model.layers.{cfg.text.num_hidden_layers - 1}"
+    head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
+    P = cfg.vision.patches
+    return {"vision_tower.*.patch_embedding.weight": ("images", P),
+            "vision_tower.*.layers.*": ("images", P + cfg.vision.class_token + cfg.vision.num_register_tokens),
+            "multi_modal_projector.*": ("images", P), "language_model.model.layers.*": ("tokens", 1),
+            f"{last}.self_attn.[qo]_proj.*": ("supervised", 1), f"{last}.mlp.*": ("supervised", 1),
+            f"{head}.weight": ("supervised", 1)}
+
+
+def memory(model, world, micro, s):
+    """Bytes, roughly -> (weights, gradients and moments; activations of the largest micro-batch)."""
+    cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
+    states = sum(p.numel() * (p.element_size() * (4 if p.requires_grad else 1)  # and low copies that autocast keeps
+                              + 2 * (low and p.requires_grad and ("language_model" not in n or "o_proj" in n)))
+                 for n, p in model.named_parameters())
+    if engine.shards(model, world, s.parallel):
+        states /= world.size
+    states += sum(b.nbytes for b in model.buffers())                # weights in four bits are whole on every rank
+    t, size = cfg.text, torch.finfo(world.dtype).bits // 8
+    C, V, q, kv = t.hidden_size, t.vocab_size, t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    block = 2 * (C + q + kv + t.intermediate_size)  # numbers a layer keeps per token: tests/test_lean.py
+    passing = 4 * C + 4 * t.intermediate_size                       # and those of one layer in its backward pass
+    most = 0
+    for b in micro:
+        N, R = len(b.ids), int((b.labels >= 0).sum())
+        again = s.recompute == "block"                              # then one layer at a time
+        kept = N * (t.num_hidden_layers * (C if again else block) + block * again + passing)
+        most = max(most, kept * size + logits_bytes(R, V, torch.empty(0, dtype=world.dtype, device=world.device)))
+    return states, most
+
+
+def lines(model, lrs, world, micro, steps, s):
+    """What is about to happen, as lines of text, before anything is spent."""
+    out, parts = [f"{'':24}{'trained':>16}{'frozen':>16}"], {}
+    for name, p, count in plan.count_parameters(model):
+        part = parts.setdefault(name.split(".")[0], [0, 0])
+        part[0 if p.requires_grad else 1] += count
+    for part, (trained, frozen) in {**parts, "together": [sum(v) for v in zip(*parts.values())]}.items():
+        out.append(f"  {part:22}{trained:16,}{frozen:16,}")
+    for lr in sorted(set(lrs.values())):
+        names = [n for n in lrs if lrs[n] == lr]
+        out.append(f"  lr {lr:g}: {len(names)} tensors, {names[0]} ... {names[-1]}")
+    seen = dict(tokens=sum(len(b.ids) for b in micro), supervised=sum(int((b.labels >= 0).sum()) for b in micro),
+                images=sum(len(b.images) for b in micro))
+    cost = sum(f * seen[unit] for unit, f in plan.flops(model, rows(model.cfg)).items())
+    states, work = memory(model, world, micro, s)
+    if model.cfg.vision.num_register_tokens:
+        out.append(f"  of what will be in model/: {card.limits(model.cfg, s.image_aspect)[0]}")
+    return [*out,
+            f"  {steps} steps of {s.batch_size} samples; the first one, on this rank: {seen['tokens']:,} tokens in "
+            f"{len(micro)} stream(s), {seen['supervised']:,} supervised, {seen['images']} images",
+            f"  memory, roughly: {states / 2**20:,.1f} MiB weights, gradients and moments "
+            f"+ {work / 2**20:,.1f} MiB activations",
+            f"  {cost / 1e9:,.2f} GFLOP per step and rank in matrix products; "
+            f"{world.size} x {world.device}, {world.dtype}, "
+            f"{'Triton kernels' if use_triton(torch.empty(0, device=world.device)) else 'plain torch'}"]
+
+
+def count_parameters(model):
+    """-> (name, tensor, how many weights it holds) in the order of registration, which is that in which data passes:
+    parameters, and buffers that are matrices, which hold two weights of four bits in each byte."""
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(prefix, recurse=False):
+            yield name, p, p.numel()
+        for name, b in module.named_buffers(prefix, recurse=False):
+            if b.ndim == 2:
+                yield name, b, 2 * b.numel()
+
+
+def flops(model, table):
+    """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}; table: name glob -> (unit, rows per unit),
+    and the last glob that fits decides. A weight costs 2 per row forward, 2 more if it trains, and 2 more where
+    something before it trains. Attention products and recomputation are not counted."""
+    out, below = Counter(), False
+    for name, p, count in count_parameters(unwrap(model)):
+        fits = [table[g] for g in table if fnmatch.fnmatchcase(name, g)]
+        if p.ndim >= 2 and fits:
+            unit, rows = fits[-1]
+            out[unit] += (2 + 2 * p.requires_grad + 2 * below) * rows * count
+        below = below or p.requires_grad
+    return out

@@ -1,0 +1,102 @@
+"""Where the toy's towers come from: the lessons say what is true and keep the test world out; pretrain.py runs."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+import lessons
+import pytest
+import toy
+from conftest import ROOT
+
+from formats import llava
+from formats.tokenizer import Tokenizer
+from kernels.cross_entropy import IGNORE
+
+WORDS = {"color": [*toy.COLORS], "shape": [*toy.SHAPES, "sign"], "size": toy.SIZES, "row": toy.ROWS,
+         "column": toy.COLUMNS, "number": [*map(str, range(10))]}
+KIND = {w: kind for kind, words in WORDS.items() for w in words}
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return Tokenizer(ROOT / "demo/llm")
+
+
+def solve(lines, key):
+    """The answer to a drill, worked out from its text alone."""
+    things = [{KIND[w]: w for w in line.split()} for line in lines]
+    words = [w for w in key.rstrip(":").split() if w not in lessons.FILLERS]
+    asked = next((w for w in words if w in WORDS or w == "place"), "place")
+    named = {KIND[w]: w for w in words if w in KIND}
+    found = [t for t in things if named.items() <= t.items()]
+    assert len(found) == 1, (lines, key)
+    return f"{found[0]['row']} {found[0]['column']}" if asked == "place" else found[0][asked]
+
+
+@pytest.mark.parametrize("easy", [True, False])
+def test_a_drill_names_one_thing_and_its_answer_follows_from_the_text(easy):
+    seen, distances, orders = set(), set(), set()
+    for i in range(400):
+        lines, drills = lessons.drill(random.Random(i), easy)
+        assert len(drills) == 4
+        for key, answer in drills:
+            assert solve(lines, key) == answer
+            seen.add(next((w for w in key.rstrip(":").split() if w in WORDS), "place"))
+            distances.add(sum(w in lessons.FILLERS for w in key.rstrip(":").split()))
+            orders.add(tuple(KIND[w] for w in key.rstrip(":").split() if KIND.get(w) in ("color", "shape")))
+    assert seen == ({"place"} if easy else {*WORDS, "place"}) and distances == {0, 1, 2, 4}
+    assert {("color", "shape"), ("shape", "color"), ("color",), ("shape",)} <= orders
+
+
+@pytest.mark.parametrize("name", ["pairs", "records", "questions"])
+def test_no_lesson_shows_a_held_out_combination(name, tok, monkeypatch):
+    scenes, make = [], toy.make_scene
+    monkeypatch.setattr(toy, "make_scene", lambda *a, **k: scenes.append(make(*a, **k)) or scenes[-1])
+    for i in range(300):
+        lessons.lesson(name, tok, random.Random(i))
+    assert len(scenes) > 250 and not any(toy.held_out(**o) for s in scenes for o in s["objects"])
+
+
+def test_only_answers_are_learnt(tok):
+    for name in ("pairs", "records"):
+        ids, labels, images = lessons.lesson(name, tok, random.Random(0))
+        text = tok.full.decode([i if y != IGNORE else tok.full.token_to_id("#") for i, y in zip(ids, labels)])
+        learnt = [KIND[w] for w in re.sub("#+", " ", text).split()]
+        assert images == [] and len(learnt) >= 4 and all(y in (IGNORE, i) for i, y in zip(ids, labels))
+        if name == "pairs":
+            assert learnt == ["row", "column"] * 4
+
+
+def test_two_commands_make_the_two_towers(tmp_path):
+    """A few steps of each; the folders load, and the same command writes the same weights."""
+    def run(*args):
+        done = subprocess.run([sys.executable, "demo/pretrain.py", *args], cwd=ROOT, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for out in ("a", "b"):
+        run("tongue", "--pairs=1", "--records=1", "--questions=1", "--tokens=200", "--exam=9",
+            f"--out={tmp_path / out}")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    log = json.loads((tmp_path / "a/training.json").read_text())
+    assert log["settings"]["records"] == 1 and set(log["log"][-1]["exam"]) == {"all", *toy.TYPES}
+    for head in ("classes", "contrastive"):
+        run("eyes", f"--head={head}", "--steps=1", "--scenes=24", "--batch=8", "--exam=12",
+            f"--tongue={tmp_path / 'a'}", f"--out={tmp_path / head}")
+        model, folder = llava.load_model(vision=str(tmp_path / head), llm=str(tmp_path / "a"))
+        assert sum(p.numel() for p in model.parameters()) > 1e6
+
+
+def test_the_two_heads_were_compared_alike_and_what_is_told_of_them_is_on_file():
+    import pretrain
+    made = [json.loads((ROOT / "demo/vit" / name).read_text()) for name in ("training.json", "contrastive.json")]
+    assert [m["settings"].pop("head") for m in made] == ["classes", "contrastive"]
+    assert made[0]["settings"] == made[1]["settings"]
+    for m in made:
+        *most, last = (f"{100 * v:.1f}".removesuffix(".0") for v in m["log"][-1]["probe"]["-2"].values())
+        assert f"{', '.join(most)} and {last} %" in " ".join(pretrain.Eyes.__doc__.split())

@@ -1,0 +1,392 @@
+"""A checkpoint is whole or absent, whatever happens to the disk, and puts everything back by name."""
+
+import json
+import os
+import random
+import resource
+import shutil
+
+import pytest
+import torch
+from conftest import example, fork, tiny_vlm
+from safetensors.torch import load_file, save_file
+
+import engine
+from config import Error
+from data import pack
+from formats import whole
+from loss import token_loss
+from run import checkpoint
+
+TABLE = {"multi_modal_projector.*": 1e-2}
+FILES = ["trained.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
+
+
+def world(rank=0, size=1):
+    return engine.World(rank, size, torch.device("cpu"), torch.float64)
+
+
+def trainer(w=None, wrap="ddp", table=TABLE, seed=0, lr=1.0):
+    """-> model, optimizer of a tiny run"""
+    w, model = w or world(), tiny_vlm(seed)
+    lrs = {n: lr * v for n, v in engine.choose(model, table, torch.float64).items()}
+    model = engine.parallelize(model, w, [*model.language_model.model.layers], wrap)
+    return model, engine.adamw(model, lrs, 0.1)
+
+
+def train(model, optimizer, steps, w=None, stop=6):
+    """-> loss of each step; two samples in each, divided over the ranks"""
+    w, losses = w or world(), []
+    for step in steps:
+        engine.set_lr(optimizer, step, stop, 2)
+        mine = [pack([example(2 * step + i, images=1 - i)], 8) for i in range(2) if i % w.size == w.rank]
+        losses.append(engine.train_step(model, optimizer, mine, token_loss, w, 1.0)["loss"])
+    return losses
+
+
+def save(out, step, pair, w=None, keep_last=2, keep=()):
+    checkpoint.save_checkpoint(out, step, *pair, w or world(), {"settings": {}, "note": "kept"}, keep_last, keep)
+    return out / f"checkpoints/step_{step:07}"
+
+
+def bits(pair):
+    """All trained weights and moments, by name."""
+    model, optimizer = pair
+    named = {n: p for n, p in engine.unwrap(model).named_parameters() if p.requires_grad}
+    out = {n: p.detach().clone() for n, p in named.items()}
+    return out | {f"{n}.{k}": v.clone() for n, p in named.items() for k, v in optimizer.state[p].items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with checkpoints of steps 1 and 2."""
+    out, pair = tmp_path_factory.mktemp("run"), trainer()
+    for step in range(2):
+        train(*pair, [step])
+        save(out, step + 1, pair)
+    return out
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def step(n, out):
+    return out / f"checkpoints/step_{n:07}"
+
+
+# ---- whole or absent ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_off_anywhere_or_with_any_bit_flipped_is_refused_and_the_one_before_is_used(name, run):
+    file, rng = step(2, run) / name, random.Random(name)
+    good = file.read_bytes()
+    cuts = {0, 1, len(good) - 1, *(rng.randrange(len(good)) for _ in range(97))}
+    for cut in cuts:
+        file.write_bytes(good[:cut])
+        assert whole.whole(step(2, run)), f"cut at {cut}"
+    flips = [(rng.randrange(len(good)), rng.randrange(8)) for _ in range(300)]
+    for at, bit in flips:
+        file.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1:])
+        assert whole.whole(step(2, run)), f"bit {bit} of byte {at} flipped"
+    said = []
+    assert checkpoint.find_checkpoint(run, "auto", said.append) == step(1, run)
+    assert len(said) == 1 and "step 2 is not used" in said[0] and str(step(2, run)) in said[0]
+    file.write_bytes(good)
+    assert checkpoint.find_checkpoint(run, "auto", said.append) == step(2, run)
+    file.unlink()
+    assert checkpoint.find_checkpoint(run, "auto", said.append) == step(1, run)
+
+
+def test_a_manifest_that_lists_nothing_or_was_touched_where_it_does_not_matter_makes_nothing_whole(run):
+    file = step(2, run) / "manifest.json"
+    for text in ("{}", "[]", "null", '"step"', "1", file.read_text().replace("\n", "\t", 1), file.read_text() + "\n"):
+        file.write_text(text)
+        assert whole.whole(step(2, run))
+
+
+def test_the_newest_is_found_by_number_among_all_kinds_of_junk(saved, tmp_path, run):
+    folder = run / "checkpoints"
+    for n in (9, 10, 100, 99):                         # as text, step_9 and step_99 come last
+        shutil.copytree(step(2, saved), folder / f"step_{n}")
+    for junk in ("step_", "step_x", "step_0000200.bak", "best", "step_-5", "step_300x"):
+        (folder / junk).mkdir()
+    (folder / "step_0000400").write_text("a file")
+    (folder / "step_0000500").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    said = []
+    assert checkpoint.find_checkpoint(run, "auto", said.append) == folder / "step_100"
+    assert len(said) == 2 and "step 500" in said[0] and "step 400" in said[1]
+    assert (folder / "notes.txt").exists() and (folder / "best").exists()
+
+
+def test_where_no_checkpoint_is_whole_the_run_does_not_silently_begin_anew(run, tmp_path):
+    for n in (1, 2):
+        (step(n, run) / "state.json").write_text("{}")
+    with pytest.raises(Error, match="is whole; --resume=none starts again"):
+        checkpoint.find_checkpoint(run, "auto", lambda s: None)
+    assert checkpoint.find_checkpoint(run, "none") is None and checkpoint.find_checkpoint(tmp_path / "new", "auto") is None
+    with pytest.raises(Error, match="state.json is damaged"):
+        checkpoint.find_checkpoint(run, str(step(1, run)))
+
+
+def test_retention_counts_only_what_is_older_and_never_deletes_the_last_whole_one(tmp_path):
+    pair = trainer()
+    train(*pair, [0])
+    for n in (1, 2, 3, 4):
+        save(tmp_path, n, pair, keep_last=2, keep=(1,))
+    assert [n for n, _ in checkpoint.steps_in(tmp_path)] == [1, 3, 4]
+    for n in (3, 4):                                   # the newest two are damaged: the run goes on from 1
+        (step(n, tmp_path) / "trained.safetensors").write_bytes(b"")
+    save(tmp_path, 2, pair, keep_last=1)
+    assert [n for n, _ in checkpoint.steps_in(tmp_path)] == [2], "3 and 4 are newer by number, and broken"
+    assert whole.whole(step(2, tmp_path)) is None
+    save(tmp_path, 3, pair, keep_last=0)
+    assert [n for n, _ in checkpoint.steps_in(tmp_path)] == [3], "at least the newest is kept"
+
+
+def test_a_sweep_leaves_no_temporary_file_brings_back_what_was_moved_aside_and_touches_nothing_else(run):
+    folder = run / "checkpoints"
+    shutil.copytree(step(2, run), folder / ".tmp-step_0000003")
+    (folder / ".tmp-step_0000003" / "manifest.json").unlink()
+    (run / ".tmp-finished").write_text("{")
+    (run / ".tmp-model").mkdir()
+    os.rename(step(2, run), folder / ".old-step_0000002")
+    shutil.copytree(step(1, run), folder / ".old-step_0000001")
+    (folder / ".old-step_0000007").mkdir()
+    (folder / ".hidden").write_text("mine")
+    assert checkpoint.find_checkpoint(run, "auto") == step(2, run)
+    assert {p.name for p in folder.iterdir()} == {"step_0000001", "step_0000002", ".hidden"}
+    assert {p.name for p in run.iterdir()} == {"checkpoints"}
+
+
+def test_files_have_the_mode_that_umask_gives(tmp_path):
+    pair = trainer()
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        old = os.umask(mask)
+        try:
+            path = save(tmp_path, 1, pair)
+        finally:
+            os.umask(old)
+        assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {mode}
+
+
+def test_every_file_is_synced_then_its_folder_then_renamed_then_the_folder_above(tmp_path, monkeypatch):
+    trace, fsync, rename = [], os.fsync, os.rename
+
+    def note(fd):
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        trace.append(("sync", os.path.basename(path), sorted(os.listdir(path)) if os.path.isdir(path) else None))
+        fsync(fd)
+
+    def move(a, b):
+        trace.append(("rename", os.path.basename(a), os.path.basename(b)))
+        rename(a, b)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", move)
+    save(tmp_path, 1, trainer())
+    assert {t[1] for t in trace[:4]} == set(FILES) - {"manifest.json"}
+    assert trace[4:] == [("sync", "manifest.json", None), ("sync", ".tmp-step_0000001", sorted(FILES)),
+                         ("rename", ".tmp-step_0000001", "step_0000001"), ("sync", "checkpoints", ["step_0000001"])]
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+def test_a_full_disk_at_any_point_leaves_the_checkpoint_before_and_no_trace_and_says_where_and_how_much(tmp_path):
+    pair = trainer(table={"*": 1e-3})
+    train(*pair, [0])
+    size = max(p.stat().st_size for p in save(tmp_path / "size", 1, pair).iterdir())
+    out = tmp_path / "run"
+    save(out, 1, pair)
+
+    def child(rank):
+        import signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        said = []
+        for i in range(20):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size * i // 20, resource.RLIM_INFINITY))
+            try:
+                save(out, 2, pair)
+                said.append("written")
+            except OSError as e:
+                said.append(str(e))
+            found = sorted(p.name for p in (out / "checkpoints").iterdir())
+            assert found == ["step_0000001"] and whole.whole(step(1, out)) is None, (i, found)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        save(out, 2, pair)
+        return said
+
+    said, = fork(1, child, tmp_path)
+    assert all("step_0000002 could not be written: " in s and s.endswith(" bytes free)") for s in said), said
+    assert any("File too large" in s for s in said)
+    assert checkpoint.find_checkpoint(out, "auto") == step(2, out)
+
+
+# ---- everything comes back, by name ---------------------------------------------------------------------------------
+
+def test_weights_moments_and_random_state_come_back_bit_by_bit(saved):
+    pair = trainer()
+    train(*pair, [0, 1])
+    other = trainer(seed=7)
+    torch.manual_seed(99)
+    checkpoint.restore(step(2, saved), *other, world())
+    assert same(bits(pair), bits(other))
+    state = json.loads((step(2, saved) / "state.json").read_text())
+    assert state["step"] == 2 and state["note"] == "kept" and state["world"] == 1
+    assert torch.equal(torch.get_rng_state(), load_file(step(2, saved) / "rng.safetensors")["0.cpu"])
+
+
+def test_tensors_are_kept_by_name_so_another_order_of_creation_swaps_nothing(saved):
+    pair = trainer()
+    train(*pair, [0, 1])
+    model = tiny_vlm(7)
+    connector = model.multi_modal_projector
+    for part in (connector, connector.linear_2):       # linear_2 first, and its bias before its weight
+        kept = dict(reversed([*part._modules.items(), *part._parameters.items()]))
+        for name, x in kept.items():
+            delattr(part, name)
+        for name, x in kept.items():
+            setattr(part, name, x)
+    optimizer = engine.adamw(model, engine.choose(model, TABLE, torch.float64), 0.1)
+    assert optimizer.param_groups[0]["names"][0].startswith("multi_modal_projector.linear_2")
+    checkpoint.restore(step(2, saved), model, optimizer, world())
+    assert same(bits(pair), bits((model, optimizer)))
+
+
+def test_tied_embeddings_are_one_tensor_in_a_checkpoint_and_after_it(tmp_path):
+    def tied(seed):
+        model = tiny_vlm(seed, tie_word_embeddings=True)
+        return model, engine.adamw(model, engine.choose(model, {"language_model.*": 1e-2}, torch.float64), 0.1)
+    pair, other = tied(0), tied(0)
+    train(*pair, [0])
+    path = save(tmp_path, 1, pair)
+    assert [n for n in load_file(path / "trained.safetensors") if "embed" in n or "head" in n] == [
+        "language_model.model.embed_tokens.weight"]
+    checkpoint.restore(path, *other, world())
+    assert same(bits(pair), bits(other))
+    language = other[0].language_model
+    assert language.head_weight is language.model.embed_tokens.weight
+    assert train(*pair, [1]) == train(*other, [1]) and same(bits(pair), bits(other))
+
+
+def lose(tensors, name):
+    del tensors[name]
+
+
+def add(tensors, name):
+    tensors[f"{name}.more"] = torch.zeros(1)
+
+
+def reshape(tensors, name):
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def narrow(tensors, name):
+    tensors[name] = tensors[name].bfloat16()
+
+
+@pytest.mark.parametrize("file, name", [("trained", "multi_modal_projector.linear_1.weight"),
+                                        ("optimizer", "multi_modal_projector.linear_1.weight.exp_avg")])
+@pytest.mark.parametrize("harm", [lose, add, reshape, narrow])
+def test_a_missing_unexpected_or_misshapen_tensor_is_named(file, name, harm, run):
+    path = step(2, run) / f"{file}.safetensors"
+    tensors = load_file(path)
+    harm(tensors, name)
+    save_file(tensors, path)
+    with pytest.raises(Error) as e:
+        checkpoint.restore(step(2, run), *trainer(), world())
+    assert name in str(e.value) and str(step(2, run)) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_training_more_or_less_than_the_checkpoint_did_is_refused_by_name(saved):
+    for table, words in (({"multi_modal_projector.linear_1.*": 1e-2}, "linear_2.bias is not trained now but in"),
+                         ({**TABLE, "language_model.lm_head.*": 1e-2}, "lm_head.weight is trained now but not in")):
+        with pytest.raises(Error, match=words):
+            checkpoint.restore(step(2, saved), *trainer(table=table), world())
+
+
+def test_a_checkpoint_before_the_first_update_has_no_moments_and_can_be_resumed(tmp_path):
+    pair, other = trainer(), trainer()
+    torch.nn.init.zeros_(other[0].multi_modal_projector.linear_1.weight)
+    checkpoint.restore(save(tmp_path, 0, pair), *other, world())
+    assert same(bits(pair), bits(other)) and train(*pair, [0, 1]) == train(*other, [0, 1])
+
+
+def test_new_learning_rates_and_decays_take_effect_on_resume(saved):
+    model, optimizer = trainer(lr=3.0)
+    before = [(g["peak"], g["weight_decay"], g["betas"]) for g in optimizer.param_groups]
+    checkpoint.restore(step(2, saved), model, optimizer, world())
+    assert [(g["peak"], g["weight_decay"], g["betas"]) for g in optimizer.param_groups] == before
+    assert engine.set_lr(optimizer, 2, 6, 2) == 3e-2
+
+
+LAYOUTS = ["one", "ddp", "fsdp"]
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_a_checkpoint_of_any_layout_is_continued_by_any_other_with_the_same_losses(first, tmp_path):
+    truth = train(*trainer(table={"*": 1e-2}), range(6))
+
+    def go(layout, steps, path, folder):
+        folder.mkdir()
+
+        def rank(r):
+            w = world(r, 1 if layout == "one" else 2)
+            pair = trainer(w, layout.replace("one", "auto"), {"*": 1e-2})
+            if path:
+                checkpoint.restore(path, *pair, w)
+            losses = train(*pair, steps, w)
+            save(folder, steps[-1] + 1, pair, w)
+            return losses
+        return fork(1 if layout == "one" else 2, rank, folder)
+
+    assert go(first, range(3), None, tmp_path / "first")[0] == pytest.approx(truth[:3], rel=1e-12)
+    ends = {}
+    for then in LAYOUTS:
+        losses = go(then, range(3, 6), step(3, tmp_path / "first"), tmp_path / then)
+        assert all(x == pytest.approx(truth[3:], rel=1e-11) for x in losses), then
+        ends[then] = load_file(step(6, tmp_path / then) / "trained.safetensors")
+    # a key's bias moves no softmax; Adam makes whole steps of its rounding
+    compared = [k for k in ends["one"] if not k.endswith("k_proj.bias")]
+    assert max(((end[k] - ends["one"][k]).norm() / ends["one"][k].norm()).item()
+               for end in ends.values() for k in compared) < 1e-9
+
+
+def test_two_ranks_continue_bit_by_bit_each_with_its_own_random_state(tmp_path):
+    def rank(r):
+        w = world(r, 2)
+        pair = trainer(w)
+        torch.manual_seed(r)
+        train(*pair, range(2), w)
+        save(tmp_path, 2, pair, w)
+        noise = torch.rand(3).tolist()
+        train(*pair, range(2, 4), w)
+        other = trainer(w)
+        torch.manual_seed(50)
+        checkpoint.restore(step(2, tmp_path), *other, w)
+        assert torch.rand(3).tolist() == noise
+        train(*other, range(2, 4), w)
+        assert same(bits(pair), bits(other))
+        return noise
+    a, b = fork(2, rank, tmp_path)
+    assert a != b
+
+
+# ---- logs -----------------------------------------------------------------------------------------------------------
+
+def test_lines_written_after_the_checkpoint_are_forgotten_and_half_a_line_too(tmp_path):
+    log = tmp_path / "log.jsonl"
+    lines = ['{"step": 1, "loss": 3}', '{"step": 2, "val_loss": 2}', '{"step": 2, "loss": 2}', '{"step": 3, "loss": 1}']
+    log.write_text("\n".join([*lines, "7", "[]", '{"loss": 5}', '{"step": 4, "lo']))
+    checkpoint.trim_log(log, 2)
+    assert log.read_text().splitlines() == lines[:3] and [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+    checkpoint.trim_log(log, 0)
+    assert log.read_text() == ""
+    checkpoint.trim_log(tmp_path / "none.jsonl", 2)
+    assert not (tmp_path / "none.jsonl").exists()

@@ -1,0 +1,72 @@
+"""Curves from the logs of runs."""
+
+import json
+import sys
+
+import pytest
+
+from config import Error
+from tools import plot
+
+
+def make_run(folder, rows):
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    a = [{"step": i, "loss": 4 / i, "lr": 0.1, "grad_norm": 1.0, "mfu": None} for i in range(1, 6)]
+    return [str(make_run(tmp_path / "a", a + [{"step": 5, "val_loss": 2.0}])), str(make_run(tmp_path / "b", a[:2]))]
+
+
+def test_each_curve_holds_the_steps_that_logged_it(runs):
+    log = plot.read_log(runs[0])
+    assert log["loss"] == ([1, 2, 3, 4, 5], [4, 2, 4 / 3, 1, 0.8]) and log["val_loss"] == ([5], [2.0])
+    assert plot.read_log(runs[0] + "/log.jsonl") == log
+
+
+def test_smoothing_is_a_mean_over_what_has_been_seen():
+    assert plot.means([4, 2, 6, 0], 2) == [4, 3, 4, 3] and plot.means([4, 2], 1) == [4, 2]
+
+
+def test_two_runs_make_one_picture(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+    out = tmp_path / "curves.png"
+    plot.main([*runs, f"--out={out}"])
+    assert capsys.readouterr().out == f"{out}\n"
+    assert min(Image.open(out).convert("RGB").getextrema()) == (0, 255)   # ink on paper
+
+
+def test_without_matplotlib_one_line_says_so(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(Error, match="needs matplotlib: pip install matplotlib$"):
+        plot.main(runs)
+
+
+@pytest.mark.parametrize("rows, complaint", [
+    ([], "holds no curve yet"), ([{"loss": 1}], "line 1: not an object with a step"), ([5], "line 1: not an object")])
+def test_a_log_without_curves_ends_in_one_line(tmp_path, rows, complaint):
+    with pytest.raises(Error, match=complaint):
+        plot.main([str(make_run(tmp_path / "c", rows))])
+
+
+def test_a_log_that_is_no_text_and_a_picture_that_cannot_be_written_end_in_one_line(runs, tmp_path):
+    for out, complaint in (("none/x.png", "cannot write .*none/x.png"), ("x.foo", "cannot write .*x.foo: .*foo"),
+                           ("x", "x: a name that says what kind")):
+        with pytest.raises(Error, match=complaint) as stopped:
+            plot.main([runs[0], f"--out={tmp_path / out}"])
+        assert "\n" not in str(stopped.value)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "log.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(Error, match="log.jsonl cannot be read as text"):
+        plot.main([str(tmp_path / "c")])
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(Error, match="is no run"):
+        plot.main([str(tmp_path)])
+    with pytest.raises(Error, match="which run"):
+        plot.main([])

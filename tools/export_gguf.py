@@ -1,0 +1,32 @@
+"""A LLaVA folder for llama.cpp.
+
+    python -m tools.export_gguf DIR [--out=DIR] [--dtype=f16]     # -> OUT/model-f16.gguf and OUT/mmproj-model-f16.gguf
+"""
+
+import sys
+from dataclasses import dataclass
+
+from config import one_line_errors, parse, stop
+from formats.gguf import export
+
+
+@dataclass
+class Export:
+    out: str = ""          # folder of the two files; "" = DIR/gguf
+    dtype: str = "f16"     # f16, bf16, f32: of matrices; vectors and positions stay f32
+
+
+def main(argv):
+    folders = [a for a in argv if not a.startswith("--")]
+    s = parse(Export, [a for a in argv if a.startswith("--")], __doc__)
+    if len(folders) != 1:
+        stop("usage: python -m tools.export_gguf DIR [--out=DIR] [--dtype=f16]")
+    *paths, notes = export(folders[0], s.out, s.dtype)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(*paths, sep="\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,94 @@
+"""Draw the curves of one or more runs.
+
+    python -m tools.plot RUN [RUN ...] [--out=FILE.png]      # loss, validation loss, learning rate, gradient norm over steps
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import config
+
+CURVES = {"loss": "training loss (nats per supervised token)", "val_loss": "validation loss", "lr": "learning rate",
+          "grad_norm": "gradient norm"}
+
+
+@dataclasses.dataclass
+class Settings:
+    out: str = "curves.png"        # picture to write: png, svg or pdf, by its name
+    smooth: int = 1                # logged steps that each point of the training loss is the mean of
+
+
+def read_log(run):
+    """A run folder, or its log.jsonl -> {curve: (steps, values)}, without what is not a number"""
+    file = Path(run) if Path(run).is_file() else Path(run) / "log.jsonl"
+    if not file.is_file():
+        config.stop(f"{run} is no run: there is no {file}")
+    curves = {k: ([], []) for k in CURVES}
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        config.stop(f"{file} cannot be read as text")
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            for k, (steps, values) in curves.items():
+                if isinstance(row.get(k), int | float):
+                    steps.append(row["step"])
+                    values.append(row[k])
+        except (ValueError, KeyError, AttributeError):
+            config.stop(f"{file}, line {n}: not an object with a step")
+    if not any(steps for steps, _ in curves.values()):
+        config.stop(f"{file} holds no curve yet")
+    return curves
+
+
+def means(values, n):
+    """Each value -> the mean of it and up to n - 1 before it."""
+    return [sum(values[max(0, i - n + 1) : i + 1]) / min(n, i + 1) for i in range(len(values))]
+
+
+def main(argv):
+    runs = [a for a in argv if not a.startswith("-")]
+    s = config.parse(Settings, [a for a in argv if a.startswith("-")], __doc__)
+    if not runs:
+        config.stop("which run? python -m tools.plot RUN [RUN ...] [--out=FILE.png]")
+    if not Path(s.out).suffix:
+        config.stop(f"out={s.out}: a name that says what kind of picture, as curves.png")
+    if s.smooth < 1:
+        config.stop(f"smooth={s.smooth}: at least 1")
+    logs = [(run, read_log(run)) for run in runs]
+    try:
+        import matplotlib
+    except ImportError:
+        config.stop("tools.plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for ax, (curve, title) in zip(axes.flat, CURVES.items()):
+        for i, (run, log) in enumerate(logs):
+            steps, values = log[curve]
+            values = means(values, s.smooth) if curve == "loss" else values
+            ax.plot(steps, values, color=f"C{i}", label=run, marker="." if len(steps) < 30 else None)
+        ax.set_title(title, loc="left", fontsize=11)
+        ax.set_xlabel("step")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+        if not any(log[curve][0] for _, log in logs):
+            ax.text(0.5, 0.5, "none in the log", transform=ax.transAxes, ha="center", color="#888")
+    if len(logs) > 1:
+        axes[0, 0].legend(frameon=False, fontsize=9)
+    else:
+        figure.suptitle(runs[0])
+    try:
+        figure.savefig(s.out, dpi=120)
+    except (OSError, ValueError) as e:
+        config.stop(f"cannot write {s.out}: {e}")
+    print(s.out)
+
+
+if __name__ == "__main__":
+    with config.one_line_errors():
+        main(sys.argv[1:])
