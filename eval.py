@@ -106,7 +106,7 @@ def toy_questions(world, task):
     yes_or_no = file.with_name("questions_pope.jsonl")
     if world.rank == 0:
         try:
-            toy.write("runs/toy", "test")
+            toy.write_world("runs/toy", "test")
             lines = file.read_text("utf-8").splitlines(keepends=True)
             write(yes_or_no, "".join(q for q in lines if json.loads(q)["answer"] in ("yes", "no")))
         except OSError as e:
@@ -132,14 +132,14 @@ def ask(speaker, rows, names, images, max_new_tokens):
     prompts, pictures, asked = [], [], []
     for i, (row, name) in enumerate(zip(rows, names)):
         try:
-            shown = [speaker.picture(safe_path(images, name))] if name else []
+            shown = [speaker.pixels(safe_path(images, name))] if name else []
             prompts.append(speaker.prompt([(generate.with_marker(row["text"], len(shown)), None)], len(shown)))
         except BadSample as e:
             print(f"question {row['question_id']}: {e}; counted as wrong", file=sys.stderr)
             continue
         pictures += shown
         asked.append(i)
-    said = dict(zip(asked, speaker.say(prompts, pictures, max_new_tokens) if prompts else []))
+    said = dict(zip(asked, speaker.answers(prompts, pictures, max_new_tokens) if prompts else []))
     return [said.get(i) for i in range(len(rows))]
 
 
@@ -203,7 +203,7 @@ def main(s):
     image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"
     names = other_pictures(rows) if s.shuffled else [r["image"] for r in rows]
-    speaker = generate.load(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
+    speaker = generate.Chat(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
     name = how if s.task == "exact" else f"{s.task}_{how}"
     out = place(s, name) if world.rank == 0 else None
     if s.blind:                                                  # zeros where the tower's features would be

@@ -1,42 +1,51 @@
-"""Questions about pictures -> answers in words: the one path that sample.py, eval.py and the samples during training
-share, with the templates and the image preprocessing of training."""
+"""Generation: answers to questions about images. sample.py, eval.py and the samples during training share this path.
 
+    from generate import Chat
+    chat = Chat("runs/sft")                                  # a run, any LLaVA folder, or a PEFT adapter
+    print(chat.ask("cat.jpg", "What is this?"))
+
+    B prompts   L most tokens of one conversation   I images, Q placeholder tokens each   V vocabulary   S side in pixels
+"""
+
+import os
 import sys
-from pathlib import Path
 
 import torch
+from PIL import Image
 
 import chat
 import engine
 from config import BadSample, stop
 from formats import configs, hub, llava, peft
-from images import load_image, preprocess
+from images import load_image, preprocess, rgb, upright
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
 from model import logits_head
 
 
 class Cache:
-    """Keys and values of B conversations of at most L tokens: sequence b owns the slots [b L, (b + 1) L), so that a
-    span says which part of the cache a query reads, in the prompt and afterwards alike."""
+    """Keys and values of B conversations of at most L tokens. Conversation b owns the slots [b L, (b + 1) L). So a span
+    [lo, hi) of slots says what a query reads, in the prompt and afterwards."""
 
     def __init__(self, B, L):
         self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): where the tokens of the next forward pass go
 
     def append(self, layer, k, v):
+        """k, v (N, G, K) of the new tokens -> keys and values of all slots (B L, G, K)"""
         if layer not in self.kv:
             self.kv[layer] = tuple(t.new_zeros(self.B * self.L, *t.shape[1:]) for t in (k, v))
-        for kept, new in zip(self.kv[layer], (k, v)):
-            kept[self.slot] = new
+        for stored, new in zip(self.kv[layer], (k, v)):
+            stored[self.slot] = new
         return self.kv[layer]
 
 
 @torch.no_grad()
-def generate(model, prompts, images, stop, max_new_tokens=64, temperature=0.0, banned=(), seed=0):
-    """Continue B ragged prompts. prompts: list of (n_b,) id tensors with Q holes per image; images (I, 3, S, S) uint8,
-    in the order of the holes. Ends at an id in `stop`, which is not returned; ids in `banned` (vocabulary padding) are
-    never said, nor are holes. Greedy at temperature 0. Returns B lists of ids. Leaves every module's mode and the
-    global random state as they were."""
+def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.0, banned=(), seed=0):
+    """Continue B prompts of different lengths -> B lists of ids.
+
+    prompts: list of (n_b,) id tensors with Q placeholders per image. images: (I, 3, S, S) uint8, in the order of the
+    placeholders. An answer ends before an id in `stop_ids`. Ids in `banned` and the placeholder are never generated.
+    Greedy at temperature 0. Modules keep their mode, and the global random state does not change."""
     if not prompts:
         return []
     device = images.device
@@ -46,91 +55,110 @@ def generate(model, prompts, images, stop, max_new_tokens=64, temperature=0.0, b
     lengths = torch.tensor([len(p) for p in prompts])
     B, L = len(prompts), int(lengths.max()) + max_new_tokens
     cache = Cache(B, L)
-    base = torch.arange(B) * L
-    ids = torch.cat([p.to(device) for p in prompts])
-    pos = torch.cat([torch.arange(n) for n in lengths])
-    lo = base.repeat_interleave(lengths)
-    last = torch.full((len(pos),), IGNORE)
-    last[lengths.cumsum(0) - 1] = 0                           # ask for the logits of each prompt's last token
-    said, alive = [[] for _ in prompts], list(range(B))
+    start = torch.arange(B) * L                               # first slot of each conversation
+    ids = torch.cat([p.to(device) for p in prompts])          # (N,) the new tokens: first the prompts, then one each
+    pos = torch.cat([torch.arange(n) for n in lengths])       # (N,)
+    lo = start.repeat_interleave(lengths)                     # (N,)
+    labels = torch.full((len(pos),), IGNORE)                  # (N,) a label other than IGNORE asks for logits
+    labels[lengths.cumsum(0) - 1] = 0                         # of the last token of each prompt
+    answers, alive = [[] for _ in prompts], list(range(B))
     banned = torch.tensor(sorted({*banned, model.cfg.image_token_index}), device=device)
     try:
         for _ in range(max_new_tokens):
             cache.slot = (lo + pos).to(device)
-            batch = (t.to(device) for t in (last, pos, lo.int(), (lo + pos + 1).int()))
+            batch = (t.to(device) for t in (labels, pos, lo.int(), (lo + pos + 1).int()))
             logits = model(ids, *batch, images, head=logits_head, cache=cache).float()                     # (alive, V)
             logits[:, banned] = -torch.inf
             if temperature > 0:
                 ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
             else:
                 ids = logits.argmax(-1)
-            words = ids.tolist()
-            for b, w in zip(alive, words):
-                said[b].append(w)
-            keep = [i for i, w in enumerate(words) if w not in stop]
+            tokens = ids.tolist()
+            for b, token in zip(alive, tokens):
+                answers[b].append(token)
+            keep = [i for i, token in enumerate(tokens) if token not in stop_ids]
             alive = [alive[i] for i in keep]
             if not alive:
                 break
-            ids, images = ids[keep], images[:0]
-            lo = base[alive]
-            pos = lengths[alive] + len(said[alive[0]]) - 1
-            last = torch.zeros(len(alive), dtype=torch.long)
+            ids, images = ids[keep], images[:0]               # the images are in the cache
+            lo = start[alive]
+            pos = lengths[alive] + len(answers[alive[0]]) - 1
+            labels = torch.zeros(len(alive), dtype=torch.long)
     finally:
         for m in training:
             m.training = True
-    return [s[:-1] if s and s[-1] in stop else s for s in said]
+    return [a[:-1] if a and a[-1] in stop_ids else a for a in answers]
 
 
-def load(path, device="auto", dtype="auto", template="", system=None, kernels="auto"):
-    """A run folder, its model/ or adapter/, any LLaVA folder or PEFT adapter of one -> Speaker"""
-    if not path:
-        stop("model is empty: it names a run, its model/ or adapter/, or any LLaVA folder")
-    world, path = engine.start(device, dtype), hub.find_folder(path)
-    choose_kernels(kernels, world.device)
-    if hub.is_adapter(path):
-        model, folder = peft.load_merged(path, world.dtype)
-    else:
-        model, folder = llava.load_model(init=path, dtype=world.dtype)
-    template = template or folder.meta.get("template")
-    if not template:                                                          # on stdout there are answers alone
-        template = "vicuna_v1"
-        world.print(f"note: {path} does not say by which template it was trained: asked by {template}; --template= of "
-                    f"{', '.join(chat.TEMPLATES)}", file=sys.stderr)
-    return Speaker(model.to(world.device), folder, template,
-                   folder.meta.get("system") if system is None else system, llava.aspect(folder, model.cfg))
+class Chat:
+    """A model with its tokenizer, chat template and image preprocessing.
 
+    folder: a run, its model/ or adapter/, any LLaVA folder, a PEFT adapter, or org/name of the hub. device: auto, cpu,
+    cuda, cuda:N. dtype: auto, bf16, fp32, fp64. template and system: empty and None = as the model was trained. What
+    cannot be loaded is a config.Error of one line; an image or a question that cannot be used is a config.BadSample."""
 
-class Speaker:
-    """A model with its tokenizer, template and image preprocessing."""
+    def __init__(self, folder, device="auto", dtype="auto", template="", system=None, kernels="auto"):
+        if not folder:
+            stop("model is empty: it names a run, its model/ or adapter/, or any LLaVA folder")
+        world, path = engine.start(device, dtype), hub.find_folder(folder)
+        choose_kernels(kernels, world.device)
+        if hub.is_adapter(path):
+            model, source = peft.load_merged(path, world.dtype)
+        else:
+            model, source = llava.load_model(init=path, dtype=world.dtype)
+        template = template or source.meta.get("template")
+        if not template:
+            template = "vicuna_v1"
+            if world.rank == 0:                                                    # stdout holds answers alone
+                print(f"note: {path} does not say with which template it was trained: {template} is used; "
+                      f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)
+        self.hold(model.to(world.device), source, template, source.meta.get("system") if system is None else system,
+                  llava.aspect(source, model.cfg))
 
-    def __init__(self, model, folder, template, system, aspect):
+    @classmethod
+    def of(cls, model, folder, template, system, aspect):
+        """The same for a model in memory. folder: formats.llava.Folder. aspect: pad, crop or squash."""
+        self = cls.__new__(cls)
+        self.hold(model, folder, template, system, aspect)
+        return self
+
+    def hold(self, model, folder, template, system, aspect):
         self.model, self.tok, self.template, self.system = model, folder.tok, template, system
         self.cfg, self.spec = model.cfg, configs.image_spec(folder.pre, aspect)
-        self.stop = chat.stop_ids(self.tok, template)
+        self.stop_ids = chat.stop_ids(self.tok, template)
         self.banned = {self.cfg.image_token_index, *range(len(self.tok), self.cfg.text.vocab_size)}
 
-    def picture(self, path):
-        """A file -> (3, S, S) uint8; what is wrong with it, in one line, otherwise."""
-        if not Path(path).is_file():
-            raise BadSample(f"there is no image file {path}")
-        return preprocess(load_image(path), self.spec)
+    def ask(self, images, text, max_new_tokens=256, temperature=0.0, seed=0):
+        """One question -> the answer. images: a path, a PIL image, a list of these, or None for text alone."""
+        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        pixels = [self.pixels(image) for image in images]
+        prompt = self.prompt([(with_marker(text, len(pixels)), None)], len(pixels))
+        return self.answers([prompt], pixels, max_new_tokens, temperature, seed)[0]
 
-    def prompt(self, turns, images):
-        """turns [(user, assistant)], the last assistant None, with `images` pictures -> (n,) ids"""
+    def pixels(self, image):
+        """A path or a PIL image -> (3, S, S) uint8, as in training"""
+        if isinstance(image, Image.Image):
+            return preprocess(rgb(upright(image)), self.spec)
+        if not os.path.isfile(image):
+            raise BadSample(f"there is no image file {image}")
+        return preprocess(load_image(image), self.spec)
+
+    def prompt(self, turns, n_images):
+        """turns [(user, assistant)], the last assistant None -> (n,) ids, Q placeholders for each of n_images images"""
         Q = self.cfg.vision.patches
-        ids, _ = chat.encode(self.tok, self.template, turns, images, self.cfg.image_token_index, Q, self.system)
+        ids, _ = chat.encode(self.tok, self.template, turns, n_images, self.cfg.image_token_index, Q, self.system)
         return torch.tensor(ids)
 
-    def say(self, prompts, pictures, max_new_tokens=64, temperature=0.0, seed=0):
-        """Ragged prompts (n_b,) and all their pictures in order, each (3, S, S) -> answers"""
+    def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0):
+        """Prompts (n_b,) of different lengths, and the images of all of them in order, each (3, S, S) -> strings"""
         S = self.cfg.vision.image_size
-        images = torch.stack(pictures) if pictures else torch.zeros(0, 3, S, S, dtype=torch.uint8)
-        said = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop,
-                        max_new_tokens, temperature, self.banned, seed)
-        texts = [self.tok.decode(ids) for ids in said]
+        images = torch.stack(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
+        answers = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop_ids,
+                           max_new_tokens, temperature, self.banned, seed)
+        texts = [self.tok.decode(ids) for ids in answers]
         return [(t.split("\n")[0] if self.template == "plain" else t).strip() for t in texts]
 
 
 def with_marker(text, images=1):
-    """A question that does not say where its picture stands gets it in front."""
+    """A question without <image> gets one in front for each of its images."""
     return text if chat.IMAGE in text or not images else f"{chat.IMAGE}\n" * images + text

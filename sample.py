@@ -1,26 +1,28 @@
-"""Ask a model about a picture.
+"""Ask a model about an image.
 
     python sample.py --model=runs/sft --image=FILE --prompt="What is this?"      # one answer on stdout, nothing else
     python sample.py --model=runs/sft --image=FILE                               # a chat; an empty line ends it
+
+From Python: generate.Chat("runs/sft").ask("FILE", "What is this?")
 """
 
 import dataclasses
 import sys
 
 import config
-import generate
 from config import BadSample
+from generate import Chat, with_marker
 
 
 @dataclasses.dataclass
 class Settings:
     model: str = "runs/sft"        # a run, its model/ or adapter/, any LLaVA folder or adapter
-    image: str = ""                # picture file; several, separated by commas; none: text alone
-    prompt: str = ""               # without one: a chat
-    template: str = ""             # empty = what the model was trained with
-    system: str | None = None      # system text; none = what the model was trained with
+    image: str = ""                # image file; several, separated by commas; empty: text alone
+    prompt: str = ""               # empty: a chat
+    template: str = ""             # empty = as the model was trained
+    system: str | None = None      # system text; none = as the model was trained
     max_new_tokens: int = 256
-    temperature: float = 0.0       # 0 = the likeliest token, always
+    temperature: float = 0.0       # 0 = always the most probable token
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -29,19 +31,19 @@ class Settings:
 
 def main(s):
     config.within(s, {"max_new_tokens": (1, None), "temperature": (0, 100), "seed": (0, 2**32)})
-    speaker = generate.load(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
+    chat = Chat(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
     turns = []
     try:
-        pictures = [speaker.picture(file) for file in s.image.split(",") if file]
+        pixels = [chat.pixels(file) for file in s.image.split(",") if file]
         while True:
             text = s.prompt or input("you: " if sys.stdin.isatty() else "").strip()
             if not text:
                 return
-            turns.append((text if turns else generate.with_marker(text, len(pictures)), None))
-            prompt = speaker.prompt(turns, len(pictures))
-            said = speaker.say([prompt], pictures, s.max_new_tokens, s.temperature, s.seed)[0]
-            print(said, flush=True)
-            turns[-1] = (turns[-1][0], said)
+            turns.append((text if turns else with_marker(text, len(pixels)), None))
+            prompt = chat.prompt(turns, len(pixels))
+            answer = chat.answers([prompt], pixels, s.max_new_tokens, s.temperature, s.seed)[0]
+            print(answer, flush=True)
+            turns[-1] = (turns[-1][0], answer)
             if s.prompt:
                 return
     except BadSample as e:

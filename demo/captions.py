@@ -64,10 +64,10 @@ def main(s):
     rows = map(json.loads, Path("runs/toy/questions.jsonl").read_text("utf-8").splitlines())
     names = sorted({row["image"] for row in rows})
     scenes = [toy.make_scene(random.Random(seed(n)), test=True) for n in names]
-    speaker = generate.load(s.model, s.device)
-    pictures = [speaker.picture(f"runs/toy/images/{n}") for n in names]
+    speaker = generate.Chat(s.model, s.device)
+    pictures = [speaker.pixels(f"runs/toy/images/{n}") for n in names]
     prompt = speaker.prompt([("<image>\nDescribe the image.", None)], 1)
-    said = sum((speaker.say([prompt] * len(some), some, 80) for some in
+    said = sum((speaker.answers([prompt] * len(some), some, 80) for some in
                 (pictures[i : i + 60] for i in range(0, len(pictures), 60))), [])
     there = [toy.caption(scene, True) for scene in scenes]
     for one, other in list(zip(there, said))[:6]:

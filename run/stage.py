@@ -26,7 +26,7 @@ import lora
 from config import stop, within
 from formats import card, configs, hub, llava, peft, tensors, whole
 from formats.strict_json import read_json
-from generate import Speaker
+from generate import Chat
 from loss import token_loss
 from run import checkpoint, log, plan
 from run.folder import foreign, unwritable
@@ -52,7 +52,7 @@ def toy_world(s, world, split):
     place = Path("runs/toy")
     if world.rank == 0:
         try:
-            if toy.write(place, split):
+            if toy.write_world(place, split):
                 world.print(f"drew the toy world's pictures for {split} in {place}")
         except OSError as e:
             stop(f"the toy world cannot be drawn in {place}: {e.strerror or e}")
@@ -390,9 +390,9 @@ class Run:
         if not self.fixed:
             return
         model = engine.unwrap(self.model)
-        speaker = Speaker(model, self.folder, self.s.template, self.s.system, self.s.image_aspect)
+        speaker = Chat.of(model, self.folder, self.s.template, self.s.system, self.s.image_aspect)
         with self.world.autocast(), torch.compiler.set_stance("force_eager"):   # a cache has other lengths at each word
-            said = speaker.say([p for *_, p, _ in self.fixed], [x for *_, p in self.fixed for x in p])
+            said = speaker.answers([p for *_, p, _ in self.fixed], [x for *_, p in self.fixed for x in p])
         if self.world.rank == 0:
             for (i, q, a, _, _), answer in zip(self.fixed, said):
                 row = {"step": step + 1, "id": i, "prompt": q, "expected": a, "answer": answer}

@@ -14,7 +14,7 @@ import eval
 import generate
 import sample
 from config import Error
-from formats import llava
+from formats import llava, tokenizer
 
 KINDS = ["color", "count", "exists"]
 
@@ -23,7 +23,7 @@ KINDS = ["color", "count", "exists"]
 def model_folder(tmp_path_factory):
     """A whole published folder around a random model, in fp64 so that no batch size can tip a choice of words."""
     root = tmp_path_factory.mktemp("run")
-    tok = llava.chat.Tokenizer(make_tokenizer(root / "tok"))
+    tok = tokenizer.Tokenizer(make_tokenizer(root / "tok"))
     model = tiny_vlm()
     vision = {"model_type": "clip_vision_model", "hidden_size": 32}
     pre = {"crop_size": {"height": 8, "width": 8}, "size": {"shortest_edge": 8}, "image_mean": [0.5] * 3}
@@ -103,23 +103,23 @@ def test_two_processes_give_the_answers_of_one_in_the_order_of_the_questions(mod
 
 def test_a_row_of_the_vocabulary_without_a_word_is_never_said(model_folder):
     """The vocabulary is padded to 512; the tokenizer has 500 words, and the picture's is none to say."""
-    speaker = generate.load(model_folder, "cpu")
+    speaker = generate.Chat(model_folder, "cpu")
     n = len(speaker.tok)
     assert n < 512 and speaker.banned == {speaker.cfg.image_token_index, *range(n, 512)}
     with torch.no_grad():
         speaker.model.language_model.lm_head.weight[n:] *= 100     # what it would like to say best
-    ids = speaker.say([speaker.prompt([("What?", None)], 0)], [], 8, temperature=1.0)
+    ids = speaker.answers([speaker.prompt([("What?", None)], 0)], [], 8, temperature=1.0)
     assert ids != [""]
 
 
 def test_blind_hands_zeros_to_the_connector(model_folder, world, capsys, monkeypatch):
-    seen, load = [], generate.load
+    seen, load = [], generate.Chat
 
     def spied(*args):
         speaker = load(*args)
         speaker.model.multi_modal_projector.register_forward_pre_hook(lambda m, a: seen.append(float(a[0].abs().sum())))
         return speaker
-    monkeypatch.setattr(generate, "load", spied)
+    monkeypatch.setattr(generate, "Chat", spied)
     run(model_folder, world, capsys)
     assert max(seen) > 0
     seen.clear()
@@ -248,7 +248,7 @@ def test_answers_go_where_they_can_be_written_and_a_line_says_where(model_folder
 def test_an_answers_file_that_cannot_be_is_one_line_before_any_question(model_folder, world, monkeypatch, answers,
                                                                         complaint):
     monkeypatch.chdir(world)
-    monkeypatch.setattr(generate.Speaker, "say", lambda *a: pytest.fail("asked"))
+    monkeypatch.setattr(generate.Chat, "answers", lambda *a: pytest.fail("asked"))
     os.mkfifo("pipe")                                             # a device would be replaced by a file: /dev/null, say
     with pytest.raises(Error, match=complaint) as stopped:
         eval.main(eval.Settings(model=str(model_folder), data="q.jsonl", answers=answers, device="cpu"))
@@ -288,9 +288,9 @@ def test_sample_prints_the_answer_and_nothing_else(model_folder, world, capsys):
 
 
 def test_a_chat_remembers_what_was_said_and_ends_with_an_empty_line(model_folder, world, capsys, monkeypatch):
-    lines, asked, say = iter(["What is this?", "Yes?", ""]), [], generate.Speaker.say
+    lines, asked, say = iter(["What is this?", "Yes?", ""]), [], generate.Chat.answers
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    monkeypatch.setattr(generate.Speaker, "say", lambda self, p, *a: (asked.append(p[0].tolist()), say(self, p, *a))[1])
+    monkeypatch.setattr(generate.Chat, "answers", lambda self, p, *a: (asked.append(p[0].tolist()), say(self, p, *a))[1])
     sample.main(sample.Settings(model=str(model_folder), image=str(world / "0.png"), max_new_tokens=3, device="cpu"))
     assert len(asked) == 2 and asked[1][: len(asked[0])] == asked[0] and len(asked[1]) > len(asked[0]) + 3
     assert asked[0].count(3) == asked[1].count(3) == 4           # four holes for one picture, once

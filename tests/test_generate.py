@@ -1,11 +1,19 @@
 """Generation: with a cache as without, alone as in a batch, and nothing of it left behind."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
-from conftest import example, tiny_vlm
+from conftest import error, example, make_tokenizer, tiny_vlm
+from PIL import Image
 
+import sample
+from config import BadSample
 from data import pack
-from generate import Cache, generate
+from formats import llava
+from formats.tokenizer import Tokenizer
+from generate import Cache, Chat, generate
 from kernels.cross_entropy import IGNORE
 from model import logits_head
 
@@ -147,3 +155,100 @@ def test_generating_leaves_modes_and_random_state_as_they_were(temperature):
     with pytest.raises(IndexError):
         generate(model, [torch.tensor([99999])], NOTHING, set(), 4)
     assert {n: m.training for n, m in model.named_modules()} == modes
+
+
+# ---- Chat -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole LLaVA folder around a random model in fp64"""
+    root = tmp_path_factory.mktemp("chat")
+    model, tok = tiny_vlm(), Tokenizer(make_tokenizer(root / "tok"))
+    pre = {"crop_size": {"height": 8, "width": 8}, "size": {"shortest_edge": 8}, "image_mean": [0.5] * 3}
+    source = llava.Folder(tok, {"model_type": "clip_vision_model", "hidden_size": 32}, {"model_type": "llama"}, pre, {}, {})
+    llava.save_model(root / "model", model.state_dict(), model.cfg, source, "chatml", "Be brief.", "pad", torch.float64, "")
+    noise = np.random.default_rng(0).integers(0, 256, (3, 14, 9, 3), dtype=np.uint8)
+    for name, pixels in zip("abc", noise):
+        Image.fromarray(pixels).save(root / f"{name}.png")
+    (root / "broken.png").write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def chat(folder):
+    return Chat(folder / "model", "cpu", "fp64")
+
+
+def test_path_image_and_script_give_one_answer(folder, chat, capsys):
+    file, question = folder / "a.png", "What is this?"
+    answer = chat.ask(file, question, 8)
+    assert answer == chat.ask(str(file), question, 8) == chat.ask(Image.open(file), question, 8) == chat.ask([file], question, 8)
+    assert answer and answer != chat.ask(folder / "b.png", question, 8)
+    assert capsys.readouterr() == ("", "")
+    sample.main(sample.Settings(str(folder), str(file), question, max_new_tokens=8, device="cpu", dtype="fp64"))
+    assert capsys.readouterr().out == answer + "\n"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "I", "F", "CMYK", "LA"])
+def test_any_image_mode_becomes_rgb(folder, chat, mode):
+    """A PIL image in memory gives the pixels that its file gives."""
+    image = Image.open(folder / "a.png").convert("L" if mode in "IF" else mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    image = image.convert(mode)
+    file = folder / f"{mode}.{'tiff' if mode in ('F', 'CMYK', 'I') else 'png'}"
+    image.save(file)
+    pixels = chat.pixels(image)
+    assert pixels.shape == (3, 8, 8) and pixels.dtype == torch.uint8 and torch.equal(pixels, chat.pixels(file))
+
+
+def test_images_arrive_in_their_order(folder, chat):
+    a, b = folder / "a.png", Image.open(folder / "b.png")
+    asked = "One <image> and <image> two?"
+    ids = chat.prompt([(asked, None)], 2)
+    true = generate(chat.model, [ids], torch.stack([chat.pixels(a), chat.pixels(b)]), chat.stop_ids, 8, 0.0, chat.banned)
+    assert chat.ask([a, b], asked, 8) == chat.tok.decode(true[0]).strip() != chat.ask((b, a), asked, 8)
+    assert chat.ask([a, b], "Same?", 8) == chat.ask([a, b], "<image>\n<image>\nSame?", 8)
+
+
+def test_text_alone_needs_no_image(chat):
+    ids = chat.prompt([("Hi!", None)], 0)
+    assert chat.cfg.image_token_index not in ids.tolist()
+    true = generate(chat.model, [ids], NOTHING, chat.stop_ids, 8, banned=chat.banned)[0]
+    assert chat.ask(None, "Hi!", 8) == chat.ask([], "Hi!", 8) == chat.tok.decode(true).strip()
+
+
+def test_sampling_settings_reach_generate(chat):
+    hot = [chat.ask(None, "Hi!", 8, temperature=2.0, seed=s) for s in (0, 0, 1)]
+    assert hot[0] == hot[1] != hot[2] and hot[0] != chat.ask(None, "Hi!", 8)
+    assert len(chat.ask(None, "Hi!", 1)) < len(chat.ask(None, "Hi!", 8))
+
+
+def test_wrong_images_are_one_line_errors(folder, chat):
+    for images, text, reason in (("gone.png", "?", "there is no image file gone.png"), (folder, "?", "there is no image file"),
+                                 (folder / "broken.png", "?", "image cannot be read: 'broken.png'"),
+                                 (folder / "a.png", "<image> <image>?", "image")):
+        with pytest.raises(BadSample) as e:
+            chat.ask(images, text, 1)
+        assert reason in str(e.value) and "\n" not in str(e.value)
+
+
+def test_wrong_folders_are_one_line_errors(folder, tmp_path):
+    assert "model is empty" in error(Chat, "")
+    assert "no such" in error(Chat, tmp_path / "gone")
+    assert "device=tpu" in error(Chat, folder, "tpu") and "dtype=int8" in error(Chat, folder, "cpu", "int8")
+    assert "unknown template 'x'" in error(Chat, folder, "cpu", template="x")
+
+
+
+
+def test_a_folder_without_template_is_noted(folder, tmp_path, capsys):
+    (tmp_path / "m").mkdir()
+    for file in (folder / "model").iterdir():
+        if file.name != "pumice.json":
+            (tmp_path / "m" / file.name).symlink_to(file)
+    chat = Chat(tmp_path / "m", "cpu")
+    out, err = capsys.readouterr()
+    assert chat.template == "vicuna_v1" and not out and "does not say with which template it was trained" in err
+    chat = Chat(folder, "cpu", template="plain", system="")
+    assert (chat.template, chat.system, capsys.readouterr()) == ("plain", "", ("", ""))

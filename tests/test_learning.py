@@ -29,10 +29,10 @@ def learnt(world, folder):  # noqa: F811
     (folder / "data.json").write_text(json.dumps(rows))
     run("sft", {**world, "val_data": ""}, folder / "run", data=str(folder / "data.json"), images=str(folder / "images"),
         batch_size=3, steps=60, lr=1e-2, log_every=100, save_every=0)
-    speaker = generate.load(str(folder / "run"), "cpu")
+    speaker = generate.Chat(str(folder / "run"), "cpu")
     prompt = speaker.prompt([(rows[0]["conversations"][0]["value"], None)], 1)
-    pictures = torch.stack([speaker.picture(folder / "images" / f"{c}.png") for c in COLORS])
-    said = generate(speaker.model, [prompt] * 3, pictures, speaker.stop, 40, banned=speaker.banned)
+    pictures = torch.stack([speaker.pixels(folder / "images" / f"{c}.png") for c in COLORS])
+    said = generate(speaker.model, [prompt] * 3, pictures, speaker.stop_ids, 40, banned=speaker.banned)
     return [(speaker.tok.decode(ids).strip(), len(ids)) for ids in said]
 
 

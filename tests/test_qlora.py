@@ -217,7 +217,7 @@ def test_a_run_stores_no_base_resumes_to_the_bit_and_publishes_a_plain_model(wor
     assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     with safe_open(whole / "checkpoints/step_0000006/trained.safetensors", "pt") as f:
         assert all(".lora_" in k or "projector" in k for k in f.keys()) and len(list(f.keys())) == 2 * LINEARS + 4
-    halves_agree(*(generate.load(whole / part, "cpu", "fp32") for part in ("adapter", "model")))   # over four bits too
+    halves_agree(*(generate.Chat(whole / part, "cpu", "fp32") for part in ("adapter", "model")))   # over four bits too
     merged, plain = (load_file(out / "model" / "model.safetensors") for out in (whole, aligned))
     assert {k: (v.shape, v.dtype) for k, v in merged.items()} == {k: (v.shape, v.dtype) for k, v in plain.items()}
 
@@ -239,7 +239,7 @@ def test_it_is_published_in_bf16_and_asked_again(world, aligned, tmp_path, capsy
     whole.load_state_dict(state)
     true = all_logits(whole, BATCH)
     for dtype, gate in (("fp32", 0.03), ("bf16", 0.05)):
-        said = all_logits(generate.load(out / "model", "cpu", dtype).model, BATCH).double()
+        said = all_logits(generate.Chat(out / "model", "cpu", dtype).model, BATCH).double()
         assert 0 < (said - true).norm() <= gate * true.norm()
     (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 0, "text": "What is this?", "answer": "a cat"}))
     said = []

@@ -76,7 +76,7 @@ def write(case, root, tok, **changes):
     """-> root/case, with the answers beside the model"""
     from data import pack
     from formats import card, configs, llava, tensors
-    from generate import Speaker, generate
+    from generate import Chat, generate
     from images import preprocess
     from model import logits_head
     model, folder, template, aspect, dtype = make(case, tok)
@@ -85,13 +85,13 @@ def write(case, root, tok, **changes):
     with mock.patch.object(tensors, "SHARD", 20_000 if connector == "linear" else tensors.SHARD):
         llava.save_model(out, model.state_dict(), model.cfg, folder, template, SYSTEM, aspect, dtype, card.USE)
     Image.effect_noise((23, 14), 90).convert("RGB").save(out / "picture.png")
-    speaker = Speaker(model, folder, template, SYSTEM, aspect)
+    speaker = Chat.of(model, folder, template, SYSTEM, aspect)
     seen = preprocess(Image.open(out / "picture.png"), configs.image_spec(folder.pre, aspect))[None]
     mean, std = (torch.tensor(folder.pre[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
     ids = speaker.prompt([(f"<image>\n{QUESTION}", None)], 1)
     batch = pack([(ids.tolist(), [-100] * len(ids), seen)], 8)
     logits = model(*batch._replace(labels=torch.zeros_like(batch.ids)), head=logits_head)
-    said = torch.tensor(generate(model, [ids], seen, speaker.stop, 8, banned=speaker.banned)[0])
+    said = torch.tensor(generate(model, [ids], seen, speaker.stop_ids, 8, banned=speaker.banned)[0])
     words = speaker.prompt([("Hi", "Yo"), ("And?", None)], 0)
     save_file({"ids": ids, "pixels": (seen / 255 - mean) / std, "logits": logits, "said": said, "words": words},
               out / "expected.safetensors")

@@ -63,7 +63,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tuned, tmp_path):
 
 def test_what_the_card_tells_people_to_type_works(tuned, monkeypatch, capsys):
     pytest.importorskip("transformers")
-    from generate import load
+    from generate import Chat
     folder = tuned / "model"
     monkeypatch.chdir(folder)
     Image.effect_noise((23, 14), 90).convert("RGB").save("picture.png")
@@ -72,9 +72,9 @@ def test_what_the_card_tells_people_to_type_works(tuned, monkeypatch, capsys):
     assert len(capsys.readouterr().out) > 40
     exec(code.replace('"auto"', '"float32"'), {})
     said = capsys.readouterr().out.strip()
-    speaker = load(folder, "cpu", "fp32")
+    speaker = Chat(folder, "cpu", "fp32")
     prompt = speaker.prompt([("<image>\nWhat is this?", None)], 1)
-    assert said == speaker.say([prompt], [speaker.picture("picture.png")])[0]
+    assert said == speaker.answers([prompt], [speaker.pixels("picture.png")])[0]
     (folder / "picture.png").unlink()
 
 

@@ -21,7 +21,7 @@ from test_model import all_logits
 from data import pack
 from formats import gguf as gguf_export, llava
 from formats.tokenizer import Tokenizer
-from generate import Speaker, generate
+from generate import Chat, generate
 
 llama = pytest.importorskip("xllamacpp")
 IDS = [1, *torch.randint(12, 480, (20,), generator=torch.Generator().manual_seed(0)).tolist()]
@@ -159,7 +159,7 @@ def test_a_chat_with_a_picture_becomes_our_prompt_and_our_words(template, kind, 
     model, source = llava.load_model(init=tmp_path / "m")
     cfg = model.cfg
     llava.save_model(tmp_path / "run", model.state_dict(), cfg, source, template, "Be brief.", "pad", torch.float32)
-    speaker = Speaker(*llava.load_model(init=tmp_path / "run"), template, "Be brief.", "pad")
+    speaker = Chat.of(*llava.load_model(init=tmp_path / "run"), template, "Be brief.", "pad")
     server = Server(*gguf_export.export(tmp_path / "run", "", "f32")[:2])
     x, png = picture(1)
     see = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}]

@@ -480,16 +480,16 @@ def test_the_exported_folder_writes_our_prompts_by_itself(towers, tmp_path, temp
     T = pytest.importorskip("transformers")
     from PIL import Image
 
-    from generate import Speaker
+    from generate import Chat
     model, folder = llava.load_model(*towers)
     llava.save_model(tmp_path / "out", model.state_dict(), model.cfg, folder, template, "Be brief.", "pad", torch.float32)
     content = [{"type": "image", "image": Image.new("RGB", (9, 12))}, {"type": "text", "text": "What is this?"}]
     how = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
     there = T.AutoProcessor.from_pretrained(tmp_path / "out").apply_chat_template(
         [{"role": "user", "content": content}], return_tensors="pt", **how)
-    speaker = Speaker(*llava.load_model(init=tmp_path / "out"), template, "Be brief.", "pad")
+    speaker = Chat.of(*llava.load_model(init=tmp_path / "out"), template, "Be brief.", "pad")
     says = T.GenerationConfig.from_pretrained(tmp_path / "out")               # where an answer ends, what none holds
-    assert {says.eos_token_id} == (speaker.stop if template != "plain" else {2})
+    assert {says.eos_token_id} == (speaker.stop_ids if template != "plain" else {2})
     assert set(says.suppress_tokens) == speaker.banned
     assert there["input_ids"][0].tolist() == speaker.prompt([("<image>\nWhat is this?", None)], 1).tolist()
     assert there["pixel_values"].shape == (1, 3, 8, 8)

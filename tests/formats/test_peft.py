@@ -59,9 +59,9 @@ def picture():
 
 
 def same(a, b, gate=0.0):
-    """Two Speakers: equal logits, prompts and greedy words"""
+    """Two Chats: equal logits, prompts and greedy words"""
     assert (say(a.model, BATCH) - say(b.model, BATCH)).abs().max() <= gate
-    words = [s.say([s.prompt(TURNS, 1)], [picture()], 12)[0] for s in (a, b)]
+    words = [s.answers([s.prompt(TURNS, 1)], [picture()], 12)[0] for s in (a, b)]
     assert words[0] == words[1] != "" and a.prompt(TURNS, 1).tolist() == b.prompt(TURNS, 1).tolist()
     return words[0]
 
@@ -71,14 +71,14 @@ def test_ours_answers_as_the_merged_model_and_is_asked_as_it_was_trained(base, t
     model = make(tmp_path / "adapter", base, **about)
     plain = tiny_vlm()
     plain.load_state_dict(lora.merge_state(model.state_dict(), lora.scales(model)))
-    merged = generate.load(publish(tmp_path / "merged", plain, "chatml", "Be brief."), "cpu", "fp64")
-    ours = generate.load(str(tmp_path / "adapter"), "cpu", "fp64")
+    merged = generate.Chat(publish(tmp_path / "merged", plain, "chatml", "Be brief."), "cpu", "fp64")
+    ours = generate.Chat(str(tmp_path / "adapter"), "cpu", "fp64")
     same(ours, merged)
     assert (ours.template, ours.system, ours.spec.aspect) == ("chatml", "Be brief.", "crop")
-    assert (say(ours.model, BATCH) - say(generate.load(base, "cpu", "fp64").model, BATCH)).abs().max() > 1
-    ours = generate.load(tmp_path / "adapter", "cpu", "fp64", "mistral", "")    # who asks has the last word
+    assert (say(ours.model, BATCH) - say(generate.Chat(base, "cpu", "fp64").model, BATCH)).abs().max() > 1
+    ours = generate.Chat(tmp_path / "adapter", "cpu", "fp64", "mistral", "")    # who asks has the last word
     assert (ours.template, ours.system) == ("mistral", "")
-    low = generate.load(tmp_path / "adapter", "cpu", "bf16").model              # rounded once, after merging
+    low = generate.Chat(tmp_path / "adapter", "cpu", "bf16").model              # rounded once, after merging
     for (k, p), q in zip(low.state_dict().items(), plain.state_dict().values(), strict=True):
         assert p.dtype == torch.bfloat16
         assert "layers" in k and "language" in k or torch.equal(p, q.bfloat16())
@@ -97,7 +97,7 @@ def test_pefts_answers_as_peft_and_as_what_peft_merges(base, tmp_path, how):
         if "modules_to_save" in n or "lora_magnitude" in n:
             p.data *= 1 + 0.2 * torch.rand_like(p)
     there.save_pretrained(tmp_path / "adapter")
-    ours = generate.load(tmp_path / "adapter", "cpu", "fp64")
+    ours = generate.Chat(tmp_path / "adapter", "cpu", "fp64")
     true = their_logits(there, EXAMPLES, ours.cfg.vision)
     gate = 1e-10 * max(1, true.abs().max())
     assert (say(ours.model, pack(EXAMPLES, 8)) - true).abs().max() <= gate
@@ -106,23 +106,23 @@ def test_pefts_answers_as_peft_and_as_what_peft_merges(base, tmp_path, how):
     for file in base.iterdir():
         if not (tmp_path / "merged" / file.name).exists():
             shutil.copy(file, tmp_path / "merged")
-    same(generate.load(tmp_path / "adapter", "cpu", "fp64", "vicuna_v1"),
-         generate.load(tmp_path / "merged", "cpu", "fp64", "vicuna_v1"), gate)
+    same(generate.Chat(tmp_path / "adapter", "cpu", "fp64", "vicuna_v1"),
+         generate.Chat(tmp_path / "merged", "cpu", "fp64", "vicuna_v1"), gate)
     if how:                                                                   # as plain LoRA it would say other things
         file = tmp_path / "adapter" / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": "use_rslora" not in how}))
-        wrong = generate.load(tmp_path / "adapter", "cpu", "fp64").model
+        wrong = generate.Chat(tmp_path / "adapter", "cpu", "fp64").model
         assert (say(wrong, pack(EXAMPLES, 8)) - true).abs().max() > 1e6 * gate
 
 
 def test_a_template_that_nobody_tells_is_guessed_aloud(base, tmp_path, capsys):
     """transformers would take the folder's own chat template, which need not be LLaVA-1.5's."""
     folder = shutil.copytree(base, tmp_path / "theirs")
-    generate.load(folder, "cpu", "fp64")
+    generate.Chat(folder, "cpu", "fp64")
     assert capsys.readouterr() == ("", "")                                    # ours says how it was trained
     (folder / "pumice.json").unlink()
-    assert generate.load(folder, "cpu", "fp64", "chatml").template == "chatml" and capsys.readouterr() == ("", "")
-    assert generate.load(folder, "cpu", "fp64").template == "vicuna_v1"
+    assert generate.Chat(folder, "cpu", "fp64", "chatml").template == "chatml" and capsys.readouterr() == ("", "")
+    assert generate.Chat(folder, "cpu", "fp64").template == "vicuna_v1"
     out, said = capsys.readouterr()
     assert out == "" and said.startswith(f"note: {folder} does not say by which template it was trained: asked by "
                                          "vicuna_v1; --template= of plain, vicuna_v1, ") and said.count("\n") == 1
@@ -137,22 +137,22 @@ def test_a_base_that_is_another_or_gone_is_one_line(base, tmp_path, monkeypatch)
     file = tmp_path / "adapter" / "adapter_config.json"
     publish(tmp_path / "other", tiny_vlm(seed=1))
     rewrite(file, base_model_name_or_path=str(tmp_path / "other"))
-    assert "was trained on another base" in error(generate.load, tmp_path / "adapter", "cpu", "fp64")
+    assert "was trained on another base" in error(generate.Chat, tmp_path / "adapter", "cpu", "fp64")
     rewrite(file, base_model_name_or_path="runs/gone")
-    line = error(generate.load, tmp_path / "adapter", "cpu")
+    line = error(generate.Chat, tmp_path / "adapter", "cpu")
     assert "was trained on runs/gone: base_model_name_or_path in its adapter_config.json says where that lies" in line
     assert line.endswith("runs/gone holds no model: there is no such folder")
     for nothing in (None, ""):
         rewrite(file, base_model_name_or_path=nothing)
-        assert f"was trained on {nothing}: base_model_name_or_path" in error(generate.load, tmp_path / "adapter", "cpu")
+        assert f"was trained on {nothing}: base_model_name_or_path" in error(generate.Chat, tmp_path / "adapter", "cpu")
     rewrite(file, base_model_name_or_path=str(tmp_path / "adapter"))          # an adapter over an adapter
-    assert "holds an adapter, where a whole model is wanted" in error(generate.load, tmp_path / "adapter", "cpu")
+    assert "holds an adapter, where a whole model is wanted" in error(generate.Chat, tmp_path / "adapter", "cpu")
     rewrite(file, base_model_name_or_path="here")                             # relative to where the command runs
     monkeypatch.chdir(tmp_path)
     Path("here").symlink_to(base.parent)                                      # and a run is its model/
-    generate.load("adapter", "cpu", "fp64")
+    generate.Chat("adapter", "cpu", "fp64")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    assert "adapter_model.safetensors is missing" in error(generate.load, "adapter", "cpu")
+    assert "adapter_model.safetensors is missing" in error(generate.Chat, "adapter", "cpu")
 
 
 def test_sample_and_eval_take_it_and_what_wants_a_whole_model_says_so(base, tmp_path, capsys):
@@ -172,8 +172,8 @@ def test_sample_and_eval_take_it_and_what_wants_a_whole_model_says_so(base, tmp_
     assert want in error(train_sft.main, train_sft.Settings(init=str(run / "adapter"), out=str(tmp_path / "o"),
                                                             device="cpu", data=str(tmp_path / "q.jsonl")))
     shutil.copytree(base, run / "model")                                      # runs/x stays its model/
-    assert torch.equal(say(generate.load(run, "cpu", "fp64").model, BATCH),
-                       say(generate.load(base, "cpu", "fp64").model, BATCH))
+    assert torch.equal(say(generate.Chat(run, "cpu", "fp64").model, BATCH),
+                       say(generate.Chat(base, "cpu", "fp64").model, BATCH))
 
 
 # ---- what it was trained on -----------------------------------------------------------------------------------------
@@ -205,12 +205,12 @@ def test_one_that_peft_has_no_base_for_says_so_and_is_read_here(base, world, ali
     assert "PEFT would put it on a LLaVA folder of transformers" in card and "```" not in card
     assert c["base_model_name_or_path"] == (str(at) if at else None)
     assert [says.get(k) for k in ("vision", "llm")] == ([None] * 2 if at else [world["vision"], world["llm"]])
-    ours, whole = (generate.load(tmp_path / "run" / part, "cpu", "fp32") for part in ("adapter", "model"))
+    ours, whole = (generate.Chat(tmp_path / "run" / part, "cpu", "fp32") for part in ("adapter", "model"))
     halves_agree(ours, whole)
     assert (ours.template, ours.system, ours.spec) == (whole.template, whole.system, whole.spec)
     if not at:
         rewrite(out / "pumice.json", llm="runs/gone")
-        assert error(generate.load, out, "cpu").endswith(
+        assert error(generate.Chat, out, "cpu").endswith(
             f"was trained on {world['vision']} and runs/gone: its pumice.json says where that lies, and runs/gone "
             "holds no model: there is no such folder")
 
@@ -228,7 +228,7 @@ def test_the_card_of_an_adapter_says_how_peft_reads_it(bits, world, aligned, tmp
     monkeypatch.chdir(out)
     names = {}
     exec(card.split("```python\n")[1].split("```")[0].replace('"auto"', '"float64"'), names)
-    there, ours = names["model"].eval(), generate.load(tmp_path / "run/model", "cpu", "fp64")
+    there, ours = names["model"].eval(), generate.Chat(tmp_path / "run/model", "cpu", "fp64")
     true, mine = their_logits(exact_norms(there), EXAMPLES, ours.cfg.vision), say(ours.model, pack(EXAMPLES, 8))
     assert (mine - true).abs().max() <= (2e-3 if bits == 16 else 1) * true.abs().max()        # model/ is in fp16
 
@@ -244,14 +244,14 @@ def test_names_of_the_hub_are_looked_up_for_adapters_too(base, tmp_path, monkeyp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    same(generate.load("me/adapter", "cpu", "fp64"), generate.load(tmp_path / "adapter", "cpu", "fp64"))
+    same(generate.Chat("me/adapter", "cpu", "fp64"), generate.Chat(tmp_path / "adapter", "cpu", "fp64"))
     Path("q.jsonl").write_text(json.dumps({"question_id": 0, "text": "What is this?", "answer": "a cat"}))
     for _ in range(2):
         eval.main(eval.Settings(model="me/adapter", data="q.jsonl", device="cpu", dtype="fp64", max_new_tokens=2))
     assert {p.name for p in Path().iterdir()} == {"q.jsonl", "answers"}
     assert Path("answers/adapter/answers_seeing.jsonl").is_file()
     (home / "models--me--adapter/snapshots/abc/adapter_model.safetensors").unlink()           # only its config came
-    assert "no such model in" in error(generate.load, "me/adapter", "cpu")
+    assert "no such model in" in error(generate.Chat, "me/adapter", "cpu")
 
 
 def test_a_base_by_its_name_on_the_hub_stays_one(world, aligned, tmp_path, monkeypatch):  # noqa: F811
@@ -263,4 +263,4 @@ def test_a_base_by_its_name_on_the_hub_stays_one(world, aligned, tmp_path, monke
     out = tmp_path / "run" / "adapter"
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/base"
     assert "library_name: peft\nbase_model: me/base\n" in (out / "README.md").read_text()
-    halves_agree(*(generate.load(tmp_path / "run" / part, "cpu", "fp32") for part in ("adapter", "model")))
+    halves_agree(*(generate.Chat(tmp_path / "run" / part, "cpu", "fp32") for part in ("adapter", "model")))

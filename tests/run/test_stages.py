@@ -242,7 +242,7 @@ def test_lora_leaves_an_adapter_and_a_merged_model_that_says_the_same(world, ali
     assert merged.keys() == plain.keys()
     changed = {k for k in plain if not torch.equal(plain[k], merged[k])}
     assert any("q_proj" in k for k in changed) and not any("norm" in k or "embed" in k or "head" in k for k in changed)
-    whole, ours = (generate.load(out / part, "cpu", "fp32") for part in ("model", "adapter"))
+    whole, ours = (generate.Chat(out / part, "cpu", "fp32") for part in ("model", "adapter"))
     halves_agree(ours, whole)
     assert (ours.template, ours.system, ours.spec) == ("vicuna_v1", "", whole.spec) and ours.spec.aspect == "crop"
 
@@ -527,7 +527,7 @@ def test_a_run_must_have_a_folder_and_adapters_a_scale(world):
 def test_kernels_without_a_gpu_are_refused_in_one_line(world, tmp_path, monkeypatch):
     """In the training scripts, and where a model is only asked; and on a GPU without Triton."""
     line = "kernels=triton needs a GPU; on a CPU TRITON_INTERPRET=1 interprets them, a thousand times slower"
-    monkeypatch.setattr("kernels.here", True)
+    monkeypatch.setattr("kernels.has_triton", True)
     assert all(refusal(kind, world, tmp_path, kernels="triton") == line for kind in SCRIPTS)
     for script in (sample, eval):
         settings = script.Settings(model=str(tmp_path), device="cpu", kernels="triton")
@@ -537,7 +537,7 @@ def test_kernels_without_a_gpu_are_refused_in_one_line(world, tmp_path, monkeypa
         with pytest.raises(Error) as e:
             script.main(settings)
         assert str(e.value) == line
-    monkeypatch.setattr("kernels.here", False)
+    monkeypatch.setattr("kernels.has_triton", False)
     assert refusal("align", world, tmp_path, kernels="triton") == "kernels=triton, but Triton is not installed"
     assert not (tmp_path / "checkpoints").exists() and kernels.choice == "auto"
 
