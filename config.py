@@ -7,7 +7,6 @@ the annotation allows it."""
 import contextlib
 import dataclasses
 import difflib
-import inspect
 import math
 import runpy
 import sys
@@ -16,19 +15,18 @@ import types
 import typing
 from pathlib import Path
 
-LLAVA = {  # what people who come from LLaVA type
-    "model_name_or_path": "llm", "data_path": "data", "image_folder": "images", "vision_tower": "vision",
-    "output_dir": "out", "pretrain_mm_mlp_adapter": "init", "mm_projector_type": "connector",
-    "image_aspect_ratio": "image_aspect",
-    "version": "template", "model_max_length": "max_len", "num_train_epochs": "epochs", "learning_rate": "lr",
-    "per_device_train_batch_size": "batch_size (samples per step over all ranks)",
-    "gradient_accumulation_steps": "max_tokens (how much one micro-batch may hold)", "warmup_ratio": "warmup",
-    "lora_enable": "lora_r", "gradient_checkpointing": "recompute", "bf16": "dtype",
-    "dataloader_num_workers": "workers"}
-
 
 class Error(Exception):
-    """A mistake of the user's, told in one line. Scripts end with that line, without a traceback (one_line_errors)."""
+    """A mistake of the user, in one line. Scripts end with that line and without a traceback (one_line_errors)."""
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used. Samples are counted by `reason`, so the same mistake has the same reason; str()
+    adds the detail after a colon."""
+
+    def __init__(self, reason, detail=""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
 
 
 def stop(message):
@@ -37,37 +35,135 @@ def stop(message):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a script's main: an Error ends the process with its one line on stderr and exit code 1."""
+    """Around the main function of a script: an Error ends the process with its line on stderr and exit code 1."""
     try:
         yield
     except Error as e:
         raise SystemExit(f"error: {e}") from None
 
 
-class BadSample(ValueError):
-    """A sample that cannot be used. Whoever reads data counts these by `reason`, worded alike for like samples; str()
-    adds the detail after a colon."""
+# ---- the settings that all training stages share --------------------------------------------------------------------
 
-    def __init__(self, reason, detail=""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+def setting(default, about, least=None, most=None, choices=(), resume="same", group=""):
+    """A field of a settings class.
+
+    about     what it is, with its unit      least, most, choices    which values are valid
+    resume    what happens when a run goes on with another value. same: it is refused. say: one line says so.
+              free: nothing, because the weights do not depend on it.
+    group     the heading of --help that begins here"""
+    return dataclasses.field(default=default, metadata=dict(
+        about=about, least=least, most=most, choices=choices, resume=resume, group=group))
+
+
+@dataclasses.dataclass
+class Common:
+    data: str = setting("toy", "LLaVA json or jsonl; a.json:0.7,b.json:0.3 mixes by weight; toy = the toy world",
+                        resume="say", group="data")
+    images: str = setting(".", "folder that image names are relative to", resume="say")
+    val_data: str = setting("", "validation data in the same form; empty: no validation, no samples", resume="free")
+    template: str = setting("", "plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral; empty: as init was trained,"
+                                " or vicuna_v1 after stage 1")
+    system: str | None = setting(None, "system text; none: as init was trained, else the template's own")
+    image_aspect: str = setting("", "pad (LLaVA-1.5), crop (CLIP), squash (SigLIP); empty: as init, else pad")
+    max_dropped: float = setting(0.01, "share of the samples that may be unusable", 0, 1, resume="free")
+
+    init: str = setting("", "a run or a LLaVA folder to start from; empty: vision and llm, and a new connector",
+                        resume="say", group="model")
+    vision: str = setting("", "where init is empty, CLIP, SigLIP or DINOv2: folder or org/name", resume="say")
+    llm: str = setting("", "where init is empty, Llama, Mistral or Qwen: folder or org/name", resume="say")
+    connector: str = setting("mlp", "of a new model", choices=("mlp", "linear"))
+
+    batch_size: int = setting(16, "samples per optimizer step, over all processes", 1, group="optimisation")
+    max_tokens: int = setting(4096, "tokens of one packed sequence: less needs less memory, the gradient is the same",
+                              1, resume="free")
+    max_len: int = setting(512, "tokens of one sample; the rest is cut, never inside an image, and counted", 1)
+    epochs: float = setting(2.0, "passes over the data, where steps is 0", 0, 1e9, resume="say")
+    steps: int = setting(0, "optimizer steps", 0, resume="say")
+    lr: float = setting(3e-3, "peak learning rate", 0, resume="say")
+    warmup: float = setting(0.03, "share of the steps with a rising learning rate", 0, 0.99, resume="say")
+    weight_decay: float = setting(0.0, "of matrices, not of norms, biases and embeddings", 0, resume="say")
+    grad_clip: float = setting(1.0, "largest gradient norm; 0 = no limit", 0, resume="say")
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1", resume="free", group="machine")
+    dtype: str = setting("auto", "of the computation; auto: bf16 where the GPU has it, else fp32; fp64 is for tests",
+                         choices=("auto", "bf16", "fp32", "fp64"), resume="say")
+    parallel: str = setting("auto", "replicas or shards on several GPUs", choices=("auto", "ddp", "fsdp"),
+                            resume="free")
+    recompute: str = setting("none", "block: the backward pass computes the activations of each block again",
+                             choices=("none", "block"), resume="free")
+    compile: bool = setting(False, "torch.compile, block by block", resume="free")
+    kernels: str = setting("auto", "auto: Triton on a GPU", choices=("auto", "torch", "triton"), resume="free")
+    workers: int = setting(0, "loader processes", 0, resume="free")
+    seed: int = setting(0, "of new weights, order of the data, dropout", 0, 2**32)
+
+    out: str = setting("", "folder of the run", resume="free", group="the run")
+    resume: str = setting("auto", "auto: go on where this folder stopped; none; or the path of a checkpoint",
+                          resume="free")
+    save_every: int = setting(200, "steps between checkpoints", 0, resume="free")
+    save_dtype: str = setting("auto", "of the published weights; auto: as dtype, but fp16 for fp32",
+                              choices=("auto", "bf16", "fp16", "fp32"), resume="free")
+    keep_last: int = setting(2, "checkpoints", 1, resume="free")
+    keep_best: bool = setting(False, "keep the checkpoint with the lowest validation loss, too", resume="free")
+    log_every: int = setting(10, "steps", 0, resume="free")
+    eval_every: int = setting(100, "steps between validation losses", 0, resume="free")
+    sample_every: int = setting(100, "steps between answers to fixed questions, in samples.jsonl", 0, resume="free")
+    dry_run: bool = setting(False, "print the plan and one sample, and stop", resume="free")
+    overfit: bool = setting(False, "train on the first batch only, and say whether the model predicts all of it",
+                            resume="free")
+
+
+def facts(Settings):
+    """-> {name: metadata of setting()}; a subclass that changes a default alone keeps the rest."""
+    found = {}
+    for cls in reversed(Settings.__mro__):
+        for f in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+            if f.metadata or f.name not in found:
+                found[f.name] = f.metadata
+    return found
+
+
+def check_ranges(s):
+    """Stop at a setting outside its range."""
+    for key, fact in facts(type(s)).items():
+        value, low, high, choices = getattr(s, key), fact.get("least"), fact.get("most"), fact.get("choices")
+        if choices and value not in choices:
+            stop(f"{key}={value}: one of {', '.join(choices)}")
+        if low is not None and not low <= value <= (sys.float_info.max if high is None else high):
+            stop(f"{key}={value}: expected {'at least' if high is None else 'between'} {low}"
+                 + ("" if high is None else f" and {high}") + f" ({fact['about']})")
 
 
 def within(s, ranges):
-    """Stop at a setting outside its range. ranges: name -> (least, most), and what it counts if that is often
-    mistaken; most None = anything finite."""
-    for key, (low, high, *what) in ranges.items():
+    """Stop at a setting outside its range. ranges: name -> (least, most); most None = anything finite."""
+    for key, (low, high, *_) in ranges.items():
         value = getattr(s, key, low)
         if not low <= value <= (sys.float_info.max if high is None else high):
             stop(f"{key}={value}: expected {'at least' if high is None else 'between'} {low}"
-                 + ("" if high is None else f" and {high}") + "".join(f", {w}" for w in what))
+                 + ("" if high is None else f" and {high}"))
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+ALIASES = {  # what people type who come from LLaVA's scripts, transformers' Trainer or PEFT
+    "model_name_or_path": "llm", "data_path": "data", "image_folder": "images", "vision_tower": "vision",
+    "output_dir": "out", "pretrain_mm_mlp_adapter": "init", "mm_projector_type": "connector",
+    "image_aspect_ratio": "image_aspect", "version": "template", "model_max_length": "max_len", "max_length": "max_len",
+    "max_steps": "steps", "num_steps": "steps", "num_epochs": "epochs", "num_train_epochs": "epochs",
+    "learning_rate": "lr", "mm_projector_lr": "connector_lr", "mm_vision_tower_lr": "vision_lr", "max_grad_norm":
+    "grad_clip", "warmup_ratio": "warmup", "warmup_steps": "warmup (a share of the steps)",
+    "per_device_train_batch_size": "batch_size (samples per step over all ranks)",
+    "gradient_accumulation_steps": "max_tokens (how much one micro-batch may hold)",
+    "lora_enable": "lora_r", "lora_rank": "lora_r", "load_in_4bit": "bits", "gradient_checkpointing": "recompute",
+    "bf16": "dtype", "fp16": "dtype", "dataloader_num_workers": "workers", "num_workers": "workers",
+    "logging_steps": "log_every", "eval_steps": "eval_every", "save_steps": "save_every",
+    "save_total_limit": "keep_last", "resume_from_checkpoint": "resume"}
 
 
 def kinds(annotation):
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
-def wrong(annotation, key, value):
+def wrong_type(annotation, key, value):
     names = {types.NoneType: "none", bool: "true or false"}
     stop(f"{key}={value}: expected {' or '.join(names.get(k, k.__name__) for k in kinds(annotation))}")
 
@@ -84,7 +180,7 @@ def read_value(text, annotation, key):
                 return kind(text)
         except ValueError:
             pass
-    wrong(annotation, f"--{key}", text)
+    wrong_type(annotation, f"--{key}", text)
 
 
 def checked(value, annotation, where):
@@ -92,20 +188,31 @@ def checked(value, annotation, where):
     if type(value) is int and int not in kinds(annotation) and float in kinds(annotation):
         return float(value)
     if type(value) not in kinds(annotation) or value != value:
-        wrong(annotation, where, repr(value))
+        wrong_type(annotation, where, repr(value))
     return value
 
 
-def run(recipe):
+def run_recipe(file):
     """The module-level names of a recipe file that are settings."""
-    if not Path(recipe).is_file():
-        stop(f"no recipe {recipe}")
+    if not Path(file).is_file():
+        stop(f"no recipe {file}")
     try:
-        found = runpy.run_path(recipe)
+        found = runpy.run_path(file)
     except Exception as e:
         line = e.lineno if isinstance(e, SyntaxError) else traceback.extract_tb(e.__traceback__)[-1].lineno
-        stop(f"{recipe}, line {line}: {type(e).__name__}: {e}")
+        stop(f"{file}, line {line}: {type(e).__name__}: {e}")
     return {k: v for k, v in found.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+
+
+def show_help(Settings, doc):
+    print(f"{doc.strip()}\n\nsettings, as --key=value:")
+    for f in dataclasses.fields(Settings):
+        fact = facts(Settings)[f.name]
+        if fact.get("group"):
+            print(f"\n  {fact['group']}")
+        choices = f" ({', '.join(fact['choices'])})" if fact.get("choices") else ""
+        value = "none" if f.default is None else str(f.default).lower() if f.type is bool else f.default
+        print(f"    --{f'{f.name}={value}':28}  {fact.get('about', '')}{choices}")
 
 
 def parse(Settings, argv, doc=""):
@@ -119,15 +226,15 @@ def parse(Settings, argv, doc=""):
     def known(key, where):
         if key in fields:
             return
-        near = difflib.get_close_matches(key, fields, 1)
-        hint = (f"LLaVA's {key} is {LLAVA[key]} here" if key in LLAVA else f"did you mean {near[0]}?" if near
-                else "--help lists them all")
+        near = difflib.get_close_matches(key, fields, 1, cutoff=0.75)
+        hint = (f"{key} is {ALIASES[key]} here" if ALIASES.get(key, "").split(" ")[0] in fields
+                else f"did you mean {near[0]}?" if near else "--help lists them all")
         stop(f"{where}: unknown setting {key!r}; {hint}")
 
     values = {}
     for arg in argv:
         if arg in ("-h", "--help"):
-            print(f"{doc.strip()}\n\nsettings, as --key=value:\n{inspect.getsource(Settings).split(chr(10), 2)[2]}")
+            show_help(Settings, doc)
             raise SystemExit(0)
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
@@ -136,11 +243,9 @@ def parse(Settings, argv, doc=""):
                 stop(f"{arg}: write --{key}=value")
             values[key] = read_value(text, fields[key], key) if equals else True   # --blind is --blind=true
         elif arg.endswith(".py"):
-            for key, value in run(arg).items():
+            for key, value in run_recipe(arg).items():
                 known(key, arg)
                 values[key] = checked(value, fields[key], f"{arg}: {key}")
         else:
             stop(f"{arg}: expected a recipe file (*.py) or --key=value")
     return Settings(**values)
-
-

@@ -1,6 +1,13 @@
-"""What is minimised. Losses are sums; engine.train_step divides once, by a count taken before the first backward."""
+"""What is minimised. A loss is a sum over supervised tokens; the loop divides it once by their count over all ranks."""
+
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
+
+
+def supervised(labels):
+    """labels (N,): -> how many tokens of the packed sequence are supervised"""
+    return int((labels != IGNORE).sum())
 
 
 def token_loss(model, batch):
-    """Summed cross-entropy over the supervised tokens of one packed stream (nats) -> scalar."""
-    return model(*batch)
+    """-> () sum of -log p(label) over the supervised tokens of a Batch"""
+    return model(*batch, head=linear_cross_entropy)

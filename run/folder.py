@@ -1,9 +1,38 @@
-"""May a run write here? Is this folder a run of ours?"""
+"""The folder of a run: which files are its own, may this run write there, where does it go on, and its checkpoints.
 
+    config.json      settings, versions, code revision          log.jsonl        one object per logged step
+    samples.jsonl    answers to fixed questions on the way      checkpoints/     each whole or absent
+    model/           at the end: a complete llava-hf folder     adapter/         after LoRA, in PEFT form
+    finished.json    at the very end: what the finished run was made of
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
 import os
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 
+import torch
+
+from config import facts, stop
 from formats.strict_json import read_json
+from formats.tensors import base_digest, write_json
+from run import checkpoint
+from run.log import trim
+
+OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")    # and config.json
+TRIES = 3      # checkpoints in a row that could not be written, before the run stops
+
+
+# ---- may we write there? --------------------------------------------------------------------------------------------
+
+def path_of(s):
+    """The folder of a run; --overfit leaves the run itself as it is."""
+    return Path(s.out, "overfit") if s.overfit else Path(s.out)
 
 
 def unwritable(folder):
@@ -16,9 +45,171 @@ def unwritable(folder):
     return None if os.access(at, os.W_OK | os.X_OK) else f"{at} cannot be written to"
 
 
-def foreign(folder, own):
-    """Does a folder that no run has made hold something under a name in `own`? -> a reason, or None. To write there
-    would cost somebody a model."""
-    about, there = Path(folder, "config.json"), [n for n in own if os.path.lexists(os.path.join(folder, n))]
+def would_overwrite(folder):
+    """What a run would overwrite in a folder that no run has made -> a reason, or None"""
+    about, there = Path(folder, "config.json"), [n for n in (*OWN, "config.json") if os.path.lexists(Path(folder, n))]
     if there and not (about.is_file() and "settings" in read_json(about)):
         return f"it is no run, and its {there[0]} would be lost"
+
+
+def claim(folder, say=print):
+    """Lock a folder for this process -> an open file, to be held; a second run in the same folder stops. The lock ends
+    with the process, however that ends, and loader processes do not inherit it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        stop(f"out={folder}: another run is writing there; --out=DIR writes elsewhere")
+    except OSError as e:                                         # a file system that knows no locks
+        say(f"{folder} cannot be locked ({e.strerror}): a second run that writes there would not be noticed")
+    return file
+
+
+def check_space(folder, checkpoint_bytes, model_bytes, keep_last, say=print):
+    """Before anything is spent: stop where the disk has no room for one checkpoint; say where it has none for all of them,
+    of which one more than keep_last exists while it is written, and for the model."""
+    at = os.path.abspath(folder)
+    while not os.path.exists(at):
+        at = os.path.dirname(at)
+    free, least, most = shutil.disk_usage(at).free, checkpoint_bytes, (keep_last + 1) * checkpoint_bytes + model_bytes
+    if free < least:
+        stop(f"out={folder}: {free / 2**30:.1f} GiB are free, one checkpoint takes {least / 2**30:.1f}")
+    if free < most:
+        say(f"  note: {free / 2**30:.1f} GiB are free, {keep_last + 1} checkpoints and model/ take {most / 2**30:.1f}")
+
+
+def versions():
+    """What made a run: written into its config.json."""
+    try:
+        here = Path(__file__).resolve().parent.parent
+        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        revision = git.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = ""
+    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+            "revision": revision or None}
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+def data_digest(samples):
+    """Of the data files and how they are mixed, so that a run is not resumed on other data."""
+    h = hashlib.sha256()
+    for rows, draws in zip(samples.files, samples.counts):
+        h.update(b"%d of %d bytes" % (draws, len(rows.blob)))
+        h.update(rows.blob)
+    return h.hexdigest()
+
+
+class RunFolder:
+    """The folder of one run, and what the run is made of: settings, data, and the weights that stay frozen (the base)."""
+
+    def __init__(self, s, world, steps, samples, folder, lrs):
+        self.s, self.world, self.steps, self.out = s, world, steps, path_of(s)
+        self.data = data_digest(samples)
+        self.base = base_digest({n: d for n, d in folder.digests.items() if n not in lrs})
+        self.origin = s.init or f"{s.vision} and {s.llm}"
+        self.bad_saves = 0
+
+    def refuse(self, what, made):
+        stop(f"{what} {made}; --resume=none starts again, --out=DIR writes elsewhere")
+
+    def compare(self, what, old, kinds):
+        """Stop where a finished run or a checkpoint (`what`, made of `old`) is of another run than this one."""
+        if old["data"] != self.data:
+            self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
+        if old.get("base") != self.base:
+            self.refuse(what, f"was trained on another base: a frozen weight of {self.origin} has changed since")
+        for key, fact in facts(type(self.s)).items():
+            before = old["settings"].get(key, getattr(type(self.s), key))     # a setting that is newer than the run
+            if fact["resume"] in kinds and before != getattr(self.s, key):
+                self.refuse(what, f"was trained with {key}={before}, not {getattr(self.s, key)}")
+
+    def is_finished(self):
+        """Was this very run finished before? Other settings or data in the same folder are a mistake."""
+        file = self.out / "finished.json"
+        if self.s.overfit or self.s.resume != "auto" or not (file.is_file() and (self.out / "model/config.json").is_file()):
+            return False
+        done = read_json(file)
+        if done["steps"] < self.steps:
+            return False                                         # more steps are asked for
+        self.compare(f"the finished run in {self.out}", {**done, "settings": {**done["settings"], **{
+            k: getattr(self.s, k) for k in ("steps", "epochs", "data", "images", "init", "vision", "llm")}}}, ("same", "say"))
+        self.world.print(f"{self.out} is finished ({done['steps']} steps): nothing to do. "
+                         "--resume=none starts again, --out=DIR writes elsewhere")
+        return True
+
+    def resume(self, model, optimizer):
+        """Claim the folder; put weights, moments and random state of the newest checkpoint back -> its state.json, or
+        {"step": 0}"""
+        s, world = self.s, self.world
+        how = "none" if s.overfit else s.resume
+        if world.rank == 0:
+            try:
+                self.lock = claim(self.out, world.print)
+            except OSError as e:                                 # what only the attempt shows: a file system that refuses
+                stop(f"out={self.out}: {e.strerror}")
+        path = checkpoint.find_checkpoint(self.out, how, world.print) if world.rank == 0 else None
+        path = world.gather(str(path) if path else None)[0]      # rank 0 looks and cleans up for all
+        if not path:
+            return {"step": 0}
+        state = read_json(Path(path, "state.json"))
+        self.compare(path, state, ("same",))
+        if state["step"] > self.steps:
+            self.refuse(path, f"is of step {state['step']} and only {self.steps} are asked for: its learning rate has "
+                              f"not come down by then. --steps={state['settings'].get('steps') or state['step']} goes on")
+        checkpoint.restore(Path(path), model, optimizer, world)
+        for key, fact in facts(type(s)).items():
+            before = state["settings"].get(key, getattr(s, key))
+            if before != getattr(s, key) and fact["resume"] == "say":
+                world.print(f"resumed with {key}={getattr(s, key)}, before it was {before}")
+        world.print(f"resumed from {path}")
+        return state
+
+    def begin(self, start):
+        """After the first step, whose gradients are checked: the folder is this run's from here on. Files of an older run
+        go now and not before, so that a mistake in the new run does not cost the old one."""
+        if self.world.rank > 0:
+            return
+        try:
+            if self.s.overfit or self.s.resume == "none":
+                for name in OWN:
+                    if (self.out / name).exists():
+                        checkpoint.discard(self.out / name)
+            for name in ("log.jsonl", "samples.jsonl"):
+                trim(self.out / name, start)
+            write_json(self.out / ".tmp-config.json", {"settings": dataclasses.asdict(self.s), "versions": versions()})
+            os.replace(self.out / ".tmp-config.json", self.out / "config.json")     # half of one would not be a run's
+        except OSError as e:
+            stop(f"out={self.out}: {e.strerror}")
+
+    def save(self, step, model, optimizer, log, best):
+        """Write the checkpoint after step `step` (from 0). One that cannot be written is reported and training goes on,
+        TRIES times in a row. best: (validation loss, step) or None."""
+        if self.s.overfit:
+            return
+        state = dict(settings=dataclasses.asdict(self.s), data=self.data, base=self.base, best=best, **log.state())
+        problem = ""
+        try:
+            checkpoint.save_checkpoint(self.out, step + 1, model, optimizer, self.world, state)
+            if self.world.rank == 0:
+                self.retire(step + 1, best)
+        except OSError as e:
+            problem = str(e)
+        problem = next(filter(None, self.world.gather(problem)), "")
+        self.bad_saves = self.bad_saves + 1 if problem else 0
+        if self.bad_saves >= TRIES:
+            stop(f"{TRIES} checkpoints in a row could not be written: {problem}")
+        if problem:
+            self.world.print(f"step {step + 1}: {problem}; training goes on from memory")
+
+    def retire(self, step, best):
+        checkpoint.retire(self.out, step, self.s.keep_last, (best[1],) if self.s.keep_best and best else ())
+
+    def finish(self, seen):
+        """The mark that says the run is done"""
+        tmp = self.out / ".tmp-finished"
+        tmp.write_text(json.dumps({"steps": self.steps, **seen, "data": self.data, "base": self.base,
+                                   "settings": dataclasses.asdict(self.s)}))
+        os.replace(tmp, self.out / "finished.json")

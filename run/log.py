@@ -1,104 +1,160 @@
-"""log.jsonl: what a run did, one object per line."""
+"""log.jsonl, one object per logged step, and one readable line each; what was counted on the way; and the limits at which a
+run stops: too many samples that cannot be used, too many updates in a row without a finite gradient."""
 
 import json
 import math
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from engine import say
+from config import stop
+from loss import supervised
 
 # dense bf16 FLOP/s, by name of the card
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+PATIENCE = 10  # updates in a row whose gradient is not finite, before the run stops
 
 
-def versions():
-    """What made a run: written into its config.json."""
-    try:
-        here = Path(__file__).resolve().parent.parent
-        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-        revision = git.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = ""
-    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-            "revision": revision or None}
+# ---- samples that cannot be used ------------------------------------------------------------------------------------
+
+def tolerated(share, n):
+    """Samples of n that may be unusable: the share asked for, and three standard deviations of chance above it, so that
+    one bad sample among the first few does not stop a run. A share of 0 means none."""
+    return share * n + (3 * math.sqrt(max(1, share * n)) if share else 0)
 
 
-def append(file, row):
-    """One line of json more, where nan is null. A full disk costs the line, not the run."""
-    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    try:
-        with open(file, "a") as f:
-            f.write(json.dumps(row) + "\n")
-    except OSError as e:
-        say(f"a line of {file} is lost: {e.strerror}")
+def tally(world, dropped, reasons):
+    """Add what a step dropped, [(sample, reason)] on each rank, to {reason: (count, first line)}."""
+    names = [[why.split(": ")[0], f"{name}: {why}"] for name, why in dropped]
+    for reason, line in (pair for rank in world.gather(names) for pair in rank):
+        count, first = reasons.get(reason, (0, line))
+        reasons[reason] = (count + 1, first)
 
 
-class Spikes:
-    """Losses that stand out: more than 6 standard deviations above the mean of up to 128 before them, of at least 32.
-    A spike enters that mean too, so that a new level of the loss is soon the usual one."""
+def check_dropped(max_dropped, dropped, samples, reasons):
+    """Stop where more samples could not be used than max_dropped allows, with the commonest reasons."""
+    if dropped > tolerated(max_dropped, samples):
+        worst = "\n  ".join(f"{count} like {first}" for count, first in sorted(reasons.values(), reverse=True)[:5])
+        stop(f"{dropped} of {samples} samples could not be used, over max_dropped={max_dropped}:\n  {worst}")
 
-    def __init__(self, losses=()):
-        self.losses = deque(losses, maxlen=128)
 
-    def look(self, loss):
-        """-> deviations above the mean if this one stands out, else None"""
-        n, found = len(self.losses), None
-        if n >= 32:
-            mean, deviation = statistics.fmean(self.losses), statistics.stdev(self.losses)
-            if loss > mean + 6 * deviation > mean:
-                found = (loss - mean) / deviation
-        self.losses.append(loss)
-        return found
-
+# ---- the log --------------------------------------------------------------------------------------------------------
 
 class Log:
-    """log.jsonl, one object per logged step, and one readable line each. Throughput is of real tokens over all ranks,
-    since the line before."""
+    """Rates are of real tokens over all ranks, since the line before. flops: {unit: FLOPs per unit} (run/plan.py).
+    state: what state() gave when the checkpoint was written that the run goes on from."""
 
-    def __init__(self, out, world, steps, start):
-        self.out, self.world, self.steps, self.start = out, world, steps, start
+    def __init__(self, out, world, steps, start=0, flops={}, max_dropped=0.01, state=None):
+        self.file, self.world, self.steps, self.start = Path(out, "log.jsonl"), world, steps, start
+        self.flops_per, self.max_dropped = flops, max_dropped
+        self.seen, self.reasons = Counter((state or {}).get("seen")), (state or {}).get("reasons") or {}
         self.began = self.last = time.time()
-        self.tokens = self.samples = self.flops = 0
-        self.wait = 0.0
+        self.tokens = self.samples = self.flops = self.wait = self.bad_updates = 0
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK.items() if k in name), None)
 
-    def count(self, tokens, samples, flops, wait):
-        """Every step, logged or not."""
-        self.tokens, self.samples = self.tokens + tokens, self.samples + samples
-        self.flops, self.wait = self.flops + flops, self.wait + wait
+    def state(self):
+        return dict(seen=self.seen, reasons=self.reasons)
 
-    def write(self, step, **numbers):
-        """Step `step` (counted from 1) is done."""
-        now = time.time()
+    def timed(self, batches):
+        """The same batches; the time that the loop waits for them is counted."""
+        batches, end = iter(batches), object()
+        while True:
+            began = time.time()
+            batch = next(batches, end)
+            self.wait += time.time() - began
+            if batch is end:
+                return
+            yield batch
+
+    def count(self, step, batch, result):
+        """Every step, logged or not. batch: data.StepData; result: what engine.update gave."""
+        micro = batch.micro
+        used, dropped, cut, animated, tokens, labels, images = (int(v) for v in self.world.sum([
+            len(batch.names), len(batch.dropped), batch.truncated, batch.animated, sum(len(b.ids) for b in micro),
+            sum(supervised(b.labels) for b in micro), sum(len(b.images) for b in micro)]))
+        self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut, animated=animated,
+                         skipped_updates=int(not result["updated"]))
+        units = dict(tokens=tokens, supervised=labels, images=images)
+        self.tokens, self.samples = self.tokens + tokens, self.samples + used
+        self.flops += sum(f * units[u] for u, f in self.flops_per.items())
+        self.result = {k: v for k, v in result.items() if k != "updated"} | dict(tokens=tokens, supervised_tokens=labels)
+        if dropped:
+            tally(self.world, batch.dropped, self.reasons)
+        check_dropped(self.max_dropped, self.seen["dropped"], self.seen["samples"], self.reasons)
+        self.bad_updates = 0 if result["updated"] else self.bad_updates + 1
+        if not result["updated"]:
+            self.world.print(f"step {step + 1}: gradient norm {result['grad_norm']}, loss {result['loss']}, "
+                             f"{labels} supervised tokens: update skipped")
+        if self.bad_updates >= PATIENCE:
+            names = [n for rank in self.world.gather(batch.names) for n in rank]
+            stop(f"{PATIENCE} updates in a row had no finite gradient; the last one, step {step + 1}, "
+                 f"used {', '.join(names[:8])} ...")
+
+    def write(self, step, lr):
+        """Step `step` (from 0) is done."""
+        now, done = time.time(), step + 1
         rate = 1 / max(1e-9, now - self.last)
-        eta = (now - self.began) / (step - self.start) * (self.steps - step)
-        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else rss()
-        row = dict(step=step, **numbers, tokens_per_s=round(self.tokens * rate, 1),
+        eta = (now - self.began) / (done - self.start) * (self.steps - done)
+        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else resident_bytes()
+        row = dict(step=done, lr=lr, **self.result, tokens_per_s=round(self.tokens * rate, 1),
                    samples_per_s=round(self.samples * rate, 2),
                    mfu=round(self.flops * rate / self.peak / self.world.size, 4) if self.peak else None,
-                   memory=memory, data_wait_s=round(self.wait, 3), eta=round(eta, 1))
-        if self.world.rank == 0:
-            append(self.out / "log.jsonl", row)
-            mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""
-            say(f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-                f"norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
-                f"{row['samples_per_s']:.1f} samples/s{mfu}  {memory / 2**20:,.0f} MiB  "
-                f"waited {row['data_wait_s']:.1f} s  left {clock(eta)}")
+                   memory=memory, data_wait_s=round(self.wait, 3), eta=round(eta, 1),
+                   **{k: self.seen[k] for k in ("dropped", "truncated", "animated", "skipped_updates")})
+        self.append(row)
+        mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""
+        self.world.print(f"step {done:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "
+                         f"lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
+                         f"{row['samples_per_s']:.1f} samples/s{mfu}  {memory / 2**20:,.0f} MiB  "
+                         f"waited {row['data_wait_s']:.1f} s  left {clock(eta)}")
         self.last, self.tokens, self.samples, self.flops, self.wait = now, 0, 0, 0, 0.0
         return row
 
+    def append(self, row, file=None):
+        """One more line of json, where nan is null. A full disk costs the line, not the run."""
+        if self.world.rank > 0:
+            return
+        file = file or self.file
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            with open(file, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            self.world.print(f"a line of {file} is lost: {e.strerror}")
 
-def rss():
-    """Bytes of memory this process holds now."""
+    def summary(self):
+        """What the reader of the last line must know about the data -> text, empty where all was used"""
+        seen = self.seen
+        return "".join([f"; {seen['dropped']} of {seen['samples']} samples dropped, {seen['truncated']} truncated"
+                        if seen["dropped"] + seen["truncated"] else "",
+                        f"; {seen['animated']} images are animated, only the first frame was used"
+                        if seen["animated"] else ""])
+
+
+def trim(file, step):
+    """Remove the lines that a killed run wrote after the checkpoint it is resumed from: each step appears once."""
+    file = Path(file)
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            pass                                                 # the last line of a killed run may be cut off
+    tmp = file.with_name(f".tmp-{file.name}")
+    tmp.write_text("".join(line + "\n" for line in kept))
+    os.replace(tmp, file)
+
+
+def resident_bytes():
+    """Memory that this process holds now."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -14,7 +14,6 @@ from engine import unwrap
 from formats import card
 from kernels import use_triton
 from kernels.cross_entropy import logits_bytes
-from run import plan
 
 
 def rows(cfg):
@@ -29,13 +28,19 @@ def rows(cfg):
             f"{head}.weight": ("supervised", 1)}
 
 
+def disk(model, dtype):
+    """Bytes of a checkpoint (weights and two moments of what is trained) and of model/ in dtype"""
+    sizes = [(p.numel(), p.requires_grad * p.element_size()) for p in model.parameters()]
+    return 3 * sum(n * size for n, size in sizes), sum(n for n, _ in sizes) * dtype.itemsize
+
+
 def memory(model, world, micro, s):
     """Bytes, roughly -> (weights, gradients and moments; activations of the largest micro-batch)."""
     cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
     states = sum(p.numel() * (p.element_size() * (4 if p.requires_grad else 1)  # and low copies that autocast keeps
                               + 2 * (low and p.requires_grad and ("language_model" not in n or "o_proj" in n)))
                  for n, p in model.named_parameters())
-    if engine.shards(model, world, s.parallel):
+    if engine.is_sharded(model, world, s.parallel):
         states /= world.size
     states += sum(b.nbytes for b in model.buffers())                # weights in four bits are whole on every rank
     t, size = cfg.text, torch.finfo(world.dtype).bits // 8
@@ -54,7 +59,7 @@ def memory(model, world, micro, s):
 def lines(model, lrs, world, micro, steps, s):
     """What is about to happen, as lines of text, before anything is spent."""
     out, parts = [f"{'':24}{'trained':>16}{'frozen':>16}"], {}
-    for name, p, count in plan.count_parameters(model):
+    for name, p, count in count_parameters(model):
         part = parts.setdefault(name.split(".")[0], [0, 0])
         part[0 if p.requires_grad else 1] += count
     for part, (trained, frozen) in {**parts, "together": [sum(v) for v in zip(*parts.values())]}.items():
@@ -64,7 +69,7 @@ def lines(model, lrs, world, micro, steps, s):
         out.append(f"  lr {lr:g}: {len(names)} tensors, {names[0]} ... {names[-1]}")
     seen = dict(tokens=sum(len(b.ids) for b in micro), supervised=sum(int((b.labels >= 0).sum()) for b in micro),
                 images=sum(len(b.images) for b in micro))
-    cost = sum(f * seen[unit] for unit, f in plan.flops(model, rows(model.cfg)).items())
+    cost = sum(f * seen[unit] for unit, f in flops(model, rows(model.cfg)).items())
     states, work = memory(model, world, micro, s)
     if model.cfg.vision.num_register_tokens:
         out.append(f"  of what will be in model/: {card.limits(model.cfg, s.image_aspect)[0]}")

@@ -4,9 +4,11 @@ import gc
 import json
 import os
 import sys
+import textwrap
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ torch.set_num_threads(1)  # two threads on two busy cores ran up to 25 times slo
 import torch._dynamo  # noqa: E402,F401  (imported before any fork: a child would need seconds for it)
 import torch.distributed.fsdp  # noqa: E402,F401
 
+import engine  # noqa: E402
 from config import Error  # noqa: E402
+from loss import supervised  # noqa: E402
 from model import VLM, TextConfig, VisionConfig, VLMConfig
 
 WORDS = """A chat between a curious user and an artificial intelligence assistant. USER: What is this? ASSISTANT: It is a black cat.
@@ -52,6 +56,22 @@ def error(call, *args, **kw):
     line = str(e.value)
     assert "\n" not in line
     return line
+
+
+def step_of_the_loop():
+    """The lines of one optimizer step as they stand in the loop of train_align.py (train_sft.py has the same loop)"""
+    lines = (ROOT / "train_align.py").read_text("utf-8").splitlines()
+    first, last = (next(i for i, line in enumerate(lines) if mark in line) for mark in ("n, = world.sum", "engine.update("))
+    return compile(textwrap.dedent("\n".join(lines[first : last + 1])), "train_align.py", "exec")
+
+
+def train_step(model, optimizer, micro, loss_fn, world, grad_clip=0.0, check=False):
+    """One optimizer step by the lines of the script's loop -> what engine.update gives, and the counts"""
+    names = dict(model=model, optimizer=optimizer, batch=SimpleNamespace(micro=micro), token_loss=loss_fn, world=world,
+                 s=SimpleNamespace(grad_clip=grad_clip), step=0, start=0 if check else 1, engine=engine, supervised=supervised)
+    exec(step_of_the_loop(), names)
+    tokens, = world.sum([sum(len(b.ids) for b in micro)])
+    return names["result"] | dict(tokens=int(tokens), supervised_tokens=int(names["n"]))
 
 
 def make_tokenizer(folder, kind="bytes"):

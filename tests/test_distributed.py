@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import example, fork, tiny_vlm
+from conftest import example, fork, tiny_vlm, train_step
 from safetensors.torch import load_file, save_file
 
 import engine
@@ -39,7 +39,7 @@ class Spy:
         self.model = model
 
     def step(self):
-        self.seen = {n: engine.full(p.grad).clone() for n, p in engine.unwrap(self.model).named_parameters()
+        self.seen = {n: engine.whole_tensor(p.grad).clone() for n, p in engine.unwrap(self.model).named_parameters()
                      if p.requires_grad}
 
     def zero_grad(self, set_to_none):
@@ -54,7 +54,7 @@ def gradients(groups, w=None, model=None, loss=token_loss, wrap=None, clip=0.0):
     if w.size > 1:
         model = engine.parallelize(model, w, [*model.language_model.model.layers], wrap)
     spy = Spy(model)
-    return spy, engine.train_step(model, spy, batches(groups), loss, w, clip, check=True)
+    return spy, train_step(model, spy, batches(groups), loss, w, clip, check=True)
 
 
 def one_by_one(indices=range(8), **text):
@@ -128,10 +128,10 @@ def test_a_step_without_anything_to_learn_changes_nothing():
     model = tiny_vlm()
     optimizer = engine.adamw(model, engine.choose(model, TABLE, torch.float64), 0.1)
     engine.set_lr(optimizer, 0, 2, 0)
-    engine.train_step(model, optimizer, batches([[0]]), token_loss, world())
+    train_step(model, optimizer, batches([[0]]), token_loss, world())
     before = [p.clone() for p in model.parameters()]
     for micro in ([], batches([[]])):
-        result = engine.train_step(model, optimizer, micro, token_loss, world(), check=True)
+        result = train_step(model, optimizer, micro, token_loss, world(), check=True)
         assert not result["updated"] and result["loss"] == 0
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
@@ -143,7 +143,7 @@ def test_a_loss_that_is_no_number_is_seen_where_its_gradient_is_finite():
     engine.set_lr(optimizer, 0, 2, 0)
     before = [p.clone() for p in model.parameters()]
     nan = torch.tensor(torch.nan)
-    result = engine.train_step(model, optimizer, batches([[0]]), lambda m, b: token_loss(m, b) + nan, world())
+    result = train_step(model, optimizer, batches([[0]]), lambda m, b: token_loss(m, b) + nan, world())
     assert result["grad_norm"] > 0 and not result["updated"]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
@@ -210,9 +210,9 @@ def adam_step(groups, w, wrap, clip=0.05):
         model = engine.parallelize(model, w, [*model.language_model.model.layers], wrap)
     optimizer = engine.adamw(model, lrs, 0.1, eps=1e-3)  # so large that the first step is not the mere sign
     engine.set_lr(optimizer, 0, 2, 0)
-    result = engine.train_step(model, optimizer, batches(groups), token_loss, w, clip)
+    result = train_step(model, optimizer, batches(groups), token_loss, w, clip)
     assert result["updated"] and result["grad_norm"] > 2 * clip
-    moved = {n: engine.full(p.detach()).clone() for n, p in engine.unwrap(model).named_parameters()}
+    moved = {n: engine.whole_tensor(p.detach()).clone() for n, p in engine.unwrap(model).named_parameters()}
     return moved, result["grad_norm"]
 
 
@@ -259,10 +259,10 @@ def test_gradients_travel_once_per_step_however_many_micro_batches(wrap, tmp_pat
         model = engine.parallelize(model, world(r, 2), [*model.language_model.model.layers], wrap)
         if wrap == "ddp":
             model.register_comm_hook(None, note)
-        honest = engine.reduced
-        for micro, engine.reduced in ((1, honest), (1, honest), (3, honest), (3, lambda m, now: honest(m, True))):
+        honest = engine.sync_gradients
+        for micro, engine.sync_gradients in ((1, honest), (1, honest), (3, honest), (3, lambda m, now: honest(m, True))):
             counts.append(0)
-            engine.train_step(model, Spy(model), batches([[0]] * micro), token_loss, world(r, 2))
+            train_step(model, Spy(model), batches([[0]] * micro), token_loss, world(r, 2))
         return counts[1:]                            # DDP sorts its buckets anew after the first step
     for one, three, broken in fork(2, rank, tmp_path):
         assert one == three > 0 and broken == 3 * one
@@ -292,16 +292,16 @@ def test_poison_on_one_rank_leaves_weights_and_moments_of_all_ranks_bit_unchange
 
         def state():
             tensors = [t for p in model.parameters() for t in (p, *optimizer.state[p].values())]
-            return [engine.full(t.detach()).clone() for t in tensors]
+            return [engine.whole_tensor(t.detach()).clone() for t in tensors]
 
         def loss(model, b):
             return poison(token_loss(model, b)) if r == 1 else token_loss(model, b)
 
-        good = engine.train_step(model, optimizer, batches([[r], [2]]), token_loss, world(r, 2), 1.0)
+        good = train_step(model, optimizer, batches([[r], [2]]), token_loss, world(r, 2), 1.0)
         before = state()
-        bad = engine.train_step(model, optimizer, batches([[r], [2]]), loss, world(r, 2), 1.0)
+        bad = train_step(model, optimizer, batches([[r], [2]]), loss, world(r, 2), 1.0)
         after = state()
-        again = engine.train_step(model, optimizer, batches([[r], [2]]), token_loss, world(r, 2), 1.0)
+        again = train_step(model, optimizer, batches([[r], [2]]), token_loss, world(r, 2), 1.0)
         assert len(before) == len(after) == 4 * len(lrs)
         return [good["updated"], bad["updated"], again["updated"], all(map(torch.equal, before, after))]
     assert fork(2, rank, tmp_path) == [[True, False, True, True]] * 2
@@ -343,7 +343,7 @@ def test_a_step_draws_no_warning_from_torch(wrap, tmp_path):
                                                             *model.language_model.model.layers], wrap, "block")
             optimizer = engine.adamw(model, lrs, 0.1)
             for step in range(2):
-                engine.train_step(model, optimizer, batches(TWO[r]), token_loss, world(r, 2), 1.0, check=True)
+                train_step(model, optimizer, batches(TWO[r]), token_loss, world(r, 2), 1.0, check=True)
         assert not list(model.buffers()), "a buffer that a wrapper could cast"
         return None
     fork(2, rank, tmp_path)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import example, tiny_vlm
+from conftest import example, tiny_vlm, train_step
 
 import engine
 import lora
@@ -119,7 +119,7 @@ def test_frozen_weights_keep_their_bits_and_every_trained_one_moves_in_its_first
     frozen, before = digest(False), {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(20):
         engine.set_lr(optimizer, step, 20, 0)
-        engine.train_step(model, optimizer, [batch(step)], token_loss, CPU, 1.0, check=step == 0)
+        train_step(model, optimizer, [batch(step)], token_loss, CPU, 1.0, check=step == 0)
         if step == 0:
             assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in lrs)
     assert digest(False) == frozen and len(optimizer.state) == len(lrs)
@@ -162,7 +162,7 @@ def test_trained_weights_and_moments_are_fp32_while_frozen_ones_are_bf16_and_sma
     world, optimizer = engine.World(0, 1, torch.device("cpu"), torch.bfloat16), engine.adamw(model, lrs, 0.0)
     engine.set_lr(optimizer, 0, 1, 0)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if n in lrs}
-    engine.train_step(model, optimizer, [batch(1)], token_loss, world, 1.0, check=True)
+    train_step(model, optimizer, [batch(1)], token_loss, world, 1.0, check=True)
     assert {v.dtype for s in optimizer.state.values() for v in s.values()} == {torch.float32}
     before, after = (torch.cat([d[n].flatten() for n in lrs]) for d in (before, dict(model.named_parameters())))
     moved, in_bf16 = ((after.to(d) != before.to(d)).float().mean() for d in (torch.float32, torch.bfloat16))
@@ -211,7 +211,7 @@ def test_an_adapter_that_the_loss_cannot_reach_stops_the_first_step():
     optimizer = engine.adamw(model, lrs, 0.0)
     model.see = lambda images: torch.zeros(len(images), 4, 32, dtype=torch.float64, requires_grad=True)
     with pytest.raises(Error, match="trained but got no gradient"):
-        engine.train_step(model, optimizer, [batch(0)], token_loss, CPU, check=True)
+        train_step(model, optimizer, [batch(0)], token_loss, CPU, check=True)
 
 
 def test_the_size_of_gradients_does_not_hang_on_the_precision():
@@ -220,14 +220,14 @@ def test_the_size_of_gradients_does_not_hang_on_the_precision():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         model, w = tiny_vlm(), engine.World(0, 1, torch.device("cpu"), dtype)
         optimizer = engine.adamw(model, engine.choose(model, TABLE, dtype), 0.0)
-        norms.append(engine.train_step(model, optimizer, [batch(*range(6))], token_loss, w)["grad_norm"])
+        norms.append(train_step(model, optimizer, [batch(*range(6))], token_loss, w)["grad_norm"])
     assert norms[1] == pytest.approx(norms[0], rel=1e-5) and norms[2] == pytest.approx(norms[0], rel=1e-2)
 
 
 def test_gradients_do_not_leak_into_the_next_step():
     model = tiny_vlm()
     optimizer = engine.adamw(model, engine.choose(model, {"*": 1e-300}, torch.float64), 0.0)
-    norms = [engine.train_step(model, optimizer, [batch(0)], token_loss, CPU)["grad_norm"] for _ in range(2)]
+    norms = [train_step(model, optimizer, [batch(0)], token_loss, CPU)["grad_norm"] for _ in range(2)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-12)
     assert all(p.grad is None for p in model.parameters())
 
@@ -242,7 +242,7 @@ def test_recomputation_changes_no_bit_of_the_gradient_of_adapters_behind_frozen_
     found = []
     for recompute in ("none", "block"):
         model = tiny_vlm()
-        lora.apply(model, 2, 4, 0.5, "all-linear")
+        lora.add_adapters(model, 2, 4, 0.5, "all-linear")
         engine.choose(model, {"multi_modal_projector.*": 1e-3, "*.lora_*": 1e-3}, torch.float64)
         for n, p in model.named_parameters():
             if "lora_B" in n:
@@ -403,7 +403,7 @@ def test_a_gpu_that_is_not_there_is_told_in_one_line(monkeypatch):
 def test_sigterm_is_heard_and_ends_nothing():
     kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        got = engine.listen()
+        got = engine.record_signals()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)

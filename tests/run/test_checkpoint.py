@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import example, fork, tiny_vlm
+from conftest import example, fork, tiny_vlm, train_step
 from safetensors.torch import load_file, save_file
 
 import engine
@@ -40,7 +40,7 @@ def train(model, optimizer, steps, w=None, stop=6):
     for step in steps:
         engine.set_lr(optimizer, step, stop, 2)
         mine = [pack([example(2 * step + i, images=1 - i)], 8) for i in range(2) if i % w.size == w.rank]
-        losses.append(engine.train_step(model, optimizer, mine, token_loss, w, 1.0)["loss"])
+        losses.append(train_step(model, optimizer, mine, token_loss, w, 1.0)["loss"])
     return losses
 
 

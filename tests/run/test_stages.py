@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import example, fork, make_tokenizer, tiny_config, tiny_vlm
+from conftest import example, fork, make_tokenizer, tiny_config, tiny_vlm, train_step
 from interpret import interpret
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -780,7 +780,7 @@ def test_the_plan_guesses_memory_within_a_factor_of_two(also, lora_r, recompute)
                                      num_attention_heads=4, num_key_value_heads=4, head_dim=32), image_token_index=3))
     init_weights(model)
     if lora_r:
-        lora.apply(model, lora_r, 16, 0.0, "all-linear")
+        lora.add_adapters(model, lora_r, 16, 0.0, "all-linear")
     w = engine.World(0, 1, torch.device("cpu"), torch.float32)
     lrs = engine.choose(model, dict.fromkeys(["multi_modal_projector.*", *also], 1e-3), torch.float32)
     micro = [data.pack([example(i, 30 + i % 50, 10, 1, 36, 48) for i in range(20)], 48)]
@@ -793,7 +793,7 @@ def test_the_plan_guesses_memory_within_a_factor_of_two(also, lora_r, recompute)
     optimizer = engine.adamw(model, lrs, 0.0)
     with Peak() as peak:
         for step in range(2):
-            engine.train_step(model, optimizer, micro, token_loss, w)
+            train_step(model, optimizer, micro, token_loss, w)
     measured = peak.most + sum(p.nbytes for p in model.parameters())
     print(f"guess {guess / 2**20:.1f} MiB, measured {measured / 2**20:.1f}")
     assert measured / 2 < guess < measured * 2

@@ -1,0 +1,58 @@
+"""The end of a run: model/, a llava-hf folder; adapter/ after LoRA; then the mark that the run is finished."""
+
+from pathlib import Path
+
+import torch
+
+from config import stop
+from engine import unwrap, whole_tensor
+from formats import card, hub, llava, peft
+from lora import merge_state, scales
+
+SAVE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def published_dtype(s, world):
+    """save_dtype=auto: as the computation, but fp16 for fp32, as LLaVA's weights are published"""
+    return SAVE_DTYPES.get(s.save_dtype) or (torch.float16 if world.dtype == torch.float32 else world.dtype)
+
+
+def full_path(name):
+    """A folder in full, of a run its model/; a name of the hub as it is"""
+    return str((hub.model_in(Path(name)) or Path(name)).resolve()) if Path(name).exists() else name
+
+
+def publish(run, model, folder, log, best=None):
+    """run: RunFolder; folder: formats.llava.Folder. All ranks take part in gathering the weights, rank 0 writes."""
+    s, world, out = run.s, run.world, run.out
+    model, state, seen = unwrap(model), {}, log.seen
+    dtype, adapted = published_dtype(s, world), scales(model)
+    if seen["skipped_updates"] >= run.steps:
+        stop(f"no update was made in {run.steps} steps ({seen['dropped']} of {seen['samples']} samples dropped), so no "
+             "model is written")
+    if log.start >= run.steps:
+        run.begin(log.start)                                     # no step was left to do
+    for k, v in model.state_dict().items():
+        v = whole_tensor(v.detach())
+        if world.rank == 0:                                      # merging is in fp32
+            state[k] = (v if adapted or v.device.type == "cpu" else v.to(dtype)).cpu()
+    if world.rank > 0:
+        return
+    try:
+        run.retire(max(run.steps, log.start), best)              # killed in its last save?
+        base = full_path(s.init) if s.init else None
+        if adapted:
+            trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
+            about = dict(template=s.template, system=s.system, image_aspect=s.image_aspect, bits=s.bits)
+            about |= {} if s.init else dict(vision=full_path(s.vision), llm=full_path(s.llm))
+            peft.save_adapter(out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout, base, run.base, about,
+                              card.adapter(out, base), folder)
+            state = merge_state(state, adapted, dtype)
+        llava.save_model(out / "model", state, model.cfg, folder, s.template, s.system, s.image_aspect, dtype,
+                         card.text(out, model.cfg))
+        run.finish(seen)
+    except OSError as e:
+        stop(f"{e}. The last checkpoint is whole, the same command tries again")
+    if adapted and not card.peft_reads(base):
+        world.print(f"{out / 'adapter'} is for sample.py and eval.py: {' '.join(card.NO_BASE.split())}")
+    world.print(f"done: {out / 'model'}, in {str(dtype).removeprefix('torch.')}{log.summary()}")

@@ -1,0 +1,110 @@
+"""The validation file on the way: its loss, and answers to its first questions. Training is not touched: the modes of the
+modules, the gradients and torch's random state stay as they are."""
+
+import math
+
+import torch
+
+import chat
+from config import BadSample, stop
+from data import Steps, conversation
+from engine import unwrap
+from generate import Chat
+from images import load_image, preprocess, safe_path
+from loss import supervised
+
+
+class Once(Steps):
+    """Every sample once, in one epoch whose last step may be short."""
+
+    def samples(self, step):
+        return super().samples(step)[: max(0, self.total - step * self.batch_size)]
+
+    def __len__(self):
+        return math.ceil(self.total / self.batch_size)
+
+
+class Validation:
+    """best: (loss, step) of the lowest loss so far, or None"""
+
+    def __init__(self, s, world, samples, best=None):
+        self.s, self.world, self.best, self.questions = s, world, best and tuple(best), []
+        self.steps = Once(s.val_data, s.images, samples.encode, samples.image_spec, min(s.batch_size, 32), s.max_tokens,
+                          0, world.rank, world.size) if s.val_data else []
+        if not s.val_data:
+            return
+        if not any(sum(world.gather(len(self.steps[i].names))) for i in range(len(self.steps))):
+            first = "".join(f"; {name}: {why}" for name, why in self.steps[0].dropped[:1])
+            stop(f"{s.val_data}: no sample can be used{first}")
+        self.questions = self.first_questions()
+
+    @torch.no_grad()
+    def loss(self, step, model, loss_fn, log):
+        """Mean loss per supervised token, over all ranks"""
+        if not self.steps:
+            return
+        model.eval()
+        total = count = bad = 0.0
+        for part in (self.steps[i] for i in range(len(self.steps))):
+            bad += len(part.dropped)
+            for batch in part.micro:
+                with self.world.autocast():
+                    total += float(loss_fn(model, batch.to(self.world.device)))
+                count += supervised(batch.labels)
+        model.train()
+        total, count, bad = self.world.sum([total, count, bad])
+        loss = total / count if count else math.nan                      # images may have gone since the start
+        log.append({"step": step + 1, "val_loss": loss, "val_dropped": int(bad)})
+        self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}"
+                         + (f" ({bad:.0f} of {self.steps.total} samples could not be used)" if bad else ""))
+        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
+            self.best = (loss, step + 1)
+
+    def first_questions(self, n=4):
+        """[(id of the sample, question, true answer, prompt (n,), images)] from first turns of the validation file"""
+        out, encode = [], self.steps.encode
+        for row in (self.steps.files[0][i] for i in range(len(self.steps.files[0]))):
+            try:
+                turns, names, system = conversation(row)
+                if names and turns[0][0].count(chat.IMAGE) == len(names):
+                    encode(row)                                          # raises BadSample where training would drop it
+                    prompt, _ = encode.encode([(turns[0][0], None)], len(names), system)
+                    files = [safe_path(self.s.images, f) for f in names]
+                    pixels = [preprocess(load_image(f), self.steps.image_spec) for f in files]
+                    out.append((row.get("id"), *turns[0], torch.tensor(prompt), pixels))
+            except BadSample:
+                continue
+            if len(out) == n:
+                break
+        return out
+
+    def answers(self, step, model, folder, log):
+        """Answer the fixed questions: into samples.jsonl, the first one onto the terminal"""
+        if not self.questions:
+            return
+        s = self.s
+        model = Chat.of(unwrap(model), folder, s.template, s.system, s.image_aspect)
+        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # a cache grows with each token
+            answers = model.answers([p for *_, p, _ in self.questions], [x for *_, p in self.questions for x in p])
+        for (i, question, truth, _, _), answer in zip(self.questions, answers):
+            log.append({"step": step + 1, "id": i, "prompt": question, "expected": truth, "answer": answer},
+                       log.file.with_name("samples.jsonl"))
+        _, question, truth, *_ = self.questions[0]
+        question = " ".join(question.replace(chat.IMAGE, "").split())
+        self.world.print(f"  question: {question:.100}\n  answer:   {answers[0]}\n  expected: {truth}")
+
+
+@torch.no_grad()
+def check_overfit(model, batch, world):
+    """After --overfit: is every supervised token of the batch the model's first choice? -> exit code"""
+    right = count = 0
+    model.eval()
+    with world.autocast():
+        for b in batch.micro:
+            b = b.to(world.device)
+            guess = model(*b, head=lambda hidden, weight, labels: (hidden @ weight.to(hidden.dtype).T).argmax(-1))
+            labels = b.labels[b.labels >= 0]
+            right, count = right + int((guess == labels).sum()), count + len(labels)
+    right, count = world.sum([right, count])
+    world.print(f"overfit: {'yes' if right == count else 'no'} ({right:.0f} of {count:.0f} supervised tokens predicted)")
+    return 0 if right == count else 1
