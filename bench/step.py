@@ -2,7 +2,7 @@
 (the rows: bench/systems.py).
 
 The vision tower is frozen and builds no graph on either side. Ours takes the conversations packed, through
-engine.train_step; transformers takes them padded, with a mask, in a loop of the same verbs: sdpa, fused AdamW, the
+the lines of the training loop; transformers takes them padded, with a mask, in a loop of the same verbs: sdpa, fused AdamW, the
 tower in no_grad, pixels normalised off the clock. theirs+liger has Liger's kernels in it, theirs+ckpt recomputes its
 layers, theirs+sorted puts conversations of like length together, which is what packing has to be better than.
 
@@ -36,7 +36,7 @@ def ours(s, device):
     import data
     import engine
     import lora
-    from loss import token_loss
+    from loss import supervised, token_loss
     from model import VLM
     world = engine.start(device, "bf16" if device == "cuda" else "fp32")
     with torch.device(device):
@@ -44,7 +44,7 @@ def ours(s, device):
     fill(s.cfg, model, device)
     table = {"multi_modal_projector.*": LR}
     if s.stage == "lora":
-        lora.apply(model, s.r, 2 * s.r, 0.0, "all-linear")
+        lora.add_adapters(model, s.r, 2 * s.r, 0.0, "all-linear")
     if s.stage != "align":
         table["*.lora_*" if s.stage == "lora" else "language_model.*"] = LR
     lrs = engine.choose(model, table, world.dtype)
@@ -52,11 +52,17 @@ def ours(s, device):
     engine.set_lr(optimizer, 0, 1, 0)
 
     def prepare(made, part=1.0):
-        streams = data.fill(range(len(made)), [len(ids) for ids, _, _ in made], int(part * s.room))
+        streams = data.best_fit(range(len(made)), [len(ids) for ids, _, _ in made], int(part * s.room))
         return [data.pack([made[i] for i in stream], s.cfg.vision.image_size) for stream in streams]
 
     def step(micro):
-        return engine.train_step(model, optimizer, micro, token_loss, world, CLIP)["loss"]
+        n, total = sum(supervised(b.labels) for b in micro), 0.0
+        for b in micro:
+            with world.autocast():
+                loss = token_loss(model, b.to(world.device))
+            (loss / n).backward()
+            total += loss.detach()
+        return engine.update(model, optimizer, total, n, world, CLIP)["loss"]
     return prepare, step, optimizer
 
 

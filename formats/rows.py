@@ -1,24 +1,39 @@
-"""The samples of one data file, json or jsonl, parsed when asked for."""
+"""Data files, json or jsonl: where their rows are, and what a row says.
+
+A row is LLaVA's {"image": name, "conversations": [{"from": "human", "value": text}, {"from": "gpt", ...}]}, or the
+same as OpenAI's {"images": [name], "messages": [{"role": "user", "content": text or parts}, ...]}.
+"""
 
 import json
 import mmap
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 
+from chat import IMAGE
 from config import BadSample, stop
 from formats.strict_json import STRICT, strict_json
 
 SPACE = re.compile(r"[ \t\n\r]*")
+MAX_BYTES = 1_000_000      # of one row: some 3 s of tokenising
+MAX_IMAGES = 256           # of one row
+USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # LLaVA's names, OpenAI's names
+UNSUPPORTED = ("video", "audio")
+PANDAS = "python -c \"import pandas; pandas.read_{}('{}').to_json('rows.jsonl', orient='records', lines=True)\""
+CONVERT = {".parquet": PANDAS, ".csv": PANDAS, ".tar": "unpack it and list its samples in a jsonl file",
+           ".gz": "unpack it with gunzip", ".zip": "unpack it with unzip"}
 
+
+# ---- where the rows are ---------------------------------------------------------------------------------------------
 
 def elements(blob):
-    """Where the values of a json list stand in its bytes -> [(begin, end)]. Each is parsed once and let go: beside the
-    map of the file there is its text for a moment, and never all of its values."""
+    """The bytes of a json list -> [(begin, end)] of its values. Each value is parsed once and freed: the memory needed
+    is the text of the file, for a moment, and never all of its values."""
     text = str(blob, "utf-8")
     i, spans = text.index("[") + 1, []
-    at = len(text[:i].encode())                                # i in characters, at in bytes: read so far
+    at = len(text[:i].encode())                                # i counts characters, at counts bytes
     a = SPACE.match(text, i).end()
     more = text[a : a + 1] != "]"
     while more:
@@ -26,7 +41,7 @@ def elements(blob):
             b = STRICT.raw_decode(text, a)[1]
         except json.JSONDecodeError:
             raise
-        except (ValueError, RecursionError) as e:              # these say what is wrong and not where
+        except (ValueError, RecursionError) as e:              # these messages name no place
             raise ValueError(f"sample {len(spans)}: {e}") from None
         begin = at + len(text[i:a].encode())
         at, i = begin + len(text[a:b].encode()), b
@@ -43,8 +58,8 @@ def elements(blob):
 
 
 class Rows:
-    """The samples of one file, parsed when asked for: what is kept is where they stand in a memory map of it, which all
-    processes of a machine share."""
+    """The rows of one file, parsed when asked for. Only their places are stored, beside a memory map of the file, which
+    all processes of a machine share."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -61,14 +76,16 @@ class Rows:
             except ValueError as e:
                 stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
         elif first[:1] != b"{" or first == b"{":               # a { alone opens one object over several lines
-            stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line")
+            kind = Path(file).suffix.lower()
+            how = f"; to convert it: {CONVERT[kind].format(kind[1:], file)}" if kind in CONVERT else ""
+            stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line{how}")
         else:
             spans = [m.span() for m in re.finditer(rb"[^\n]+", self.blob) if m[0].strip()]
-        self.spans = np.array(spans, np.int64)
+        self.spans = np.array(spans, np.int64)                                                        # (rows, 2) bytes
         if not len(self.spans):
             stop(f"{file} holds no samples")
 
-    def __reduce__(self):                                      # a memory map does not travel to a worker: open it there
+    def __reduce__(self):                                      # a memory map cannot be pickled: a worker opens its own
         return Rows, (self.file,)
 
     def __len__(self):
@@ -76,8 +93,10 @@ class Rows:
 
     def __getitem__(self, i):
         a, b = self.spans[i]
-        if self.blob.size() < b:                               # to read on would end the process without a word
+        if self.blob.size() < b:                               # reading past the end would kill the process
             raise BadSample("the file has become shorter since it was opened")
+        if b - a > MAX_BYTES:
+            raise BadSample("a row is too large", f"{b - a:,} bytes, the limit is {MAX_BYTES:,}")
         try:
             row = strict_json(self.blob[a:b].decode("utf-8-sig"), f"{self.file}, sample {i}")
         except ValueError as e:
@@ -85,3 +104,77 @@ class Rows:
         if not isinstance(row, dict):
             raise BadSample("not an object", f"{row!r:.80}")
         return row
+
+
+# ---- what a row says ------------------------------------------------------------------------------------------------
+
+def conversation(row):
+    """A row -> (turns [(user, assistant)], image names, system text or None). BadSample if it cannot be used."""
+    messages = row.get("conversations", row.get("messages"))
+    if not isinstance(messages, list) or not messages:
+        raise BadSample("no conversations")
+    system, turns = row.get("system") or None, []              # "system": "" means none, as tables write it
+    if not isinstance(system, str | None):
+        raise BadSample("the system text is not a string", f"{system!r:.80}")
+    names = row.get("image", row.get("images"))
+    names = [] if names is None else names if isinstance(names, list) else [names]
+    names = [name for name in names if name != ""]             # "image": "" means none
+    for i, message in enumerate(messages):
+        message = message if isinstance(message, dict) else {}
+        role, content = (message.get(a, message.get(b)) for a, b in (("from", "role"), ("value", "content")))
+        text, inside = read_content(content, i)
+        names = names + inside
+        if role == "system" and i == 0:
+            if system not in (None, text):
+                raise BadSample("two system texts")
+            system = text
+        elif role in USER:
+            if turns and turns[-1][1] is None:
+                raise BadSample("two questions in a row", f"turn {i}")
+            turns.append((text, None))
+        elif role in ASSISTANT:
+            if not turns or turns[-1][1] is not None:
+                raise BadSample("an answer without a question", f"turn {i}")
+            if not text.strip():
+                raise BadSample("an empty answer", f"turn {i}")
+            if not isinstance(content, str) and IMAGE in text:
+                raise BadSample("an answer holds an image", f"turn {i}")
+            turns[-1] = (turns[-1][0], text)
+        else:
+            raise BadSample("unknown speaker", f"turn {i}, {role!r:.80}")
+    if not turns or turns[-1][1] is None:
+        raise BadSample("the last question has no answer")
+    if not all(isinstance(name, str) for name in names):
+        raise BadSample("image is neither a name nor a list of names", f"{names!r:.80}")
+    if len(names) > MAX_IMAGES:
+        raise BadSample("too many images", f"{len(names):,}, the limit is {MAX_IMAGES}")
+    for kind in UNSUPPORTED:
+        if row.get(kind) or row.get(kind + "s") or at_an_edge(turns, f"<{kind}>"):
+            raise BadSample(f"{kind} is not supported")
+    if not names and (markers := at_an_edge(turns, IMAGE)):
+        raise BadSample(f"not as many {IMAGE} markers as images", f"0 image(s) but {markers} marker(s)")
+    return turns, names, system
+
+
+def at_an_edge(turns, marker):
+    """The number of questions that begin or end with a marker. There LLaVA writes it; elsewhere it is text."""
+    return sum(user.strip().startswith(marker) or user.strip().endswith(marker) for user, _ in turns)
+
+
+def read_content(content, turn):
+    """The content of a turn, a string or OpenAI's list of parts -> (text with a marker for each image, image names)."""
+    if isinstance(content, str):
+        return content, []
+    text, names = "", []
+    for part in content if isinstance(content, list) and content else [None]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            text += part["text"]
+        elif kind == "image":                                  # its file is named here, or in the row's list
+            text += IMAGE + "\n"
+            names += [name for name in (part.get("image"), part.get("path")) if name]
+        elif kind in UNSUPPORTED:
+            raise BadSample(f"{kind} is not supported", f"turn {turn}")
+        else:
+            raise BadSample("a turn has no text", f"turn {turn}")
+    return text, names

@@ -21,11 +21,12 @@ from PIL import Image
 
 import data
 from config import BadSample, Error
-from data import Encoder, Steps, conversation, fill, loader, pack, share_out
-from formats.rows import Rows
+from data import Encoder, Steps, best_fit, loader, pack, share_out
+from formats.rows import Rows, conversation
 from formats.tokenizer import Tokenizer
 from images import ImageSpec
 from kernels.cross_entropy import IGNORE
+from tools import check_data
 
 I, Q, S = 3, 4, 8  # conftest's <image>; a short image; a small side
 ROW = {"id": 1, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
@@ -215,7 +216,16 @@ FIXTURES = {  # A13: each has one stated outcome
     "role is a list": ({"conversations": [{"from": ["human"], "value": "q"}]}, "unknown speaker"),
     "missing value": ({"conversations": [{"from": "human"}]}, "a turn has no text"),
     "value is a number": (said(H, ("gpt", 5)), "a turn has no text"),
-    "value is parts": (said(H, ("gpt", [{"type": "text", "text": "a"}])), "a turn has no text"),
+    "no parts": (said(H, ("gpt", [])), "a turn has no text"),
+    "unknown part": (said(([{"type": "tool", "text": "a"}], "human")[::-1], G), "a turn has no text"),
+    "video part": (said(("human", [{"type": "video", "video": "x"}]), G), "video is not supported"),
+    "video": ({**said(("human", "<image>\nq"), G), "video": "x.mp4"}, "video is not supported"),
+    "video marker": (said(("human", "<video>\nq"), G), "video is not supported"),
+    "audio marker": ({**said(("human", "<image>\nq <audio>"), G), "image": "x"}, "audio is not supported"),
+    "answer holds an image": (said(H, ("gpt", [{"type": "image", "image": "x"}])), "an answer holds an image"),
+    "system is a number": ({**said(H, G), "system": 5}, "the system text is not a string"),
+    "two system texts": ({**said(("system", "s"), H, G), "system": "t"}, "two system texts"),
+    "many images": ({**said(H, G), "image": ["x"] * 257}, "too many images"),
     "turn is a string": ({"conversations": ["q", "a"]}, "a turn has no text"),
     "no conversations": ({"id": 1}, "no conversations"),
     "empty conversations": ({"conversations": []}, "no conversations"),
@@ -229,7 +239,7 @@ FIXTURES = {  # A13: each has one stated outcome
     "image list is empty": ({**said(("human", "<image>\nq"), G), "image": []}, COUNT),
     "three images, one marker": ({**said(("human", "<image>\nq"), G), "image": ["a", "b", "c"]}, COUNT),
     "surrogate": (said(H, ("gpt", "\ud800")), "a text holds a lone surrogate, which no encoding knows"),
-    "too long": (said(("human", "word " * 500), G), "nothing to learn within 120 tokens"),
+    "too long": (said(("human", "word " * 500), G), "the question is longer than max_len"),
 }
 
 
@@ -397,7 +407,7 @@ def test_every_dropped_sample_is_counted_once_over_all_ranks_with_its_name_and_r
             ("a.json[5] id='s5'", "image lies outside the image folder: '../secret.png'"),
             ("a.json[6] id='s6'", "an answer without a question: turn 0"),
             ("a.json[7] id='s7'", "not as many <image> markers as images: 1 image(s) but 0 marker(s)"),
-            ("a.json[9] id='s9'", "nothing to learn within 120 tokens")]
+            ("a.json[9] id='s9'", "the question is longer than max_len: 805 tokens before the answer, max_len=120")]
 
 
 def test_samples_that_lose_their_end_are_counted_and_those_that_lose_a_picture_lose_its_pixels(world):
@@ -421,23 +431,64 @@ def test_a_step_of_bad_samples_alone_is_empty_not_an_error(world, tmp_path):
     str(step.dropped).encode("utf-8"), "whatever the row holds, its name can be printed"
 
 
-def test_a_killed_worker_ends_in_a_clear_error_and_not_in_a_wait_for_ever(world, tmp_path):
-    """fork() ends a process that still waits. A limit in seconds would measure how busy the machine is."""
-    def rank(_):  # in a process of its own: the handler of SIGCHLD raises again at the death of any other child
-        batches = iter(loader(world(), [s % 10 for s in range(10_000)], 2))
-        next(batches)
-        try:
-            try:
-                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-                for _ in range(100):
-                    next(batches)
-            finally:                                    # where it may raise once more
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        except RuntimeError as e:
-            return str(e)
+ENDINGS = """
+import json, multiprocessing, os, select, signal, sys, time
+import torch
+import data
 
-    said, = fork(1, rank, tmp_path)
-    assert re.search("DataLoader worker .*(killed|exited unexpectedly)", said)
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1000       # torch's own look at the trainer, every 5 s, comes too late
+
+class Slow(torch.utils.data.Dataset):
+    def __getitem__(self, step):
+        time.sleep(0.01)
+        return step
+
+def train(how, workers):
+    got = []
+    if how == "signals to all":
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(name, lambda number, frame: got.append(number))
+    batches = data.loader(Slow(), range(1000), workers)
+    for step in range(100):
+        assert next(batches) == step
+        loaders = [p.pid for p in multiprocessing.active_children()]
+        assert len(loaders) == workers
+        if step == 3 and how == "exception":
+            raise RuntimeError("a trainer's own")
+        if step == 3 and how == "loader killed":
+            os.kill(loaders[0], signal.SIGKILL)
+        if step == 3 and how == "trainer interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+        if step == 3 and how == "trainer killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 3 and how == "signals to all":
+            for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                os.killpg(0, name)
+
+for how, workers in json.loads(sys.argv[1]):
+    alive, end = os.pipe()                                     # the trainer and its loaders hold its other end
+    trainer = os.fork()
+    if not trainer:
+        os.setpgrp()
+        train(how, workers)
+        sys.exit()
+    os.close(end)
+    gone = bool(select.select([alive], [], [], 60)[0])
+    if not gone:
+        os.killpg(trainer, signal.SIGKILL)
+    print(gone, os.waitstatus_to_exitcode(os.waitpid(trainer, 0)[1]), flush=True)
+"""
+
+
+def test_however_a_trainer_ends_its_loaders_end():
+    endings = [(how, n) for how in ("exception", "loader killed", "trainer killed") for n in (1, 2, 4)]
+    endings += [("trainer interrupted", 2), ("signals to all", 2)]
+    codes = {"trainer killed": -9, "trainer interrupted": -2, "signals to all": 0}
+    done = subprocess.run([sys.executable, "-c", ENDINGS, json.dumps(endings)], cwd=ROOT, capture_output=True, text=True)
+    ended = [line.split() for line in done.stdout.splitlines()]
+    assert ended == [["True", str(codes.get(how, 1))] for how, _ in endings], done.stderr
+    assert done.stderr.count("RuntimeError: a trainer's own") == 3
+    assert done.stderr.count("RuntimeError: DataLoader worker (pid") >= 3      # torch chains a second one
 
 
 @pytest.mark.parametrize("broken", [ConnectionResetError(104, "reset by peer"), EOFError()])
@@ -445,7 +496,7 @@ def test_a_connection_that_breaks_before_the_death_is_noticed_is_reported_as_the
     def batches():
         yield 1
         raise broken
-    got = data.watched(batches())
+    got = data.name_worker_death(batches())
     assert next(got) == 1
     with pytest.raises(RuntimeError, match="DataLoader worker exited unexpectedly"):
         next(got)
@@ -520,7 +571,7 @@ def test_a_sample_of_which_only_the_first_token_is_to_be_learnt_has_nothing_to_l
         text = (bytes_folder / f).read_text("utf-8")
         (tmp_path / f).write_text(text if f == "tokenizer.json" else json.dumps({"eos_token": "</s>"}), "utf-8")
     encoder = Encoder(Tokenizer(tmp_path), "plain", 3, 4, 1)
-    with pytest.raises(BadSample, match="nothing to learn within 1 tokens"):
+    with pytest.raises(BadSample, match="1 tokens before the answer, max_len=1"):
         encoder({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "a cat"}]})
     ids, labels, _, _ = Encoder(encoder.tok, "plain", 3, 4, 9)(
         {"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "a cat"}]})
@@ -546,7 +597,7 @@ def test_ranks_share_the_work_and_streams_are_filled(seed):
     loads = [sum(costs[i] for i in g) for g in groups]
     assert max(loads) - min(loads) <= max(costs), "no exchange of one sample could help the most loaded by more"
     for g in groups:
-        streams = fill(g, costs, room)
+        streams = best_fit(g, costs, room)
         assert sorted(sum(streams, [])) == sorted(g) and all(0 < sum(costs[i] for i in s) <= room for s in streams)
         least = -(-sum(costs[i] for i in g) // room)
         assert len(streams) <= least * 1.7 + 1  # the bound of best fit, sorted or not, where `least` is the best
@@ -573,11 +624,11 @@ def test_ranks_share_pictures_as_well_as_tokens(world, monkeypatch):
 
 
 def test_the_fullest_stream_that_has_room_is_filled_first():
-    assert sorted(fill(range(5), [7, 6, 3, 2, 2], 10)) == [[0, 2], [1, 3, 4]]  # the emptiest first needs three
+    assert sorted(best_fit(range(5), [7, 6, 3, 2, 2], 10)) == [[0, 2], [1, 3, 4]]  # the emptiest first needs three
 
 
 def test_one_that_is_longer_than_a_stream_gets_its_own():
-    assert sorted(fill([0, 1, 2], [5, 50, 5], 10)) == [[0, 2], [1]] and fill([], [], 10) == []
+    assert sorted(best_fit([0, 1, 2], [5, 50, 5], 10)) == [[0, 2], [1]] and best_fit([], [], 10) == []
 
 
 # ---- python data.py -------------------------------------------------------------------------------------------------
@@ -585,24 +636,25 @@ def test_one_that_is_longer_than_a_stream_gets_its_own():
 def test_checking_a_file_shows_samples_and_counts_what_is_wrong_by_reason(world, bytes_folder, capsys):
     a = world.folder / "a.json"
     args = [str(a), f"--images={world.folder / 'images'}", f"--model={bytes_folder}", "--image_tokens=4", "--show=2"]
-    assert data.main(args) == 0
+    assert check_data.main(args) == 0
     out = capsys.readouterr().out
     assert "--- sample 0, id 's0': " in out and "--- sample 1, id 's1': " in out and "--- sample 2" not in out
     assert "[4 x image]" in out and "\033[32m it is 0.\033[0m\033[32m</s>\033[0m" in out
-    assert f"--- {a}: 100 samples, 100 good, 0 dropped, 0 truncated to 2048 tokens" in out and ", 66 images\n" in out
+    assert f"--- {a}: 100 samples, 100 good, 0 dropped, 0 truncated to 512 tokens" in out and ", 66 images\n" in out
 
     corrupt(world, [1, 2])
     for i in (4, 5, 8):
         (world.folder / "images" / f"{i}.png").unlink()
     world.rows[6] = {"id": 6}
     write(a, world.rows)
-    assert data.main([*args, "--max_len=250"]) == 1
+    assert check_data.main([*args, "--max_len=250"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-5].startswith(f"--- {a}: 100 samples, 94 good, 6 dropped, ")
-    assert lines[-3:] == [
-        "    3 x image is missing; first: [4] image is missing: '4.png'",
-        "    2 x image cannot be read; first: [1] image cannot be read: '1.png' (UnidentifiedImageError)",
-        "    1 x no conversations; first: [6] no conversations"]
+    assert lines[-6].startswith(f"--- {a}: 100 samples, 94 good, 6 dropped, ")
+    assert lines[-4:] == [
+        "    3 x image is missing; first: sample 4 (counted from 0), id 's4': '4.png'",
+        "    2 x image cannot be read; first: sample 1 (counted from 0), id 's1': '1.png' (UnidentifiedImageError)",
+        "    1 x no conversations; first: sample 6 (counted from 0), id 6",
+        "    --bad=FILE lists them all"]
 
 
 def test_checking_from_the_command_line_exits_with_one_where_samples_are_bad(tmp_path, bytes_folder):
@@ -614,7 +666,7 @@ def test_checking_from_the_command_line_exits_with_one_where_samples_are_bad(tmp
 
 @pytest.mark.parametrize("args, message", [
     ([], "usage: python data.py FILE"), (["x.json"], "usage:"), (["--model=m"], "usage:"),
-    (["x.json", "y.json", "--model={tok}"], "usage:"), (["x.json", "--model=m", "--max_len=0"], "max_len=0: expected"),
+    (["x.json", "y.json", "--model={tok}"], "usage:"), (["x.json", "--model=m", "--max_len=-1"], "max_len=-1: expected"),
     (["x.json", "--model=m", "--image_tokens=0"], "image_tokens=0: expected"),
     (["none.json", "--model={tok}"], "no data file none.json"),
     (["none.json", "--model=nowhere"], "nowhere holds no tokenizer.json"),
@@ -629,7 +681,7 @@ def test_checking_without_what_it_needs_stops_with_one_line(tmp_path, bytes_fold
     (broken / "config.json").write_text("{")
     names = dict(tok=bytes_folder, good=write(tmp_path / "good.json", [ROW]), broken=broken)
     with pytest.raises(Error, match=message) as e:
-        data.main([a.format(**names) for a in args])
+        check_data.main([a.format(**names) for a in args])
     assert "\n" not in str(e.value)
 
 
@@ -640,12 +692,12 @@ def test_a_model_folder_says_which_id_and_how_many_tokens_an_image_has(world, by
         (model / f).write_text((bytes_folder / f).read_text("utf-8"), "utf-8")
     (model / "config.json").write_text(json.dumps({"image_token_index": 3, "image_seq_length": 9}))
     args = [str(world.folder / "a.json"), f"--images={world.folder / 'images'}", f"--model={tmp_path / 'run'}"]
-    assert data.main(args) == 0
+    assert check_data.main(args) == 0
     said = capsys.readouterr().out
     assert "[9 x image]" in said and "A chat between" in said
     for meta, shown in [(("chatml", "S"), "system\nS"), (("plain", ""), "USER: "), (("vicuna_v1", ""), "USER: ")]:
         (model / "pumice.json").write_text(json.dumps(dict(zip(("template", "system"), meta))))
-        assert data.main(args) == 0
+        assert check_data.main(args) == 0
         said = capsys.readouterr().out
         assert shown in said and "A chat between" not in said, "as train_sft.py goes on from this model"
-    assert data.main([*args, "--template=mistral"]) == 0 and "[INST] " in capsys.readouterr().out
+    assert check_data.main([*args, "--template=mistral"]) == 0 and "[INST] " in capsys.readouterr().out
