@@ -4,7 +4,7 @@
     chat = Chat("runs/sft")                                  # a run, any LLaVA folder, or a PEFT adapter
     print(chat.ask("cat.jpg", "What is this?"))
 
-    B prompts   L most tokens of one conversation   I images, Q placeholder tokens each   V vocabulary   S side in pixels
+    B prompts   L most tokens of one conversation   I images   Q placeholders per image   V vocabulary   S image side
 """
 
 import os

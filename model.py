@@ -1,15 +1,15 @@
-"""A vision-language model: a ViT turns pictures into patch features, a connector makes words of them, a Llama reads on.
+"""A vision-language model: a vision transformer turns images into patch features, a connector maps these to token
+embeddings of a Llama decoder, and the decoder reads them with the text.
 
-Everything runs on one packed stream of tokens, without padding and without a batch dimension (kernels/attention.py),
-and the state dict is that of the published llava-hf checkpoints. The model knows no tokenizer, no dataset and no rank;
-LoRA, sharding, recomputation and compilation are applied to it from outside.
+All tokens are in one packed sequence (stream), without padding and without a batch dimension. Query n sees the keys
+[lo[n], hi[n]) (kernels/attention.py). The state dict is that of the published llava-hf checkpoints. The model knows no
+tokenizer, no data set and no rank. LoRA, sharding, recomputation and compilation are applied from outside.
 
-    N tokens of the stream   R rows that are asked for   C LLM width   H heads   G kv-heads   K head dim   V vocabulary
-    I images   P patches each   T = P + class and register tokens   Q tokens each after the connector (Q = P)
-    D ViT width   S side in pixels
+    N tokens of the stream   R tokens with a label   C LLM width   H heads   G key-value heads   K head width
+    I images   P patches of each   T = P + class and register tokens   Q tokens of each after the connector (Q = P)
+    V vocabulary size   D ViT width   S image side in pixels
 """
 
-import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -18,19 +18,18 @@ import torch.nn.functional as F
 
 from kernels.attention import attention
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
-from kernels.linear import linears
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rope_qk
 from kernels.swiglu import swiglu
 
-# ---- configs: the names are those of the published config.json ------------------------------------------------------
+# ---- configs, with the names of the published config.json -----------------------------------------------------------
 
 @dataclass
 class VisionConfig:
     model_type: str = "clip_vision_model"    # clip_vision_model, siglip_vision_model, dinov2, dinov2_with_registers
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12              # as published; how many are built follows from feature_layer
+    num_hidden_layers: int = 12              # as published; `depth` of them are built
     num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 32
@@ -38,7 +37,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
     num_register_tokens: int = 0             # DINOv2 with registers: 4
     feature_layer: int = -2                  # index into [embeddings, block 1 ... L]: -2 is the output of block L - 1
-    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # pixels arrive as uint8 and are normalised here
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # pixels are uint8 and normalised here
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
     @property
@@ -51,7 +50,7 @@ class VisionConfig:
 
     @property
     def depth(self):
-        """Blocks that are built: those that the chosen feature layer needs."""
+        """Number of blocks up to the feature layer: only these are built"""
         L, layer = self.num_hidden_layers, self.feature_layer
         assert -L - 1 <= layer <= L, f"feature layer {layer} of a ViT of {L} blocks"
         return layer % (L + 1)
@@ -69,11 +68,11 @@ class TextConfig:
     head_dim: int = 128
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None         # None, or rope_type llama3 or linear with its numbers
+    rope_scaling: dict | None = None         # None, or rope_type llama3 or linear, and its values
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
     qkv_bias: bool = False                   # Qwen2
-    o_bias: bool = False                     # Llama's attention_bias switches on q, k, v and o
+    o_bias: bool = False                     # Llama's attention_bias: q, k, v and o
     mlp_bias: bool = False
     qk_norm: bool = False                    # Qwen3
     sliding_window: int | None = None        # Mistral 7B v0.1
@@ -83,11 +82,11 @@ class TextConfig:
 class VLMConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    connector: str = "mlp"                   # mlp: linear, GELU (erf), linear; linear: one matrix (LLaVA v1)
+    connector: str = "mlp"                   # a name in CONNECTORS
     image_token_index: int = 32000
 
 
-# ---- the eyes -------------------------------------------------------------------------------------------------------
+# ---- vision transformer ---------------------------------------------------------------------------------------------
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
@@ -97,9 +96,8 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": la
 
 
 class LayerNorm(nn.LayerNorm):
-    def forward(self, x, add=None):
-        """x (..., D) -> its norm; with add (..., D): x + add, the norm of that"""
-        return layer_norm(x, self.weight, self.bias, self.eps, add)
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class ViTAttention(nn.Module):
@@ -132,15 +130,16 @@ class ViTBlock(nn.Module):
         self.self_attn = ViTAttention(cfg)
         self.layer_norm2 = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.mlp = ViTMLP(cfg)
-        scaled = cfg.model_type.startswith("dinov2")  # DINOv2 multiplies each branch by a learnt vector
+        scaled = cfg.model_type.startswith("dinov2")  # DINOv2 multiplies each branch by a trained vector
         self.layer_scale1 = nn.Parameter(torch.ones(cfg.hidden_size)) if scaled else None
         self.layer_scale2 = nn.Parameter(torch.ones(cfg.hidden_size)) if scaled else None
 
     def forward(self, x, lo, hi):
-        h = self.self_attn(self.layer_norm1(x), lo, hi)
-        x, y = self.layer_norm2(x, h if self.layer_scale1 is None else h * self.layer_scale1)
-        h = self.mlp(y)
-        return x + (h if self.layer_scale2 is None else h * self.layer_scale2)
+        def scaled(branch, scale):
+            return branch if scale is None else branch * scale
+
+        h = x + scaled(self.self_attn(self.layer_norm1(x), lo, hi), self.layer_scale1)
+        return h + scaled(self.mlp(self.layer_norm2(h)), self.layer_scale2)
 
 
 class ViTEmbeddings(nn.Module):
@@ -154,7 +153,7 @@ class ViTEmbeddings(nn.Module):
 
     def forward(self, images):
         cfg, p, conv = self.cfg, self.cfg.patch_size, self.patch_embedding
-        side = cfg.image_size // p * p  # a last, incomplete patch is dropped, as a convolution without padding would
+        side = cfg.image_size // p * p  # drops an incomplete last patch, as a convolution without padding does
         x = images[:, :, :side, :side].to(torch.float32) / 255
         mean, std = (torch.tensor(t, device=x.device).view(1, 3, 1, 1) for t in (cfg.image_mean, cfg.image_std))
         x = ((x - mean) / std).to(conv.weight.dtype)
@@ -163,19 +162,19 @@ class ViTEmbeddings(nn.Module):
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)            # (I, T, D)
         x = x + self.position_embedding.weight.to(x.dtype)
-        if self.register_tokens is not None:  # after the positions were added
+        if self.register_tokens is not None:  # these have no position
             x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return x
 
 
 class VisionModel(nn.Module):
-    """images (I, 3, S, S) uint8 -> all tokens of the feature layer (I, T, D), before any final norm; I may be 0."""
+    """images (I, 3, S, S) uint8 -> all tokens of the feature layer (I, T, D), without a final norm. I may be 0."""
 
     def __init__(self, cfg):
         super().__init__()
         clip = cfg.model_type == "clip_vision_model"
         self.embeddings = ViTEmbeddings(cfg)
-        self.pre_layrnorm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # a published typo
+        self.pre_layrnorm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # published so
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth))
 
@@ -184,7 +183,7 @@ class VisionModel(nn.Module):
         I, T, D = x.shape
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
-        lo = torch.arange(0, I * T, T, dtype=torch.int32, device=x.device).repeat_interleave(T)
+        lo = torch.arange(0, I * T, T, dtype=torch.int32, device=x.device).repeat_interleave(T)            # (I T,)
         hi = lo + T                                                                        # a patch sees its own image
         x = x.reshape(I * T, D)
         for block in self.encoder.layers:
@@ -193,7 +192,7 @@ class VisionModel(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """images (I, 3, S, S) uint8 -> patch features (I, P, D): class and register tokens stay behind."""
+    """images (I, 3, S, S) uint8 -> patch features (I, P, D), without class and register tokens."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -204,68 +203,67 @@ class VisionTower(nn.Module):
         return self.vision_model(images)[:, self.skip :]
 
 
-# ---- from features to words -----------------------------------------------------------------------------------------
+# ---- connector: (I, P, D) -> (I, Q, C) ------------------------------------------------------------------------------
 
-class Connector(nn.Module):
-    """(I, P, D) -> (I, Q, C), Q = P."""
+class LinearConnector(nn.Module):
+    """LLaVA v1: one matrix."""
 
-    def __init__(self, kind, D, C):
+    def __init__(self, D, C):
         super().__init__()
-        assert kind in ("linear", "mlp"), f"connector {kind!r}: linear or mlp"
         self.linear_1 = nn.Linear(D, C)
-        self.linear_2 = nn.Linear(C, C) if kind == "mlp" else None
 
     def forward(self, x):
-        x = self.linear_1(x)
-        return x if self.linear_2 is None else self.linear_2(F.gelu(x))
+        return self.linear_1(x)
 
 
-# ---- the reader -----------------------------------------------------------------------------------------------------
+class MLPConnector(nn.Module):
+    """LLaVA-1.5: linear, GELU, linear."""
+
+    def __init__(self, D, C):
+        super().__init__()
+        self.linear_1 = nn.Linear(D, C)
+        self.linear_2 = nn.Linear(C, C)
+
+    def forward(self, x):
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector}
+
+
+# ---- decoder --------------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-        self.make = functools.partial(rms_norm, eps=eps)   # once: made anew, dynamo would take eps for an input
 
-    def forward(self, x, add=None):
-        """x (..., C) -> its norm; with add (..., C): x + add, the norm of that"""
-        return rms_norm(x, self.weight, self.eps, add)
-
-    def made(self, x):
-        """How the norm of x is made, for together()."""
-        return self.make, (x, self.weight)
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_frequencies(cfg, device=None):
-    """(K/2,) fp32 angles per position. Recomputed where needed: a cast of the model to bf16 would round a buffer."""
+    """(K/2,) fp32 angles per position. Not a buffer, which a cast of the model to bf16 would round."""
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.int64, device=device).float()
     f = 1.0 / cfg.rope_theta ** (i / cfg.head_dim)
     s = cfg.rope_scaling or {}
     kind = s.get("rope_type", s.get("type", "default"))
     if kind == "linear":
         f = f / s["factor"]
-    elif kind == "llama3":  # long waves are slowed down, short ones kept, those between blended
+    elif kind == "llama3":  # long waves are slowed down, short ones stay, those between are interpolated
         old = s["original_max_position_embeddings"]
         wave = 2 * torch.pi / f
         blend = (old / wave - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         f = torch.where(wave > old / s["low_freq_factor"], f / s["factor"],
                         torch.where(wave < old / s["high_freq_factor"], f, (1 - blend) * f / s["factor"] + blend * f))
     elif kind != "default":
-        raise ValueError(f"rope scaling {kind!r} is not known here: default, linear or llama3")
+        raise ValueError(f"rope scaling {kind!r} is not supported: default, linear or llama3")
     return f
 
 
-def together(x, *layers, made=None):
-    """x (N, C) -> [layer(x)] of the linear layers that read the same x. Where one of them brings a way to do that at
-    once (the adapters of lora.py, which are put in from outside), it is taken. made: (make, sources) with which x is
-    make(*sources); where all layers learn, these are kept for the backward pass, and not x."""
-    way = next((f.together for f in layers if hasattr(f, "together")), None)
-    if way is not None:
-        return way(x, layers, made)
-    if made and torch.is_grad_enabled() and all(type(f) is nn.Linear and f.weight.requires_grad for f in layers):
-        return linears(x, *made, layers)
-    return [f(x) for f in layers]
+def take(x, rows):
+    """x (N, ...) -> x (N, ...) if rows is None, else its rows (R, ...)"""
+    return x if rows is None else x[rows]
 
 
 class LlamaAttention(nn.Module):
@@ -279,21 +277,19 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(H * K, C, bias=cfg.o_bias)
         self.q_norm, self.k_norm = (RMSNorm(K, cfg.rms_norm_eps) if cfg.qk_norm else None for _ in range(2))
 
-    def forward(self, x, cos, sin, lo, hi, rows=None, cache=None, made=None):
-        """x (N, C) -> (N, C), or (R, C) if only `rows` are asked for: then only those make a query. made: how x was."""
-        if rows is None:
-            q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj, made=made)
-        else:
-            q, (k, v) = self.q_proj(x[rows]), together(x, self.k_proj, self.v_proj, made=made)
-        q, k, v = (t.unflatten(-1, (-1, self.K)) for t in (q, k, v))       # (R, H, K), (N, G, K), (N, G, K)
+    def qkv(self, x, rows=None):
+        """A method of its own, because LoRA replaces it"""
+        return self.q_proj(take(x, rows)), self.k_proj(x), self.v_proj(x)
+
+    def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
+        """x (N, C) -> (N, C). With rows (R,), only these tokens are queries -> (R, C)."""
+        q, k, v = (t.unflatten(-1, (-1, self.K)) for t in self.qkv(x, rows))   # (N or R, H, K), (N, G, K), (N, G, K)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope_qk(q, k, cos, sin, rows)
-        if rows is not None:
-            lo, hi = lo[rows], hi[rows]
         if cache is not None:
-            k, v = cache.append(self, k, v)                                # (M, G, K)
-        return self.o_proj(attention(q, k, v, lo, hi).flatten(1))
+            k, v = cache.append(self, k, v)                                    # of all slots of generate.Cache
+        return self.o_proj(attention(q, k, v, take(lo, rows), take(hi, rows)).flatten(1))
 
 
 class LlamaMLP(nn.Module):
@@ -303,9 +299,12 @@ class LlamaMLP(nn.Module):
         self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
-    def forward(self, x, made=None):
-        gate, up = together(x, self.gate_proj, self.up_proj, made=made)
-        return together(swiglu(gate, up), self.down_proj, made=(swiglu, (gate, up)))[0]
+    def gate_up(self, x):
+        """A method of its own, because LoRA replaces it"""
+        return self.gate_proj(x), self.up_proj(x)
+
+    def forward(self, x):
+        return self.down_proj(swiglu(*self.gate_up(x)))
 
 
 class LlamaLayer(nn.Module):
@@ -317,14 +316,13 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
-        """Kept for the backward pass, where all is trained: x, q, k, v, what attention gave, the second x, gate, up."""
-        h = self.self_attn(self.input_layernorm(x), cos, sin, lo, hi, rows, cache, self.input_layernorm.made(x))
-        x, y = self.post_attention_layernorm(x if rows is None else x[rows], h)
-        return x + self.mlp(y, self.post_attention_layernorm.made(x))
+        """x (N, C) -> (N, C), or (R, C) for the tokens `rows`, which alone enter the MLP"""
+        h = take(x, rows) + self.self_attn(self.input_layernorm(x), cos, sin, lo, hi, rows, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class Llama(nn.Module):
-    """x (N, C) embedded tokens -> hidden states after the last norm: (N, C), or (R, C) for `rows`."""
+    """x (N, C) token embeddings -> hidden states after the last norm (N, C), or (R, C) for the tokens `rows`"""
 
     def __init__(self, cfg):
         super().__init__()
@@ -337,22 +335,24 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self):
-        """(V, C): the head is a matrix and not a call, for logits are made chunk by chunk inside the loss."""
+        """(V, C). The head is used as a matrix, because the loss computes logits in chunks."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def forward(self, x, pos, lo, hi, rows=None, cache=None):
-        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)   # (N, K/2), fp32: bf16 takes 257 for 256
+        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)   # (N, K/2), fp32: bf16 has no 257
         cos, sin = angles.cos(), angles.sin()
         if self.cfg.sliding_window:
             lo = torch.maximum(lo, hi - self.cfg.sliding_window)
         for layer in self.model.layers[:-1]:
             x = layer(x, cos, sin, lo, hi, cache=cache)
-        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)           # all the others only give keys and values
+        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)           # other tokens only give keys and values
         return self.model.norm(x)
 
 
+# ---- vision-language model ------------------------------------------------------------------------------------------
+
 def logits_head(hidden, weight, labels):
-    """(R, C), (V, C) -> logits (R, V), for use as `head` below."""
+    """hidden (R, C), weight (V, C) -> logits (R, V): a `head` for VLM.forward"""
     return hidden @ weight.to(hidden.dtype).T
 
 
@@ -361,44 +361,51 @@ class VLM(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.vision_tower = VisionTower(cfg.vision)
-        self.multi_modal_projector = Connector(cfg.connector, cfg.vision.hidden_size, cfg.text.hidden_size)
+        assert cfg.connector in CONNECTORS, f"connector {cfg.connector!r}: {', '.join(CONNECTORS)}"
+        self.multi_modal_projector = CONNECTORS[cfg.connector](cfg.vision.hidden_size, cfg.text.hidden_size)
         self.language_model = Llama(cfg.text)
 
+    @property
+    def blocks(self):
+        """The modules worth recomputing, compiling and sharding one by one"""
+        return [*self.vision_tower.vision_model.encoder.layers, *self.language_model.model.layers]
+
     def train(self, mode=True):
-        """What is frozen as a whole stays in eval mode, whatever is asked for: it is used, not trained."""
+        """A part without trained parameters stays in eval mode."""
         super().train(mode)
         for part in self.children():
             part.train(mode and any(p.requires_grad for p in part.parameters()))
         return self
 
-    def see(self, images):
-        """(I, 3, S, S) uint8 -> (I, Q, C). A frozen tower builds no graph."""
-        learns = any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            features = self.vision_tower(images)
+    def image_features(self, images):
+        """images (I, 3, S, S) uint8 -> (I, Q, C). A frozen vision tower builds no graph."""
+        trained = any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            features = self.vision_tower(images)                               # (I, P, D)
         return self.multi_modal_projector(features)
 
     def forward(self, ids, labels, pos, lo, hi, images, head=linear_cross_entropy, cache=None):
-        """One packed stream: ids, labels, pos, lo, hi (N,), images (I, 3, S, S) uint8. Only rows with a label go
-        through the last layer; `head(hidden (R, C), weight (V, C), labels (R,))` turns them into what is returned: the
-        summed loss by default."""
-        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,), first of all: for their number, alone, the host waits
+        """One packed sequence: ids, labels, pos, lo, hi (N,), images (I, 3, S, S) uint8.
+
+        Only tokens with a label pass the whole last layer. The result is head(hidden (R, C), weight (V, C), labels
+        (R,)), by default the summed loss."""
+        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,), first of all, because it is the only host-device sync
         x = self.language_model.model.embed_tokens(ids)                        # (N, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would widen the stream
-        z = self.see(images).flatten(0, 1)                                     # (I Q, C)
-        # as many holes as features, and a -1 that says that there are no more: the device checks, the host goes on
-        holes = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]              # (I Q + 1,)
-        torch._assert_async(holes[-1] < 0, "there are more places for pictures than pictures")
-        torch._assert_async((holes[:-1] >= 0).all(), "there are more pictures than places for them")
-        x = x.index_copy(0, holes[:-1], z.to(x.dtype))   # masked_scatter's gradient would list its numbers one by one
-        hidden = self.language_model(x, pos, lo, hi, rows, cache)
+            x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would keep it fp32
+        z = self.image_features(images).flatten(0, 1)                          # (I Q, C)
+        # positions of the image placeholders. The extra slot must stay -1: so the GPU checks the count without a sync
+        at = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]                 # (I Q + 1,)
+        torch._assert_async(at[-1] < 0, "there are more image placeholders than image features")
+        torch._assert_async((at[:-1] >= 0).all(), "there are more image features than image placeholders")
+        x = x.index_copy(0, at[:-1], z.to(x.dtype))      # masked_scatter needs a sync in backward
+        hidden = self.language_model(x, pos, lo, hi, rows, cache)              # (R, C)
         return head(hidden, self.language_model.head_weight, labels[rows])
 
 
 @torch.no_grad()
 def init_weights(model, seed=0):
-    """Fill every parameter, in the order of the names, from one seed:
+    """Fill every parameter, in the order of the names, from one seed. N(mean, standard deviation):
 
         norms                weight 1, bias 0       class, register and position tokens    N(0, 0.02)
         matrices             N(0, 1/sqrt(fan in))   o_proj, out_proj, down_proj, fc2       0: a block starts as identity
@@ -408,7 +415,7 @@ def init_weights(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     params = dict(sorted(model.named_parameters()))
     for name, p in params.items():
-        if "linear_" in name:  # the connector's, whether the whole model was given or the connector alone
+        if "linear_" in name:  # the connector, in a whole model or alone
             fan_in = params[name.replace("bias", "weight")].shape[1]
             value = (2 * torch.rand(p.shape, generator=g) - 1) * fan_in**-0.5
         elif "norm" in name or "layer_scale" in name:
@@ -417,11 +424,6 @@ def init_weights(model, seed=0):
             value = torch.zeros(p.shape)
         elif "embed" in name and "patch" not in name or "register_tokens" in name:
             value = torch.randn(p.shape, generator=g) * 0.02
-        else:  # the usual 0.02 is 1/sqrt(fan in) at width 2,500, and far too small at the toy's 128
+        else:  # the usual 0.02 is 1/sqrt(fan in) of width 2,500; it is far too small for the toy's 128
             value = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5
         p.copy_(value)
-
-
-# ---- talking --------------------------------------------------------------------------------------------------------
-
-

@@ -1,60 +1,96 @@
-"""Linear layers that read the same x, trained, which keep for the backward pass what x is made of instead of x.
+"""Linear layers with a frozen weight, alone or with low-rank adapters (lora.py). The weight W may be in NF4.
 
-    N rows   C width of x   O of a result, own of each layer
-    x (N, C) = make(*sources)   weights (O, C)   biases (O,) or None   ->   x W^T + b (N, O) of each layer
+    N tokens   C input width   O output width, one per layer   r rank, one per layer   s = alpha / r
+    x (N, C)   W (O, C) or its NF4 tensors   b (O,) or None   A (r, C)   B (O, r)   ->   y = x W^T + b + s (d A^T) B^T
+    d = dropout(x): x * keep with a mask keep (N, C) bool, whose 1 / (1 - p) is part of s; without dropout d = x
 
-The argument in bytes. The gradient of W needs x, so that autograd keeps every norm's output and every silu(gate) * up
-beside what their own gradients need: the norm's input, gate and up. Those two norms and one product are 2 C + F of the
-numbers that a layer of a 7B Llama keeps per token, 38 of 131 KB in bf16, and they are one pass over numbers that the
-backward pass reads anyway, beside 6 O C operations per row. So they are made again. The gradient of x goes where it
-always goes; nothing here knows how x was differentiated.
-
-Two things more come with having all layers in one place. The gradients of x are added up by the products themselves
-(addmm), where autograd writes each and adds them. And of weights kept in fp32 under autocast only those are kept, while
-autograd would hold the low copies of all layers from the forward pass to the backward.
+The argument in bytes, for layers that read the same x (q, k and v; gate and up). Plain autograd adds each adapter's
+output to the base output, and each gradient of x to the others, in passes of their own: 3 N O and 6 N C elements per
+layer. Here the matrix products add (addmm). One product serves all A, one mask serves all layers, and x is stored once.
+A dequantized W is not stored; backward dequantizes it again.
 """
 
 import torch
 import torch.nn.functional as F
 
+from kernels import nf4
 
-class Linears(torch.autograd.Function):
-    """parts: the n sources, then weights, then as many biases"""
+
+def dense(W, dtype):
+    """W, a matrix or a tuple of NF4 tensors -> the matrix (O, C) in dtype"""
+    return nf4.dequantize(*W, dtype) if isinstance(W, tuple) else W.to(dtype)
+
+
+def base_linear(x, W, b):
+    """x (..., C) -> x W^T + b (..., O) in the dtype of x"""
+    return F.linear(x, dense(W, x.dtype), None if b is None else b.to(x.dtype))
+
+
+class FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, b):
+        ctx.W = W
+        return base_linear(x, W, b)
 
     @staticmethod
-    def forward(ctx, x, make, n, *parts):
-        half = (len(parts) - n) // 2
-        weights, biases = parts[n : n + half], parts[n + half :]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return dy @ dense(ctx.W, dy.dtype), None, None
+
+
+class LoRALinears(torch.autograd.Function):
+    """AB: A of each layer, then B of each layer"""
+
+    @staticmethod
+    def forward(ctx, x, keep, bases, *AB):
+        A, B = AB[: len(bases)], AB[len(bases) :]
         with torch.autocast(x.device.type, enabled=False):
-            out = tuple(F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
-                        for W, b in zip(weights, biases))
-        ctx.save_for_backward(*parts[: n + half])
-        ctx.make, ctx.n = make, n
-        return out
+            xa = (x if keep is None else x * keep) @ torch.cat(A).to(x.dtype).T                        # (N, sum of r)
+            # in place, except when compiled: torch 2.11 turns a changed result of forward into zero gradients
+            addmm, out = torch.addmm if torch.compiler.is_compiling() else torch.Tensor.addmm_, []
+            for (W, b, s), B_i, xa_i in zip(bases, B, xa.split([a.shape[0] for a in A], 1)):
+                out.append(addmm(base_linear(x, W, b), xa_i, (s * B_i).to(x.dtype).T))                  # (N, O)
+        ctx.save_for_backward(x, keep, xa, *AB)
+        ctx.bases = bases
+        return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dy):
-        saved = ctx.saved_tensors                                           # unpacked once, as recomputation demands
-        sources, weights = saved[: ctx.n], saved[ctx.n :]
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3 + ctx.n :]
-        need_w, need_b = need[: len(weights)], need[len(weights) :]
-        dx, dw = None, [None] * len(weights)
-        with torch.autocast(dy[0].device.type, enabled=False):
-            if any(need_w):
-                x = ctx.make(*sources).to(dy[0].dtype)
-                dw = [(g.T @ x).to(W.dtype) if wanted else None for g, W, wanted in zip(dy, weights, need_w)]
-            db = [g.sum(0, dtype=W.dtype) if wanted else None for g, W, wanted in zip(dy, weights, need_b)]
-            if need_x:
-                dx = dy[0] @ weights[0].to(dy[0].dtype)
+        x, keep, xa, *AB = ctx.saved_tensors
+        A, B, dx = AB[: len(dy)], AB[len(dy) :], None
+        ranks, weights, scales = [a.shape[0] for a in A], [W for W, _, _ in ctx.bases], [s for _, _, s in ctx.bases]
+        with torch.autocast(x.device.type, enabled=False):
+            dxa = torch.cat([g @ (s * b).to(x.dtype) for g, s, b in zip(dy, scales, B)], 1)            # (N, sum of r)
+            dA = (dxa.T @ (x if keep is None else x * keep)).split(ranks)
+            dB = [(g.T @ xa_i).mul_(s) for g, s, xa_i in zip(dy, scales, xa.split(ranks, 1))]
+            if ctx.needs_input_grad[0]:
+                dx = dy[0] @ dense(weights[0], x.dtype)                                                # (N, C)
                 for g, W in zip(dy[1:], weights[1:]):
-                    dx.addmm_(g, W.to(g.dtype))
-        return dx, None, None, *[None] * ctx.n, *dw, *db
+                    dx.addmm_(g, dense(W, x.dtype))
+                A = torch.cat(A).to(x.dtype)
+                dx = dx.addmm_(dxa, A) if keep is None else dx.add_((dxa @ A).mul_(keep))
+        return dx, None, None, *(g.to(p.dtype) for g, p in zip((*dA, *dB), AB))
 
 
-def linears(x, make, sources, layers):
-    """x (N, C) = make(*sources), layers: torch.nn.Linear -> [layer(x) (N, O)]; autocast casts x here as there"""
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return Linears.apply(x, make, len(sources), *(t.detach() for t in sources), *(f.weight for f in layers),
-                         *(f.bias for f in layers))
+def autocasted(x):
+    """x in the dtype of autocast, if it is enabled: a custom Function must cast its inputs itself"""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def frozen_linear(x, W, b):
+    """x (..., C) -> x W^T + b (..., O). Only x gets a gradient."""
+    x = autocasted(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return FrozenLinear.apply(x, W, b)
+
+
+def lora_linears(x, p, bases, A, B):
+    """x (..., C), p: probability of dropout, bases: (W, b, s) of each layer, A, B: of each layer -> [y (..., O)].
+    Gradients go to x, A and B."""
+    z, keep = autocasted(x).flatten(0, -2), None                               # (N, C)
+    if p:
+        keep = torch.empty_like(z, dtype=torch.bool).bernoulli_(1 - p)
+        bases = [(W, b, s / (1 - p)) for W, b, s in bases]
+    return [y.unflatten(0, x.shape[:-1]) for y in LoRALinears.apply(z, keep, tuple(bases), *A, *B)]
