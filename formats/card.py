@@ -1,17 +1,16 @@
-"""The model card: README.md in model/, made from the settings of a run and of those it started from, its losses, and
-what eval.py scored. It says how to use the folder, what that was tried with, and what it cannot do."""
+"""Model cards: README.md of model/ and adapter/, from the settings and the log of a run. A card never ends a run: what
+cannot be read is left out. Text that others wrote (names, a system text) is escaped."""
 
 import json
-import os
 import re
 from pathlib import Path
 
+from config import Error
 from formats.hub import find_model
 from formats.strict_json import read_json
-from formats.whole import MANIFEST, digest, listing
 
-SETTINGS = ("data", "batch_size", "lr", "connector_lr", "lora_r", "lora_alpha", "lora_targets", "bits", "warmup",
-            "weight_decay", "grad_clip", "max_len", "template", "system", "image_aspect", "seed")
+SETTINGS = ("data", "batch_size", "lr", "connector_lr", "vision_lr", "lora_r", "lora_alpha", "lora_targets", "bits",
+            "warmup", "weight_decay", "grad_clip", "max_len", "template", "system", "image_aspect", "seed")
 
 USE = '''\
 ```python
@@ -21,15 +20,15 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 folder = "."                                     # where this card lies
 processor = AutoProcessor.from_pretrained(folder)
 model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype="auto")
-words = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
-prompt = processor.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
-inputs = processor(images=Image.open("picture.png"), text=prompt, return_tensors="pt").to(model.dtype)
-said = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
-print(processor.decode(said, skip_special_tokens=True))
+content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+inputs = processor(images=Image.open("image.png"), text=prompt, return_tensors="pt").to(model.dtype)
+answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(answer, skip_special_tokens=True))
 ```'''
-
 ADAPTER = '''\
 ```python
+import json
 from peft import PeftModel
 from transformers import LlavaForConditionalGeneration
 
@@ -38,147 +37,127 @@ base = json.load(open(f"{folder}/adapter_config.json"))["base_model_name_or_path
 model = LlavaForConditionalGeneration.from_pretrained(base, torch_dtype="auto")
 model = PeftModel.from_pretrained(model, folder)
 ```'''
+NO_BASE = ("PEFT needs a LLaVA folder of transformers as the base, and this adapter has none;\n"
+           "the model/ beside it has it merged")
+
+
+def escaped(x):
+    """Anything -> one line of Markdown. What could be markup, HTML or a link is written as &#N;"""
+    return re.sub(r"[^\w .,;/%+=-]|(?<=www)\.", lambda m: f"&#{ord(m[0])};", " ".join(str(x).split()), flags=re.I)
 
 
 def limits(cfg, aspect):
-    """What the folder of a model means to those who read it -> lines, the most important one first"""
-    out = []
-    if cfg.vision.num_register_tokens:
-        out.append("transformers reads this folder and refuses pictures, for its LLaVA does not leave register tokens "
-                   "behind: only pumice can show this model pictures.")
-    elif cfg.vision.model_type == "dinov2":
-        out.append("vLLM and llama.cpp know no LLaVA with a DINOv2 tower.")
-    if cfg.vision.model_type == "clip_vision_model":
-        out.append("SGLang's source takes CLIP only from folders of the LLaVA repository; it was not run.")
-    if cfg.connector == "linear":
-        out.append("The connector is one matrix. A LLaVA folder always has two, so the second one is the unit matrix, "
-                   "with projector_hidden_act `linear` between them, which transformers knows and vLLM does not.")
-    if cfg.text.model_type == "qwen3":
-        out.append("Qwen3 came to transformers with version 4.51.")
-    if aspect == "pad":
-        out.append("Pictures are padded to squares by LlavaImageProcessor. Transformers 4.46 has none: it reads the "
-                   "weights and the tokenizer, and refuses pictures.")
-    S, Q = cfg.vision.image_size, cfg.vision.patches
-    return [*out, f"A picture is seen as one square of {S} x {S} pixels ({aspect}) and read as {Q} tokens.",
-            "Folders that pumice writes were read by transformers 4.46, 4.57 and 5.23, and GGUF files made of them by "
-            "llama.cpp; for vLLM they are written as its source asks, and it was not run.",
-            "What it says can be wrong, also about what is not in the picture. Nobody measured its biases."]
+    """What cannot be done with the folder of a model -> lines, the most important one first"""
+    v = cfg.vision
+    lines = {
+        "transformers reads this folder and refuses images, because its LLaVA does not drop register tokens: only "
+        "pumice can show this model images.": v.num_register_tokens,
+        "vLLM and llama.cpp know no LLaVA with a DINOv2 tower.": v.model_type == "dinov2",
+        "SGLang's source takes CLIP only from folders of the LLaVA repository; it was not run.":
+            v.model_type == "clip_vision_model",
+        "The connector is one matrix. A LLaVA folder always has two, so the second one is the identity, with "
+        "projector_hidden_act `linear` between them, which transformers knows and vLLM does not.":
+            cfg.connector == "linear",
+        "Qwen3 came to transformers with version 4.51.": cfg.text.model_type == "qwen3",
+        "Images are padded to squares by LlavaImageProcessor. Transformers 4.46 has none: it reads the weights and the "
+        "tokenizer, and refuses images.": aspect == "pad",
+        f"An image becomes a square of {v.image_size} x {v.image_size} pixels ({aspect}), {v.patches} tokens.": True,
+        "Folders that pumice writes were read by transformers 4.46, 4.57 and 5.23, and GGUF files made of them by "
+        "llama.cpp; for vLLM they are written as its source asks, and it was not run.": True,
+        "Answers can be wrong, also about what is not in the image. Biases were not measured.": True}
+    return [line for line, applies in lines.items() if applies]
 
 
-def lineage(run):
-    """A run and those it started from, oldest first -> [(name, settings)], what the first one was made of"""
-    out, base = [], [str(run)]
-    while (file := Path(run, "config.json")).is_file() and len(out) < 9 and "settings" in (c := read_json(file)):
-        s = c["settings"]
-        out.insert(0, (Path(run), s))
-        base = [s["init"]] if s["init"] else [s["vision"], s["llm"]]
-        run = Path(s["init"]).parent if Path(s["init"]).name == "model" else s["init"]
-        if not run:
-            break
-    return out, base
+def facts(run):
+    """A run folder -> its settings, its code revision, steps done, the last validation loss or None"""
+    c, steps, loss = {}, 0, None
+    try:
+        c = read_json(Path(run, "config.json"))
+        for line in Path(run, "log.jsonl").read_text("utf-8", "replace").splitlines():
+            row = json.loads(line)                                            # a killed run leaves a torn last line
+            steps, loss = max(steps, row.get("step", 0)), row.get("val_loss", loss)
+    except (Error, OSError, ValueError):
+        pass
+    return c.get("settings", {}), c.get("versions", {}).get("revision"), steps, loss
 
 
 def known_as(name):
-    """A place on this machine is nobody's business: org/name of the hub, or the last part of a path"""
-    if found := re.search(r"models--([\w.-]+?)--([\w.-]+)", str(name)):
+    """org/name of the hub as it is; of a path the last part alone, for a card must not leak paths"""
+    if found := re.search(r"models--([\w.-]+?)--([\w.-]+)", name):
         return "/".join(found.groups())
-    return name if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(name).exists() else Path(name).name
+    path = Path(name).parent if Path(name).name == "model" else Path(name)              # of a run its model/
+    return name if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(name).exists() else path.name
 
 
-def files(data):
-    """a/b.json:0.7,c.json -> b.json:0.7, c.json"""
-    return ", ".join(Path(part).name for part in data.split(","))
-
-
-def table(head, rows):
-    cell = {ord("|"): "\\|", ord("\n"): " "}
-    rows = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(c).translate(cell) for c in row)} |" for row in rows)
-
-
-def log(run):
-    """-> steps done, the last validation loss or None, from log.jsonl"""
-    file, steps, loss = Path(run, "log.jsonl"), 0, None
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
-        row = json.loads(line)
-        steps, loss = max(steps, row.get("step", 0)), row.get("val_loss", loss)
-    return steps, loss
+def origins(s, base=None):
+    """What a run started from -> names, lines `base_model:` of a card's head"""
+    given = next((x for x in ([base], [s.get("init")], [s.get("vision"), s.get("llm")]) if any(x)), ["unknown"])
+    names = [known_as(str(x)) for x in given]
+    hub = "".join(f"- {n}\n" for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", n))
+    return " and ".join(map(escaped, names)), f"base_model:\n{hub}" if hub else ""
 
 
 def text(run, cfg):
-    """The card of a run. cfg: VLMConfig of its model"""
-    runs, base = lineage(run)
-    settings, origins = runs[-1][1], [known_as(b) for b in base]
-    hub = "\n- ".join(["\nbase_model:", *(o for o in origins if "/" in o)]) if any("/" in o for o in origins) else ""
-    limited = "".join(f"- {line}\n" for line in limits(cfg, settings["image_aspect"]))
-    revision = read_json(Path(run, "config.json"))["versions"].get("revision") or "not known"
-    logs = [log(folder) for folder, _ in runs]
-    training = [["steps", *[steps for steps, _ in logs]]]
-    training += [[key, *["" if s.get(key) is None else files(s[key]) if key == "data" else s[key] for _, s in runs]]
-                 for key in SETTINGS if any(s.get(key) for _, s in runs)]
-    training += [["validation loss", *["" if loss is None else f"{loss:.4f}" for _, loss in logs]]]
-    file = Path(run, "scores.json")
-    scores = [[files(r["data"]), r["task"], r["how"], r["n"], f"{r['accuracy']:.1%}",
-               ", ".join(f"{k} {x:.0%}" for k, x in r["types"].items())]
-              for r in (read_json(file).values() if file.is_file() else ())]
+    """The card of model/. cfg: VLMConfig"""
+    s, revision, steps, loss = facts(run)
+    rows = {"steps": steps, "validation loss": loss} | {k: s.get(k) for k in SETTINGS}
+    rows["data"] = ", ".join(Path(part).name for part in str(rows["data"]).split(","))
+    table = "\n".join(f"| {k} | {escaped(x)} |" for k, x in rows.items() if x)
+    limited = "\n".join(f"- {line}" for line in limits(cfg, s.get("image_aspect")))
+    names, hub = origins(s)
     return f"""\
 ---
 library_name: transformers
 pipeline_tag: image-text-to-text
-tags:
+{hub}tags:
 - llava
-- pumice{hub}
+- pumice
 ---
 
-# {Path(run).resolve().name}
+# {escaped(Path(run).resolve().name)}
 
-A vision-language model that answers in words about pictures: a `{cfg.vision.model_type}` tower, read at layer
-{cfg.vision.feature_layer}, a connector ({cfg.connector}) and a `{cfg.text.model_type}` language model. Made with pumice
-(revision {revision}) from {" and ".join(origins)}.
+A vision-language model that answers questions about images: a `{cfg.vision.model_type}` tower, read at layer
+{cfg.vision.feature_layer}, a connector ({cfg.connector}) and a `{cfg.text.model_type}` language model.
+Trained with pumice (revision {escaped(revision)}), starting from {names}.
 
 ## Use
 
 {USE}
 
-The chat template writes the prompts of training (template `{settings["template"]}`), BOS included.
+The chat template writes the prompts of training, BOS included.
 
 ## Training
 
-{table(["", *[folder.resolve().name for folder, _ in runs]], training)}
-
-## Scores
-
-{table(["questions", "task", "pictures", "n", "score", "by type"], scores) if scores else "None were measured."}
+| setting | value |
+| --- | --- |
+{table}
 
 ## Limits
 
 {limited}
+
 ## Licence
 
-The weights derive from {" and ".join(origins)} and from the data above, whose licences hold for them too.
+The weights derive from {names} and from the data above, whose licences hold for them too.
 """
-
-
-NO_BASE = ("PEFT would put it on a LLaVA folder of transformers, and it was trained over something else;\n"
-           "the model/ beside it has it merged")
 
 
 def peft_reads(base):
     """Is the base of an adapter, a folder or a name of the hub, a LLaVA as transformers has them?"""
-    c = read_json(find_model(base) / "config.json") if base else {}
-    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # which the LLaVA repository's have
+    try:
+        c = read_json(find_model(base) / "config.json") if base else {}
+    except Error:
+        return False
+    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # a key of the LLaVA repository
 
 
 def adapter(run, base):
-    """The card of the adapter/ of a run, trained on base: a LLaVA, or None where it was two towers"""
-    runs, origins = lineage(run)
-    s = runs[-1][1]
-    at = Path(base or "")
-    known = known_as(str(at.parent if at.name == "model" else at)) if base else " and ".join(map(known_as, origins))
-    hub = f"base_model: {known}\n" if base and "/" in known else ""
-    four = ("The language model was held in four bits while this was trained (NF4, double quantisation).\n"
-            "Over the weights themselves it says almost the same; `model/` is merged with what four bits give back.\n"
-            "\n" if s["bits"] == 4 else "")
+    """The card of adapter/. base: the LLaVA that it was trained on, or None where it was two towers"""
+    s, *_ = facts(run)
+    names, hub = origins(s, base)
+    four = "" if s.get("bits") != 4 else (
+        "The language model was in four bits during training (NF4, double quantisation). Over the original weights\n"
+        "the answers hardly differ; `model/` is merged with the weights that NF4 gives back.\n\n")
     return f"""\
 ---
 library_name: peft
@@ -188,10 +167,10 @@ library_name: peft
 - pumice
 ---
 
-# {Path(run).resolve().name}: adapter
+# {escaped(Path(run).resolve().name)}: adapter
 
-LoRA of rank {s["lora_r"]} with alpha {s["lora_alpha"]:g} in the language model, and the connector trained along with
-it, over {known}; the template is `{s["template"]}`. Whole and merged, the model lies in `model/` beside this folder.
+LoRA of rank {s.get("lora_r")} with alpha {s.get("lora_alpha")}, and the connector trained along with it, over {names}.
+The template is `{s.get("template")}`. Merged, the model lies in `model/` beside this folder.
 
 ## Use
 
@@ -199,22 +178,3 @@ it, over {known}; the template is `{s["template"]}`. Whole and merged, the model
 
 {four}`python sample.py --model=` and `eval.py --model=` of pumice take this folder as it is.
 """
-
-
-def remember(run, name, result, cfg):
-    """Keep a score of eval.py in a run, and say it in the card of its model/; a folder that is no run is left alone."""
-    run = Path(run)
-    card, manifest, file = run / "model" / "README.md", run / "model" / MANIFEST, run / "scores.json"
-    if not (card.is_file() and manifest.is_file() and lineage(run)[0]):
-        return
-    scores = (read_json(file) if file.is_file() else {}) | {name: result}
-    replace(file, json.dumps(scores, indent=1))
-    replace(card, text(run, cfg))
-    replace(manifest, listing(read_json(manifest) | {card.name: digest(card)}))
-
-
-def replace(path, words):
-    """Whole or not at all."""
-    tmp = path.with_name(f".tmp-{path.name}")
-    tmp.write_text(words, "utf-8")
-    os.replace(tmp, path)

@@ -1,4 +1,5 @@
-"""Where a model lies: a folder, or `org/name` of a hub, found in its cache or downloaded."""
+"""Where a model lies: a folder, or a name `org/name` of the Hugging Face hub, which is looked up in the hub's cache and
+then downloaded."""
 
 import os
 import re
@@ -6,17 +7,17 @@ from pathlib import Path
 
 from config import stop
 
-STEMS = ("model", "mm_projector", "non_lora_trainables")  # files whose presence makes a folder one of a model
+STEMS = ("model", "mm_projector", "non_lora_trainables")  # a folder with weights under one of these names is a model
 
 
 def find_folder(name):
-    """A folder, or `org/name` of a model or an adapter -> Path of it: as it is; in the hub's cache; downloaded."""
+    """A folder, or `org/name` of a model or an adapter -> Path of a folder on this machine"""
     if Path(name).exists():
         return Path(name)
     env = os.environ
     home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
     cache = Path(env.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    # ./out and /out name no model, nor does runs/sft, nor anything in a folder that there is
+    # ./out, /out and runs/sft are paths, and so is whatever begins with an existing folder
     if not re.fullmatch(r"(?!runs/)[\w.-]*\w/[\w.-]+", str(name)) or Path(name).parent.exists():
         stop(f"{name} holds no model: there is no such folder")
     at = cache / f"models--{str(name).replace('/', '--')}"
@@ -27,39 +28,41 @@ def find_folder(name):
             return snapshot
     absent = f"{name}: there is no such folder, and no such model in {cache}"
     if env.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "true", "yes"):
-        stop(f"{absent}; HF_HUB_OFFLINE forbids to look further")
+        stop(f"{absent}; HF_HUB_OFFLINE forbids a download")
     try:
         import huggingface_hub as hub  # only here: everything else works without it and without a network
-        files = hub.HfApi().list_repo_files(name)
-        kind = "*.safetensors" if any(re.fullmatch(r"[^/]+\.safetensors", f) for f in files) else "*.bin"
+
+        # model_info asks once; list_repo_files prints six retries in half a minute where there is no network
+        names = [f.rfilename for f in hub.HfApi().model_info(name).siblings]
+        kind = "*.safetensors" if any(re.fullmatch(r"[^/]+\.safetensors", n) for n in names) else "*.bin"
         wanted = ["*.json", "*.jinja", "*.model", "mm_projector.bin", "non_lora_trainables.bin", kind]
-        return Path(hub.snapshot_download(name, allow_patterns=wanted,       # Mistral's hold it all twice
-                                          ignore_patterns=["*/*", "consolidated*"]))
+        return Path(hub.snapshot_download(name, allow_patterns=wanted,
+                                          ignore_patterns=["*/*", "consolidated*"]))   # second copies of all weights
     except ImportError:
         stop(f"{absent}; pip install huggingface_hub would let it be downloaded")
-    except Exception as e:  # a network has many
+    except Exception as e:  # a network fails in many ways
         stop(f"{absent}, and the download failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
 
 
 def weights_file(folder, stem="model"):
-    """The file of a folder that holds its tensors, or says which shard does; None if there is none"""
+    """The file with a folder's tensors, or the index of its shards; None if there is neither"""
     other = "pytorch_model" if stem == "model" else stem
     names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{other}.bin", f"{other}.bin.index.json")
     return next((folder / n for n in names if (folder / n).is_file()), None)
 
 
 def model_in(path):
-    """A run folder, its model/, or any LLaVA folder -> the folder with the tensors of a model, or None"""
+    """A run folder, its model/, or any LLaVA folder -> the folder with the weights of a model, or None"""
     return next((p for p in (path / "model", path) if any(weights_file(p, stem) for stem in STEMS)), None)
 
 
 def is_adapter(path):
-    """Is this the folder of a PEFT adapter, and of no model?"""
+    """Does this folder hold a PEFT adapter and no model?"""
     return (Path(path) / "adapter_config.json").is_file() and not model_in(Path(path))
 
 
 def find_model(path):
-    """A run folder, its model/, or any LLaVA folder or name -> the folder with config.json of a model in it."""
+    """A run folder, its model/, any LLaVA folder, or a name of the hub -> the folder with a model's config.json"""
     path = find_folder(path)
     if is_adapter(path):
         stop(f"{path} holds an adapter, where a whole model is wanted: merged, it is the model/ of its run")

@@ -1,12 +1,13 @@
-"""JSON without what Python forgives: NaN, duplicate keys."""
+"""JSON as its standard has it. Python's json also accepts NaN, numbers beyond any float and duplicate keys."""
 
 import json
+import math
 from pathlib import Path
 
 from config import stop
 
 
-def pairs(items):
+def unique(items):
     d = dict(items)
     if len(d) < len(items):
         seen = set()
@@ -14,14 +15,21 @@ def pairs(items):
     return d
 
 
+def finite(text):
+    if math.isinf(x := float(text)):
+        raise ValueError(f"{text:.40} is larger than any float")
+    return x
+
+
 def constant(name):
     raise ValueError(f"{name} is not JSON")
-# json without what Python forgives: NaN, duplicate keys
-STRICT = json.JSONDecoder(object_pairs_hook=pairs, parse_constant=constant)
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=constant)
 
 
 def strict_json(text, where):
-    """What a text says as json, or a ValueError that names the place."""
+    """JSON text -> its value. Raises a ValueError that begins with `where`."""
     try:
         return STRICT.decode(text)
     except (ValueError, RecursionError) as e:
@@ -29,7 +37,7 @@ def strict_json(text, where):
 
 
 def read_json(path):
-    """A file that holds one json object -> dict"""
+    """A file that holds one JSON object -> dict"""
     try:
         found = strict_json(Path(path).read_text("utf-8"), path)
     except FileNotFoundError:

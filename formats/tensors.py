@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors, whole or in shards; .bin through torch.load(weights_only=True), which runs no code."""
+"""Tensors in files: safetensors, whole or in shards, and .bin files of torch.save, of which only tensors are read."""
 
 import hashlib
 import json
@@ -11,13 +11,15 @@ from safetensors.torch import save_file
 
 from config import stop
 from formats.hub import weights_file
-from formats.strict_json import read_json
+from formats.strict_json import read_json, strict_json
+from formats.whole import write_file
 
-SHARD = 5 * 10**9  # bytes per file, as published models have them
+SHARD = 5 * 10**9  # bytes per file, as in published models
 
 
 def read_tensors(folder, stem="model"):
-    """All tensors of a folder, from one file or from the shards of an index that stay inside it -> {name: tensor}"""
+    """All tensors of a folder, from one file or from the shards of an index -> {name: tensor}. They are views of a
+    memory map: a page is read when it is used, and all processes of a machine share it."""
     folder = Path(folder)
     file = weights_file(folder, stem) or stop(f"{folder / stem}.safetensors is missing")
     names, where, out = [file.name], {}, {}
@@ -42,14 +44,15 @@ def read_tensors(folder, stem="model"):
 
 def read_safetensors(file):
     try:
-        with safe_open(file, "pt") as f:
+        with safe_open(file, "pt") as f, open(file, "rb") as raw:
+            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")     # no name twice
             return {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e:
+    except (SafetensorError, ValueError) as e:
         stop(f"{file} is not a whole safetensors file: {e}")
 
 
 def read_pickle(file):
-    """A file of torch.save. Of pickles only tensors are let in, so that nothing can be run."""
+    """A file of torch.save. weights_only=True lets in tensors alone: nothing in the file is run."""
     try:
         found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:  # damaged bytes raise many kinds
@@ -61,17 +64,17 @@ def read_pickle(file):
 
 
 def tensor_digest(tensor):
-    """A short digest: shape, the sum of all bits, and some thousand values in their places. As fast as memory, where a
-    real hash of 7B parameters takes a minute on every rank; no other model has it."""
+    """Shape, sum of all bits, and some thousand elements in order -> 16 hex digits. It reads at memory speed; SHA-256
+    over the weights of a 7B model takes a minute on every rank. It tells models apart and is no defence."""
     flat = tensor.detach().cpu().flatten()
-    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # fp32 only in passing
+    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # fp32 a piece at a time
     some = flat[:: max(1, len(flat) // 1024)].float().view(torch.int32).tolist()
     return hashlib.sha256(repr((tuple(tensor.shape), total, some)).encode()).hexdigest()[:16]
 
 
-def base_digest(marks):
-    """{name: mark} -> one digest of a base, whatever the order of its tensors"""
-    return hashlib.sha256(json.dumps(sorted(marks.items())).encode()).hexdigest()[:16]
+def base_digest(digests):
+    """{name: tensor_digest} of all frozen tensors, in any order -> 16 hex digits"""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:16]
 
 
 def write_json(path, obj):
@@ -79,7 +82,8 @@ def write_json(path, obj):
 
 
 def write_shards(folder, tensors, dtype):
-    """model.safetensors, or shards of at most SHARD bytes and their index; tensors are rounded one shard at a time."""
+    """Write model.safetensors, or shards of at most SHARD bytes and their index. Tensors are rounded to dtype one shard
+    at a time."""
     nbytes = {k: tensors[k].numel() * dtype.itemsize for k in sorted(tensors)}
     shards, size = [[]], 0
     for k, n in nbytes.items():
@@ -94,6 +98,6 @@ def write_shards(folder, tensors, dtype):
         save_file({k: tensors[k].detach().to("cpu", dtype).contiguous() for k in shard}, folder / name,
                   metadata={"format": "pt"})                       # transformers 4.46 reads no file without it
     if n > 1:
-        write_json(folder / "model.safetensors.index.json", {
+        write_file(folder / "model.safetensors.index.json", {
             "metadata": {"total_size": sum(nbytes.values())},
             "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}})

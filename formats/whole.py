@@ -1,4 +1,5 @@
-"""A folder that is whole or absent: written beside its place, synced, a manifest with a SHA-256 per file, then renamed."""
+"""Files and folders that are whole or absent. A folder is written beside its place, synced, given a manifest with a
+SHA-256 for each file, and renamed; a file is written beside its place and renamed."""
 
 import hashlib
 import json
@@ -19,28 +20,28 @@ def sync(path):
         os.close(fd)
 
 
-def digest(path):
+def file_digest(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def commit(folder, fill):
-    """Make `folder` appear whole: fill(path) writes its files into a directory beside it. An old one is replaced."""
+    """Make `folder` appear whole: fill(path) writes its files into a new folder beside it. An old one is replaced."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp, old = (folder.parent / f".{kind}-{folder.name}" for kind in ("tmp", "old"))
     remove(tmp)
     try:
-        tmp.mkdir()
+        tmp.mkdir()                                              # fails at a link: nothing is written through one
         fill(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         for p in files:
             os.chmod(p, 0o666 & ~umask())                        # safetensors makes files that only the owner can read
             sync(p)
-        (tmp / MANIFEST).write_text(listing({str(p.relative_to(tmp)): digest(p) for p in files}))
+        (tmp / MANIFEST).write_text(listing({str(p.relative_to(tmp)): file_digest(p) for p in files}))
         sync(tmp / MANIFEST)
         sync(tmp)
-    except (OSError, SafetensorError) as e:                      # safetensors has an error of its own for a full disk
+    except (OSError, SafetensorError) as e:                      # a full disk is a SafetensorError in save_file
         remove(tmp)
         why, free = getattr(e, "strerror", None) or e, shutil.disk_usage(folder.parent).free
         raise OSError(f"{folder} could not be written: {why} ({free:,} bytes free)") from None
@@ -52,8 +53,18 @@ def commit(folder, fill):
     remove(old)
 
 
+def write_file(path, content):
+    """Write text as it is and anything else as JSON, whole or not at all, and never through a link."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
+    tmp = path.with_name(f".tmp-{path.name}")
+    remove(tmp)
+    with open(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(tmp, path)
+
+
 def remove(path):
-    """A file or folder that may be there."""
+    """Delete a file or folder if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -71,16 +82,18 @@ def listing(manifest):
 
 
 def whole(folder):
-    """Is every file of the manifest there, unchanged? -> None, or what is wrong."""
+    """Is every file of the manifest there, unchanged? -> None, or what is wrong. Only regular files below the folder
+    are opened: a manifest may name any path."""
     folder = Path(folder)
     try:
-        text = (folder / MANIFEST).read_text()
+        files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}
+        text = files[MANIFEST].read_text() if MANIFEST in files else ""
         manifest = json.loads(text)
         if not manifest or not isinstance(manifest, dict) or text != listing(manifest):
             return f"{folder / MANIFEST} is damaged"
         for name, value in manifest.items():
-            if digest(folder / name) != value:
+            if name not in files or file_digest(files[name]) != value:
                 return f"{folder / name} is damaged"
-    except (OSError, ValueError) as e:
-        return f"{folder}: {e}"
+    except (OSError, ValueError, RecursionError) as e:
+        return f"{folder / MANIFEST} cannot be read: {e}"
     return None

@@ -1,0 +1,85 @@
+"""The files of a published LLaVA folder beside its weights: configs, tokenizer, chat template, image processor. They
+are written so that transformers reads the same from them in every version since 4.46."""
+
+import chat
+from formats.configs import TEXT, image_spec, positions, strategy
+from formats.jinja import jinja
+
+# settings of transformers' image processors that do what image_aspect says: images of side S, cut from `short`
+PROCESSORS = {
+    "pad": lambda S, short: {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": True,
+                             "size": {"shortest_edge": S}, "crop_size": {"height": S, "width": S}},
+    "crop": lambda S, short: {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True,
+                              "size": {"shortest_edge": short}, "crop_size": {"height": S, "width": S}},
+    "squash": lambda S, short: {"image_processor_type": "SiglipImageProcessor", "do_center_crop": False,
+                                "size": {"height": S, "width": S}, "crop_size": None}}
+SIZES = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
+
+
+def end_of_answer(tok, template):
+    """The id that ends an answer: the template's own token, or the tokenizer's EOS"""
+    end, = [tok.eos] if chat.template(template).stop == "\n" else chat.stop_ids(tok, template)
+    return end
+
+
+def tokenizer_files(tok, template, system, length):
+    """-> {file name: content}. length: tokens of one document that the LLM was made for. EOS is the token that ends an
+    answer, which need not be the base model's: programs stop at tokenizer.eos_token_id."""
+    names = {i: name for name, i in tok.specials.items()}
+    talk = jinja(template, system)
+    return {
+        "tokenizer.json": tok.spec | {"post_processor": None},                # the template writes BOS
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos),
+            "eos_token": names.get(end_of_answer(tok, template)), "pad_token": names.get(tok.pad),
+            "unk_token": "<unk>" if "<unk>" in tok.specials else None, "model_max_length": length,
+            "padding_side": "left", "clean_up_tokenization_spaces": False, "image_token": names[tok.image],
+            "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor",
+            "chat_template": talk},                                           # read by transformers before 4.50
+        "chat_template.json": {"chat_template": talk},                        # and by its processors
+        "chat_template.jinja": talk}
+
+
+def updated(published, cfg, keys):
+    """A config.json as it was published, with `keys` as they are in cfg"""
+    kept = {k: x for k, x in published.items() if k not in ("rope_parameters", "dtype", "torch_dtype")}
+    return kept | {k: getattr(cfg, k) for k in keys.split()}
+
+
+def metadata(folder, cfg, template, system, aspect, dtype):
+    """-> {file name: content} of all files but weights and model card. folder: formats.llava.Folder"""
+    v, t, tok, layer = cfg.vision, cfg.text, folder.tok, cfg.vision.feature_layer
+    text = updated(folder.text, t, SIZES + "num_key_value_heads head_dim vocab_size rms_norm_eps rope_theta "
+                   "rope_scaling max_position_embeddings tie_word_embeddings")
+    text["architectures"] = [TEXT[t.model_type]["architecture"]]
+    vision = updated(folder.vision, v, SIZES + "image_size patch_size hidden_act layer_norm_eps") | {"num_channels": 3}
+    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):    # it came without the rest
+        vision["num_hidden_layers"], layer = v.depth, -1
+    if v.model_type.startswith("dinov2"):
+        vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
+    if v.model_type == "siglip_vision_model":
+        vision["vision_use_head"] = False                                     # the pooling head was not read
+    pre = {k: x for k, x in folder.pre.items() if k != "do_pad"}
+    short = image_spec(folder.pre, aspect).short or v.image_size
+    files = tokenizer_files(tok, template, system, positions(t))
+    return files | {
+        "config.json": {
+            "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100,
+            "image_token_index": cfg.image_token_index, "image_seq_length": v.patches,
+            "projector_hidden_act": "gelu" if cfg.connector == "mlp" else "linear",
+            "multimodal_projector_bias": True, "vision_feature_layer": layer,
+            "vision_feature_select_strategy": strategy(v), "pad_token_id": tok.pad,
+            "tie_word_embeddings": t.tie_word_embeddings, "torch_dtype": str(dtype).removeprefix("torch."),
+            "text_config": text, "vision_config": vision},
+        "generation_config.json": {
+            "bos_token_id": tok.bos, "eos_token_id": end_of_answer(tok, template), "pad_token_id": tok.pad,
+            "do_sample": False,                           # never generated: the image token, padding of the embedding
+            "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},
+        "preprocessor_config.json":
+            pre | {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size, short),
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor", "patch_size": v.patch_size,
+            "image_token": files["tokenizer_config.json"]["image_token"],
+            # a processor only counts with these: P + 1 - 1 for every tower, because 4.46 always adds the 1
+            "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}

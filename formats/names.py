@@ -1,0 +1,133 @@
+"""Names of a LLaVA's tensors. Ours are those of llava-hf checkpoints; others are renamed when they are read, and every
+tensor is accounted for: a missing, unexpected or misshapen one is an error that names it."""
+
+import dataclasses
+import re
+
+import torch
+
+from config import stop
+from model import VisionTower
+
+# tensors of published files that no LLaVA reads: tables that are recomputed, the text half of a CLIP or SigLIP, the
+# pooling head of a SigLIP, DINOv2's mask token
+IGNORED = re.compile(r"vision_tower\.vision_model\.(embeddings\.(position_ids|mask_token)$|text_model\.|head\."
+                     r"|(visual|text)_projection\.|logit_(scale|bias)$)|language_model\..*rotary_emb\.inv_freq$")
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+# applied one after the other, these turn any spelling of a name into ours
+SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
+    (r"^base_model\.model\.", ""),                                                            # PEFT
+    (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),   # the LLaVA repository
+    (r"^(model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),                   # and an LLM alone
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # in memory of transformers since 4.52
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # files of transformers since 5
+# ours -> DINOv2's
+DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "position_embeddings"),
+              ("patch_embedding.", "patch_embeddings.projection."), ("encoder.layers.", "encoder.layer."),
+              ("self_attn.q_proj", "attention.attention.query"), ("self_attn.k_proj", "attention.attention.key"),
+              ("self_attn.v_proj", "attention.attention.value"), ("self_attn.out_proj", "attention.output.dense"),
+              ("layer_scale1", "layer_scale1.lambda1"), ("layer_scale2", "layer_scale2.lambda1"),
+              ("layer_norm", "norm"), ("post_layernorm", "layernorm"))
+
+
+def rename(name):
+    """Any known spelling of a tensor -> ours"""
+    for theirs, ours in SPELLINGS:
+        name = theirs.sub(ours, name)
+    return name
+
+
+def renamed(tensors, where, spell=rename):
+    """{name: tensor} -> the same under our names. Stops at two names for one tensor."""
+    out = {}
+    for k, x in tensors.items():
+        if out.setdefault(spell(k), x) is not x:
+            stop(f"{where} holds {spell(k)} under two names")
+    return out
+
+
+def dino_name(name):
+    """Our name of a tensor of a DINOv2 -> the published one, but for the prefix"""
+    for ours, theirs in DINO_NAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def spelling(model):
+    """-> a function: any known spelling of a model's tensor, or of an adapter's beside it -> ours"""
+    names = (n for named in (model.named_modules, model.named_parameters) for n, _ in named())
+    ours = {dino_name(n): n for n in names} if model.cfg.vision.model_type.startswith("dinov2") else {}
+
+    def spell(name):
+        layer, dot, rest = rename(name).partition(".lora_")
+        return ours.get(layer, layer) + dot + rest
+    return spell
+
+
+def name_in_transformers(name, dino=False):
+    """Our name -> the one in the memory of transformers, by which PEFT goes: of the LLM and the connector since 4.52,
+    of the vision tower since 5"""
+    if name.startswith("vision_tower."):
+        name = dino_name(name) if dino else name
+    for ours, theirs in (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
+                         ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_", "model.multi_modal_")):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def account(model, tensors, where, new=()):
+    """{our name: tensor} of a folder -> the model's parameters; unused tensors: the blocks behind the feature layer and
+    the norm behind them, all or none. Parameters whose names begin with `new` are not expected."""
+    cfg = model.cfg
+    with torch.device("meta"):
+        tower = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))
+    want = {k: p.shape for k, p in model.named_parameters() if not k.startswith(new)}
+    unused = {f"vision_tower.{k}": p.shape for k, p in tower.named_parameters()}
+    unused |= {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}
+    unused = {k: s for k, s in unused.items() if k not in want}
+    if cfg.vision.model_type.startswith("dinov2"):
+        ours = {dino_name(k): k for k in (*want, *unused)}
+        tensors = renamed(tensors, where, lambda k: ours.get(k, k))
+    if cfg.text.tie_word_embeddings:
+        tensors = {k: x for k, x in tensors.items() if k != "language_model.lm_head.weight"}
+    tensors = {k: x for k, x in tensors.items() if not IGNORED.match(k)}
+    known = want | (unused if tensors.keys() & unused.keys() else {})
+    if missing := sorted(known.keys() - tensors.keys()):
+        stop(f"{where}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+    if extra := sorted(tensors.keys() - known.keys()):
+        stop(f"{where}: {len(extra)} unexpected tensor(s), the first is {extra[0]}")
+    for k, shape in known.items():
+        while tensors[k].ndim > len(shape) and len(tensors[k]) == 1 and k.startswith("vision_tower."):
+            tensors[k] = tensors[k][0]                                        # DINOv2's tokens are batches of one
+        if tensors[k].dtype not in FLOATS:                                    # codes; their scales are elsewhere
+            stop(f"{where}: {k} holds {str(tensors[k].dtype).removeprefix('torch.')}, no weights in "
+                 "float16, bfloat16, float32 or float64")
+        if tensors[k].shape != shape:
+            stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(shape)}")
+    return {k: tensors[k] for k in want}, {k: tensors[k] for k in known if k in unused}
+
+
+def published_tensors(state, cfg):
+    """The tensors of a VLM as transformers' LLaVA names and shapes them. A connector of one matrix is written as two:
+    the second is the identity with no activation before it, so the result is exactly the same."""
+    D, norm = cfg.vision.hidden_size, "vision_tower.vision_model.post_layernorm."
+    out = {f"{norm}weight": torch.ones(D), f"{norm}bias": torch.zeros(D)} | state      # expected there, never read
+    if cfg.connector == "linear":
+        C = cfg.text.hidden_size
+        out["multi_modal_projector.linear_2.weight"] = torch.eye(C)
+        out["multi_modal_projector.linear_2.bias"] = torch.zeros(C)
+    if not cfg.vision.model_type.startswith("dinov2"):
+        return out
+    tower = {k: out.pop(k) for k in list(out) if k.startswith("vision_tower.")}
+    for k, x in tower.items():
+        k = dino_name(k.replace(".vision_model.", "."))
+        tokens = re.search("cls_token|register_tokens|position_embeddings", k)
+        out[k] = x.reshape(1, -1, x.shape[-1]) if tokens else x
+    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, D))            # expected there, never read
+    return out
