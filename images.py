@@ -13,13 +13,13 @@ from PIL import Image, ImageOps
 
 from config import BadSample, stop
 
-MAX_PIXELS = 64_000_000    # a header may promise more than memory holds: refuse before decoding
-MAX_SIDE = 8_000           # a thin picture padded to a square would be more than memory holds: reduce it first
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # EPS would start Ghostscript
+MAX_PIXELS = 64_000_000    # of one file; a header may promise more than memory holds, so it is checked before decoding
+MAX_SIDE = 8_000           # a thin image padded to a square could need more than memory holds: it is reduced first
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]        # EPS would start Ghostscript
 
 
 class ImageSpec(NamedTuple):
-    """How a picture becomes S x S: pad = to a square of the mean colour, then resize (LLaVA-1.5); crop = resize the
+    """How an image becomes S x S: pad = to a square of the mean colour, then resize (LLaVA-1.5); crop = resize the
     shorter side, cut out the centre (CLIP); squash = resize both sides (SigLIP)."""
     side: int
     aspect: str = "pad"
@@ -28,8 +28,10 @@ class ImageSpec(NamedTuple):
     short: int = 0             # crop: the shorter side before the cut, where it is not S (DINOv2: 256, then 224)
 
 
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
 def safe_path(root, name):
-    """A file below root, whatever the name says and wherever links lead."""
+    """The path of a file below root, whatever the name says and wherever links lead; BadSample otherwise."""
     shown = f"{name!r:.200}"                                   # repr: a name may hold what no terminal can print
     root = os.path.realpath(root)
     try:
@@ -40,29 +42,32 @@ def safe_path(root, name):
         raise BadSample("image lies outside the image folder", shown)
     if not os.path.exists(path):
         raise BadSample("image is missing", shown)
-    if not os.path.isfile(path):                               # never open a pipe or a device: it may not answer
+    if not os.path.isfile(path):                               # opening a pipe or a device may block for ever
         raise BadSample("image is not a file", shown)
     return path
 
 
 def image_folder(path):
-    """A folder that image names are relative to. A wrong one ends here, not after a step of missing pictures."""
+    """Stop if the folder that image names are relative to does not exist: sooner than after a step without images."""
     if not os.path.isdir(path or "."):
         stop(f"images={path} is no folder")
 
 
+# ---- decoding -------------------------------------------------------------------------------------------------------
+
 def load_image(path):
-    """-> PIL image, RGB, upright. Transparency shows white; 16 bits are scaled; an animation is its first frame, and
-    its info says so."""
+    """-> PIL image, RGB, upright; its info says whether it is animated. Transparency becomes white, 16 bits are scaled
+    to 8, an animation is its first frame. BadSample if it cannot be read. Memory: 8 bytes a pixel, 16 with alpha."""
     name = repr(os.path.basename(path))
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             image.load()
-            still = rgb(upright(image))
-            still.info = {"animated": animated(image)}
-            return still
+            moving = animated(image)
+            image = rgb(upright(image))
+            image.info = {"animated": moving}
+            return image
     except BadSample as e:
         raise BadSample(e.reason, name) from None
     except Image.DecompressionBombError as e:
@@ -72,21 +77,23 @@ def load_image(path):
 
 
 def upright(image):
+    """A PIL image turned as its EXIF orientation says; always a copy."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:                                          # EXIF that cannot be read does not say what is up
-        return image
+    except Exception:                                          # broken EXIF does not say what is up
+        return image.copy()
 
 
 def animated(image):
     """Does a file hold more than the frame that was loaded?"""
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:                                          # the first frame is whole, and no other is looked at
+    except Exception:                                          # the first frame is whole, and no other is read
         return True
 
 
 def rgb(image):
+    """A PIL image of any mode -> RGB, over white where it is transparent. BadSample for floats outside 0..255."""
     if image.mode.startswith("I"):                             # 16 or 32 bits: convert("RGB") would cut at 255
         a = np.asarray(image).astype(np.int64).clip(0, 65535)
         if image.mode != "I" or a.max() > 255:                 # 32 bits may also hold 8
@@ -94,17 +101,19 @@ def rgb(image):
         image = Image.fromarray(a.astype(np.uint8))
     elif image.mode == "F":
         a = np.asarray(image)
-        if not (a.min() >= 0 and a.max() <= 255):              # so written because NaN compares false
+        if not (a.min() >= 0 and a.max() <= 255):              # written so because NaN compares false
             raise BadSample("image holds floats outside 0..255")
         image = Image.fromarray((a * (255 if a.max() <= 1 else 1)).round().astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
+
+# ---- preprocessing --------------------------------------------------------------------------------------------------
 
 def preprocess(image, spec):
-    """PIL RGB -> (3, S, S) uint8; equal to the pixels of transformers' Pillow processors before they normalise, for
+    """PIL RGB -> (3, S, S) uint8. Equal to the pixels of transformers' Pillow processors before they normalise, for
     sides of at most MAX_SIDE."""
     S = spec.side
     if max(image.size) > MAX_SIDE:
@@ -121,7 +130,7 @@ def preprocess(image, spec):
     left, top = (W - S) // 2, (H - S) // 2
     if W * H <= MAX_PIXELS:
         image = image.resize((W, H), spec.resample).crop((left, top, left + S, top + S))
-    else:                                                      # very thin: resize no more than the crop will keep
+    else:                                                      # very thin: resize only what the crop will keep
         box = (left * w / W, top * h / H, (left + S) * w / W, (top + S) * h / H)
         image = image.resize((S, S), spec.resample, box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,18 +1,18 @@
-"""Scores as pure functions on strings and numbers. The rules are those of the VQA evaluation script, of its EvalAI
-variant and of POPE's evaluation, quirks included; tests/test_metrics.py pins them to values that those gave."""
+"""Scores as pure functions on strings. The rules are those of the VQA evaluation script, of its EvalAI variant and of
+POPE's evaluation, quirks included; tests/test_metrics.py pins them to values that those programs gave."""
 
 import re
 
-# ---- exact match ---------------------------------------------------------------------------------------------------
+# ---- exact match ----------------------------------------------------------------------------------------------------
 
-def exact(said, answers):
-    """1.0 if an answer is said, whatever the case, the space and a final period; else 0.0."""
+def exact(answer, truth):
+    """1.0 if the answer is one of `truth`, whatever the case, the spaces and a final period; else 0.0."""
     def bare(s):
         return " ".join(s.lower().split()).removesuffix(".").rstrip()
-    return float(bare(said) in {bare(a) for a in answers})
+    return float(bare(answer) in {bare(t) for t in truth})
 
 
-# ---- VQA accuracy --------------------------------------------------------------------------------------------------
+# ---- VQA accuracy ---------------------------------------------------------------------------------------------------
 
 _FULL = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
 I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
@@ -32,52 +32,61 @@ _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
 def _vqa_words(s):
-    """Punctuation, number words, articles, contractions: common to both normalisers."""
+    """Punctuation, number words, articles, contractions: common to both normalisations."""
     out = s
     for p in _PUNCTUATION:
         if p + " " in s or " " + p in s or re.search(r"(\d)(,)(\d)", s):
             out = out.replace(p, "")
         else:
             out = out.replace(p, " ")
-    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)        # the look-behind is mistyped upstream; so it is here
+    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)        # the look-behind is mistyped upstream, so it is here
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
 
 def vqa_normalise(s, evalai=True):
-    """An answer as VQA's scorers see it: EvalAI's (also LLaVA's and lmms-eval's) or the official script's."""
+    """An answer as VQA's scorers compare it: EvalAI's (also LLaVA's and lmms-eval's) or the official script's."""
     if evalai:
         s = s.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _vqa_words(s.replace("\n", " ").replace("\t", " ").strip())
 
 
-def vqa_accuracy(said, answers, evalai=True):
-    """Mean over the humans of min(1, others who said the same / 3): 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 of ten. A lone
-    answer stands for ten humans who agree. Where all agree letter for letter, the official script changes nothing."""
-    answers = answers * 10 if len(answers) == 1 else answers
-    if evalai or len(set(answers)) > 1:
-        said, answers = vqa_normalise(said, evalai), [vqa_normalise(a, evalai) for a in answers]
+def vqa_accuracy(answer, truth, evalai=True):
+    """Mean over the humans of min(1, number of others who gave this answer / 3): 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 of
+    ten. A lone true answer stands for ten humans who agree. Where all agree letter for letter, the official script
+    normalises nothing."""
+    truth = truth * 10 if len(truth) == 1 else truth
+    if evalai or len(set(truth)) > 1:
+        answer, truth = vqa_normalise(answer, evalai), [vqa_normalise(t, evalai) for t in truth]
     else:
-        said = said.replace("\n", " ").replace("\t", " ").strip()
-    same = sum(a == said for a in answers)
-    return sum(min(1.0, (same - (a == said)) / 3) for a in answers) / len(answers)
+        answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    same = sum(t == answer for t in truth)
+    return sum(min(1.0, (same - (t == answer)) / 3) for t in truth) / len(truth)
 
 
-# ---- POPE ----------------------------------------------------------------------------------------------------------
+# ---- POPE -----------------------------------------------------------------------------------------------------------
 
-def pope_answer(said):
-    """yes or no, by POPE's rule: before the first period, without commas, one word exactly No, no or not makes a no."""
-    words = said.split(".")[0].replace(",", "").split(" ")
+def pope_answer(answer):
+    """yes or no, by POPE's rule: before the first period, without commas, a word exactly No, no or not makes a no."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if any(w in ("No", "no", "not") for w in words) else "yes"
 
 
-def pope(said, truth):
-    """Answers, and yes or no for each -> accuracy, precision, recall, f1 and yes_ratio (of what was said); yes is
-    positive, and a ratio of nothing is 0."""
-    pairs = [(pope_answer(s), t) for s, t in zip(said, truth, strict=True)]
+def pope(answers, truth):
+    """Answers, and yes or no for each -> accuracy, precision, recall, f1 and yes_ratio (of the answers). yes is
+    positive. A ratio with nothing below the line is 0."""
+    pairs = [(pope_answer(a), t) for a, t in zip(answers, truth, strict=True)]
     tp, fp, fn, tn = (pairs.count(p) for p in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")))
 
     def ratio(a, b):
         return a / b if b else 0.0
     return {"accuracy": ratio(tp + tn, len(pairs)), "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
             "f1": ratio(2 * tp, 2 * tp + fp + fn), "yes_ratio": ratio(tp + fp, len(pairs))}
+
+
+def pope_by_type(answers, truth, types):
+    """The same, and the f1 of each of `types` {type: indices}, whose mean is what papers quote. An answer of None (the
+    question could not be asked) counts as wrong."""
+    answers = [{"yes": "no", "no": "yes"}[t] if a is None else a for a, t in zip(answers, truth)]
+    f1 = {k: pope([answers[i] for i in at], [truth[i] for i in at])["f1"] for k, at in types.items()}
+    return pope(answers, truth) | {"f1_types": f1, "f1_mean": sum(f1.values()) / len(f1)}

@@ -178,3 +178,41 @@ def read_content(content, turn):
         else:
             raise BadSample("a turn has no text", f"turn {turn}")
     return text, names
+
+
+# ---- a file of questions ---------------------------------------------------------------------------------------------
+
+def read_questions(file, task):
+    """jsonl of questions for eval.py -> rows with question_id, text, answers (a list), image (or None) and type"""
+    try:
+        lines = Path(file).read_text("utf-8-sig").split("\n")    # splitlines would also cut inside strings
+    except OSError:
+        stop(f"no question file {file}")
+    except UnicodeDecodeError:
+        stop(f"{file} is not text in utf-8")
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {n}"
+        try:
+            row = strict_json(line, where)
+        except ValueError as e:
+            stop(str(e))
+        row = row if isinstance(row, dict) else {}
+        answers = next((row[k] for k in ("answers", "answer", "label") if k in row), None)
+        answers = [answers] if isinstance(answers, str) else answers
+        strings = [row.get("text"), *answers] if isinstance(answers, list) and answers else [None]
+        if "question_id" not in row or not all(isinstance(t, str) for t in strings):
+            stop(f"{where}: a question needs question_id, text, and answer or a list of answers, all strings")
+        if not isinstance(row.get("image"), str | None):
+            stop(f"{where}: image is the name of one file, not {row['image']!r}")
+        if task == "pope":
+            answers = [a.strip().lower() for a in answers]
+            if answers not in (["yes"], ["no"]):
+                stop(f"{where}: POPE's answer is yes or no, not {answers[0]!r}")
+        rows.append(dict(question_id=row["question_id"], text=row["text"], answers=answers,
+                         image=row.get("image") or None, type=str(row.get("type") or row.get("category") or "all")))
+    if not rows:
+        stop(f"{file} holds no questions")
+    return rows

@@ -1,0 +1,107 @@
+"""A page of a model's answers with their images, from the file that eval.py wrote: worst types and worst answers first.
+
+    python -m tools.report runs/sft/answers_seeing.jsonl --images=runs/toy/images      # writes answers_seeing.html
+"""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import sys
+from pathlib import Path
+
+import config
+from config import BadSample, setting, stop
+from images import image_folder, load_image, safe_path
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1080px; padding: 0 1em; color: #222 }
+h2 { margin: 1.6em 0 .4em } h2 small { font-weight: normal } small { color: #666 }
+td { padding: 1px 14px 1px 0 } .number { text-align: right }
+.bar { background: #e4e4e4; width: 240px } .bar div { background: #48a; height: 12px }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 12px }
+.card { border: 1px solid #ddd; border-left: 5px solid #c33; border-radius: 4px; padding: 8px; overflow-wrap: anywhere }
+.partly { border-left-color: #da2 } .right { border-left-color: #2a2 }
+img { display: block; max-width: 100%; margin-bottom: 6px } .tiny { width: 144px; image-rendering: pixelated }
+"""
+
+
+@dataclasses.dataclass
+class Settings:
+    images: str = setting(".", "folder that image names are relative to")
+    worst: int = setting(8, "answers with the lowest scores to show of each type", 0)
+    best: int = setting(4, "answers with the highest scores to show of each type", 1)
+
+
+def inline(path):
+    """An image file -> an img element that holds its pixels, reduced to the width of a card."""
+    image, file = load_image(path), io.BytesIO()
+    image.thumbnail((320, 320))
+    kind, tiny = ("png", " class=tiny") if max(image.size) <= 128 else ("jpeg", "")
+    image.save(file, kind)
+    return f'<img alt=""{tiny} src="data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def card(row, images):
+    """One question: image, text, the expected answer, the answer given, right or wrong."""
+    e = html.escape
+    try:
+        image = inline(safe_path(images, row["image"])) if row["image"] else ""
+    except BadSample as problem:
+        image = f"<small>{e(str(problem))}</small><br>"
+    kind, verdict, text = "wrong", "wrong", row["text"]
+    if row["score"] > 0:
+        kind, verdict = ("right", "right") if row["score"] >= 1 else ("partly", f"{row['score']:.0%} right")
+    answer = "<i>could not be asked</i>" if text is None else f"<b>{e(text)}</b>" if text else "<i>nothing</i>"
+    question, expected = (row["prompt"].strip().splitlines() or [""])[0], ", ".join(sorted(set(row["answers"])))
+    return (f'<div class="card {kind}">{image}{e(question)}<br>expected <b>{e(expected)}</b><br>answered {answer}<br>'
+            f'<small>{verdict}; {e(str(row["question_id"]))}</small></div>')
+
+
+def page(rows, title, s):
+    """Rows of an answers file -> one page of html that needs no other file."""
+    e, types = html.escape, {}
+    for row in rows:
+        types.setdefault(row["type"], []).append(row)
+    mean = {kind: sum(row["score"] for row in of) / len(of) for kind, of in types.items()}
+    order = sorted(types, key=lambda kind: (mean[kind], kind))
+    lost = sum(row["text"] is None for row in rows)
+    out = [f"<!doctype html><meta charset=utf-8><title>{e(title)}</title><style>{STYLE}</style>",
+           f"<h1>{sum(row['score'] for row in rows) / len(rows):.1%} of {len(rows)} questions</h1><p>{e(title)}",
+           f". {lost} could not be asked and count as wrong" if lost else "", ".</p><table>"]
+    for kind in order:
+        out.append(f'<tr><td>{e(kind)}<td class=number>{mean[kind]:.1%}<td class=number>{len(types[kind])}'
+                   f'<td><div class=bar><div style="width:{mean[kind]:.1%}"></div></div>')
+    out.append("</table>")
+    for kind in order:
+        ranked = sorted(types[kind], key=lambda row: row["score"])
+        shown = ranked[: s.worst] + ranked[s.worst :][-s.best :]
+        wrong = sum(row["score"] < 1 for row in ranked)
+        out.append(f"<h2>{e(kind)} <small>{wrong} of {len(ranked)} not right; {len(shown)} shown</small></h2>")
+        out += ["<div class=cards>", *(card(row, s.images) for row in shown), "</div>"]
+    return "\n".join(out) + "\n"
+
+
+def main(argv):
+    files = [a for a in argv if not a.startswith("--")]
+    s = config.parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
+    if len(files) != 1:
+        stop("usage: python -m tools.report ANSWERS.jsonl --images=DIR")
+    config.check_ranges(s)
+    image_folder(s.images)
+    file, target = Path(files[0]), Path(files[0]).with_suffix(".html")
+    try:
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        text = page(rows, str(file.with_suffix("")), s)
+        target.write_text(text, "utf-8", "backslashreplace")      # json may hold a lone surrogate, utf-8 may not
+    except OSError as e:
+        stop(f"{e.filename}: {e.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        stop(f"{file} is not a file of answers that eval.py wrote: {type(e).__name__} {e}")
+    print(target)
+
+
+if __name__ == "__main__":
+    with config.one_line_errors():
+        main(sys.argv[1:])
