@@ -1,5 +1,4 @@
-"""What the two commands of bench.py share: lengths of conversations, a clock, measured ceilings, processes that may
-die, the machine in one line, tables, and the last line in JSON."""
+"""What the two benchmarks share: lengths of conversations, timing, measured ceilings, child processes, reports."""
 
 import importlib.metadata
 import json
@@ -19,40 +18,40 @@ import torch
 import config
 
 ROOT = Path(__file__).resolve().parent.parent
-LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # what is measured in
+LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # dtype of the measurements
 
-# LLaVA's mixture of 665k, modelled: thousands of conversations, mean and relative spread of their lengths in words of
-# text (log-normal), share of these that is learnt, pictures. Only the thousands are published; the rest is assumed.
+# A model of LLaVA's mixture of 665k conversations. Each part: thousands of conversations, mean and relative spread of
+# their text tokens (log-normal), share of these that is supervised, images. Only the thousands are published.
 MIX = [(58, 290, .35, .62, 1), (23, 160, .30, .68, 1), (77, 215, .30, .75, 1),    # conversation, detail, reasoning
        (40, 1150, .55, .65, 0), (83, 150, .25, .14, 1), (72, 285, .60, .15, 1),   # ShareGPT, VQAv2, GQA
        (9, 75, .10, .05, 1), (80, 160, .20, .25, 1), (66, 105, .15, .02, 1),      # OKVQA, OCR-VQA, A-OKVQA
        (22, 110, .35, .16, 1), (48, 450, .50, .40, 1), (86, 450, .35, .40, 1)]    # TextCaps, RefCOCO, Visual Genome
 
 
-def drawn(n, g):
-    """n conversations of the mixture -> [(words, share learnt, pictures)]"""
+def draw_lengths(n, g):
+    """n conversations of the mixture -> [(text tokens, share supervised, images)]; g: torch.Generator"""
     which = torch.multinomial(torch.tensor([float(k) for k, *_ in MIX]), n, True, generator=g).tolist()
     out = []
-    for (_, mean, cv, share, pictures), z in zip((MIX[i] for i in which), torch.randn(n, generator=g).tolist()):
+    for (_, mean, cv, share, images), z in zip((MIX[i] for i in which), torch.randn(n, generator=g).tolist()):
         sigma = math.sqrt(math.log(1 + cv * cv))
-        words = mean * math.exp(sigma * z - sigma * sigma / 2)
-        out.append((int(min(max(words, 8), 2048 if not pictures else 1472)), share, pictures))
+        tokens = mean * math.exp(sigma * z - sigma * sigma / 2)
+        out.append((int(min(max(tokens, 8), 2048 if not images else 1472)), share, images))
     return out
 
 
-# ---- what is asked for ---------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------------------------
 
-def choose(device):
-    """-> cuda or cpu, of auto, cuda, cpu"""
+def pick_device(device):
+    """auto, cuda or cpu -> cuda or cpu"""
     if device not in ("auto", "cuda", "cpu"):
         config.stop(f"device={device}: auto, cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        config.stop("device=cuda, but this machine has no GPU that torch can use")
+        config.stop("device=cuda, but torch finds no GPU on this machine")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def picked(names, usual, known):
-    """"all" or "A3,C1" -> list of names: the usual ones, or these, all of which must be known"""
+def pick_rows(names, usual, known):
+    """"all" or "A3,C1" -> list of names: the usual ones, or those given, which must be known"""
     names = [*usual] if names == "all" else names.split(",")
     if unknown := [n for n in names if n not in known]:
         config.stop(f"rows={unknown[0]}: all, or some of {','.join(known)}")
@@ -67,8 +66,8 @@ def sync(device):
 
 
 def timed(f, device, ms):
-    """Median milliseconds of a call, over about `ms` of them. On a GPU by events, after 1 GiB was overwritten: so the
-    L2 cache is cold, and the host has a quarter of a millisecond to queue the call, as it has in a model."""
+    """Median milliseconds of a call, over about `ms` of calls. On a GPU between two events; before each call 1 GiB is
+    overwritten, so that the L2 cache is cold and the host has time to queue the call, as in a model."""
     f()
     sync(device)
     began = time.perf_counter()
@@ -76,16 +75,16 @@ def timed(f, device, ms):
     sync(device)
     n = max(3, min(200, int(ms / 1e3 / (time.perf_counter() - began))))
     if device == "cpu":
-        spans = []
+        times = []
         for _ in range(n):
             began = time.perf_counter()
             f()
-            spans.append(1e3 * (time.perf_counter() - began))
-        return statistics.median(spans)
-    waste = torch.empty(1 << 30, dtype=torch.int8, device=device)
+            times.append(1e3 * (time.perf_counter() - began))
+        return statistics.median(times)
+    flush = torch.empty(1 << 30, dtype=torch.int8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
     for start, end in events:
-        waste.zero_()
+        flush.zero_()
         start.record()
         f()
         end.record()
@@ -94,8 +93,8 @@ def timed(f, device, ms):
 
 
 def ceilings(device, ms=200):
-    """What this device does at best -> FLOP/s of a large product, bytes/s of a large copy (read and written), on
-    numbers that are not zeros: a product of zeros ran 13 % faster."""
+    """The best of this device -> FLOP/s of a large matrix product, bytes/s (read + written) of a large copy. On random
+    values: a product of zeros ran 13 % faster."""
     n, size = (8192, 1 << 30) if device == "cuda" else (512, 1 << 24)
     a, b = (torch.randn(n, n, device=device).to(LOW[device]) for _ in range(2))
     x = torch.randn(size // 4, device=device)
@@ -104,18 +103,9 @@ def ceilings(device, ms=200):
             "copy": 2e3 * size / timed(lambda: y.copy_(x), device, ms)}
 
 
-def reason(e):
-    """An exception in one line."""
-    text = (str(e).strip() or "no reason given").splitlines()[0]
-    return f"{type(e).__name__}: {text[:200]}"
-
-
-# ---- processes -----------------------------------------------------------------------------------------------------
-
 def child(command, args, seconds):
-    """`python -m bench command args` in a process of its own, ended after `seconds`: it may run out of memory or hang, and a
-    GPU that a kernel has crashed serves nobody else in it -> the JSON objects that it prints, as they come, and at last
-    {"ended": exit code, "because": the end of what it complained}."""
+    """Run `python -m bench command args` in its own process (it may run out of memory, hang or lose the GPU); kill
+    it after `seconds` -> the JSON objects it prints, and at last {"ended": exit code, "because": end of its stderr}"""
     with tempfile.TemporaryFile("w+") as errors:
         p = subprocess.Popen([sys.executable, "-m", "bench", command, *args], stdout=subprocess.PIPE, stderr=errors,
                              text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -127,8 +117,8 @@ def child(command, args, seconds):
                     yield json.loads(line)
             code = p.wait()
             errors.seek(0)
-            said = [line for line in errors.read().splitlines() if line.strip()]
-            because = f"stopped after {seconds:.0f} s" if code == -9 else " | ".join(said[-2:])[-300:]
+            lines = [line for line in errors.read().splitlines() if line.strip()]
+            because = f"stopped after {seconds:.0f} s" if code == -9 else " | ".join(lines[-2:])[-300:]
             yield {"ended": code, "because": because}
         finally:
             killer.cancel()
@@ -137,9 +127,9 @@ def child(command, args, seconds):
 
 # ---- reporting -----------------------------------------------------------------------------------------------------
 
-def machine(device):
-    """What was measured on, in one line."""
-    def said(*command):
+def describe_machine(device):
+    """Hardware, versions and revision, in one line"""
+    def output(*command):
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
         except (OSError, subprocess.SubprocessError):
@@ -150,22 +140,21 @@ def machine(device):
             return f"{package} {importlib.metadata.version(package)}"
         except importlib.metadata.PackageNotFoundError:
             return f"no {package}"
-    parts = [f"Python {platform.python_version()}", f"torch {torch.__version__}", version("triton"),
-             *map(version, ("transformers", "peft", "liger-kernel", "cut-cross-entropy")),
-             str(LOW[device]).removeprefix("torch."),
-             "revision " + (os.environ.get("REVISION") or said("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-                             or "unknown")]
+    revision = os.environ.get("REVISION") or output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    software = ", ".join([f"Python {platform.python_version()}", f"torch {torch.__version__}",
+                          *map(version, ("triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")),
+                          str(LOW[device]).removeprefix("torch."), f"revision {revision or 'unknown'}"])
     if device == "cuda":
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit"
-        card = said("nvidia-smi", query, "--format=csv,noheader", "--id=0")
-        return f"{card or torch.cuda.get_device_name()}; {', '.join(parts)}"
+        card = output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
+        return f"{card or torch.cuda.get_device_name()}; {software}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{cpu}, {os.cpu_count()} cores, one thread used, load {os.getloadavg()[0]:.1f}; {', '.join(parts)}"
+    return f"{cpu}, {os.cpu_count()} cores, one thread used, load {os.getloadavg()[0]:.1f}; {software}"
 
 
 def finite(x):
-    """A structure without nan and infinities, which JSON does not know: they become null."""
+    """Replace nan and infinities, which JSON does not know, by None."""
     if isinstance(x, dict):
         return {k: finite(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
@@ -173,22 +162,18 @@ def finite(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def write_line(x):
+def print_json(x):
     print(json.dumps(finite(x), allow_nan=False), flush=True)
 
 
-def line(*cells):
-    """A line of a markdown table; None is an empty cell."""
-    return f"| {' | '.join('' if c is None else str(c) for c in cells)} |"
+def table(names, rows):
+    """-> a markdown table; None is an empty cell"""
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join('' if c is None else str(c) for c in cells)} |" for cells in lines) + "\n"
 
 
-def table(names, rows, numbers=False):
-    rule = "|---" * 2 + "|--:" * (len(names) - 2) if numbers else "|---" * len(names)
-    return "\n".join([line(*names), rule + "|", *(line(*cells) for cells in rows)]) + "\n"
-
-
-def keep(page, out):
-    """-> page, which the file `out` holds then, if there is to be one"""
+def write_page(page, out):
+    """-> page; writes it to the file `out`, if one is given"""
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(page, "utf-8")

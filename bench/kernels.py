@@ -1,15 +1,14 @@
-"""Every kernel beside what else could be called, in one process, on the same numbers (the rows: bench/rows.py).
+"""Each kernel beside its alternatives, in one process, on the same values (the rows: bench/rows.py).
 
-A contender is built, run once for its error against the definition in float64 and once for its memory, and then all of
-them are timed by turns. One that cannot run is named with its reason. Rows run in a child process, in order of worth;
-where it dies, another one goes on with the next row.
+A contender is built, run once for its error against the definition in float64 and once for its memory. Then all
+contenders are timed in turns. One that cannot run is named with its reason. Rows run in a child process, the most
+important first; if it dies, a new child continues with the next row.
 """
 
 import dataclasses
 import faulthandler
 import importlib
 import math
-import re
 import statistics
 import time
 
@@ -18,22 +17,26 @@ import torch._functorch.config
 
 import bench
 import config
-from bench.rows import ROWS, shrunk
+from bench.rows import ROWS, shrink
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
+COLUMNS = ["row", "who", "ms", "of the ceiling", "ratio", "error", "MiB", "note"]
 
-def apart(ts, true):
-    """Relative errors: |t - true| / |true|"""
-    return [((t.double() - s).norm() / s.norm().clamp(min=1e-300)).item() for t, s in zip(ts, true, strict=True)]
+
+# ---- one row -------------------------------------------------------------------------------------------------------
+
+def relative_errors(tensors, truth):
+    """|t - truth| / |truth| of each tensor"""
+    return [((t.double() - s).norm() / s.norm().clamp(min=1e-300)).item() for t, s in zip(tensors, truth, strict=True)]
 
 
 def poison(device):
-    """What is freed here is what the next results are written into: memory that a kernel forgets shows."""
+    """Fill memory with nan and free it: the next results are allocated there, so an element that a kernel forgets to
+    write shows."""
     torch.full((1 << (30 if device == "cuda" else 16),), math.nan, device=device)
 
 
-def peak(c):
-    """MiB that one run of a contender takes, and of these its results"""
+def peak_mib(c):
+    """-> MiB that one run of a contender allocates at most, and MiB of its results"""
     c.run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -44,7 +47,7 @@ def peak(c):
 
 
 def times(c, together, device, ms):
-    """-> ms of forward and backward, apart or together"""
+    """-> [ms of forward, ms of backward], or [ms of both]"""
     if together:
         return [bench.timed(c.run, device, ms)]
     out = c.forward()
@@ -53,43 +56,41 @@ def times(c, together, device, ms):
 
 
 def measure(name, row, device, ms, rounds):
-    """-> one row of the result: what every contender needed, erred and took, and who could not run"""
-    failed, found, made = {}, {}, {}
+    """-> one row of the result: error, memory and time of each contender, and the reason for each that failed"""
+    failed, found, built = {}, {}, {}
 
-    def tried(who, f, *args):
-        """f(*args), or None and the reason noted. A device that does not work any more ends this process."""
+    def attempt(who, f, *args):
+        """f(*args), or None and the reason noted. If the device itself no longer works, this process ends."""
         try:
             return f(*args)
         except Exception as e:
-            failed[who] = bench.reason(e)
-            made.pop(who, None)
+            failed[who] = reason(e)
+            built.pop(who, None)
         try:
             bench.sync(device)
             torch.cuda.empty_cache()
         except Exception as e:
-            raise SystemExit(f"the device is lost: {bench.reason(e)}") from None
+            raise SystemExit(f"the device is lost: {reason(e)}") from None
 
-    true = tried("truth", row.truth)                                   # a smaller card: times without errors
-    plain = tried("truth", lambda: apart(row.plain(), true)) if row.plain and true else None
+    truth = attempt("truth", row.truth)                          # fails on a small card: then times without errors
+    plain = attempt("truth", lambda: relative_errors(row.plain(), truth)) if row.plain and truth else None
 
     def first(who):
         c = row.contenders[who]()
         poison(device)
-        error = apart(c.common(c.run()), true) if true else None
-        made[who] = c
-        return {"error": error, "mib": peak(c) if device == "cuda" else None, "note": c.note}
+        error = relative_errors(c.common(c.run()), truth) if truth else None
+        built[who] = c
+        return {"error": error, "mib": peak_mib(c) if device == "cuda" else None, "note": c.note}
 
     for who in row.contenders:
-        found[who] = tried(who, first, who)
-    del true
-    took = {who: [] for who in made}
+        found[who] = attempt(who, first, who)
+    truth = None                                                  # free its memory before the timing
+    took = {who: [] for who in built}
     for turn in range(rounds):
-        for who in [*made][::(1, -1)[turn % 2]]:
-            took[who].append(tried(who, times, made[who], row.together, device, ms))
-    for who in [*found]:
-        if who not in made:
-            del found[who]
-            continue
+        for who in [*built][::(1, -1)[turn % 2]]:
+            took[who].append(attempt(who, times, built[who], row.together, device, ms))
+    found = {who: found[who] for who in found if who in built}
+    for who in found:
         parts = list(zip(*took[who]))
         found[who] |= {"ms": [statistics.median(p) for p in parts],
                        "spread": [(max(p) - min(p)) / statistics.median(p) for p in parts]}
@@ -98,9 +99,10 @@ def measure(name, row, device, ms, rounds):
 
 
 def judge(r):
-    """Adds to a row: is every error at most 1.5 times plain torch's; ours beside the best peer that is as right as we
-    ask of ourselves, times four: [ratio, name, equal within the spread] for forward and backward. A few roundings in
-    fp32 are granted: of a single number, as a loss, luck decides."""
+    """Adds two entries to a row. right: each error of ours is at most 1.5 times that of plain torch. beside, for
+    forward and backward: [time of the best alternative / ours, its name, is the difference within the spread]. An
+    alternative counts if its errors are at most four times those of plain torch. 2^-22 is added to each budget: the
+    error of a single fp32 value, such as a loss, is a matter of luck."""
     def exact(who, factor):
         e = r["found"][who]["error"]
         return not e or not r["plain"] or all(a <= factor * b + 2**-22 for a, b in zip(e, r["plain"]))
@@ -116,66 +118,38 @@ def judge(r):
     return r
 
 
+def reason(e):
+    """An exception in one line"""
+    text = (str(e).strip() or "no reason given").splitlines()[0]
+    return f"{type(e).__name__}: {text[:200]}"
+
+
+def failed_row(name, why):
+    return {"row": name, "what": "", "together": False, "flops": (0, 0), "bytes": (0, 0), "plain": None, "found": {},
+            "failed": {"ours": why}}
+
+
 # ---- the page ------------------------------------------------------------------------------------------------------
 
-PAGE = """# Kernels, {date}
-
-`python -m bench kernels{args}` on {machine}; {after}.
-
-Measured ceilings: {tflops:.0f} TFLOP/s in a product of two {low} matrices, {gbs:.0f} GB/s in a copy; shares are of
-these. Medians of {rounds} rounds by turns; ratio = the best peer's time over ours, = where the difference lies within
-the spread of the rounds. Error: the largest of |x - true| / |true| over outputs and gradients, true in float64; plain
-is the same of the definition in torch. bench/README.md says more.
-
-"""
-KINDS = {"A": "attention", "C": "cross-entropy", "E": "element-wise", "L": "adapters"}
+def shares(r, ms, ceilings):
+    """-> work per second as a share of the ceiling, for forward and backward or both together"""
+    key = "flops" if any(r["flops"]) else "bytes"
+    work = [sum(r[key])] if r["together"] else r[key]
+    return ", ".join(f"{1e3 * w / t / ceilings['matmul' if key == 'flops' else 'copy']:.0%}" for w, t in zip(work, ms))
 
 
-def speed(r, ms):
-    """-> TFLOP/s or GB/s, which ceiling that is a share of, and its unit"""
-    for key, unit, ceiling in (("flops", 1e9, "matmul"), ("bytes", 1e6, "copy")):
-        work = [sum(r[key])] if r["together"] else r[key]
-        if any(work):
-            return [w / t / unit for w, t in zip(work, ms)], ceiling, unit * 1e3
-
-
-def summary(r, ceilings):
-    """Cells of a row: ours beside the best"""
-    ours = r["found"].get("ours")
-    if not ours:
-        return [r["row"], r["what"], f"**{r['failed'].get('ours', 'failed')}**", *[None] * 7]
-    per_s, ceiling, unit = speed(r, ours["ms"])
-    return [r["row"], r["what"], " + ".join(f"{t:.3f}" for t in ours["ms"]),
-            ", ".join(f"{v * unit / ceilings[ceiling]:.0%}" for v in per_s),
-            ", ".join(f"{'= ' * equal}{ratio:.2f}" for ratio, _, equal in r["beside"]) or None,
-            ", ".join(dict.fromkeys(name for _, name, _ in r["beside"])) or "none ran",
-            f"{max(ours['error']):.1e}{'' if r['right'] else ' **too much**'}" if ours["error"] else "not taken",
-            f"{max(r['plain']):.1e}" if r["plain"] else None,
-            *([f"{m:.0f}" for m in ours["mib"]] if ours["mib"] else [None, None])]
-
-
-def details(r):
-    """Cells of one line for each contender, those that did not run with their reason"""
+def cells(r, ceilings):
+    """A row -> one line of the table for each contender; the first also says what the row computes"""
+    plain, beside = max(r["plain"] or [0]), [f"{'= ' * equal}{ratio:.2f} of {who}" for ratio, who, equal in r["beside"]]
     for who, c in r["found"].items():
-        yield [r["row"], who, " + ".join(f"{t:.3f}" for t in c["ms"]),
-               ", ".join(f"{v:.0f}" for v in speed(r, c["ms"])[0]), f"{max(c['spread']):.0%}",
-               f"{max(c['error']):.1e}" if c["error"] else None, f"{c['mib'][0]:.0f}" if c["mib"] else None, c["note"]]
+        wrong = " **too much**" if who == "ours" and not r["right"] else ""
+        yield [r["row"], who, " + ".join(f"{t:.3f}" for t in c["ms"]), shares(r, c["ms"], ceilings),
+               ", ".join(beside) if who == "ours" else None,
+               f"{max(c['error']):.1e} (plain {plain:.1e}){wrong}" if c["error"] else "not taken",
+               " of which results ".join(f"{m:.0f}" for m in c["mib"]) if c["mib"] else None,
+               r["what"] if who == "ours" else c["note"]]
     for who, why in r["failed"].items():
         yield [r["row"], who, "did not run", *[None] * 4, why.replace("|", "/")]
-
-
-def page(rows, ceilings, head):
-    text = PAGE.format(tflops=ceilings["matmul"] / 1e12, gbs=ceilings["copy"] / 1e9, **head)
-    text += bench.table(["row", "what", "ours, ms", "of the ceiling", "ratio", "best peer", "error", "plain", "MiB",
-                         "of which results"], [summary(r, ceilings) for r in rows])
-    for letter, kind in KINDS.items():
-        if ratios := [b[0] for r in rows if r["row"].startswith(letter) for b in r["beside"]]:
-            mean = statistics.geometric_mean(ratios)
-            text += f"\nGeometric mean of {kind}: {mean:.2f} of the best peer, {len(ratios)} ratios.\n"
-    text += "\n" + bench.table(["row", "who", "ms", "TFLOP/s or GB/s", "spread", "error", "MiB", "note"],
-                               [cells for r in rows for cells in details(r)])
-    missing = {why for r in rows for why in r["failed"].values() if re.search("No module named|^Attr.*module '", why)}
-    return text + "".join(f"\nMissing here: {why}\n" for why in sorted(missing))
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -185,87 +159,73 @@ class Settings:
     rows: str = "all"              # or some: A3,C1
     size: str = "full"             # full, tiny: toy sizes, to see that everything runs
     device: str = "auto"           # auto, cuda, cpu
-    rounds: int = 3                # by turns
-    ms: float = 100.0              # of repetitions in each measurement
+    rounds: int = 3                # rounds of timing; each measures all contenders
+    ms: float = 100.0              # milliseconds of calls in each measurement
     seconds: float = 3600.0        # no row begins later
-    row_seconds: float = 120.0     # a row that takes longer is ended, and named
-    out: str = ""                  # file for the page
+    row_seconds: float = 120.0     # a row that takes longer is stopped and named
+    out: str = ""                  # file for the page, written after each row
     date: str = ""                 # of the page; empty = today
-    child: bool = False            # measure here, one line of JSON for each row (what the command starts)
+    child: bool = False            # measure in this process, one line of JSON per row (what the command itself starts)
 
 
-def here(s, names):
+def measure_rows(s, names):
     """In the child: ceilings, then row by row."""
     low, kernels = bench.LOW[s.device], importlib.import_module("kernels")
-    torch._functorch.config.donated_buffer = False     # or what torch.compile made refuses a second backward pass
+    torch._functorch.config.donated_buffer = False     # else torch.compile's result refuses a second backward pass
     if s.device == "cpu":
         torch.set_num_threads(1)
-    bench.write_line({"ceilings": bench.ceilings(s.device), "kernels": kernels.here and s.device == "cuda"})
+    bench.print_json({"ceilings": bench.ceilings(s.device), "triton": kernels.has_triton and s.device == "cuda"})
     for name in names:
-        faulthandler.dump_traceback_later(s.row_seconds, exit=True)     # from a thread: a hung GPU cannot stop it
+        faulthandler.dump_traceback_later(s.row_seconds, exit=True)     # from a thread: works when the GPU hangs
         torch.manual_seed(0)
-        bench.write_line({"began": name})
-        make, *sizes = ROWS[name] if s.size == "full" else shrunk(*ROWS[name])
+        bench.print_json({"began": name})
+        make, *sizes = ROWS[name] if s.size == "full" else shrink(*ROWS[name])
         try:
-            bench.write_line(measure(name, make(*sizes, s.device, low), s.device, s.ms, s.rounds))
+            bench.print_json(measure(name, make(*sizes, s.device, low), s.device, s.ms, s.rounds))
         except Exception as e:
-            bench.write_line(broken(name, bench.reason(e)))
+            bench.print_json(failed_row(name, reason(e)))
         torch._dynamo.reset()
         faulthandler.cancel_dump_traceback_later()
         if s.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def broken(name, why):
-    return {"row": name, "what": "", "together": False, "flops": (0, 0), "bytes": (0, 0), "plain": None, "found": {},
-            "failed": {"ours": why}}
-
-
-def say(r):
-    mine = r["found"].get("ours")
-    took = " + ".join(f"{t:.3f}" for t in mine["ms"]) + " ms; " if mine else "ours failed; "
-    print(f"{r['row']}: {took}" + "; ".join(f"{ratio:.2f} of {name}" for ratio, name, _ in r["beside"])
-          + "".join(f"\n    {who} did not run: {why}" for who, why in r["failed"].items()), flush=True)
-
-
 def main(s, args):
-    s.device = bench.choose(s.device)
-    names = bench.picked(s.rows, ROWS, ROWS)
+    s.device = bench.pick_device(s.device)
+    names = bench.pick_rows(s.rows, ROWS, ROWS)
     if s.size not in ("full", "tiny") or s.rounds < 1:
         config.stop(f"size={s.size}, rounds={s.rounds}: full or tiny, at least 1")
     if s.device == "cpu" and s.size == "full":
-        config.stop("rows of full size are for a GPU; --size=tiny shows on a CPU that they run")
+        config.stop("rows of full size need a GPU; --size=tiny runs on a CPU")
     if s.child:
-        return here(s, names)
-    end, rows, ceilings, left = time.time() + s.seconds, [], None, list(names)
-    machine = bench.machine(s.device)
+        return measure_rows(s, names)
+    end, rows, head, ceilings, left = time.time() + s.seconds, [], {}, {}, list(names)
+    machine = bench.describe_machine(s.device)
     print(machine, flush=True)
 
-    def report():
-        """The page as far as it is known: a file has it after every row, whatever becomes of this run"""
+    def page():
         rows.sort(key=lambda r: [*ROWS].index(r["row"]))
-        after = f"afterwards {bench.machine(s.device).split(';')[0]}"          # the clocks of a GPU, the load of a CPU
-        head = dict(date=s.date, args="".join(f" {a}" for a in args), machine=machine, rounds=s.rounds, after=after,
-                    low=str(bench.LOW[s.device]).removeprefix("torch."))
-        text = page(rows, ceilings, head) if ceilings else ""
-        return bench.keep(text + (f"\nNot measured: {', '.join(left)}.\n" if left else ""), s.out)
+        lines = [c for r in rows for c in cells(r, ceilings)]
+        text = (f"# Kernels, {s.date}\n\n`python -m bench kernels{''.join(f' {a}' for a in args)}` on {machine}.\n\n"
+                f"Ceilings: {ceilings.get('matmul', 0) / 1e12:.1f} TFLOP/s, {ceilings.get('copy', 0) / 1e9:.0f} GB/s; "
+                f"ours: {'Triton kernels' if head.get('triton') else 'the definitions in torch'}.\n\n"
+                + bench.table(COLUMNS, lines) + (f"\nNot measured: {', '.join(left)}.\n" if left else ""))
+        return bench.write_page(text, s.out)
 
     while left and time.time() < end:
         began = left[0]
-        for said in bench.child("kernels", [f"--rows={','.join(left)}", f"--size={s.size}", f"--device={s.device}",
-                                            f"--rounds={s.rounds}", f"--ms={s.ms}", f"--row_seconds={s.row_seconds}",
-                                            "--child"], end - time.time()):
-            if "ceilings" in said:
-                ceilings = ceilings or said["ceilings"]
-                print(f"{ceilings['matmul'] / 1e12:.1f} TFLOP/s, {ceilings['copy'] / 1e9:.0f} GB/s; ours are "
-                      f"{'Triton kernels' if said['kernels'] else 'the definitions in torch'}", flush=True)
-            elif "began" in said:
-                began = said["began"]
-            elif "row" in said or (began in left and time.time() < end):       # or it ended, and not because it was to
-                rows.append(judge(said if "row" in said else broken(
-                    began, f"the process ended with {said['ended']}: {said['because']}")))
+        for message in bench.child("kernels", [f"--rows={','.join(left)}", f"--size={s.size}", f"--device={s.device}",
+                                               f"--rounds={s.rounds}", f"--ms={s.ms}", f"--row_seconds={s.row_seconds}",
+                                               "--child"], end - time.time()):
+            if "ceilings" in message:
+                head, ceilings = message, message["ceilings"]
+            elif "began" in message:
+                began = message["began"]
+            elif "row" in message or (began in left and time.time() < end):    # a row, or the child ended in one
+                rows.append(judge(message if "row" in message else failed_row(
+                    began, f"the process ended with {message['ended']}: {message['because']}")))
                 left.remove(rows[-1]["row"])
-                say(rows[-1])
-                report()
-    print("\n" + report(), flush=True)
-    bench.write_line({"machine": machine, "ceilings": ceilings, "rows": rows, "not_measured": left})
+                print(f"{rows[-1]['row']}: {rows[-1]['beside'] or rows[-1]['failed']}", flush=True)
+                page()
+    print("\n" + page(), flush=True)
+    bench.print_json({"machine": machine, "ceilings": ceilings, "rows": rows, "not_measured": left})

@@ -1,10 +1,12 @@
-"""The rows of `python -m bench kernels`: what is computed, on which numbers, and who can. bench/kernels.py measures.
+"""The rows of `python -m bench kernels`: sizes, random inputs, and the contenders. bench/kernels.py measures them.
 
-    A1 ... A10    attention: a ViT's pictures, packed documents, long ones, grouped queries
+    A1 ... A10    attention: images of a ViT, packed documents, long documents, grouped queries
     C1 ... C8     linear cross-entropy, forward and backward together; some with few supervised rows or a frozen head
     E1, E1r       RMSNorm, alone and with a residual      E2  SwiGLU      E3  rotary positions
-    L1a, L1b      a frozen linear layer with an adapter of rank 16 or 128      L1c  three that read the same input
-    Q1            a matrix of four bits a number, written out in bf16
+    L1a, L1b      a frozen linear layer with an adapter of rank 16 or 128      L1c  three that share their input
+    Q1            an NF4 matrix, dequantised to bf16
+
+    N tokens   H, G heads of queries and of keys   K head size   C, O input and output width   V vocabulary   r rank
 """
 
 import dataclasses
@@ -21,11 +23,11 @@ import bench
 
 @dataclasses.dataclass
 class Contender:
-    """How one of them computes a row, on tensors of its own: some write over what they are given."""
+    """One way to compute a row, on tensors of its own, because some contenders overwrite their inputs."""
     forward: object                # () -> tuple of outputs
     leaves: list                   # tensors that get gradients
     ups: list                      # gradients of the outputs
-    common: object = list          # [outputs..., gradients...] -> the form in which errors are taken
+    common: object = list          # [outputs..., gradients...] -> the same in the layout in which errors are taken
     note: str = ""
 
     def run(self):
@@ -39,10 +41,10 @@ class Contender:
 class Row:
     what: str
     contenders: dict               # name -> () -> Contender; ours first, and "torch" is the definition as torch runs it
-    truth: object                  # () -> the common form, in float64
-    plain: object = None           # () -> the common form at low precision, where "torch" is no contender
-    flops: tuple = (0, 0)          # forward, backward
-    bytes: tuple = (0, 0)
+    truth: object                  # () -> outputs and gradients in float64, in the common layout
+    plain: object = None           # () -> the same at low precision, where "torch" is no contender
+    flops: tuple = (0, 0)          # needed forward, backward
+    bytes: tuple = (0, 0)          # that must move at least once
     together: bool = False         # forward and backward are one measurement
 
 
@@ -51,7 +53,7 @@ def leaf(t):
 
 
 def simple(f, args, ups, **more):
-    """A contender that takes the row's own tensors; f gives one result or a tuple of them"""
+    """A contender that calls f on copies of the row's tensors; f returns a tensor or a tuple of them"""
     leaves = [leaf(t) for t in args]
 
     def forward():
@@ -65,7 +67,7 @@ def gradients(f, args, ups):
     return simple(f, args, ups).run()
 
 
-def wide(*tensors):
+def double(*tensors):
     return [t.double() for t in tensors]
 
 
@@ -83,8 +85,8 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
     q, k, v, do = normal(*((N, heads, K) for heads in (H, G, G, H)), device=device, dtype=dtype)
     n, at = torch.tensor(lengths, device=device), torch.arange(N, device=device)
     starts = n.cumsum(0) - n
-    doc = torch.arange(B, device=device).repeat_interleave(n)                   # (N,) whose token
-    place = doc * L + at - starts[doc]                                          # (N,) in a padded batch
+    doc = torch.arange(B, device=device).repeat_interleave(n)                   # (N,) document of a token
+    place = doc * L + at - starts[doc]                                          # (N,) its index in a padded batch
     lo = starts[doc].int()
     hi = (at + 1 if causal else (starts + n)[doc]).int()
     pairs = sum(t * (t + 1) // 2 if causal else t * t for t in lengths)
@@ -92,7 +94,7 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
     shared = dict(enable_gqa=True) if g > 1 else {}
 
     def first(ts):
-        """Errors are taken of the first group's heads: in float64 all of them would not fit beside each other"""
+        """The heads of the first group: float64 errors of all heads would not fit in memory"""
         return [t[:, :heads] for t, heads in zip(ts, (g, g, 1, 1))]
 
     def definition(*tensors):
@@ -103,7 +105,7 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
         return [torch.cat(p) for p in zip(*parts)]
 
     def spread(t):
-        """(N, heads, K) -> (B, heads, L, K), as a projection would leave it in memory"""
+        """(N, heads, K) -> (B, heads, L, K), in the memory layout of a projection"""
         padded = t.new_zeros(B * L, *t.shape[1:])
         padded[place] = t
         return padded.view(B, L, *t.shape[1:]).transpose(1, 2)
@@ -122,9 +124,9 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
     def varlen():
         from torch.nn.attention.varlen import varlen_attn
         bounds = F.pad(n.cumsum(0), (1, 0)).int()
-        takes = inspect.signature(varlen_attn).parameters                      # 2.10 had is_causal; that heads
+        takes = inspect.signature(varlen_attn).parameters            # torch 2.10: is_causal; enable_gqa since 2.12
         how = dict(window_size=(-1, 0 if causal else -1)) if "window_size" in takes else dict(is_causal=causal)
-        how |= shared if "enable_gqa" in takes else {}                          # form groups is said from 2.12 on
+        how |= shared if "enable_gqa" in takes else {}
         return simple(lambda q, k, v: varlen_attn(q, k, v, bounds, bounds, L, L, **how), (q, k, v), [do], common=first)
 
     def flex():
@@ -150,7 +152,7 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
            "varlen_attn": varlen, "flex": flex}
     many = f"{B} x {L}" if even else f"{N} tokens in {B} documents"
     return Row(f"{many}, {H}{f'/{G}' if g > 1 else ''} x {K}, {'causal' if causal else 'full'}", who,
-               lambda: definition(*wide(*cut)), lambda: definition(*cut), flops=(4 * pairs * H * K, 10 * pairs * H * K))
+               lambda: definition(*double(*cut)), lambda: definition(*cut), flops=(4 * pairs * H * K, 10 * pairs * H * K))
 
 
 # ---- linear cross-entropy ------------------------------------------------------------------------------------------
@@ -159,13 +161,13 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
     from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
     h, w = normal((N, C), (V, C), device=device, dtype=dtype)
     w *= C**-0.5
-    learnt = torch.rand(N, device=device) < share
-    y = torch.randint(0, V, (N,), device=device).masked_fill(~learnt, -100)
-    rows = learnt.nonzero()[:, 0]
+    supervised = torch.rand(N, device=device) < share
+    y = torch.randint(0, V, (N,), device=device).masked_fill(~supervised, -100)
+    rows = supervised.nonzero()[:, 0]
     R, some = rows.numel(), share < 1
 
     def contender(f, gathered=True):
-        """f(hidden, weight, labels) -> summed loss, of supervised rows alone, or of all with -100"""
+        """f(hidden, weight, labels) -> summed loss; gathered: f gets the supervised rows alone"""
         def loss(h, head=w):
             return f(h[rows], head, y[rows]) if gathered and some else f(h, head, y)
         return simple(loss, [h, w][: 1 + trained], [torch.ones((), device=device)])
@@ -187,7 +189,7 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
         return contender(lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction="sum", options=options))
 
     def truth():
-        """A thousand rows at a time: the logits of all do not fit"""
+        """1,024 rows at a time: the logits of all rows do not fit in memory"""
         head, total = leaf(w.double()), torch.zeros((), dtype=torch.float64, device=device)
         dh = torch.zeros(N, C, dtype=torch.float64, device=device)
         for r in rows.split(1024):
@@ -202,18 +204,18 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
            "torch.compile": lambda: contender(torch.compile(eager, dynamic=False)), "F.linear_cross_entropy": chunked,
            "liger": lambda: liger(False), **({"liger, gathered": lambda: liger(True)} if some else {}),
            "cce exact": lambda: cce(filter_eps=None), "cce": cce}
-    return Row(f"{N} x {C}, {V} words, {share:.0%} supervised{'' if trained else ', head frozen'}", who, truth,
+    return Row(f"{N} x {C}, vocabulary {V}, {share:.0%} supervised{'' if trained else ', head frozen'}", who, truth,
                flops=(2 * R * C * V, (2 + 2 * trained) * R * C * V), together=True)
 
 
 # ---- element by element --------------------------------------------------------------------------------------------
 
 def elementwise(what, ours, definition, liger, args, ups, moved):
-    """moved: bytes forward, backward. liger(args, ups) -> Contender"""
+    """moved: bytes forward, backward; liger(args, ups) -> Contender"""
     who = {"ours": lambda: simple(ours, args, ups), "torch": lambda: simple(definition, args, ups),
            "torch.compile": lambda: simple(torch.compile(definition, dynamic=False), args, ups),
            "liger": lambda: liger(args, ups)}
-    return Row(what, who, lambda: gradients(definition, wide(*args), wide(*ups)), bytes=moved)
+    return Row(what, who, lambda: gradients(definition, double(*args), double(*ups)), bytes=moved)
 
 
 def norm_row(N, C, residual, device, dtype):
@@ -229,7 +231,7 @@ def norm_row(N, C, residual, device, dtype):
 
         def forward():
             out = layer(*tensors[:-1])
-            return out[::-1] if residual else (out,)                            # theirs says y first, then the sum
+            return out[::-1] if residual else (out,)                            # theirs: y first, then the sum
         return Contender(forward, tensors, ups)
     if not residual:
         return elementwise(f"RMSNorm, {N} x {C}", lambda x, w: rms_norm(x, w, eps),
@@ -251,7 +253,7 @@ def swiglu_row(N, C, device, dtype):
 
 
 def rope_row(N, H, G, K, device, dtype):
-    from kernels.rope import rope, rope_qk
+    from kernels.rope import rope_qk, rope_ref
     q, dq, k, dk = normal(*((N, heads, K) for heads in (H, H, G, G)), device=device, dtype=dtype)
     angles = torch.arange(N, device=device)[:, None] * 1e4 ** -torch.linspace(0, 1, K // 2, device=device)
     cos, sin = angles.cos(), angles.sin()
@@ -260,29 +262,27 @@ def rope_row(N, H, G, K, device, dtype):
         from liger_kernel.ops.rope import LigerRopeFunction
         both = [torch.cat([t, t], -1).to(dtype)[None] for t in (cos, sin)]      # (1, N, K)
         args, ups = ([t.transpose(0, 1)[None] for t in ts] for ts in (args, ups))
-        # it rotates in place, which a leaf does not allow: a view of it does
+        # it works in place, which autograd allows on a view of a leaf but not on the leaf
         return simple(lambda *ts: LigerRopeFunction.apply(*(t.view_as(t) for t in ts), *both), args, ups,
                       common=lambda ts: [t[0].transpose(0, 1) for t in ts])
     unit = N * (H + G) * K * dtype.itemsize
     return elementwise(f"rotary positions, {N} x {H} + {G} heads x {K}", lambda q, k: rope_qk(q, k, cos, sin),
-                       lambda q, k: (rope(q, cos, sin), rope(k, cos, sin)), liger, (q, k), [dq, dk],
+                       lambda q, k: (rope_ref(q, cos, sin), rope_ref(k, cos, sin)), liger, (q, k), [dq, dk],
                        (2 * unit, 2 * unit))
 
 
-# ---- adapters, and four bits ---------------------------------------------------------------------------------------
+# ---- adapters and NF4 ---------------------------------------------------------------------------------------
 
 def lora_row(N, C, O, layers, r, device, dtype):
-    """Layers that read the same x, each with its adapter, which is trained and kept in fp32; the products run under
-    autocast, as in training."""
+    """Layers that share the input x, each with an adapter in fp32, which is trained; under autocast, as in training"""
     import lora
-    import model
     x, *ups = normal((N, C), *[(N, O)] * layers, device=device, dtype=dtype)
     weights = [w * C**-0.5 for w in normal(*[(O, C)] * layers, device=device, dtype=dtype)]
     pairs = [t * t.shape[1]**-0.5 for t in normal(*[(r, C), (O, r)] * layers, device=device, dtype=torch.float32)]
     names = [f"linear_{i}" for i in range(layers)]
 
     def contender(wrap, parts, forward):
-        """wrap(module of plain layers); parts(wrapped layer) -> A, B; forward(x, wrapped layers) -> results"""
+        """wrap(module) adds the adapters; parts(layer) -> A, B; forward(x, layers) -> outputs"""
         holder = nn.Module()
         for name, w in zip(names, weights):
             layer = nn.Linear(C, O, bias=False, device=device, dtype=dtype)
@@ -300,9 +300,9 @@ def lora_row(N, C, O, layers, r, device, dtype):
         return Contender(run, leaves, ups)
 
     def ours():
-        return contender(lambda m: lora.apply(m, r, 2 * r, 0.0, "linear*"),
+        return contender(lambda m: lora.add_adapters(m, r, 2 * r, 0.0, "linear*"),
                          lambda layer: (layer.lora_A.weight, layer.lora_B.weight),
-                         lambda x, wrapped: model.together(x, *wrapped))
+                         lambda x, wrapped: lora.apply_shared_input(x, *wrapped))
 
     def peft():
         from peft import LoraConfig, inject_adapter_in_model
@@ -319,7 +319,7 @@ def lora_row(N, C, O, layers, r, device, dtype):
            "torch.compile": lambda: simple(torch.compile(definition, dynamic=False), (x, *pairs), ups), "peft": peft}
     base, extra = 2 * N * C * O * layers, 2 * N * r * (C + O) * layers
     return Row(f"{layers} x adapter of rank {r}, {N} x {C} to {O}", who,
-               lambda: gradients(functools.partial(definition, low=torch.float64), wide(x, *pairs), wide(*ups)),
+               lambda: gradients(functools.partial(definition, low=torch.float64), double(x, *pairs), double(*ups)),
                flops=(base + extra, base + 2 * extra), together=True)
 
 
@@ -340,7 +340,7 @@ def nf4_row(O, C, device, dtype):
            "torch": lambda: without_gradient(nf4.dequantize_ref, *parts, dtype),
            "torch.compile": lambda: without_gradient(torch.compile(nf4.dequantize_ref, dynamic=False), *parts, dtype),
            "bitsandbytes": bitsandbytes}
-    return Row(f"four bits to {dtype.itemsize * 8}, {O} x {C}", who,
+    return Row(f"NF4 to {dtype.itemsize * 8} bits, {O} x {C}", who,
                lambda: [nf4.dequantize_ref(*parts, torch.float64)],
                bytes=(sum(t.nbytes for t in parts) + O * C * dtype.itemsize, 0), together=True)
 
@@ -348,17 +348,17 @@ def nf4_row(O, C, device, dtype):
 # ---- the rows ------------------------------------------------------------------------------------------------------
 
 def packed(tokens, scale=1.0):
-    """Lengths of documents of the mixture, pictures as 576 tokens, that fill a stream"""
+    """Lengths of documents of the mixture, 576 tokens for an image, that fill a packed sequence of `tokens`"""
     out, g = [], torch.Generator().manual_seed(0)
     while sum(out) < tokens:
-        for words, _, pictures in bench.drawn(64, g):
-            out.append(int(scale * (words + 576 * pictures)))
+        for text, _, images in bench.draw_lengths(64, g):
+            out.append(int(scale * (text + 576 * images)))
     while sum(out[:-1]) >= tokens:
         out.pop()
     return [*out[:-1], tokens - sum(out[:-1])]
 
 
-# in order of worth: a run that is cut short has the rows that matter most
+# the most important first, for runs that are cut short
 ROWS = {
     "A3": (attention_row, packed(8192), 32, 32, 128, True),
     "A1": (attention_row, [577] * 64, 16, 16, 64, False),
@@ -389,8 +389,8 @@ ROWS = {
 }
 
 
-def shrunk(make, *sizes):
-    """The same row at toy sizes: nothing can be concluded from its times, but everything in it runs."""
+def shrink(make, *sizes):
+    """The same row at toy sizes: all of its code runs; its times mean nothing."""
     if make is attention_row:
         lengths, H, G, K, causal = sizes
         return make, [max(1, t // 24) for t in lengths[:3]], H // G, 1, K, causal

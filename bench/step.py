@@ -165,7 +165,9 @@ def measure(name, side, steps, size="full", device="cpu"):
     if device == "cpu":
         torch.set_num_threads(1)
     if side == "ours":
-        import data, engine, loss  # noqa: E401,F401
+        import data  # noqa: E401,F401
+        import engine
+        import loss
     else:
         from transformers import LlavaForConditionalGeneration  # noqa: F401
     imported = memory("VmRSS") if device == "cpu" else 0
@@ -275,7 +277,7 @@ def page(rows, failed, s, head, ceilings):
                        agree={"cpu": "", "cuda": " (bf16; random data: only the first is a check)"}[s.device])
     names = ["row", "beside", "tokens", "padding", "learnt", "ms, ours", "ms, theirs", "**times faster**", "goal",
              "samples/s", "MFU", "of the floor", "MiB, ours", "MiB, theirs", "**memory**", "goal", "net", "apart"]
-    text += bench.table(names, map(cells, rows), numbers=True)
+    text += bench.table(names, map(cells, rows))
     return text + "".join(f"\n{name}, {side}: did not run: {why}\n" for (name, side), why in failed.items())
 
 
@@ -295,9 +297,9 @@ class Settings:
 
 
 def main(s, args):
-    s.device = bench.choose(s.device)
+    s.device = bench.pick_device(s.device)
     s.size = s.size or {"cuda": "full", "cpu": "tiny"}[s.device]
-    names = bench.picked(s.rows, NAMES[s.device], NAMES["cpu"] + NAMES["cuda"])
+    names = bench.pick_rows(s.rows, NAMES[s.device], NAMES["cpu"] + NAMES["cuda"])
     if s.size not in ("full", "tiny") or (s.device, s.size) == ("cpu", "full"):
         config.stop(f"size={s.size}, device={s.device}: full (on a GPU) or tiny")
     if s.repeats < 0 or s.steps < 1:
@@ -306,13 +308,13 @@ def main(s, args):
         config.stop("memory is read from Linux's /proc, which this machine does not have")
     sizes = {n: "full" if n in NAMES["cpu"] else s.size for n in names}       # those of a CPU have one size
     if s.side == "ceilings":
-        return bench.write_line(bench.ceilings(s.device))
+        return bench.print_json(bench.ceilings(s.device))
     if s.side:
         if (n := names[0]) and s.side not in ("ours", *system(n).peers):
             config.stop(f"side={s.side}: ours, {', '.join(system(n).peers)}")
-        return bench.write_line(measure(n, s.side, s.steps, sizes[n], s.device))
+        return bench.print_json(measure(n, s.side, s.steps, sizes[n], s.device))
     s.repeats = s.repeats or {"cuda": 1, "cpu": 5}[s.device]
-    end, rows, failed, machine = time.time() + s.seconds, [], {}, bench.machine(s.device)
+    end, rows, failed, machine = time.time() + s.seconds, [], {}, bench.describe_machine(s.device)
     print(machine, flush=True)
 
     def once(name, side):
@@ -344,7 +346,7 @@ def main(s, args):
                 pairs = [*zip(ours, got[name, peer])] if peer else [*zip(ours)]
                 rows.append(compare(name, pairs, s.steps, sizes[name], s.device, ceilings, peer))
         head = {"args": "".join(f" {a}" for a in args), "machine": machine}
-        return bench.keep(page(rows, failed, s, head, ceilings), s.out)
+        return bench.write_page(page(rows, failed, s, head, ceilings), s.out)
 
     for name, n, side in plan:
         if (name, side) not in failed and (found := once(name, side)):
@@ -359,5 +361,5 @@ def main(s, args):
             continue
         print(f"{r['row']}: {r['speed']:.2f} times as fast as {r['peer']}, {r['memory']:.2f} of its memory"
               + ("" if r["agree"] else f"; NOT THE SAME STEPS: first losses {r['apart'][0]:.1e} apart"), flush=True)
-    bench.write_line({"machine": machine, "ceilings": ceilings, "rows": rows,
+    bench.print_json({"machine": machine, "ceilings": ceilings, "rows": rows,
                       "failed": {f"{name}, {side}": why for (name, side), why in failed.items()}})

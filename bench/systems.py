@@ -14,6 +14,7 @@ import torch
 
 import bench
 
+
 @dataclasses.dataclass
 class System:
     cfg: object                    # model.VLMConfig
@@ -91,7 +92,7 @@ def conversations(s, step, mean=90, asked=10, answered=3):
         words = (18 * (0.3 * torch.randn(s.samples, generator=g)).exp()).long().clamp(4, 80).tolist()
         plan = [(n, 1.0, 1) for n in words]
     else:
-        plan = bench.drawn(s.samples, g)
+        plan = bench.draw_lengths(s.samples, g)
     out, S = [], s.cfg.vision.image_size
     for n, share, pictures in plan:
         turn = asked + answered if s.spread is not None else 20

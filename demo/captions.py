@@ -1,11 +1,11 @@
-"""How much of a held-out picture is in the caption that a model gives of it.
+"""Score the captions that a model gives to the held-out images of the toy world.
 
     python demo/captions.py [--model=runs/align] [--device=cpu]    # after train_align.py; the last line is JSON
 
-A caption counts as a list of things: "top left: a large red circle; bottom right: a sign that says 7". The things of
-the scene and of the caption are matched by place, and of each match the colour, shape, size and digit are compared. All
-shares are F1: of what is there and what is said, how much is both; a thing without a place does not count. Beside them
-the same with the captions of other pictures, which is what knowing the language alone would give.
+A caption is a list of things: "top left: a large red circle; bottom right: a sign that says 7". Each thing gives a
+place, and at this place a shape, colour, size and digit. The score of each kind is F1 between the facts of the model's
+captions and the facts of the true ones. A thing without a place gives no facts. f1_shuffled is the same score with the
+captions of other images: what can be reached without looking at the image.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ import re
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import generate
 import config
-import toy
+from demo import toy
+from generate import Chat
 
 THING = re.compile(r"(top|middle|bottom) (left|center|right): a (?:(small|large) )?(\w+)(?: that says (\d)| (\w+))?")
 
@@ -30,8 +30,8 @@ class Settings:
     device: str = "auto"
 
 
-def facts(caption):
-    """A caption -> {what kind of fact: a set of them}; a fact about a thing names the thing's place."""
+def caption_facts(caption):
+    """A caption -> {kind: set of facts}; a fact is a place, or (place, value) for the other kinds"""
     found = {"place": set(), "shape": set(), "color": set(), "size": set(), "read": set()}
     for row, column, size, first, digit, second in THING.findall(caption):
         place, shape = f"{row} {column}", second or first
@@ -43,37 +43,36 @@ def facts(caption):
     return found
 
 
-def f1(said, there):
-    """Two lists of captions -> {kind: F1 over all pictures}"""
+def facts_f1(answers, truths):
+    """Two lists of captions of the same images -> {kind: F1 over all images}"""
     total = {}
-    for a, b in zip(map(facts, said), map(facts, there)):
+    for a, b in zip(map(caption_facts, answers), map(caption_facts, truths)):
         for kind in a:
             both, sizes = total.get(kind, (0, 0))
             total[kind] = both + len(a[kind] & b[kind]), sizes + len(a[kind]) + len(b[kind])
     return {kind: round(2 * both / max(1, sizes), 3) for kind, (both, sizes) in total.items()}
 
 
-def seed(name):
-    """Of the scene in a picture file: test_00012.png was drawn from "0/test/12"."""
+def scene_seed(name):
+    """Name of an image file -> seed of its scene: test_00012.png was drawn from "0/test/12"."""
     split, number = Path(name).stem.split("_")
     return f"0/{split}/{int(number)}"
 
 
 def main(s):
-    toy.write("runs/toy", "test")
+    toy.write_world("runs/toy", "test")
     rows = map(json.loads, Path("runs/toy/questions.jsonl").read_text("utf-8").splitlines())
     names = sorted({row["image"] for row in rows})
-    scenes = [toy.make_scene(random.Random(seed(n)), test=True) for n in names]
-    speaker = generate.Chat(s.model, s.device)
-    pictures = [speaker.pixels(f"runs/toy/images/{n}") for n in names]
-    prompt = speaker.prompt([("<image>\nDescribe the image.", None)], 1)
-    said = sum((speaker.answers([prompt] * len(some), some, 80) for some in
-                (pictures[i : i + 60] for i in range(0, len(pictures), 60))), [])
-    there = [toy.caption(scene, True) for scene in scenes]
-    for one, other in list(zip(there, said))[:6]:
-        print(f"there  {one}\nsaid   {other}\n")
-    print(json.dumps({"f1": f1(said, there), "f1_shuffled": f1(said[1:] + said[:1], there),
-                      "word_for_word": sum(a == b for a, b in zip(said, there)) / len(said), "n": len(said)}))
+    truths = [toy.caption(toy.make_scene(random.Random(scene_seed(n)), test=True), True) for n in names]
+    chat, answers = Chat(s.model, s.device), []
+    prompt = chat.prompt([("<image>\nDescribe the image.", None)], 1)
+    for i in range(0, len(names), 60):
+        pixels = [chat.pixels(f"runs/toy/images/{n}") for n in names[i : i + 60]]
+        answers += chat.answers([prompt] * len(pixels), pixels, 80)
+    for truth, answer in list(zip(truths, answers))[:6]:
+        print(f"truth   {truth}\nanswer  {answer}\n")
+    print(json.dumps({"f1": facts_f1(answers, truths), "f1_shuffled": facts_f1(answers[1:] + answers[:1], truths),
+                      "word_for_word": sum(a == b for a, b in zip(answers, truths)) / len(truths), "n": len(truths)}))
 
 
 if __name__ == "__main__":

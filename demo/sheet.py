@@ -1,6 +1,6 @@
-"""A picture of what a model says about pictures, from the file that eval.py wrote.
+"""Draw images of the toy world with the questions and a model's answers, from the file that eval.py wrote.
 
-    python demo/sheet.py runs/sft/answers_seeing.jsonl OUT.png
+    python demo/sheet.py runs/sft/answers_seeing.jsonl OUT.png     # right answers in green, wrong ones in red
 """
 
 import json
@@ -11,21 +11,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import stop
+from config import one_line_errors, stop
 
 ZOOM, WIDTH, LINE, GAP = 3, 680, 22, 18  # pixels
 IMAGES = Path("runs/toy/images")
 
 
-def sheet(rows, columns=2, pictures=6, questions=8):
-    """rows of answers.jsonl -> PIL image: a picture, and beside it question, answer, and the truth where the answer is
-    wrong."""
-    by_picture = {}
+def draw_sheet(rows, columns=2, images=6, questions=8):
+    """rows of answers.jsonl -> PIL image: images with questions and answers, and the truth where an answer is wrong"""
+    by_image = {}
     for row in rows:
-        by_picture.setdefault(row["image"], []).append(row)
-    chosen = [(name, asked) for name, asked in by_picture.items() if len(asked) >= questions - 1][:pictures]
+        by_image.setdefault(row["image"], []).append(row)
+    chosen = [(name, asked) for name, asked in by_image.items() if len(asked) >= questions - 1][:images]
     if not chosen:
-        raise ValueError(f"no picture with {questions - 1} questions")
+        raise ValueError(f"no image with {questions - 1} questions")
     side = 72 * ZOOM
     height = max(side, questions * LINE) + GAP
     out = Image.new("RGB", (columns * WIDTH + GAP, -(-len(chosen) // columns) * height + GAP), "white")
@@ -43,16 +42,21 @@ def sheet(rows, columns=2, pictures=6, questions=8):
     return out
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    _, file, target = sys.argv
+def main(argv):
+    if len(argv) != 2:
+        stop("usage: python demo/sheet.py ANSWERS.jsonl OUT.png")
+    file, target = argv
     try:
-        drawn = sheet([json.loads(line) for line in Path(file).read_text("utf-8").splitlines()])
+        drawn = draw_sheet([json.loads(line) for line in Path(file).read_text("utf-8").splitlines()])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        stop(f"{file}, or a picture in it, is not what eval.py writes about the toy world: {e}")
+        stop(f"{file}, or an image it names, does not come from eval.py on the toy world: {e}")
     try:
         drawn.save(target)
     except (OSError, ValueError) as e:
         stop(f"cannot write {target}: {e}")
     print(target)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,20 +1,21 @@
-"""The toy world: scenes drawn from a seed, written to disk as ordinary LLaVA json and PNG files, so that training
-cannot tell it from the world. Answers are computed from the scene graph.
+"""The toy world: a small data set that the repository draws itself. A seed gives scenes; a scene gives an image,
+captions, questions and their answers. The files are ordinary LLaVA json and PNG files: training treats them as any
+other data.
 
     python demo/toy.py OUT [--align=N --sft=N --seed=N]    # OUT/{align,sft,val_align,val_sft}.json,
                                                            # OUT/questions.jsonl, OUT/images/
 
-One to four shapes stand on a 3 x 3 grid, no two alike in colour and shape; in some scenes a sign shows a digit. An
-example:
+A scene has one to four shapes on a 3 x 3 grid. No two have the same colour and the same shape. Some scenes have a sign
+with a digit. An example:
 
     scene      large red circle top left, small blue star middle right, sign 7 bottom center
     caption    a red circle, a blue star and a sign
     detailed   top left: a large red circle; middle right: a small blue star; bottom center: a sign that says 7
     questions  What color is the circle? red      Where is the blue star? middle right      Is there a red star? no
 
-What is held out: a thing is a colour, a shape, a size and a place, 648 combinations. A sixth of them (`held_out`)
-never occurs in any training scene, drawn or written; every shape in a test scene is one of those. So nothing in a test
-scene has been seen before, though each of its words has.
+Held-out combinations: colour, shape, size and place make 648 combinations. One sixth of them (`held_out`) never occurs
+in a training scene, neither in images nor in text. A test scene consists of these alone. So no combination in a test
+scene occurs in training, although every colour, shape, size and place does.
 """
 
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import read_value, stop
+from config import one_line_errors, read_value, stop
 
 COLORS = {"red": (220, 35, 35), "green": (35, 165, 50), "blue": (40, 60, 225), "yellow": (240, 220, 40),
           "purple": (190, 45, 200), "cyan": (50, 215, 225)}
@@ -40,14 +41,15 @@ TYPES = ["color", "shape", "size", "count", "place", "relation", "exists", "read
 # ---- the scene graph ------------------------------------------------------------------------------------------------
 
 def held_out(color, shape, size, row, column):
-    """Is this combination kept for testing? One in six, spread so that any two words of a thing meet in training."""
+    """Is this combination kept for the test? One in six is; any two attributes still occur together in training."""
     return ([*COLORS].index(color) + SHAPES.index(shape) + 3 * SIZES.index(size) + 2 * row + column) % 6 == 0
 
 
 def make_scene(rng, test=False, signs=0.4):
-    """{objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}, objects in reading order."""
+    """-> {objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}; objects from top left to
+    bottom right. test: of held-out combinations alone. signs: probability of a sign."""
     pairs = PAIRS
-    if rng.random() < 0.5:                                 # alike on purpose: neither colour nor shape tells them apart
+    if rng.random() < 0.5:                                 # similar objects: colour or shape alone is often not enough
         few, kinds = rng.sample([*COLORS], 2), rng.sample(SHAPES, 3)
         pairs = [p for p in PAIRS if p[0] in few and p[1] in kinds]
     cells = [(r, k) for r in range(3) for k in range(3)]
@@ -59,7 +61,7 @@ def make_scene(rng, test=False, signs=0.4):
             if held_out(color, shape, size, r, k) == test:
                 break
             if not any(held_out(color, shape, z, *c) == test for c in cells for z in SIZES):
-                return make_scene(rng, test, signs)        # a dead end: no cell is left that suits the last shape
+                return make_scene(rng, test, signs)        # no free cell suits this pair: start again
         cells.remove((r, k))
         objects.append(dict(color=color, shape=shape, size=size, row=r, column=k))
     objects.sort(key=lambda o: (o["row"], o["column"]))
@@ -68,30 +70,30 @@ def make_scene(rng, test=False, signs=0.4):
     return dict(objects=objects, sign=sign)
 
 
-def place(o):
+def place_name(o):
     return f"{ROWS[o['row']]} {COLUMNS[o['column']]}"
 
 
-def pair(o):
+def pair_name(o):
     return f"{o['color']} {o['shape']}"
 
 
 def things(scene):
-    """Objects and sign in reading order."""
+    """Objects and sign, from top left to bottom right."""
     everything = scene["objects"] + ([scene["sign"]] if scene["sign"] else [])
     return sorted(everything, key=lambda o: (o["row"], o["column"]))
 
 
-# ---- the picture ----------------------------------------------------------------------------------------------------
+# ---- the image ------------------------------------------------------------------------------------------------------
 
-def draw(scene, seed):
-    """-> PIL image, SIDE x SIDE RGB, on a shaded and slightly noisy ground."""
+def draw_scene(scene, seed):
+    """-> PIL image, SIDE x SIDE, RGB; the background has a colour gradient and a little noise."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
     rng = np.random.default_rng(seed)
-    ups = 3                                                # drawn three times too large, then shrunk: smooth edges
-    corners = rng.integers(0, 256, 3) * 0.35 + rng.choice([20, 145])   # one dim tint, dark or light
+    ups = 3                                                # draw at three times the size, then shrink: smooth edges
+    corners = rng.integers(0, 256, 3) * 0.35 + rng.choice([20, 145])   # background: one weak tint, dark or light
     slope = rng.normal(0, 12, (2, 3))
     grid = np.linspace(-1, 1, SIDE)
     ground = corners + grid[:, None, None] * slope[0] + grid[None, :, None] * slope[1]
@@ -132,7 +134,7 @@ def draw(scene, seed):
     return Image.fromarray((pixels + rng.normal(0, 5, pixels.shape)).clip(0, 255).astype("uint8"))
 
 
-# ---- words ----------------------------------------------------------------------------------------------------------
+# ---- text -----------------------------------------------------------------------------------------------------------
 
 def listing(words):
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
@@ -144,24 +146,25 @@ def article(word):
 
 def caption(scene, detailed):
     if not detailed:
-        return listing([article("sign" if "digit" in o else pair(o)) for o in things(scene)])
-    names = [f"a sign that says {o['digit']}" if "digit" in o else f"a {o['size']} {pair(o)}" for o in things(scene)]
-    return "; ".join(f"{place(o)}: {name}" for o, name in zip(things(scene), names))
+        return listing([article("sign" if "digit" in o else pair_name(o)) for o in things(scene)])
+    names = [f"a sign that says {o['digit']}" if "digit" in o else f"a {o['size']} {pair_name(o)}"
+             for o in things(scene)]
+    return "; ".join(f"{place_name(o)}: {name}" for o, name in zip(things(scene), names))
 
 
-def written(scene, rng=None):
-    """The scene in words, in reading order or shuffled by rng: what a language model reads instead of the picture."""
-    names = [f"{place(o)}: " + (f"sign {o['digit']}" if "digit" in o else f"{o['size']} {pair(o)}")
+def scene_text(scene, rng=None):
+    """The scene as text, in order or shuffled by rng. The LLM reads it in place of the image."""
+    names = [f"{place_name(o)}: " + (f"sign {o['digit']}" if "digit" in o else f"{o['size']} {pair_name(o)}")
              for o in things(scene)]
     if rng:
         rng.shuffle(names)
     return "; ".join(names)
 
 
-def questions(scene, rng):
-    """All kinds of questions whose answer is certain: a list of (type, question, short answer, answer in a sentence),
-    one draw per kind and scene. Yes and no are equally likely; a "no" prefers a colour and a shape that are there, but
-    not together."""
+def scene_questions(scene, rng):
+    """-> [(type, question, short answer, answer in a sentence)]: one random question of each type that has exactly one
+    answer. Yes and no are equally likely. Most "no" questions ask for a colour and a shape that both occur, but on
+    different objects."""
     objects, out = scene["objects"], []
     count = {k: {} for k in ("color", "shape", "size")}
     for o in objects:
@@ -174,18 +177,18 @@ def questions(scene, rng):
         out.append(("color", f"What color is the {o['shape']}?", o["color"], f"The {o['shape']} is {o['color']}."))
     else:
         o = rng.choice(objects)
-        out.append(("color", f"What color is the shape at the {place(o)}?", o["color"],
-                    f"The shape at the {place(o)} is {o['color']}."))
+        out.append(("color", f"What color is the shape at the {place_name(o)}?", o["color"],
+                    f"The shape at the {place_name(o)} is {o['color']}."))
     single = [o for o in objects if count["color"][o["color"]] == 1]
     if single and rng.random() < 0.5:
         o = rng.choice(single)
         out.append(("shape", f"Which shape is {o['color']}?", o["shape"], f"The {o['shape']} is {o['color']}."))
     else:
         o = rng.choice(objects)
-        out.append(("shape", f"Which shape is at the {place(o)}?", o["shape"],
-                    f"There is a {o['shape']} at the {place(o)}."))
+        out.append(("shape", f"Which shape is at the {place_name(o)}?", o["shape"],
+                    f"There is a {o['shape']} at the {place_name(o)}."))
     o = rng.choice(objects)
-    out.append(("size", f"What size is the {pair(o)}?", o["size"], f"The {pair(o)} is {o['size']}."))
+    out.append(("size", f"What size is the {pair_name(o)}?", o["size"], f"The {pair_name(o)} is {o['size']}."))
 
     what, n = rng.choice([("shapes", len(objects))]
                          + [(f"{c} shapes", count["color"].get(c, 0))
@@ -195,19 +198,20 @@ def questions(scene, rng):
                          + [(f"{s} shapes", count["size"].get(s, 0)) for s in SIZES])
     out.append(("count", f"How many {what} are there?", str(n), f"The number of {what} is {n}."))
     o = rng.choice(objects)
-    out.append(("place", f"Where is the {pair(o)}?", place(o), f"The {pair(o)} is at the {place(o)}."))
+    out.append(("place", f"Where is the {pair_name(o)}?", place_name(o),
+                f"The {pair_name(o)} is at the {place_name(o)}."))
     two = [(a, b, axis) for a in objects for b in objects for axis in ("row", "column") if a[axis] != b[axis]]
     if two:
         a, b, axis = rng.choice(two)
         words = ("above", "below") if axis == "row" else ("left", "right")
         word = words[a[axis] > b[axis]]
-        sentence = (f"The {pair(a)} is {word} the {pair(b)}." if axis == "row"
-                    else f"The {pair(a)} is to the {word} of the {pair(b)}.")
+        sentence = (f"The {pair_name(a)} is {word} the {pair_name(b)}." if axis == "row"
+                    else f"The {pair_name(a)} is to the {word} of the {pair_name(b)}.")
         ask = " or ".join(words) if axis == "row" else "to the left or to the right of"
-        out.append(("relation", f"Is the {pair(a)} {ask} the {pair(b)}?", word, sentence))
+        out.append(("relation", f"Is the {pair_name(a)} {ask} the {pair_name(b)}?", word, sentence))
     if rng.random() < 0.5:
         o = rng.choice(objects)
-        out.append(("exists", f"Is there {article(pair(o))}?", "yes", f"Yes, there is {article(pair(o))}."))
+        out.append(("exists", f"Is there {article(pair_name(o))}?", "yes", f"Yes, there is {article(pair_name(o))}."))
     else:
         absent = [p for p in PAIRS if p not in there]
         crossed = [p for p in absent if p[0] in count["color"] and p[1] in count["shape"]]
@@ -221,8 +225,8 @@ def questions(scene, rng):
     return out
 
 
-def facts():
-    """Small talk that needs no scene: (question, short answer, sentence)."""
+def general_questions():
+    """-> [(question, short answer, sentence)]: questions that need no scene."""
     out = []
     for i in range(9):
         out.append((f"Which number comes after {i}?", str(i + 1), f"The number after {i} is {i + 1}."))
@@ -235,8 +239,8 @@ def facts():
 
 
 def dialogue(asked, short, opening=""):
-    """[(question, short, sentence)] -> LLaVA turns; the opening (a picture, a written scene) and the instruction stand
-    in the first."""
+    """[(question, short answer, sentence)] -> LLaVA turns. The first turn begins with `opening` (the image marker or
+    the text of a scene) and, if short answers are wanted, ends with the instruction."""
     turns = []
     for i, (question, answer, sentence) in enumerate(asked):
         text = (opening if i == 0 else "") + question + (f"\n{SHORT}" if short and i == 0 else "")
@@ -244,17 +248,17 @@ def dialogue(asked, short, opening=""):
     return turns
 
 
-def conversation(scene, rng, opening, turns=8, short=None, tally=None):
-    """Questions about one scene, drawn several times over, none twice. That leaves more "no" than "yes", since fewer
-    things are there than could be; tally, {"yes": n, "no": n} over all conversations of a file, evens it out: the
-    answer that leads is not asked for."""
+def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
+    """-> LLaVA turns: up to `turns` different questions about one scene. Different questions have more "no" than "yes"
+    answers, because few of the possible objects are present. tally, {"yes": n, "no": n} over all conversations of a
+    file, corrects this: a question whose answer is ahead is left out."""
     asked = {}
     while len(asked) < turns:
         before = len(asked)
-        for _, q, a, s in questions(scene, rng):
+        for _, q, a, s in scene_questions(scene, rng):
             asked.setdefault(q, (q, a, s))
         if len(asked) == before and rng.random() < 0.2:
-            break                                          # a scene with one shape has only so many questions
+            break                                          # a scene with one shape has few different questions
     asked = list(asked.values())
     rng.shuffle(asked)
     asked = asked[:turns]
@@ -268,83 +272,88 @@ def conversation(scene, rng, opening, turns=8, short=None, tally=None):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-VERSION = 5  # of what is written: raise it when the same numbers would draw other files
+VERSION = 5  # of the files: raise it when the same sizes and seed would give other files
 SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
 
 
-def write(out, split="all", seed=0, **sizes):
-    """Write the world below the folder `out`: OUT/SPLIT.json (test: OUT/questions.jsonl) and OUT/images/. split: align
-    or sft, each with its validation file and the test questions, or all. What is there already, in the same size,
-    stays. -> splits drawn"""
+def write_world(out, split="all", seed=0, **sizes):
+    """Write the toy world into the folder `out`: OUT/SPLIT.json (test: OUT/questions.jsonl) and OUT/images/. split:
+    all, or align or sft (each with its validation file and the test questions). sizes: scenes per split. A split that
+    is already there with the same size, seed and version is kept. -> names of the splits written"""
     out, sizes = Path(out), {**SCENES, **sizes}
     (out / "images").mkdir(parents=True, exist_ok=True)
-    drawn = []
+    written = []
     for name in sizes:
         if split not in ("all", name) and name not in (f"val_{split}", "test"):
             continue
-        file, mark = out / ("questions.jsonl" if name == "test" else f"{name}.json"), out / f".{name}"
+        file, stamp = out / ("questions.jsonl" if name == "test" else f"{name}.json"), out / f".{name}"
         numbers = json.dumps(dict(scenes=sizes[name], seed=seed, version=VERSION))
-        if mark.is_file() and mark.read_text() == numbers:
+        if stamp.is_file() and stamp.read_text() == numbers:
             continue
-        rows = {"align": captions, "sft": conversations, "test": exam}[name.removeprefix("val_")](
-            scenes(out, name, sizes[name], seed))
+        rows = {"align": caption_rows, "sft": conversation_rows, "test": question_rows}[name.removeprefix("val_")](
+            draw_scenes(out, name, sizes[name], seed))
         text = "".join(json.dumps(r) + "\n" for r in rows) if name == "test" else json.dumps(rows)
         file.write_text(text)
-        mark.write_text(numbers)
-        drawn.append(name)
-    return drawn
+        stamp.write_text(numbers)
+        written.append(name)
+    return written
 
 
-def scenes(out, split, n, seed):
-    """Draw n scenes -> id, file name, scene, and the scene's own random numbers"""
+def draw_scenes(out, split, n, seed):
+    """Draw n scenes into OUT/images/ -> iterator over (id, file name, scene, random generator of this scene)"""
     for i in range(n):
         rng = random.Random(f"{seed}/{split}/{i}")
-        # ten digits on a sign are learnt last, and more of them sooner
+        # the model learns the ten digits last; more signs in training help
         scene = make_scene(rng, test=True) if split == "test" else make_scene(rng, signs=0.8)
         name = f"{split}_{i:05d}.png"
-        draw(scene, rng.getrandbits(32)).save(out / "images" / name, compress_level=1)
+        draw_scene(scene, rng.getrandbits(32)).save(out / "images" / name, compress_level=1)
         yield f"{split}_{i}", name, scene, rng
 
 
-def captions(scenes):
+def caption_rows(scenes):
     ask = ["Give a caption of the image.\n<image>", "<image>\nDescribe the image briefly.", "<image>\nWhat is this?"]
     return [{"id": i, "image": name, "conversations": [
         {"from": "human", "value": rng.choice(ask)}, {"from": "gpt", "value": caption(scene, rng.random() < 0.75)}]}
         for i, name, scene, rng in scenes]
 
 
-def conversations(scenes):
+def conversation_rows(scenes):
     rows, tally = [], {"yes": 0, "no": 0}
     for i, name, scene, rng in scenes:
-        if rng.random() < 0.15:                             # a description, long or short
+        if rng.random() < 0.15:                             # a long or short description
             long = rng.random() < 0.75
             ask = "Describe the image." if long else "Describe the image briefly."
             turns = dialogue([(ask, None, caption(scene, long))], False, "<image>\n")
         else:
-            turns = conversation(scene, rng, "<image>\n", tally=tally)
+            turns = scene_conversation(scene, rng, "<image>\n", tally=tally)
         rows.append({"id": i, "image": name, "conversations": turns})
-        if rng.random() < 0.1:                              # text alone: a written scene, or small talk
+        if rng.random() < 0.1:                              # a sample without an image
             if rng.random() < 0.8:
                 other = make_scene(rng)
-                turns = conversation(other, rng, written(other, rng) + "\n", tally=tally)
+                turns = scene_conversation(other, rng, scene_text(other, rng) + "\n", tally=tally)
             else:
-                turns = dialogue(rng.sample(facts(), 4), rng.random() < 0.7)
+                turns = dialogue(rng.sample(general_questions(), 4), rng.random() < 0.7)
             rows.append({"id": f"{i}_text", "conversations": turns})
     return rows
 
 
-def exam(scenes):
+def question_rows(scenes):
     return [{"question_id": f"{i}_{kind}", "image": name, "text": f"{q}\n{SHORT}", "answer": a, "type": kind}
-            for i, name, scene, rng in scenes for kind, q, a, _ in questions(scene, rng)]
+            for i, name, scene, rng in scenes for kind, q, a, _ in scene_questions(scene, rng)]
+
+
+def main(argv):
+    folders = [a for a in argv if not a.startswith("--")]
+    sizes = dict(a[2:].partition("=")[::2] for a in argv if a.startswith("--"))
+    if len(folders) != 1 or set(sizes) - {*SCENES, "seed"}:
+        stop("usage: python demo/toy.py OUT [--SPLIT=N --seed=N], SPLIT one of " + ", ".join(SCENES))
+    try:
+        written = write_world(folders[0], **{k: read_value(v, int, k) for k, v in sizes.items()})
+    except OSError as e:
+        stop(f"cannot write the toy world into {folders[0]}: {e.strerror or e}")
+    print("wrote", *written or ["nothing: everything is already there"])
 
 
 if __name__ == "__main__":
-    folders = [a for a in sys.argv[1:] if not a.startswith("--")]
-    sizes = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
-    if len(folders) != 1 or set(sizes) - {*SCENES, "seed"}:
-        raise SystemExit(__doc__.split("\n\n")[1])
-    try:
-        drawn = write(folders[0], **{k: read_value(v, int, k) for k, v in sizes.items()})
-    except OSError as e:
-        stop(f"the toy world cannot be drawn in {folders[0]}: {e.strerror or e}")
-    print("drew", *drawn or ["nothing: it is all there"])
+    with one_line_errors():
+        main(sys.argv[1:])
