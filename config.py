@@ -49,7 +49,7 @@ def setting(default, about, least=None, most=None, choices=(), resume="same", gr
 
     about     what it is, with its unit      least, most, choices    which values are valid
     resume    what happens when a run goes on with another value. same: it is refused. say: one line says so.
-              free: nothing, because the weights do not depend on it.
+              free: nothing; the weights do not depend on it, or contents are compared instead of names (data, towers).
     group     the heading of --help that begins here"""
     return dataclasses.field(default=default, metadata=dict(
         about=about, least=least, most=most, choices=choices, resume=resume, group=group))
@@ -58,7 +58,7 @@ def setting(default, about, least=None, most=None, choices=(), resume="same", gr
 @dataclasses.dataclass
 class Common:
     data: str = setting("toy", "LLaVA json or jsonl; a.json:0.7,b.json:0.3 mixes by weight; toy = the toy world",
-                        resume="say", group="data")
+                        resume="free", group="data")
     images: str = setting(".", "folder that image names are relative to", resume="say")
     val_data: str = setting("", "validation data in the same form; empty: no validation, no samples", resume="free")
     template: str = setting("", "plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral; empty: as init was trained,"
@@ -68,9 +68,9 @@ class Common:
     max_dropped: float = setting(0.01, "share of the samples that may be unusable", 0, 1, resume="free")
 
     init: str = setting("", "a run or a LLaVA folder to start from; empty: vision and llm, and a new connector",
-                        resume="say", group="model")
-    vision: str = setting("", "where init is empty, CLIP, SigLIP or DINOv2: folder or org/name", resume="say")
-    llm: str = setting("", "where init is empty, Llama, Mistral or Qwen: folder or org/name", resume="say")
+                        resume="free", group="model")
+    vision: str = setting("", "where init is empty, CLIP, SigLIP or DINOv2: folder or org/name", resume="free")
+    llm: str = setting("", "where init is empty, Llama, Mistral or Qwen: folder or org/name", resume="free")
     connector: str = setting("mlp", "of a new model", choices=("mlp", "linear"))
 
     batch_size: int = setting(16, "samples per optimizer step, over all processes", 1, group="optimisation")
@@ -112,7 +112,7 @@ class Common:
                             resume="free")
 
 
-def facts(Settings):
+def setting_facts(Settings):
     """-> {name: metadata of setting()}; a subclass that changes a default alone keeps the rest."""
     found = {}
     for cls in reversed(Settings.__mro__):
@@ -124,7 +124,7 @@ def facts(Settings):
 
 def check_ranges(s):
     """Stop at a setting outside its range."""
-    for key, fact in facts(type(s)).items():
+    for key, fact in setting_facts(type(s)).items():
         value, low, high, choices = getattr(s, key), fact.get("least"), fact.get("most"), fact.get("choices")
         if choices and value not in choices:
             stop(f"{key}={value}: one of {', '.join(choices)}")
@@ -207,7 +207,7 @@ def run_recipe(file):
 def show_help(Settings, doc):
     print(f"{doc.strip()}\n\nsettings, as --key=value:")
     for f in dataclasses.fields(Settings):
-        fact = facts(Settings)[f.name]
+        fact = setting_facts(Settings)[f.name]
         if fact.get("group"):
             print(f"\n  {fact['group']}")
         choices = f" ({', '.join(fact['choices'])})" if fact.get("choices") else ""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from config import facts, stop
+from config import setting_facts, stop
 from formats.strict_json import read_json
 from formats.tensors import base_digest, write_json
 from run import checkpoint
@@ -115,15 +115,15 @@ class RunFolder:
     def refuse(self, what, made):
         stop(f"{what} {made}; --resume=none starts again, --out=DIR writes elsewhere")
 
-    def compare(self, what, old, kinds):
+    def compare(self, what, old, kinds, but=()):
         """Stop where a finished run or a checkpoint (`what`, made of `old`) is of another run than this one."""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
         if old.get("base") != self.base:
             self.refuse(what, f"was trained on another base: a frozen weight of {self.origin} has changed since")
-        for key, fact in facts(type(self.s)).items():
+        for key, fact in setting_facts(type(self.s)).items():
             before = old["settings"].get(key, getattr(type(self.s), key))     # a setting that is newer than the run
-            if fact["resume"] in kinds and before != getattr(self.s, key):
+            if fact["resume"] in kinds and key not in but and before != getattr(self.s, key):
                 self.refuse(what, f"was trained with {key}={before}, not {getattr(self.s, key)}")
 
     def is_finished(self):
@@ -134,8 +134,7 @@ class RunFolder:
         done = read_json(file)
         if done["steps"] < self.steps:
             return False                                         # more steps are asked for
-        self.compare(f"the finished run in {self.out}", {**done, "settings": {**done["settings"], **{
-            k: getattr(self.s, k) for k in ("steps", "epochs", "data", "images", "init", "vision", "llm")}}}, ("same", "say"))
+        self.compare(f"the finished run in {self.out}", done, ("same", "say"), but=("steps", "epochs"))
         self.world.print(f"{self.out} is finished ({done['steps']} steps): nothing to do. "
                          "--resume=none starts again, --out=DIR writes elsewhere")
         return True
@@ -160,7 +159,7 @@ class RunFolder:
             self.refuse(path, f"is of step {state['step']} and only {self.steps} are asked for: its learning rate has "
                               f"not come down by then. --steps={state['settings'].get('steps') or state['step']} goes on")
         checkpoint.restore(Path(path), model, optimizer, world)
-        for key, fact in facts(type(s)).items():
+        for key, fact in setting_facts(type(s)).items():
             before = state["settings"].get(key, getattr(s, key))
             if before != getattr(s, key) and fact["resume"] == "say":
                 world.print(f"resumed with {key}={getattr(s, key)}, before it was {before}")

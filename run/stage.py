@@ -75,7 +75,7 @@ def toy_world(s, world, split):
     place = Path("runs/toy")
     if world.rank == 0:
         try:
-            if toy.write(place, split):
+            if toy.write_world(place, split):
                 world.print(f"drew the toy world's images for {split} in {place}")
         except OSError as e:
             stop(f"the toy world cannot be drawn in {place}: {e.strerror or e}")
