@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import Error
-from formats import configs, llava
+from formats import configs, names
 from model import VLM, VLMConfig
 
 LLAMA = {"model_type": "llama"}
@@ -136,10 +136,10 @@ def accounted(v, t, tensors):
     """What llava.load_model does with the names and shapes of a folder -> parameters built and spare, by our names"""
     with torch.device("meta"):
         model = VLM(VLMConfig(configs.vision_config(v), configs.text_config(t)))
-    built, spare = llava.account(model, llava.renamed(meta(tensors), "folder"), "folder", "multi_modal_projector.")
+    built, unused = names.account(model, names.renamed(meta(tensors), "folder"), "folder", "multi_modal_projector.")
     want = {k: p.shape for k, p in model.named_parameters() if not k.startswith("multi_modal_projector.")}
     assert {k: x.shape for k, x in built.items()} == want
-    return {k: tuple(x.shape) for k, x in {**built, **spare}.items()}
+    return {k: tuple(x.shape) for k, x in {**built, **unused}.items()}
 
 
 TOY_EYES = dict(model_type="clip_vision_model", hidden_size=8, image_size=4, intermediate_size=8, num_attention_heads=1,
@@ -186,9 +186,9 @@ def test_llava_1_5_has_the_published_tensors_and_no_others(size, parameters):
     assert count(published.values()) == parameters
     with torch.device("meta"):
         model = VLM(VLMConfig(configs.vision_config(CLIP_L), configs.text_config(text)))
-    built, spare = llava.account(model, llava.renamed(meta(published), "folder"), "folder")
-    assert {k: tuple(x.shape) for k, x in {**built, **spare}.items()} == published         # no name is changed at all
-    assert model.state_dict().keys() == built.keys() and len(spare) == 18
+    built, unused = names.account(model, names.renamed(meta(published), "folder"), "folder")
+    assert {k: tuple(x.shape) for k, x in {**built, **unused}.items()} == published         # no name is changed at all
+    assert model.state_dict().keys() == built.keys() and len(unused) == 18
     assert model.cfg.vision.patches == 576 and model.cfg.text.head_dim == 128
 
 
