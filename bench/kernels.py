@@ -18,6 +18,7 @@ import torch._functorch.config
 import bench
 import config
 from bench.rows import ROWS, shrink
+from config import setting
 
 COLUMNS = ["row", "who", "ms", "of the ceiling", "ratio", "error", "MiB", "note"]
 
@@ -156,16 +157,16 @@ def cells(r, ceilings):
 
 @dataclasses.dataclass
 class Settings:
-    rows: str = "all"              # or some: A3,C1
-    size: str = "full"             # full, tiny: toy sizes, to see that everything runs
-    device: str = "auto"           # auto, cuda, cpu
-    rounds: int = 3                # rounds of timing; each measures all contenders
-    ms: float = 100.0              # milliseconds of calls in each measurement
-    seconds: float = 3600.0        # no row begins later
-    row_seconds: float = 120.0     # a row that takes longer is stopped and named
-    out: str = ""                  # file for the page, written after each row
-    date: str = ""                 # of the page; empty = today
-    child: bool = False            # measure in this process, one line of JSON per row (what the command itself starts)
+    rows: str = setting("all", "or some: A3,C1")
+    size: str = setting("full", "tiny: toy sizes, to see that everything runs", choices=("full", "tiny"))
+    device: str = setting("auto", "auto, cpu, cuda")
+    rounds: int = setting(3, "rounds of timing; each measures all contenders", 1)
+    ms: float = setting(100.0, "milliseconds of calls in each measurement")
+    seconds: float = setting(3600.0, "no row begins later")
+    row_seconds: float = setting(120.0, "a row that takes longer is stopped and named")
+    out: str = setting("", "file for the page, written after each row")
+    date: str = setting("", "of the page; empty = today")
+    child: bool = setting(False, "measure in this process, one line of JSON per row (what the command itself starts)")
 
 
 def measure_rows(s, names):
@@ -193,8 +194,7 @@ def measure_rows(s, names):
 def main(s, args):
     s.device = bench.pick_device(s.device)
     names = bench.pick_rows(s.rows, ROWS, ROWS)
-    if s.size not in ("full", "tiny") or s.rounds < 1:
-        config.stop(f"size={s.size}, rounds={s.rounds}: full or tiny, at least 1")
+    config.check_ranges(s)
     if s.device == "cpu" and s.size == "full":
         config.stop("rows of full size need a GPU; --size=tiny runs on a CPU")
     if s.child:

@@ -1,7 +1,8 @@
-"""Triton, where there is one, and the choice between a kernel and its definition in plain torch.
+"""Triton, if it is installed, and the choice between a kernel and its plain-torch definition.
 
-A kernel file reads from top to bottom: the argument in bytes, the definition, the kernels, the operators that torch
-sees, the function that model.py calls. To learn Triton, read norm, swiglu, rope, cross_entropy, attention."""
+Each file is read from top to bottom: the argument in bytes, the definition, the kernels, the operators registered with
+torch, and the function that model.py calls. A name ending in _ref is a definition in plain torch.
+To learn Triton, read in this order: norm, swiglu, rope, cross_entropy, attention."""
 
 import functools
 import os
@@ -13,21 +14,22 @@ from config import stop
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: the files are read all the same, and the definitions serve
+    has_triton = True
+except ImportError:  # macOS, Windows: the files must still import; the definitions run
     from types import SimpleNamespace
-    triton = SimpleNamespace(jit=lambda f=None, **how: f or (lambda f: f), next_power_of_2=None)
+    triton = SimpleNamespace(jit=lambda f=None, **options: f or (lambda f: f), next_power_of_2=None)
     tl = SimpleNamespace(constexpr=None)
+    has_triton = False
 
-here = hasattr(tl, "load")
-choice = "auto"  # auto: kernels for tensors on a GPU; torch, triton: always the one or the other
+choice = "auto"  # auto: kernels for tensors on a GPU; torch or triton: always that one
 
 
 def choose_kernels(how, device):
-    """The setting `kernels` of the scripts, for the whole process. One line where it cannot be meant."""
+    """Apply the setting `kernels` to the whole process. Stops with one line if the machine cannot do it."""
     global choice
     if how not in ("auto", "torch", "triton"):
         stop(f"kernels={how}: auto, torch, triton")
-    if how == "triton" and not here:
+    if how == "triton" and not has_triton:
         stop("kernels=triton, but Triton is not installed")
     if how == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         stop("kernels=triton needs a GPU; on a CPU TRITON_INTERPRET=1 interprets them, a thousand times slower")
@@ -35,19 +37,20 @@ def choose_kernels(how, device):
 
 
 def use_triton(x):
-    return here and x.is_cuda if choice == "auto" else choice == "triton"
+    """Does x go to the kernels? x: any tensor of the call."""
+    return has_triton and x.is_cuda if choice == "auto" else choice == "triton"
 
 
 def architecture(x):
-    """Which row of a table of block sizes holds: 90 for Hopper and the large Blackwells, 80 for all others (and for
-    interpreted kernels), whose rows stay below the 99 KiB of shared memory that the smaller cards have."""
+    """The row in a table of tile sizes: 90 for Hopper and data-centre Blackwell; 80 for all other GPUs and for
+    interpreted kernels. The rows of 80 fit in the 99 KiB of shared memory that smaller GPUs have."""
     return 90 if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10) else 80
 
 
 def on_its_device(f):
-    """Triton launches on the current device, whatever it is given: f, made to run on that of its first argument."""
+    """Run f on the device of its first argument. Triton launches on the current device, wherever the tensors are."""
     @functools.wraps(f)
-    def there(x, *rest):
+    def wrapped(x, *rest):
         with torch.cuda.device_of(x):
             return f(x, *rest)
-    return there
+    return wrapped

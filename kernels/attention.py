@@ -1,17 +1,17 @@
-"""Span attention: query i reads the keys lo[i] <= j < hi[i], and that is the only mask there is.
+"""Span attention: query i reads the keys lo[i] <= j < hi[i]. There is no other mask.
 
     N queries   M keys   H query heads   G key/value heads (H = g * G)   K head dim
     q (N, H, K)   k, v (M, G, K)   lo, hi (N,) int32 in [0, M], neither ever decreases   ->   out (N, H, K)
 
-    out[i, h] = sum_j softmax_j(q[i, h] . k[j, h // g] / sqrt(K)) v[j, h // g],  lo[i] <= j < hi[i];  empty spans give 0
+    out[i, h] = sum_j softmax_j(q[i, h] . k[j, h // g] / sqrt(K)) v[j, h // g],  lo[i] <= j < hi[i];  empty span: zeros
 
-The argument in bytes. A packed stream of N tokens holds documents of length L << N. A mask over it would be N x N, of
-which a share L / N is ever true; spans say the same in 2 N integers, and because they never move backwards along the
-stream the queries fall into runs that touch disjoint key ranges. Work and memory are then sum(L^2), not N^2.
+The argument in bytes. A packed sequence of N tokens holds documents of length L << N. An N x N mask would be true for
+only a share L / N of its entries. Spans say the same in 2 N integers. Because they never move backwards, the queries
+split into segments whose key ranges do not overlap. Work and memory are then sum(L^2), not N^2.
 
-On a GPU the scores, too, are never written down. A program holds a tile of queries and walks over the keys that its
-tile can see, a block at a time (Dao et al. 2022): L keys are read once per tile and not once per query. What is kept
-for backward is q, k, v, out and one number per row, the logarithm of the sum.
+On a GPU the scores are never written to memory either. A program holds a tile of queries and loops over the keys that
+its tile can read, one block at a time (Dao et al. 2022), so keys are read once per tile, not once per query. Saved
+for backward are q, k, v, out and one value per row, the logarithm of the softmax sum (LSE).
 """
 
 import functools
@@ -22,49 +22,49 @@ from kernels import architecture, on_its_device, tl, triton, use_triton
 
 # ---- the definition, and what a CPU runs ----------------------------------------------------------------------------
 
-WHOLE = 512  # keys of a run that is handled at once; of a longer one ROWS queries are: a causal half then wastes at
-ROWS = 64    # most ROWS / L of its products
+WHOLE_SEGMENT = 512  # a segment of at most this many keys is computed at once; a longer one in chunks of
+CHUNK_QUERIES = 64   # this many queries, which bounds the wasted (masked) products by CHUNK_QUERIES / L
 
 
 def attention_ref(q, k, v, lo, hi):
-    """The definition, with the whole (N, M) mask: for reading and for tests. Shapes as above."""
+    """The definition, with the full (N, M) mask: for reading and for tests. Shapes as above."""
     N, H, K = q.shape
-    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (M, H, K): head h reads group h // g
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (M, H, K): query head h reads h // g
     j = torch.arange(k.shape[0], device=q.device)
-    seen = (lo[:, None] <= j) & (j < hi[:, None])                         # (N, M)
+    mask = (lo[:, None] <= j) & (j < hi[:, None])                         # (N, M)
     s = torch.einsum("nhk,mhk->hnm", q, k) * K**-0.5
-    p = s.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)  # the last fill turns rows of nan into 0
+    p = s.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)  # the last fill: empty rows are nan
     return torch.einsum("hnm,mhk->nhk", p, v)
 
 
-def runs(lo, hi):
-    """Cut the queries into runs that can be computed alone: a list of (n, a, b, c, d, kind).
+def segments(lo, hi):
+    """Split the queries into segments that share no key -> list of (n, a, b, c, d, kind).
 
-    Queries [a, b) see no key outside [c, d), and no other query sees one inside. kind is "full" (all of [c, d)),
-    "causal" (key c + t is seen from query a + t on), "mask" (look at lo and hi) or "empty". n > 1 says that n runs of
-    the same shape follow each other without a gap, so that one batched product does them all: the images of a ViT."""
+    Queries [a, b) read only keys in [c, d), and no other query reads these. kind is "full" (each query reads all of
+    [c, d)), "causal" (query a + t reads keys up to c + t), "mask" (see lo and hi) or "empty". n > 1: n adjacent
+    segments of identical shape, computed by one bmm (the images of a ViT)."""
     N = lo.shape[0]
     if N == 0:
         return []
     lo, hi = lo.cpu().long(), hi.cpu().long()
-    assert (lo[1:] >= lo[:-1]).all() and (hi[1:] >= hi[:-1]).all(), "spans may not move backwards along the stream"
+    assert (lo[1:] >= lo[:-1]).all() and (hi[1:] >= hi[:-1]).all(), "spans may not move backwards"
     at, empty = torch.arange(N), hi <= lo
     start = torch.ones(N, dtype=torch.bool)
-    start[1:] = lo[1:] >= hi[:-1]                     # my first key lies past everything seen before me
-    start[1:] &= ~(empty[1:] & empty[:-1])            # (those who see nothing stay together)
+    start[1:] = lo[1:] >= hi[:-1]                     # all keys of this query follow those of all earlier queries
+    start[1:] &= ~(empty[1:] & empty[:-1])            # adjacent empty spans form one segment
     start[1:] |= empty[1:] != empty[:-1]
     a = start.nonzero()[:, 0]
     b = torch.cat([a[1:], torch.tensor([N])])
-    run = start.cumsum(0) - 1                         # (N,) which run a query belongs to
+    segment = start.cumsum(0) - 1                     # (N,) the segment of each query
     c, d = lo[a], hi[b - 1]
     R = a.numel()
-    same_lo = lo == c[run]
-    odd_full, odd_causal = (torch.zeros(R, dtype=torch.long).index_add_(0, run, (~(same_lo & fits)).long())
-                            for fits in (hi == d[run], hi - c[run] == at - a[run] + 1))
+    same_lo = lo == c[segment]
+    not_full, not_causal = (torch.zeros(R, dtype=torch.long).index_add_(0, segment, (~(same_lo & ok)).long())
+                            for ok in (hi == d[segment], hi - c[segment] == at - a[segment] + 1))
     out = []
-    rows = zip(*(t.tolist() for t in (a, b, c, d, empty[a], odd_full == 0, odd_causal == 0)))
-    for a, b, c, d, nothing, full, causal in rows:
-        kind = "empty" if nothing else "full" if full else "causal" if causal else "mask"
+    rows = zip(*(t.tolist() for t in (a, b, c, d, empty[a], not_full == 0, not_causal == 0)))
+    for a, b, c, d, no_key, full, causal in rows:
+        kind = "empty" if no_key else "full" if full else "causal" if causal else "mask"
         if out and kind in ("full", "causal"):
             n, a0, b0, c0, d0, kind0 = out[-1]
             follows = (a, c) == (a0 + n * (b - a), c0 + n * (d - c))
@@ -76,35 +76,36 @@ def runs(lo, hi):
 
 
 @functools.lru_cache(8)
-def _pieces(lo, hi):
+def _chunks(lo, hi):
     lo, hi = (torch.frombuffer(bytearray(t), dtype=torch.int32) for t in (lo, hi))
     out = []
-    for n, a, b, c, d, kind in runs(lo, hi):
-        if d - c <= WHOLE:
+    for n, a, b, c, d, kind in segments(lo, hi):
+        if d - c <= WHOLE_SEGMENT:
             out += [(n, a, b, c, d, kind)] if kind != "empty" else []
             continue
         for i in range(a, a + n * (b - a), b - a):
             end = i + b - a
-            out += [(1, r, min(r + ROWS, end), int(lo[r]), int(hi[min(r + ROWS, end) - 1]), kind)
-                    for r in range(i, end, ROWS)]
+            cuts = [(r, min(r + CHUNK_QUERIES, end)) for r in range(i, end, CHUNK_QUERIES)]
+            out += [(1, r, stop, int(lo[r]), int(hi[stop - 1]), kind) for r, stop in cuts]
     return out
 
 
-def pieces(lo, hi):
-    """Those of the runs that see something, long ones cut to ROWS queries; then "causal" means that the last b - a keys
-    are a triangle. All layers ask for the same spans, and so does the backward pass: the last few are remembered."""
-    return _pieces(*(t.to("cpu", torch.int32).numpy().tobytes() for t in (lo, hi))) if lo.shape[0] else []
+def chunks(lo, hi):
+    """The segments that are not empty; long ones are cut into chunks of CHUNK_QUERIES queries. In a chunk, "causal"
+    means that the mask of the last b - a keys is a triangle. All layers and the backward pass use the same spans, so
+    the last few results are cached, by the values of the spans."""
+    return _chunks(*(t.to("cpu", torch.int32).numpy().tobytes() for t in (lo, hi))) if lo.shape[0] else []
 
 
 def by_head(t, n, a, L, G):
-    """Rows a ... a + n L of t (N, H, K) -> (n, G, g, L, K), a view"""
+    """Rows a to a + n L of t (N, H, K) -> (n, G, g, L, K), a view"""
     return t[a : a + n * L].unflatten(0, (n, L)).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
 
 
 def probabilities(q, k, v, lo, hi):
-    """Piece by piece -> where it lies (n, a, Lq, c, Lk), its q / sqrt(K) and k, v (n G, g Lq or Lk, K), and what each
-    query takes of each key, (n G, g Lq, Lk)."""
-    G, K, todo = k.shape[1], k.shape[2], pieces(lo, hi)
+    """For each chunk: its place (n, a, Lq, c, Lk), q / sqrt(K) (n G, g Lq, K), k and v (n G, Lk, K), and the softmax
+    probabilities (n G, g Lq, Lk)."""
+    G, K, todo = k.shape[1], k.shape[2], chunks(lo, hi)
     q = q * K**-0.5
     widest = max((b - a for n, a, b, c, d, kind in todo if kind == "causal"), default=0)
     ahead = torch.full((widest, widest), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
@@ -125,8 +126,8 @@ def probabilities(q, k, v, lo, hi):
 @torch.library.custom_op("pumice::attention_torch", mutates_args=())
 def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
                     ) -> torch.Tensor:
-    """The same, piece by piece; no (N, M) mask ever exists, and nothing is kept but q, k and v. That the backward pass
-    makes the scores once more costs what autograd spends on keeping them: together the two passes take as long."""
+    """The same, chunk by chunk: no (N, M) tensor ever exists, and only q, k, v and the spans are saved. Backward
+    recomputes the scores. Autograd spends as much time on saving them: the two passes together take as long."""
     out, G = q.new_zeros(q.shape), k.shape[1]
     for (n, a, Lq, _, _), _, _, z, p in probabilities(q, k, v, lo, hi):
         o = by_head(out, n, a, Lq, G)
@@ -137,7 +138,7 @@ def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch
 @torch.library.custom_op("pumice::attention_torch_backward", mutates_args=())
 def attention_torch_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor,
                              hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> dq, dk, dv; the formulas stand above the kernels"""
+    """-> dq, dk, dv; the formulas are above the backward kernels"""
     G, K = k.shape[1:]
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     for (n, a, Lq, c, Lk), x, y, z, p in probabilities(q, k, v, lo, hi):
@@ -146,7 +147,7 @@ def attention_torch_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
         o = by_head(dq, n, a, Lq, G)
         o.copy_(torch.bmm(ds, y).view(o.shape))
         for grad, left, right in ((dk, ds, x), (dv, p, w)):
-            if n == 1:                                            # pieces of a long run share keys: gradients add up
+            if n == 1:                                            # chunks of a long segment share keys: add
                 grad[c : c + Lk].transpose(0, 1).baddbmm_(left.mT, right)
             else:
                 by_head(grad, n, c, Lk, G).copy_(torch.bmm(left.mT, right).view(n, G, 1, Lk, K))
@@ -168,19 +169,20 @@ attention_torch.register_autograd(_torch_gradients,
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 #
-# Where spans never move backwards, the bounds of a tile of queries are those of its first and last row: nobody in it
-# sees a key before lo[first] or from hi[last] on, and everybody sees all of [lo[last], hi[first]). Of the key blocks
-# between the outer bounds those inside the inner ones need no mask; in a long document they are almost all.
+# Spans never move backwards, so the first and last row of a tile of queries bound its keys: no query of the tile reads
+# a key before lo[first] or from hi[last] on, and every query reads all of [lo[last], hi[first]). Key blocks inside the
+# inner bounds need no mask. In a long document that is almost every block.
 #
-# New here: a grid of two dimensions, tiles by heads; tl.dot, a product of two tiles on the tensor cores ("ieee": and of
-# fp32 without them, which would keep 10 bits); and do_not_specialize. Triton compiles a kernel anew for integers that
-# are 1 or that 16 divides, since it then knows more about addresses; of these it is told to make no such difference.
+# New here: a two-dimensional grid, tiles x heads; tl.dot, the product of two tiles on the tensor cores ("ieee": fp32
+# inputs avoid them, because TF32 keeps only 10 bits); and do_not_specialize. By default Triton compiles a separate
+# kernel for an integer argument that is 1 or divisible by 16, because this tells it more about addresses. The arguments
+# named in do_not_specialize are excepted.
 
 
 @triton.jit
 def _cut(begin, end, lo, hi, B: tl.constexpr):
-    """Blocks of B from `begin` to `end`: those inside [lo, hi) are [a, b) and need no mask, the others lie before a and
-    from b on -> a, b, and where the others end if they are counted on from `begin` as though [a, b) were not there."""
+    """Blocks of B from `begin` to `end`. Those in [a, b) lie inside [lo, hi) and need no mask; the others lie before a
+    or from b on -> a, b, and the end of the others if [a, b) is skipped when counting from `begin`."""
     a = begin + (lo - begin + B - 1) // B * B
     b = a + tl.maximum(hi - a, 0) // B * B
     return a, b, end - (b - a)
@@ -188,10 +190,10 @@ def _cut(begin, end, lo, hi, B: tl.constexpr):
 
 @triton.jit
 def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
-    """Of a tile of BM queries: lo, hi (BM,), begin and _cut of its keys. Whatever spans are given, only keys in [0, M)
-    are read."""
+    """For a tile of BM queries -> lo, hi (BM,), begin and end of its keys, and their _cut. Keys outside [0, M) are
+    never read, whatever the spans say."""
     at = start + tl.arange(0, BM)
-    lo = tl.load(LO + at, mask=at < N, other=0)                              # rows behind the last see nothing
+    lo = tl.load(LO + at, mask=at < N, other=0)                              # rows beyond the last: empty spans
     hi = tl.minimum(tl.load(HI + at, mask=at < N, other=0), M)
     last = tl.minimum(start + BM, N) - 1
     begin, end = tl.maximum(tl.load(LO + start), 0), tl.minimum(tl.load(HI + last), M)
@@ -201,9 +203,9 @@ def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
-    """X from row `start` on, whose row stride is `stride`; rows (B,) = 0 ... B - 1 -> (B, D), zeros from row `count`
-    and column K on. The first row's offset is int64, for N H K passes 2**31; those inside a tile do not. The compiler
-    sees that a count of B, like a K of D, masks nothing, which is worth 20 registers."""
+    """Load rows `start` to start + B of X, which has row stride `stride`; rows (B,) = 0 ... B - 1 -> (B, D). Rows from
+    `count` on and columns from K on are zero. The offset of the first row is int64, because N H K can exceed 2**31;
+    offsets inside a tile cannot. The compiler sees that count = B or K = D masks nothing, which saves 20 registers."""
     d = tl.arange(0, D)
     X += tl.cast(start, tl.int64) * stride
     return tl.load(X + rows[:, None] * stride + d[None, :],
@@ -213,7 +215,7 @@ def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, scale,
             K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr):
-    """One block of keys for q (BM, D) -> the largest score so far m (BM,), the sum l (BM,), the output acc (BM, D)."""
+    """Online softmax, one block of keys for q (BM, D) -> running maximum m (BM,), sum l (BM,), output acc (BM, D)."""
     c = tl.arange(0, BN)
     k = _tile(KEYS, j, c, count, stride_k, K, D)                               # (BN, D)
     v = _tile(VALUES, j, c, count, stride_v, K, D)
@@ -221,7 +223,7 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
     if MASK:
         s = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), s, -float("inf"))
     higher = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # a row that has seen nothing: no nan
+    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # no key so far: avoid nan
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(m - base)
     l = l * shrink + tl.sum(p, 1)
@@ -252,8 +254,8 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride
 
     n = start.to(tl.int64) + r
     inside = n < N
-    out = acc / tl.where(l == 0, 1.0, l)[:, None]                            # an empty span: zeros
-    lse = tl.where(l == 0, float("inf"), m + tl.log2(l))                     # and p = exp2(s - inf) = 0 in backward
+    out = acc / tl.where(l == 0, 1.0, l)[:, None]                            # empty span: zeros
+    lse = tl.where(l == 0, float("inf"), m + tl.log2(l))                     # then p = exp2(s - inf) = 0 in backward
     tl.store(LSE + h * N + n, lse, mask=inside)
     tl.store(OUT + (n[:, None] * H + h) * K + d[None, :], out.to(OUT.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < K))
@@ -261,13 +263,13 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride
 
 # ---- backward -------------------------------------------------------------------------------------------------------
 #
-# With s = q k^T / sqrt(K), p = softmax(s), out = p v and an incoming gradient do:
+# With s = q k^T / sqrt(K), p = softmax(s), out = p v and the incoming gradient do:
 #
 #     dv = p^T do      dp = do v^T      ds = p (dp - delta)   where delta_i = sum_j p_ij dp_ij = do_i . out_i
 #     dq = ds k / sqrt(K)      dk = ds^T q / sqrt(K)
 #
-# Two kernels, one that owns tiles of queries and one that owns tiles of keys, each adding in an order that never
-# changes: seven products where one kernel with atomic additions needs five, for the same bits every time.
+# Two kernels: one owns tiles of queries (dq), the other tiles of keys (dk, dv). Each adds in a fixed order. That takes
+# seven products; one kernel with atomic additions takes five, but its result is not deterministic.
 
 
 @triton.jit
@@ -286,7 +288,7 @@ def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, s
 @triton.jit(do_not_specialize=["N", "M", "g"])
 def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q, stride_k, stride_v, stride_d,
                 scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """One tile of queries of one head, as in _forward: its dq, and delta (H, N) for the other kernel."""
+    """One tile of queries of one head, as in _forward -> its dq, and delta (H, N) for the other kernel."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     n = start.to(tl.int64) + r
@@ -316,11 +318,11 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q
 @triton.jit
 def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, stride_d, scale,
                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr):
-    """Everything transposed: keys are the rows here, so that p^T and ds^T are at hand for the products."""
+    """Everything is transposed: keys are the rows, so p^T and ds^T are computed directly."""
     r = tl.arange(0, BM)
     q = _tile(Q, i, r, count, stride_q, K, D)                                  # (BM, D)
     do = _tile(DO, i, r, count, stride_d, K, D)
-    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))         # rows behind the last: p = 0
+    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))         # rows beyond the last: p = 0
     delta = tl.load(DELTA + i + r, mask=r < count, other=0.0)
     p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])  # (BN, BM)
     if MASK:
@@ -336,8 +338,8 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, 
 def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_q, stride_k,
                  stride_v, stride_d, scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                  BN: tl.constexpr):
-    """One tile of BN keys of one group: its dk and dv, summed over the g heads that read it. The queries that see any
-    of the tile are [BY_HI[0], BY_LO[1]), those that see it all [BY_HI[1], BY_LO[0]): ranges() makes these tables."""
+    """One tile of BN keys of one group -> its dk and dv, summed over the g query heads that read it. The queries that
+    read any key of the tile are [BY_HI[0], BY_LO[1]), those that read all [BY_HI[1], BY_LO[0]): see query_ranges."""
     tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     start = tile * BN
     c, d = tl.arange(0, BN), tl.arange(0, D)
@@ -365,23 +367,24 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
     tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=inside)
 
 
-def ranges(lo, hi, M, block):
-    """Which queries see a tile of keys, found by bisection, for spans are sorted, and on the device -> (2, tiles) twice
+def query_ranges(lo, hi, M, block):
+    """Which queries read a tile of `block` keys, by binary search in the sorted spans, on the device -> by_hi, by_lo,
+    both (2, tiles) int32:
 
-        how many queries have hi <= first key, and hi <= last key    (too early for any of the tile; for all of it)
-        how many queries have lo <= first key, and lo <= last key    (all others come too late)"""
+        by_hi   how many queries have hi <= first key, and hi <= last key (too early for any of the tile; for all of it)
+        by_lo   how many queries have lo <= first key, and lo <= last key (all later queries start too late)"""
     first = torch.arange(0, M, block, dtype=torch.int32, device=lo.device)
-    behind = torch.stack([first + 1, (first + block).clamp_(max=M)])
-    return torch.searchsorted(hi, behind, out_int32=True), torch.searchsorted(lo, behind, out_int32=True)
+    ends = torch.stack([first + 1, (first + block).clamp_(max=M)])
+    return torch.searchsorted(hi, ends, out_int32=True), torch.searchsorted(lo, ends, out_int32=True)
 
 
-# ---- sizes ----------------------------------------------------------------------------------------------------------
+# ---- tile sizes -----------------------------------------------------------------------------------------------------
 
-# (architecture, padded head dim) -> per kernel: queries, keys, warps, stages of the pipeline. All compile without
-# spills in Triton 3.6 and 3.7 (tests/test_attention_triton.py); none of them has been timed yet. 128 also serves 72, 80
-# and 96: tiles are powers of two, and products with the zeros behind a head cost as much as any (there dk and dv spill
-# two words on Hopper in Triton 3.6).
-TILES = {
+# (architecture, padded head dim) -> per kernel: queries, keys, warps, pipeline stages. All compile without spills in
+# Triton 3.6 and 3.7 (tests/kernels/test_attention_triton.py). None has been timed yet. 128 also serves head dims of 72,
+# 80 and 96: tiles are powers of two, so products with the padding cost as much as any others (there dk and dv spill two
+# registers on Hopper in Triton 3.6).
+ATTENTION_TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
     (80, 128): dict(forward=(128, 64, 8, 2), backward_q=(64, 64, 8, 1), backward_kv=(32, 64, 8, 2)),
@@ -389,33 +392,33 @@ TILES = {
     (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
     (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
 }
-FP32 = 32, 32, 8, 1  # no tensor core keeps 24 bits: products without them, in small tiles that spill: right and slow
+FP32_TILE = 32, 32, 8, 1  # tensor cores do not keep 24 bits; without them small tiles that spill: correct, but slow
 
 
-def sizes(q, kernel):
-    """-> keyword arguments of a launch, and the tile that its grid counts"""
+def tile_sizes(q, kernel):
+    """-> keyword arguments for launching `kernel`: "forward", "backward_q" or "backward_kv" """
     K = q.shape[2]
     D = max(16, triton.next_power_of_2(K))
-    tile = FP32 if q.dtype == torch.float32 else TILES[architecture(q), max(32, D)][kernel]
+    tile = FP32_TILE if q.dtype == torch.float32 else ATTENTION_TILES[architecture(q), max(32, D)][kernel]
     return dict(K=K, D=D, BM=tile[0], BN=tile[1], num_warps=tile[2], num_stages=tile[3])
 
 
-# ---- the operators that torch sees ----------------------------------------------------------------------------------
+# ---- the operators registered with torch ----------------------------------------------------------------------------
 
 
-def rowwise(*tensors):
-    """Heads lie side by side for the kernels: K is known when they are compiled, while of a distance given at run time
-    Triton only knows whether 16 divides it, and heads 72 apart would be loaded one number at a time. Rows may lie at
-    any distance that 128 of them, a tile, can be apart in int32."""
+def heads_adjacent(*tensors):
+    """Copy tensors (N, H, K) whose heads are not adjacent in memory. The kernels take K as the head stride, known at
+    compile time. Of a stride given at run time Triton knows only whether 16 divides it, and heads with stride 72 would
+    be loaded one element at a time. A row stride may have any value, as long as a tile of 128 rows fits in int32."""
     return [t if t.stride()[1:] == (t.shape[2], 1) and t.stride(0) < 2**24 else t.contiguous() for t in tensors]
 
 
-def numbers(q, k, v):
-    """Scale in base 2: exp(s / sqrt(K)) = exp2(s log2(e) / sqrt(K))."""
+def scale_and_group(q, k):
+    """scale: exp(s / sqrt(K)) = exp2(s * scale), scale = log2(e) / sqrt(K); g: query heads per key head"""
     return dict(scale=q.shape[2]**-0.5 * 1.4426950408889634, g=q.shape[1] // k.shape[1])
 
 
-def strides(*tensors):
+def row_strides(*tensors):
     return [t.stride(0) for t in tensors]
 
 
@@ -423,14 +426,14 @@ def strides(*tensors):
 @on_its_device
 def attention_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
                      ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out (N, H, K), log2 of the sums (H, N) fp32"""
+    """-> out (N, H, K), log2 of the softmax sums (H, N) fp32"""
     N, H, K = q.shape
-    q, k, v = rowwise(q, k, v)
+    q, k, v = heads_adjacent(q, k, v)
     out, lse = _fake(q, k, v, lo, hi)
-    how = sizes(q, "forward")
+    how = tile_sizes(q, "forward")
     if N:
         _forward[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo.contiguous(), hi.contiguous(), out, lse, N, k.shape[0],
-                                                 *strides(q, k, v), **numbers(q, k, v), **how)
+                                                 *row_strides(q, k, v), **scale_and_group(q, k), **how)
     return out, lse
 
 
@@ -446,19 +449,20 @@ def attention_triton_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor
                               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> dq, dk, dv"""
     (N, H, K), (M, G, _) = q.shape, k.shape
-    do, q, k, v = rowwise(do, q, k, v)
+    do, q, k, v = heads_adjacent(do, q, k, v)
     lo, hi, out, lse = (t.contiguous() for t in (lo, hi, out, lse))
     dq, dk, dv = _fake_backward(do, q, k, v, lo, hi, out, lse)
     delta, norm = torch.empty_like(lse), K**-0.5
     if N:
-        how = sizes(q, "backward_q")
+        how = tile_sizes(q, "backward_q")
         _backward_q[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo, hi, out, lse, do, delta, dq, N, M,
-                                                    *strides(q, k, v, do), norm=norm, **numbers(q, k, v), **how)
+                                                    *row_strides(q, k, v, do), norm=norm, **scale_and_group(q, k),
+                                                    **how)
     if M:
-        how = sizes(q, "backward_kv")
-        by_hi, by_lo = ranges(lo, hi, M, how["BN"])
+        how = tile_sizes(q, "backward_kv")
+        by_hi, by_lo = query_ranges(lo, hi, M, how["BN"])
         _backward_kv[(by_hi.shape[1], G)](q, k, v, lo, hi, lse, do, delta, by_hi, by_lo, dk, dv, N, M,
-                                          *strides(q, k, v, do), norm=norm, **numbers(q, k, v), **how)
+                                          *row_strides(q, k, v, do), norm=norm, **scale_and_group(q, k), **how)
     return dq, dk, dv
 
 
@@ -469,7 +473,7 @@ def _fake_backward(do, q, k, v, lo, hi, out, lse):
 
 def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)                                         # or zeros would be made for lse
+    ctx.set_materialize_grads(False)                                         # else zeros are allocated for lse
     ctx.save_for_backward(*inputs, *output)
 
 
@@ -484,7 +488,7 @@ attention_triton.register_autograd(_gradients, setup_context=_setup)
 
 
 def attention(q, k, v, lo, hi):
-    """Span attention; shapes in the head of this file."""
+    """Span attention; shapes at the top of this file. fp64 and heads of more than 128 always use plain torch."""
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
     assert k.shape == v.shape and q.shape[2] == k.shape[2], \
         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

@@ -1,19 +1,19 @@
-"""Linear cross-entropy: the sum of -log softmax(hidden @ weight.T)[label] over rows; all the logits are never held.
+"""Linear cross-entropy: the sum of -log softmax(hidden @ weight.T)[label] over rows, one chunk of logits at a time.
 
-    R supervised rows   C width   V vocabulary
+    R supervised rows   C width   V vocabulary entries   n rows of a chunk
     hidden (R, C)   weight (V, C)   labels (R,) int64, -100 = ignored   ->   scalar, fp32 (fp64 for fp64)
 
-The argument in bytes. Logits are R x V: at 8,192 rows and 128k words 4 GiB in fp32, and autograd would keep them, their
-softmax and their gradient. The gradient of a sum of losses is softmax - onehot whatever comes after, up to one scalar,
-so it can be formed in the forward pass while a chunk of logits is at hand: each chunk is a product, turned into its own
-gradient in place, and multiplied back into hidden and weight. Peak memory is one chunk. The turning moves 3 V numbers
-for each row, read, read again, write: a reader sees each logit twice because the first write needs the last logit's
-share of the sum. Of the second reads those hit the cache whose row is still there: at 32,000 words the rows that a GPU
-has at work together are about as large as it, at 128k they are several times larger. Not measured yet.
+The argument in bytes. Logits are R x V: 4 GiB in fp32 for 8,192 rows and 128k entries, and autograd would save them,
+their softmax and their gradient. But the gradient of a summed loss with respect to the logits is softmax - onehot,
+times one scalar that is known later. So it is computed in the forward pass, chunk by chunk: form the logits of a chunk,
+overwrite them with their gradient, multiply that into the gradients of hidden and weight. Peak memory is one chunk.
+Logits -> gradient reads each row twice and writes it once (3 V elements): the first gradient of a row needs the sum
+over the whole row. The second read hits the L2 cache if the row is still in it. At 32,000 entries the rows in flight
+are about as large as the cache, at 128k several times larger. Not measured yet.
 
-A chunk should be tall: its products do 6 V C flops a row, but to add to the weight's gradient in fp32 moves 10 V C
-bytes per chunk whatever its height. At 790 TFLOP/s and 4.3 TB/s the two balance near 300 rows, so 2,048 rows spend
-seven eighths of their time on products.
+A chunk should have many rows: its products do 6 V C flops per row, while adding to the weight's gradient in fp32 moves
+10 V C bytes per chunk, however many rows it has. At 790 TFLOP/s and 4.3 TB/s the two balance near 300 rows, so chunks
+of 2,048 rows spend seven eighths of their time on products.
 """
 
 import torch
@@ -21,27 +21,27 @@ import torch.nn.functional as F
 
 from kernels import architecture, on_its_device, tl, triton, use_triton
 
-IGNORE = -100
-CHUNK_BYTES = 256 << 20  # what one chunk of logits may take,
-CHUNK_ROWS = 2048        # but it has this many rows at least
-SLICE = 8192             # words of the weight's gradient that are multiplied at once where a sum needs a second buffer
+IGNORE = -100            # the label of a token that is not supervised
+CHUNK_BYTES = 256 << 20  # size of a chunk of logits,
+CHUNK_ROWS = 2048        # but at least this many rows
+SLICE = 8192             # vocabulary entries per product where the weight's gradient needs a second buffer
 
 
 def chunk_rows(V, dtype):
-    """Rows of logits in `dtype` that exist at a time."""
+    """Rows of logits in `dtype` that exist at the same time."""
     return max(CHUNK_ROWS, CHUNK_BYTES // (V * dtype.itemsize))
 
 
-def by_kernel(x):
-    """Is a chunk of logits like x turned into its gradient by the kernel? It has no fp64."""
+def kernel_applies(x):
+    """Does the kernel compute the gradient of logits like x? It has no fp64."""
     return use_triton(x) and x.dtype != torch.float64
 
 
 def logits_bytes(R, V, like):
-    """What the logits of R rows take at most, in dtype and on device of `like`: a chunk, which the kernel turns in
-    place; plain torch widens a low one and makes its exponentials once (stage.memory reads this)."""
+    """Peak bytes for the logits of R rows, in dtype and on device of `like`. The kernel works in place: one chunk.
+    Plain torch casts a low-precision chunk to fp32 and allocates its exponentials once (run/plan.py reads this)."""
     each, wide = like.dtype.itemsize, max(4, like.dtype.itemsize)
-    if not by_kernel(like):
+    if not kernel_applies(like):
         each = 2 * wide + (each if each < wide else 0)
     return min(R, chunk_rows(V, like.dtype)) * V * each
 
@@ -56,12 +56,12 @@ def linear_cross_entropy_ref(hidden, weight, labels):
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
-# ---- one chunk of logits into its gradient --------------------------------------------------------------------------
+# ---- one chunk: logits -> loss and gradient -------------------------------------------------------------------------
 
 
-def turn_torch(logits, labels, gradient):
-    """logits (n, V), labels (n,) -> (summed loss, softmax - onehot (n, V), in place where no cast is needed). Without
-    `gradient` the second is not formed."""
+def logits_to_gradient_torch(logits, labels, gradient):
+    """logits (n, V), labels (n,) -> summed loss (), softmax - onehot (n, V), in place where no cast is needed.
+    With gradient=False the second is None."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     keep = labels != IGNORE
     at = labels.where(keep, 0)[:, None]
@@ -74,23 +74,23 @@ def turn_torch(logits, labels, gradient):
     return loss, g.mul_(keep[:, None]).to(logits.dtype)
 
 
-# architecture -> (words a program holds at a time, warps): compiled without spills (tests), not timed yet
-TILES = {80: (4096, 8), 90: (4096, 8)}
+# architecture -> (logits that a program holds at a time, warps): compiled without spills (tests), not timed yet
+LOGITS_TILES = {80: (4096, 8), 90: (4096, 8)}
 
 
 @triton.jit
-def _turn(X, LABELS, LOSS, V, stride, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: X (n, V) logits, which become their gradient; LABELS (n,); LOSS (n,) fp32."""
-    LOG2E = 1.4426950408889634               # exp(x) = exp2(x log2(e)): exp2 is the one that GPUs have
-    row = tl.program_id(0).to(tl.int64)      # int64 because n * V passes 2**31 at 16,800 rows of 128k words
+def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: X (n, V) logits, overwritten by their gradient; LABELS (n,); LOSS (n,) fp32."""
+    LOG2E = 1.4426950408889634               # exp(x) = exp2(x log2(e)): GPUs have an instruction for exp2 only
+    row = tl.program_id(0).to(tl.int64)      # int64: n * V exceeds 2**31 at 16,800 rows of 128k entries
     X += row * stride
-    c = tl.arange(0, BLOCK)                  # (BLOCK,) the tail of the last block is masked
+    c = tl.arange(0, BLOCK)                  # (BLOCK,); the tail of the last block is masked
     y = tl.load(LABELS + row)
-    keep = y != -100
-    real = (0 <= y) & (y < V)                # a label that is no word makes the loss nan: nothing outside is read
-    xy = tl.load(X + y, mask=real, other=float("nan")).to(tl.float32)         # before anything is written over it
+    keep = y != IGNORE
+    valid = (0 <= y) & (y < V)               # another label makes the loss nan; nothing out of bounds is read
+    xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)        # read before it is overwritten
 
-    m, l = -float("inf"), 0.0                # the largest logit so far, and the sum of exp(x - m) so far
+    m, l = -float("inf"), 0.0                # running maximum, running sum of exp(x - m)
     for i in range(0, V, BLOCK):
         x = tl.load(X + i + c, mask=i + c < V, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(m, tl.max(x))
@@ -102,91 +102,92 @@ def _turn(X, LABELS, LOSS, V, stride, GRADIENT: tl.constexpr, BLOCK: tl.constexp
         scale = tl.where(keep, 1.0 / l, 0.0)
         for i in range(0, V, BLOCK):
             x = tl.load(X + i + c, mask=i + c < V, other=-float("inf")).to(tl.float32)
-            g = tl.exp2((x - m) * LOG2E) * scale - tl.where(i + c == y, 1.0, 0.0)  # -100 is no column
+            g = tl.exp2((x - m) * LOG2E) * scale - tl.where(i + c == y, 1.0, 0.0)  # IGNORE is never a column
             tl.store(X + i + c, g.to(X.dtype.element_ty), mask=i + c < V)
 
 
-def turn_triton(logits, labels, gradient):
-    """As turn_torch, one program per row, always in place."""
+def logits_to_gradient_triton(logits, labels, gradient):
+    """The same by the kernel: one program per row, always in place."""
     n, V = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n:
-        block, warps = TILES[architecture(logits)]
-        _turn[(n,)](logits, labels, loss, V, logits.stride(0), GRADIENT=gradient, BLOCK=block, num_warps=warps)
+        block, warps = LOGITS_TILES[architecture(logits)]
+        _logits_to_gradient[(n,)](logits, labels, loss, V, logits.stride(0), IGNORE=IGNORE, GRADIENT=gradient,
+                                  BLOCK=block, num_warps=warps)
     return loss.sum(), logits
 
 
-# ---- the operator that torch sees -----------------------------------------------------------------------------------
+# ---- the operator registered with torch -----------------------------------------------------------------------------
 
 
 @on_its_device
 def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int, dtype: torch.dtype,
                        need_h: bool, need_w: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> summed loss; its gradients by hidden (R, C), in `dtype`, and by weight (V, C), in fp32 because chunks are
-    summed in it; of a gradient that nobody needs only an empty tensor."""
+    """-> summed loss (), its gradient for hidden (R, C) in `dtype`, and for weight (V, C) in fp32, in which chunks are
+    summed. A gradient that is not needed is an empty tensor."""
     R, V = hidden.shape[0], weight.shape[0]
     hidden, weight, labels = hidden.to(dtype), weight.to(dtype), labels.contiguous()
     loss, dh, dw = _outputs(hidden, weight, dtype, need_h, need_w)
     loss, dw = loss.zero_(), dw.zero_()
-    turn = turn_triton if by_kernel(hidden) else turn_torch
-    room = hidden.new_empty(min(chunk, R), V)                                 # for all chunks, or two would be alive
+    to_gradient = logits_to_gradient_triton if kernel_applies(hidden) else logits_to_gradient_torch
+    room = hidden.new_empty(min(chunk, R), V)                                 # one buffer for all chunks
     with torch.autocast(hidden.device.type, enabled=False):
         for i in range(0, R, chunk):
             h, y = hidden[i : i + chunk], labels[i : i + chunk]
             logits = torch.mm(h, weight.T, out=room[: h.shape[0]])            # (chunk, V)
-            part, g = turn(logits, y, need_h or need_w)                       # g (chunk, V)
+            part, g = to_gradient(logits, y, need_h or need_w)                # g (chunk, V)
             loss += part
             if need_h:
                 torch.mm(g, weight, out=dh[i : i + chunk])
             if need_w and dw.dtype == dtype:
                 dw.addmm_(g.T, h)
-            elif need_w:                                                      # slices: no second (V, C)
+            elif need_w:                                                      # slices avoid a second (V, C)
                 for j in range(0, V, SLICE):
                     dw[j : j + SLICE] += g[:, j : j + SLICE].T @ h
     return loss, dh, dw
 
 
 def _outputs(hidden, weight, dtype, need_h, need_w, *_):
-    """Uninitialised results: what torch.compile has to know of the operator."""
+    """Uninitialised results of the right shapes and dtypes; torch.compile traces with them."""
     wide = torch.promote_types(torch.float32, dtype)
     return (hidden.new_empty((), dtype=wide), hidden.new_empty(hidden.shape if need_h else (0,), dtype=dtype),
             weight.new_empty(weight.shape if need_w else (0,), dtype=wide))
 
 
-op = torch.library.custom_op("pumice::linear_cross_entropy", loss_and_gradients, mutates_args=())
-op.register_fake(lambda hidden, weight, labels, chunk, *rest: _outputs(hidden, weight, *rest))
+linear_cross_entropy_op = torch.library.custom_op("pumice::linear_cross_entropy", loss_and_gradients, mutates_args=())
+linear_cross_entropy_op.register_fake(lambda hidden, weight, labels, chunk, *rest: _outputs(hidden, weight, *rest))
 
 
 def _setup(ctx, inputs, output):
     _, dh, dw = output
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.mark_non_differentiable(dh, dw)
-    ctx.set_materialize_grads(False)                                          # or zeros would be made for dh and dw
+    ctx.set_materialize_grads(False)                                          # else zeros are allocated for dh and dw
     ctx.save_for_backward(dh, dw)
 
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
-    """The scalar is multiplied in before rounding: in bf16 it would bend all gradients by up to one part in 500. For
-    this moment there are two (V, C); to multiply in place what autograd keeps is not allowed in a compiled graph."""
+    """Multiply by the incoming scalar before rounding: a scalar rounded to bf16 would change all gradients by up to one
+    part in 500. Two (V, C) exist here: a compiled graph may not overwrite a saved tensor."""
     (dh, dw), (hidden, weight), (need_h, need_w, *_) = ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad
     if grad is None:
         return (None,) * 7
     dh = (dh.to(grad.dtype) * grad).to(hidden) if need_h else None
-    dw = torch.mul(dw, grad, out=dw.new_empty(dw.shape, dtype=weight)) if need_w else None  # and no third for a cast
+    dw = torch.mul(dw, grad, out=dw.new_empty(dw.shape, dtype=weight)) if need_w else None  # no third for the cast
     return dh, dw if need_w else None, None, None, None, None, None
 
 
-op.register_autograd(_backward, setup_context=_setup)
+linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 
 def linear_cross_entropy(hidden, weight, labels, chunk=None):
-    """Sum of losses over rows whose label is not -100; shapes in the head of this file. `chunk` rows of logits exist at
-    a time. Labels lie in [0, V) or are -100. Of others the kernel makes a loss of nan, for a check would stall the
-    GPU; the definition raises RuntimeError."""
+    """Sum of losses over rows whose label is not -100; shapes at the top of this file. `chunk`: rows of logits that
+    exist at the same time. Labels are in [0, V) or -100. For other labels the kernel returns nan, because a check
+    would cost a host-device sync; plain torch raises RuntimeError."""
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     chunk = chunk or chunk_rows(weight.shape[0], dtype)
     need_h, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
-    return op(hidden, weight, labels, chunk, dtype, need_h, need_w)[0]
+    return linear_cross_entropy_op(hidden, weight, labels, chunk, dtype, need_h, need_w)[0]

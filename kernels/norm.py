@@ -1,20 +1,19 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * w, and LayerNorm: y = (x - mean) / sqrt(var + eps) * w + b, over the last
-dimension; with add, x + add is the new residual, normalised in the same pass.
+dimension. With `add`, x + add is the new residual, and the same pass normalises it.
 
-    N rows   C width        x, add (N, C)   w, b (C,)   ->   y (N, C), or (x + add, y)
+    N tokens   C width        x, add (N, C)   w, b (C,)   ->   y (N, C), or (x + add, y)
 
-The argument in bytes. Plain torch reads and writes the stream once for each of its operators: cast, square, mean,
-multiply, cast, multiply. A row of 4,096 numbers fits into the registers of one program, so each number needs to be read
-once and written once: 2 N C forward, 4 N C with the addition, which alone would cost 3 and the norm 2 more; 3 N C
-backward, or 4 N C where the residual brings a gradient of its own. The sums of the forward pass are formed again in the
-backward pass: the row is in registers anyway, so that costs no byte, and nothing is kept but the input.
+The argument in bytes. Plain torch reads and writes the whole tensor once per operator: cast, square, mean, multiply,
+cast, multiply. A row of 4,096 elements fits in the registers of one program, so each element needs one read and one
+write: 2 N C elements forward; 4 N C with the addition, where separate kernels need 3 for the sum and 2 for the norm;
+3 N C backward, or 4 N C if the residual has a gradient of its own. Backward recomputes the row sums, which costs no
+traffic because the row is in registers anyway, so only the input is saved for backward.
 
-A first kernel in Triton. `norm_forward[programs,](...)` runs it in so many programs at once, each by num_warps x 32
-threads, which the code never mentions. A program asks which one it is, computes addresses as tensors of integers, loads
-a whole tile through them, works on it in registers and stores a tile. Sizes of tiles are powers of two, and lanes that
-hang over an edge are switched off by a mask: tl.load(addresses, mask, what to take instead). A tensor arrives as the
-address of its first number, X, and X.dtype.element_ty is what lies there. What is marked tl.constexpr is known when the
-kernel is compiled, which happens once for each of its values.
+A first kernel in Triton. `norm_forward[programs,](...)` starts that many programs; each runs on num_warps x 32 threads,
+which the code never mentions. A program asks for its index, computes addresses as integer tensors, loads a whole tile,
+works on it in registers and stores a tile. Tile sizes are powers of two; a mask disables the lanes beyond the edge:
+tl.load(addresses, mask, value for masked lanes). A tensor argument arrives as a pointer X to its first element, whose
+type is X.dtype.element_ty. A tl.constexpr argument is known at compile time: Triton compiles one kernel per value.
 """
 
 import torch
@@ -22,23 +21,25 @@ import torch.nn.functional as F
 
 from kernels import on_its_device, tl, triton, use_triton
 
-TILE = 4096     # numbers a program holds at once, 16 per thread; a longer row has a program to itself
-PROGRAMS = 256  # of the backward pass: about two for each processor of an H100. Fixed: sums are the same on every card
+NORM_TILE = 4096     # elements a program holds at once, 16 per thread; a longer row has its own program
+NORM_PROGRAMS = 256  # in backward: about two per multiprocessor of an H100. Fixed, so that sums have the same order on
+                     # every GPU
 
 
 def rms_norm_ref(x, w, eps):
-    """The definition. The result returns to x's dtype before it meets the weight, as in the published Llamas:
-    multiplying first moved the bf16 logits of a two-layer toy by 0.09."""
+    """The definition. x (..., C), w (C,). The normalised x is cast back to x's dtype before the product with w, as in
+    the published Llamas: the other order moved the bf16 logits of a two-layer toy model by 0.09."""
     wide = x if x.dtype == torch.float64 else x.float()
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * r).to(x.dtype) * w.to(x.dtype)
 
 
-layer_norm_ref = F.layer_norm  # keeps its input and two numbers per row, which is what we would do
+layer_norm_ref = F.layer_norm  # already saves only its input and two values per row
 
 
-class RMSNorm(torch.autograd.Function):
-    """The definition, keeping its input and r (..., 1). Autograd alone keeps x r too, and of bf16 a copy in fp32."""
+class RMSNormFunction(torch.autograd.Function):
+    """The definition; x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1) are saved for backward. Plain autograd also saves
+    x r, and for bf16 an fp32 copy of x."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -55,53 +56,54 @@ class RMSNorm(torch.autograd.Function):
         xhat, dy, dx, dw = x * r, dy.to(r.dtype), None, None
         if need_w:
             dw = (dy * xhat).flatten(0, -2).sum(0).to(w.dtype)
-        if need_x:  # what changes a row's length alone changes nothing: that part of the gradient is taken out
+        if need_x:  # scaling x does not change y, so the gradient has no component along x: remove it
             g = dy * w
             dx = g.addcmul_(xhat, (g * xhat).mean(-1, keepdim=True), value=-1).mul_(r).to(x.dtype)
         return dx, dw, None
 
 
-# ---- the kernels: B is None for RMSNorm, H for a norm without an addition --------------------------------------------
+# ---- the kernels: B is None for RMSNorm, ADD is None for a norm without an addition ----------------------------------
 
 @triton.jit
-def norm_forward(X, H, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # my rows; N * C may pass 2**31
-    c = tl.arange(0, BLOCK)[None, :]                                        # all columns, and some beyond
-    at, there = n * C + c, (n < N) & (c < C)                                # (ROWS, BLOCK) addresses, and which exist
-    wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32   # of all arithmetic
-    x = tl.load(X + at, there, 0).to(wide)
-    if H is not None:  # decided when the kernel is compiled: there is one kernel with the addition and one without
-        s = (x + tl.load(H + at, there, 0).to(wide)).to(S.dtype.element_ty)
-        tl.store(S + at, s, there)
-        x = s.to(wide)  # what is normalised is what the residual became, rounding included
+def norm_forward(X, ADD, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """One tile of ROWS rows: S = X + ADD if ADD is given, and Y = the norm of S or X."""
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1); int64: N * C may exceed 2**31
+    c = tl.arange(0, BLOCK)[None, :]                                        # (1, BLOCK), BLOCK >= C
+    at, mask = n * C + c, (n < N) & (c < C)                                 # (ROWS, BLOCK)
+    wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32   # dtype of all arithmetic
+    x = tl.load(X + at, mask, 0).to(wide)
+    if ADD is not None:  # decided at compile time: one kernel with the addition, one without
+        s = (x + tl.load(ADD + at, mask, 0).to(wide)).to(S.dtype.element_ty)
+        tl.store(S + at, s, mask)
+        x = s.to(wide)  # normalise the residual as stored, rounding included
     if B is not None:
-        x = tl.where(c < C, x - tl.sum(x, 1)[:, None] / C, 0)  # lanes beyond the row must stay 0, not become -mean
+        x = tl.where(c < C, x - tl.sum(x, 1)[:, None] / C, 0)  # masked lanes must stay 0, not become -mean
     x *= tl.rsqrt(tl.sum(x * x, 1)[:, None] / C + eps)
     w = tl.load(W + c, c < C, 0).to(wide)
     if B is not None:
         y = x * w + tl.load(B + c, c < C, 0).to(wide)
     else:
-        y = x.to(Y.dtype.element_ty).to(wide) * w              # rounded before the weight, as in the definition
-    tl.store(Y + at, y, there)
+        y = x.to(Y.dtype.element_ty).to(wide) * w              # rounded before the product, as in the definition
+    tl.store(Y + at, y, mask)
 
 
 @triton.jit
 def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexpr, LAYER: tl.constexpr,
                   ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The gradient of w is a sum over all rows. Were every program to handle one tile, there would be as many partial
-    sums as tiles; so a few programs stay, walk over the tiles, and each writes one row of DW (programs, C) at the end.
-    Adding those rows in their order is what makes the result the same every time: atomic additions are not."""
+    """The gradient of w is a sum over all rows. One program per tile would leave as many partial sums as tiles. So a
+    fixed number of programs loops over the tiles, and each writes one row of DW (programs, C) at the end. The caller
+    adds these rows in a fixed order, so the result is deterministic; atomic additions would not be."""
     c = tl.arange(0, BLOCK)[None, :]
     wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     w = tl.load(W + c, c < C, 0).to(wide)
     dw = tl.zeros([ROWS, BLOCK], wide)
     db = tl.zeros([ROWS, BLOCK], wide)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
-        # STAGES > 1: the next tile is on its way from memory while this one is worked on
+        # STAGES > 1: the next tile is loaded while this one is computed
         n = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-        at, there = n * C + c, (n < N) & (c < C)
-        x = tl.load(X + at, there, 0).to(wide)
-        dy = tl.load(DY + at, there, 0).to(wide)
+        at, mask = n * C + c, (n < N) & (c < C)
+        x = tl.load(X + at, mask, 0).to(wide)
+        dy = tl.load(DY + at, mask, 0).to(wide)
         if LAYER:
             x = tl.where(c < C, x - tl.sum(x, 1)[:, None] / C, 0)
         r = tl.rsqrt(tl.sum(x * x, 1)[:, None] / C + eps)
@@ -116,8 +118,8 @@ def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexp
             dx -= tl.sum(g, 1)[:, None] / C
         dx *= r
         if DS is not None:
-            dx += tl.load(DS + at, there, 0).to(wide)
-        tl.store(DX + at, dx, there)
+            dx += tl.load(DS + at, mask, 0).to(wide)
+        tl.store(DX + at, dx, mask)
     at = tl.program_id(0) * C + tl.arange(0, BLOCK)
     if DW is not None:
         tl.store(DW + at, tl.sum(dw, 0), tl.arange(0, BLOCK) < C)
@@ -125,27 +127,28 @@ def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexp
         tl.store(DB + at, tl.sum(db, 0), tl.arange(0, BLOCK) < C)
 
 
-def tiles(C, bytes_per_number):
-    """-> sizes of a tile and the launch options for rows of C numbers; tests/test_norm.py compiles what this gives."""
+def norm_tile(C, element_size):
+    """For rows of C elements of `element_size` bytes -> tile sizes, launch options, pipeline stages of backward.
+    tests/kernels/test_norm.py compiles the kernels with these values."""
     block = triton.next_power_of_2(C)
-    assert block <= 8192, f"rows of {C} numbers are longer than the registers of a program can hold"
-    rows = max(1, TILE // block)
-    stages = 2 if block * bytes_per_number <= 16384 else 1  # a longer row fills its processor by itself
+    assert block <= 8192, f"rows of {C} elements exceed the registers of a program"
+    rows = max(1, NORM_TILE // block)
+    stages = 2 if block * element_size <= 16384 else 1  # a longer row fills its multiprocessor without a pipeline
     return dict(ROWS=rows, BLOCK=block), dict(num_warps=rows * block // 512), stages
 
 
-# ---- what torch sees ------------------------------------------------------------------------------------------------
+# ---- the operators registered with torch ----------------------------------------------------------------------------
 
 @torch.library.custom_op("pumice::norm", mutates_args=())
 @on_its_device
 def norm_op(x: torch.Tensor, add: torch.Tensor | None, w: torch.Tensor, b: torch.Tensor | None,
             eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> x + add (empty without add), its norm; RMSNorm without b, LayerNorm with it."""
+    """-> x + add (empty if add is None), and its norm. RMSNorm if b is None, else LayerNorm."""
     s, y = norm_shapes(x, add, w, b, eps)
     x, add, w, b = (t if t is None else t.contiguous() for t in (x, add, w, b))
     C = x.shape[-1]
     N = x.numel() // C
-    tile, how, _ = tiles(C, y.element_size())
+    tile, how, _ = norm_tile(C, y.element_size())
     norm_forward[triton.cdiv(N, tile["ROWS"]),](x, add, w, b, s, y, N, C, eps, **tile, **how)
     return s, y
 
@@ -162,12 +165,12 @@ def norm_shapes(x, add, w, b, eps):
 @on_its_device
 def norm_backward_op(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, ds: torch.Tensor | None, eps: float,
                      layer: bool, need_w: bool, need_b: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x: what was normalised; ds: a gradient it has from elsewhere. -> dx, dw, db; dw and db empty if not needed."""
+    """x: the input of the norm, ds: its gradient from the residual path -> dx, dw, db; dw, db empty if not needed."""
     x, w, dy, ds = (t if t is None else t.contiguous() for t in (x, w, dy, ds))
     C = x.shape[-1]
     N = x.numel() // C
-    tile, how, stages = tiles(C, x.element_size())
-    programs = min(PROGRAMS, triton.cdiv(N, tile["ROWS"]))
+    tile, how, stages = norm_tile(C, x.element_size())
+    programs = min(NORM_PROGRAMS, triton.cdiv(N, tile["ROWS"]))
     dx = torch.empty_like(x)
     dw, db = (x.new_empty(programs, C, dtype=torch.promote_types(torch.float32, x.dtype)) if need else None
               for need in (need_w, need_b))
@@ -193,7 +196,7 @@ def norm_gradients(ctx, ds, dy):
     _, _, need_w, need_b, _ = ctx.needs_input_grad
     ds = ds if ctx.added else None
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dw, db = torch.ops.pumice.norm_backward(x, w, dy, ds, ctx.eps, ctx.layer, need_w, need_b)
+    dx, dw, db = norm_backward_op(x, w, dy, ds, ctx.eps, ctx.layer, need_w, need_b)
     dx, dadd = (None if t is None else dx.to(t) for t in ctx.dtypes)
     return dx, dadd, dw if need_w else None, db if need_b else None, None
 
@@ -201,28 +204,28 @@ def norm_gradients(ctx, ds, dy):
 norm_op.register_autograd(norm_gradients, setup_context=norm_context)
 
 
-# ---- the choice -----------------------------------------------------------------------------------------------------
+# ---- the functions that model.py calls ------------------------------------------------------------------------------
 
-def fits(x, w, add):
-    """A kernel would read what lies behind a tensor that is too small."""
+def check_norm_shapes(x, w, add):
+    """A kernel would read beyond the end of a tensor that is too small."""
     assert w.shape == x.shape[-1:] and (add is None or add.shape == x.shape), \
         f"x {tuple(x.shape)}, weight {tuple(w.shape)}, add {None if add is None else tuple(add.shape)}"
 
 
 def rms_norm(x, w, eps, add=None):
-    """x, add (..., C), w (C,) -> y (..., C), or with add (x + add, its norm)"""
-    fits(x, w, add)
+    """x, add (..., C), w (C,) -> y (..., C); with add: (x + add, its norm)"""
+    check_norm_shapes(x, w, add)
     if use_triton(x):
         s, y = norm_op(x, add, w, None, eps)
     else:
         s = x if add is None else x + add
-        y = RMSNorm.apply(s, w, eps) if torch.is_grad_enabled() else rms_norm_ref(s, w, eps)  # the same bits
+        y = RMSNormFunction.apply(s, w, eps) if torch.is_grad_enabled() else rms_norm_ref(s, w, eps)  # same bits
     return y if add is None else (s, y)
 
 
 def layer_norm(x, w, b, eps, add=None):
-    """x, add (..., C), w, b (C,) -> y (..., C), or with add (x + add, its norm)"""
-    fits(x, w, add)
+    """x, add (..., C), w, b (C,) -> y (..., C); with add: (x + add, its norm)"""
+    check_norm_shapes(x, w, add)
     if use_triton(x):
         s, y = norm_op(x, add, w, b, eps)
     else:

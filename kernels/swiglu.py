@@ -1,12 +1,13 @@
-"""SwiGLU (Shazeer 2020): silu(gate) * up, with silu(g) = g * sigmoid(g).
+"""SwiGLU (Shazeer 2020): silu(gate) * up, where silu(g) = g * sigmoid(g).
 
-    N rows   F width of the MLP        gate, up (N, F)   ->   (N, F)
+    N tokens   F width of the MLP        gate, up (N, F)   ->   (N, F)
 
-The argument in bytes. Element by element, so the floor is 3 N F forward (two reads, one write) and 5 N F backward
-(three reads, two writes); plain torch writes silu(gate) out, reads it back and keeps it: 5 N F forward, and half as
-much memory again for the widest tensors of the layer. One sigmoid more in the backward pass replaces that copy.
+The argument in bytes. The operation is elementwise. Its minimum memory traffic is 3 N F elements in the forward pass
+(two reads, one write) and 5 N F in the backward pass (three reads, two writes). Plain torch writes silu(gate), reads it
+back and saves it for backward: 5 N F forward, and half as much memory again for the widest activations of the layer.
+The kernel recomputes one sigmoid in the backward pass instead.
 
-Nothing here knows of rows: both tensors are read as one long line, cut into pieces of BLOCK numbers.
+The kernels ignore the shape: each tensor is one long array, and each program takes SWIGLU_TILE elements of it.
 """
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from kernels import on_its_device, tl, triton, use_triton
 
-BLOCK, WARPS = 4096, 8  # 16 numbers per thread: two loads of 16 bytes from each tensor on their way at once
+SWIGLU_TILE, SWIGLU_WARPS = 4096, 8  # 16 elements per thread: two 16-byte loads from each tensor in flight at once
 
 
 def swiglu_ref(gate, up):
@@ -22,8 +23,8 @@ def swiglu_ref(gate, up):
     return F.silu(gate) * up
 
 
-class SwiGLU(torch.autograd.Function):
-    """The definition, keeping gate and up alone."""
+class SwiGLUFunction(torch.autograd.Function):
+    """The definition; only gate and up are saved for backward."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -41,7 +42,7 @@ class SwiGLU(torch.autograd.Function):
 
 @triton.jit
 def swiglu_forward(G, U, Y, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64: 50k tokens of width 44k pass 2**31
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64: 50k tokens of width 44k exceed 2**31
     wide = tl.float64 if G.dtype.element_ty == tl.float64 else tl.float32
     g = tl.load(G + i, i < n, 0).to(wide)
     u = tl.load(U + i, i < n, 0).to(wide)
@@ -60,14 +61,14 @@ def swiglu_backward(G, U, DY, DG, DU, n, BLOCK: tl.constexpr):
     tl.store(DG + i, dy * u * p * (1 + g * (1 - p)), i < n)  # d/dg g p = p + g p (1 - p)
 
 
-# ---- what torch sees ------------------------------------------------------------------------------------------------
+# ---- the operators registered with torch ----------------------------------------------------------------------------
 
 @torch.library.custom_op("pumice::swiglu", mutates_args=())
 @on_its_device
 def swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    swiglu_forward[triton.cdiv(y.numel(), BLOCK),](gate, up, y, y.numel(), BLOCK, num_warps=WARPS)
+    swiglu_forward[triton.cdiv(y.numel(), SWIGLU_TILE),](gate, up, y, y.numel(), SWIGLU_TILE, num_warps=SWIGLU_WARPS)
     return y
 
 
@@ -81,7 +82,8 @@ def _(gate, up):
 def swiglu_backward_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
     dg, du = torch.empty_like(gate), torch.empty_like(up)
-    swiglu_backward[triton.cdiv(dy.numel(), BLOCK),](gate, up, dy, dg, du, dy.numel(), BLOCK, num_warps=WARPS)
+    programs = triton.cdiv(dy.numel(), SWIGLU_TILE)
+    swiglu_backward[programs,](gate, up, dy, dg, du, dy.numel(), SWIGLU_TILE, num_warps=SWIGLU_WARPS)
     return dg, du
 
 
@@ -95,18 +97,18 @@ def swiglu_context(ctx, inputs, output):
 
 
 def swiglu_gradients(ctx, dy):
-    return torch.ops.pumice.swiglu_backward(*ctx.saved_tensors, dy)
+    return swiglu_backward_op(*ctx.saved_tensors, dy)
 
 
 swiglu_op.register_autograd(swiglu_gradients, setup_context=swiglu_context)
 
 
-# ---- the choice -----------------------------------------------------------------------------------------------------
+# ---- the function that model.py calls -------------------------------------------------------------------------------
 
 def swiglu(gate, up):
-    """gate, up (N, F), of one dtype -> (N, F)"""
+    """gate, up (N, F) of one dtype -> (N, F)"""
     assert gate.shape == up.shape and gate.dtype == up.dtype, \
         f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}"
     if use_triton(gate):
         return swiglu_op(gate, up)
-    return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else swiglu_ref(gate, up)
+    return SwiGLUFunction.apply(gate, up) if torch.is_grad_enabled() else swiglu_ref(gate, up)

@@ -11,7 +11,7 @@ import kernels.linear
 import lora
 import model
 from kernels.norm import rms_norm_ref
-from kernels.rope import rope
+from kernels.rope import rope_ref
 
 TIGHT = 1e-12
 N, R = 23, 7
@@ -22,7 +22,7 @@ KINDS = ["trained", "frozen", "adapters", "adapters with dropout", "q_proj alone
 def layer(kind, dtype=torch.float64):
     m = tiny_vlm(dtype=dtype, num_hidden_layers=1, qkv_bias=kind == "biases", mlp_bias=kind == "biases").train()
     if kind.startswith("adapters"):
-        lora.apply(m, 2, 4, 0.5 if "dropout" in kind else 0.0, "all-linear")
+        lora.add_adapters(m, 2, 4, 0.5 if "dropout" in kind else 0.0, "all-linear")
         for n, p in m.named_parameters():
             p.requires_grad_("lora_" in n)
             if "lora_B" in n:
@@ -59,7 +59,7 @@ def naive(block, kind):
     def forward(x, cos, sin, lo, hi, rows):
         y = rms_norm_ref(x, block.input_layernorm.weight, block.input_layernorm.eps)
         q, k, v = (call(f, y).unflatten(-1, (-1, K)) for f in (a.q_proj, a.k_proj, a.v_proj))
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        q, k = rope_ref(q, cos, sin), rope_ref(k, cos, sin)
         k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
         o = F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (q, k, v)), is_causal=True).transpose(0, 1)
         x = x + call(a.o_proj, o.flatten(1))

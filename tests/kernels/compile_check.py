@@ -1,12 +1,12 @@
-"""Compile Triton kernels for a card that is not there, and read what the assembler says: registers, spills, opcodes.
+"""Compile Triton kernels for a GPU that is not present, and read the assembler's report: registers, spills, opcodes.
 
-    from compile_check import ARCHS, compile_for, fits
+    from compile_check import ARCHS, assert_fits, compile_for
     found = compile_for(kernel, {"X": "*bf16", "N": "i32"}, {"BLOCK": 128}, arch=90, num_warps=8)
-    fits(found)                              # no spills, shared memory within the card's limit
-    assert found["HGMMA"]                    # and what this kernel is meant to use
+    assert_fits(found)                       # no spills, shared memory within the limit
+    assert found["HGMMA"]                    # the instructions that this kernel should use
 
-The triton wheel carries ptxas, cuobjdump and nvdisasm, so that this needs neither a GPU nor CUDA; it needs kernels that
-were imported without TRITON_INTERPRET. It says nothing about correctness, hangs or speed."""
+The triton wheel contains ptxas, cuobjdump and nvdisasm, so this needs neither a GPU nor CUDA. The kernels must be
+imported without TRITON_INTERPRET. It says nothing about correctness, hangs or speed."""
 
 import os
 import pathlib
@@ -26,8 +26,8 @@ def compile_for(kernel, signature, constants, arch, num_warps=4, num_stages=3, u
     bytes per thread.
 
     signature: {argument: "*bf16", "*i32", "i32", "i64", "fp32" ...}; constants: {argument: value} of the constexprs,
-    and None for a pointer that is not given. Pointers and integers are taken as multiples of 16, as Triton itself finds
-    most of them to be; name those that are not (a number of rows, a stride) in `unaligned`."""
+    with None for a missing pointer. Pointers and integers are assumed to be multiples of 16, which Triton usually finds
+    at run time; name the others (a number of rows, a stride) in `unaligned`."""
     triton = pytest.importorskip("triton", reason="no Triton on this system")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("interpreted kernels cannot be compiled")
@@ -52,7 +52,7 @@ def compile_for(kernel, signature, constants, arch, num_warps=4, num_stages=3, u
                     "smem": built.metadata.shared, "warps": built.metadata.num_warps}
 
 
-def fits(found):
-    """Nothing of a compiled kernel spills into memory, and its shared memory exists."""
+def assert_fits(found):
+    """No register spills to memory, and the GPU has enough shared memory."""
     assert found["stack"] == found["LDL"] == found["STL"] == 0, f"spills: {found}"
     assert found["smem"] <= SMEM[found["arch"]], f"more shared memory than {SMEM[found['arch']]}: {found}"

@@ -1,10 +1,10 @@
-"""tests/test_gpu.py itself, interpreted and small: what waits for a GPU must not break there over a slip of its own."""
+"""tests/kernels/test_gpu.py itself, interpreted and small, so that its own mistakes show without a GPU."""
 
 import pytest
 import test_gpu
 import torch
-from test_attention import documents
-from test_gpu import definitions_without_shortcuts  # noqa: F401  (a fixture that all GPU tests use)
+from span_cases import documents
+from test_gpu import full_precision_products  # noqa: F401  (a fixture of all GPU tests)
 
 import kernels
 
@@ -16,10 +16,10 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(test_gpu, "REPEATS", 1)
     monkeypatch.setattr(test_gpu, "BEYOND", 2**14)
     monkeypatch.setattr(test_gpu, "HEADS", 2)
-    monkeypatch.setattr(test_gpu, "WORDS", 500)
+    monkeypatch.setattr(test_gpu, "VOCABULARY", 500)
 
 
-def test_every_check_runs(monkeypatch):
+def test_every_comparison_runs(monkeypatch):
     dtype = torch.float16
     for name in ("gaps", "cross-attention"):
         test_gpu.test_attention_with_every_mask(name, dtype)
@@ -29,11 +29,11 @@ def test_every_check_runs(monkeypatch):
     test_gpu.test_norms(17, 129, dtype)
     test_gpu.test_rope(17, 5, 5, 32, dtype)
     test_gpu.test_swiglu(9, 129, dtype)
-    test_gpu.test_four_bits((97, 130), dtype)
+    test_gpu.test_nf4((97, 130), dtype)
 
 
 @pytest.mark.parametrize("name", test_gpu.NAMES)
-def test_bits_are_compared(name, monkeypatch):
+def test_changed_bits_are_found(name, monkeypatch):
     small = test_gpu.everything(torch.float16, N=21)
     monkeypatch.setattr(test_gpu, "everything", lambda: small)
     test_gpu.test_the_same_bits_every_time(name)
@@ -43,22 +43,22 @@ def test_bits_are_compared(name, monkeypatch):
         test_gpu.test_the_same_bits_every_time(name)
 
 
-def test_sizes_beyond(monkeypatch):
+def test_the_largest_tests_run(monkeypatch):
     test_gpu.test_attention_beyond_31_bits(None)
     test_gpu.test_cross_entropy_beyond_31_bits(None)
-    test_gpu.test_element_wise_beyond_31_bits(None)
+    test_gpu.test_elementwise_beyond_31_bits(None)
 
 
-def test_a_step_with_kernels_and_without(monkeypatch):
-    test_gpu.test_a_stream_without_pictures_and_one_without_labels()
-    test_gpu.test_a_whole_model_takes_the_same_step_with_kernels_and_without(torch.float32, monkeypatch)
+def test_the_model_tests_run(monkeypatch):
+    test_gpu.test_a_batch_without_images_or_labels()
+    test_gpu.test_a_whole_model_equals_plain_torch(torch.float32, monkeypatch)
 
 
-def test_an_error_beyond_the_budget_is_seen():
-    """2 % too much in one number of a hundred"""
+def test_an_error_above_the_budget_fails():
+    """2 % in one element of 6,400"""
     x, w = test_gpu.data(100, 64, dtype=torch.float32), test_gpu.data(64, dtype=torch.float32)
     test_gpu.check(lambda x, w: x * w, lambda x, w: x * w, x, w)
-    bend = torch.ones(100, 64)
-    bend[3, 5] = 1.02
-    with pytest.raises(AssertionError, match="result 0"):
-        test_gpu.check(lambda x, w: x * w * bend, lambda x, w: x * w, x, w)
+    wrong = torch.ones(100, 64)
+    wrong[3, 5] = 1.02
+    with pytest.raises(AssertionError, match="above the budget"):
+        test_gpu.check(lambda x, w: x * w * wrong, lambda x, w: x * w, x, w)

@@ -1,4 +1,4 @@
-"""What all kernels have in common when they are launched, interpreted (tests/interpret.py)."""
+"""What all kernels share when they are launched, interpreted (tests/interpret.py): device, shapes, large strides."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from kernel_cases import normal, with_gradients
 import kernels
 from kernels import nf4
 from kernels.attention import attention
-from kernels.cross_entropy import linear_cross_entropy, turn_triton
+from kernels.cross_entropy import IGNORE, linear_cross_entropy, logits_to_gradient_triton
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rope_qk
 from kernels.swiglu import swiglu
 
 
 @pytest.fixture(autouse=True)
-def kernels_alone(monkeypatch):
+def use_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "choice", "triton")
 
 
@@ -30,8 +30,8 @@ CALLS = {"attention": (lambda q, k: attention(q, k, k, LO, HI), (N, 2, C), (N, 1
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_every_launch_is_on_the_device_of_its_tensors(name, monkeypatch):
-    """Triton takes the current device. Forward and backward, each operator says which one it means."""
+def test_kernels_launch_on_their_tensors_device(name, monkeypatch):
+    """Triton uses the current device, so each operator, forward and backward, sets it."""
     f, *shapes = CALLS[name]
     asked, guard = [], torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: asked.append(x) or guard(x))
@@ -39,7 +39,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(name, monkeypatch):
     assert len(asked) == (1 if name == "cross-entropy" else 2) and all(torch.is_tensor(x) for x in asked)
 
 
-def test_so_is_that_of_four_bits(monkeypatch):
+def test_nf4_launches_on_its_tensors_device(monkeypatch):
     asked, guard = [], torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: asked.append(x) or guard(x))
     parts = nf4.quantize(normal(4, 64))
@@ -54,12 +54,12 @@ def test_so_is_that_of_four_bits(monkeypatch):
     (lambda x, w, a: rms_norm(x, w, 1e-5, a), [(N, C), (C,), (1, C)], "add .1, 16"),
     (lambda x, w: layer_norm(x, w, w, 1e-5), [(N, C), (C + 1,)], "weight .17,"),
     (swiglu, [(N, C), (1, C)], "up .1, 16")])
-def test_shapes_that_do_not_fit_are_named_and_not_read_beyond(f, shapes, says):
+def test_wrong_shapes_are_refused(f, shapes, says):
     with pytest.raises(AssertionError, match=says):
         f(*(torch.ones(s) for s in shapes))
 
 
-def test_rows_may_have_a_stride():
+def test_the_index_of_rows_may_be_strided():
     q, k, at = normal(3, 2, C), normal(N, 1, C), torch.tensor([0, 9, 2, 9, 4, 9])[::2]
     angles = normal(N, C // 2)
     ours, theirs = (with_gradients(lambda q, k: rope_qk(q, k, angles.cos(), angles.sin(), rows), q, k)
@@ -67,9 +67,9 @@ def test_rows_may_have_a_stride():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_heads_may_lie_further_apart_than_31_bits_count():
-    """Head by head in memory, as a cache may have them: the third begins 2**31 numbers behind the first. Nothing but
-    the pages that are touched is ever there."""
+def test_head_strides_may_exceed_31_bits():
+    """Heads as the outer dimension in memory: the third starts 2**31 elements after the first. Only touched pages
+    take memory."""
     far = torch.empty(2**31 + 2**16, dtype=torch.float16)
     q = far.as_strided((N, 3, C), (C, 2**30, 1))
     near = normal(N, 3, C, dtype=torch.float16)
@@ -81,9 +81,9 @@ def test_heads_may_lie_further_apart_than_31_bits_count():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("N, stride", [(17, 2**27), (257, 2**23)], ids=["within a tile", "from the first tile on"])
-def test_so_may_rows(N, stride):
-    """The last lies 2**31 numbers behind the first, which is more than int32 counts."""
+@pytest.mark.parametrize("N, stride", [(17, 2**27), (257, 2**23)], ids=["within a tile", "across tiles"])
+def test_row_strides_may_exceed_31_bits(N, stride):
+    """The last row starts 2**31 elements after the first, which int32 cannot count."""
     far = torch.empty(2**31 + 2**16, dtype=torch.float16).as_strided((N, 2, C), (stride, C, 1))
     near, spans = normal(N, 2, C, dtype=torch.float16), (torch.zeros(N).int(), torch.full((N,), N).int())
     far.copy_(near)
@@ -91,9 +91,9 @@ def test_so_may_rows(N, stride):
         assert torch.equal(a, b)
 
 
-def test_so_may_rows_of_logits():
+def test_logit_rows_may_exceed_31_bits():
     far = torch.empty(2**31 + 2**16, dtype=torch.float16).as_strided((3, 200), (2**30, 1))
-    near, labels = normal(3, 200, dtype=torch.float16), torch.tensor([5, -100, 199])
+    near, labels = normal(3, 200, dtype=torch.float16), torch.tensor([5, IGNORE, 199])
     far.copy_(near)
-    for a, b in zip(turn_triton(far, labels, True), turn_triton(near, labels, True)):
+    for a, b in zip(*(logits_to_gradient_triton(t, labels, True) for t in (far, near))):
         assert torch.equal(a, b)

@@ -1,13 +1,13 @@
 """--kernels=triton in the scripts: a training step and an answer, interpreted (tests/interpret.py)."""
 
 import pytest
-from test_stages import rows, run, world  # noqa: F401  (world: a fixture)
+from tiny_runs import rows, run
 
 import kernels.swiglu
 import sample
 
 
-def test_with_kernels_a_script_does_what_it_does_without(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_with_kernels_a_script_does_what_it_does_without(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("kernels.choice", "auto")
     found, said, calls, op = {}, {}, [], kernels.swiglu.swiglu_op
     monkeypatch.setattr("kernels.swiglu.swiglu_op", lambda *a: (calls.append(a), op(*a))[1])
