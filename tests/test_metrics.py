@@ -3,9 +3,9 @@
 import pytest
 
 import metrics
-from metrics import exact, pope, pope_answer, vqa_accuracy, vqa_normalise
+from metrics import exact, pope, pope_answer, pope_by_type, vqa_accuracy, vqa_normalise
 
-# what was said, what the official script makes of it, what EvalAI's does
+# answer, the official script's normalisation of it, EvalAI's
 STRINGS = [(a, b, b) for a, b in [
     ("Yes.", "yes"), ("a dog", "dog"), ("two", "2"), ("none", "0"), ("1,000.50", "1000.50"), ("100, 200", "100 200"),
     ("U.S.", "us"), ("a.m.", "am"), (".5", ".5"), ("no. 5", "no 5"), ("black-and-white", "black and white"),
@@ -14,57 +14,65 @@ STRINGS = [(a, b, b) for a, b in [
 STRINGS += [("a,b", "b", "ab"), ("it's", "it's", "it 's"), ("john's", "john's", "john 's")]
 
 
-@pytest.mark.parametrize("said, official, evalai", STRINGS)
-def test_answers_are_normalised_as_the_published_scorers_do(said, official, evalai):
-    assert vqa_normalise(said, evalai=False) == official
-    assert vqa_normalise(said) == evalai
+@pytest.mark.parametrize("answer, official, evalai", STRINGS)
+def test_answers_are_normalised_as_published(answer, official, evalai):
+    assert vqa_normalise(answer, evalai=False) == official
+    assert vqa_normalise(answer) == evalai
 
 
-def test_the_contractions_are_those_of_the_published_table():
+def test_the_contractions_are_the_published_ones():
     assert len(metrics.CONTRACTIONS) == 120                      # 75 whole forms and 45 that miss one apostrophe
-    for said, meant in [("couldnt", "couldn't"), ("couldn'tve", "couldn't've"), ("couldnt've", "couldn't've"),
-                        ("yall", "y'all"), ("y'alld've", "y'all'd've"), ("twas", "'twas"), ("ow's'at", "'ow's'at"),
-                        ("somebody'd", "somebodyd"), ("whats", "what's"), ("youve", "you've")]:
-        assert vqa_normalise(said, evalai=False) == meant
+    for answer, meant in [("couldnt", "couldn't"), ("couldn'tve", "couldn't've"), ("couldnt've", "couldn't've"),
+                          ("yall", "y'all"), ("y'alld've", "y'all'd've"), ("twas", "'twas"), ("ow's'at", "'ow's'at"),
+                          ("somebody'd", "somebodyd"), ("whats", "what's"), ("youve", "you've")]:
+        assert vqa_normalise(answer, evalai=False) == meant
     assert vqa_normalise("Ive", evalai=False) == "ive"           # keys with capitals never fire after lower-casing
 
 
 @pytest.mark.parametrize("k, score", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (7, 1)])
-def test_k_of_ten_humans_make_this_score(k, score):
+def test_the_score_grows_with_agreeing_humans(k, score):
     assert vqa_accuracy("red", ["red"] * k + [f"other {i}" for i in range(10 - k)]) == pytest.approx(score, abs=1e-12)
 
 
-@pytest.mark.parametrize("said, answers, official, evalai", [
+@pytest.mark.parametrize("answer, answers, official, evalai", [
     ("Yes", ["yes"] * 10, 0, 1), ("2", ["two"] * 10, 0, 1), ("Yes.", ["yes"] * 9 + ["no"], 1, 1)])
-def test_the_official_script_changes_nothing_where_all_humans_agree(said, answers, official, evalai):
-    assert vqa_accuracy(said, answers, evalai=False) == official
-    assert vqa_accuracy(said, answers) == evalai
+def test_the_official_script_keeps_unanimous_answers(answer, answers, official, evalai):
+    assert vqa_accuracy(answer, answers, evalai=False) == official
+    assert vqa_accuracy(answer, answers) == evalai
 
 
 def test_a_lone_answer_stands_for_ten_humans_who_agree():
     assert (vqa_accuracy("Two", ["2"]), vqa_accuracy("three", ["2"])) == (1, 0)
 
 
-@pytest.mark.parametrize("said, meant", [
+@pytest.mark.parametrize("answer, meant", [
     ("yes", "yes"), ("no", "no"), ("No", "no"), ("No, there is none.", "no"), ("There is not", "no"), ("NO", "yes"),
     ("No!", "yes"), ("", "yes"), ("a cat", "yes"), ("Yes. There is no dog", "yes"), ("nothing", "yes"),
     ("\nno", "yes")])
-def test_pope_reads_yes_unless_a_word_is_exactly_no_or_not(said, meant):
-    assert pope_answer(said) == meant
+def test_pope_reads_yes_unless_no_or_not(answer, meant):
+    assert pope_answer(answer) == meant
 
 
 def test_pope_counts_with_yes_as_the_positive():
-    said, truth = ["yes", "Yes.", "no", "no", "dog"], ["yes", "no", "yes", "no", "yes"]
+    answer, truth = ["yes", "Yes.", "no", "no", "dog"], ["yes", "no", "yes", "no", "yes"]
     two_thirds = {k: 2 / 3 for k in ("precision", "recall", "f1")}     # 2 true positives, 1 false one, 1 missed
-    assert pope(said, truth) == pytest.approx({"accuracy": 0.6, "yes_ratio": 0.6, **two_thirds})
+    assert pope(answer, truth) == pytest.approx({"accuracy": 0.6, "yes_ratio": 0.6, **two_thirds})
     assert pope(["no"], ["no"]) == dict(accuracy=1, precision=0, recall=0, f1=0, yes_ratio=0)
 
 
-@pytest.mark.parametrize("said, answer, right", [
+def test_pope_counts_an_unasked_question_as_wrong():
+    """yes is true of the first, no of the second and third; each None becomes a false negative or positive."""
+    result = pope_by_type([None, None, "no"], ["yes", "no", "no"], {"a": [0], "b": [1, 2]})
+    assert (result["accuracy"], result["f1"], result["f1_types"], result["f1_mean"]) == (1 / 3, 0, {"a": 0, "b": 0}, 0)
+    result = pope_by_type(["yes", "yes", "yes"], ["yes", "no", "yes"], {"a": [0, 1], "b": [2]})
+    assert result["f1"] == 0.8 and result["f1_types"] == {"a": 2 / 3, "b": 1} and result["f1_mean"] == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize("given, answer, right", [
     ("Red.", "red", 1), (" top  left ", "Top left", 1), ("red circle", "red", 0), ("", "red", 0), ("U.S.", "U.S", 1),
     ("red..", "red", 0)])
-def test_exact_match_forgives_case_space_and_one_period(said, answer, right):
-    assert exact(said, [answer]) == right
+def test_exact_match_ignores_case_spaces_one_period(given, answer, right):
+    assert exact(given, [answer]) == right
 
 
 def test_exact_match_takes_any_of_several_answers():
