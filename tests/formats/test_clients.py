@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import clients
@@ -15,8 +16,8 @@ from config import Error
 from formats import llava, tensors
 
 
-@pytest.mark.parametrize("case", clients.CASES)
-def test_transformers_reads_every_combination_without_us(case, tmp_path, bytes_folder):
+@pytest.mark.parametrize("case", clients.SOME)
+def test_transformers_reads_our_folders(case, tmp_path, bytes_folder):
     pytest.importorskip("transformers")
     folder = clients.write(case, tmp_path, bytes_folder)
     assert clients.read(folder).startswith("all keys")
@@ -26,10 +27,10 @@ def test_transformers_reads_every_combination_without_us(case, tmp_path, bytes_f
             assert f.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("case", ["clip-llama-mlp", "dinov2-llama-mlp"])
-def test_a_tower_that_came_without_its_last_block_is_published_as_a_shorter_one(case, tmp_path, bytes_folder):
+def test_a_tower_without_its_last_block_is_shorter(tmp_path, bytes_folder):
     pytest.importorskip("transformers")
-    folder = clients.write(case, tmp_path, bytes_folder, spare={})
+    case = "dinov2-llama-mlp"
+    folder = clients.write(case, tmp_path, bytes_folder, unused={})
     assert clients.read(folder).startswith("all keys")
     (whole, _), made = llava.load_model(init=folder), clients.make(case, bytes_folder)[0]
     assert (whole.cfg.vision.num_hidden_layers, whole.cfg.vision.depth, made.cfg.vision.num_hidden_layers) == (2, 2, 3)
@@ -39,30 +40,35 @@ def configure(folder, name, **new):
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | new))
 
 
-def spoil(folder, change):
+def damage(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, bytes_folder):
+    return clients.write("siglip-llama-mlp", tmp_path_factory.mktemp("clients"), bytes_folder)
+
+
 @pytest.mark.parametrize("change", [
-    lambda f: spoil(f, lambda t: t.pop("multi_modal_projector.linear_2.bias")),
-    lambda f: spoil(f, lambda t: t.update({"vision_tower.more": torch.ones(1)})),
-    lambda f: spoil(f, lambda t: t["multi_modal_projector.linear_1.bias"].mul_(1.1)),
+    lambda f: damage(f, lambda t: t.pop("multi_modal_projector.linear_2.bias")),
+    lambda f: damage(f, lambda t: t.update({"vision_tower.more": torch.ones(1)})),
+    lambda f: damage(f, lambda t: t["multi_modal_projector.linear_1.bias"].mul_(1.1)),
     lambda f: configure(f, "processor_config.json", num_additional_image_tokens=0),
     lambda f: configure(f, "preprocessor_config.json", image_mean=[0.5, 0.4, 0.31]),
     lambda f: configure(f, "chat_template.json", chat_template="{{ bos_token }}USER: {{ messages[0]['content'] }}"),
     lambda f: (f / "chat_template.jinja").write_text("{{ bos_token }}"),
 ])
-def test_the_reading_half_notices(change, tmp_path, bytes_folder):
+def test_the_reading_half_notices(change, folder, tmp_path):
     pytest.importorskip("transformers")
-    folder = clients.write("siglip-llama-mlp", tmp_path, bytes_folder)
+    folder = shutil.copytree(folder, tmp_path / folder.name)
     change(folder)
     with pytest.raises((AssertionError, ValueError)):
         clients.read(folder)
 
 
-def test_register_tokens_are_refused_by_transformers_and_never_taken_for_patches(tmp_path, bytes_folder):
+def test_transformers_refuses_register_tokens(tmp_path, bytes_folder):
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         clients.read(clients.write("registers-llama-mlp", tmp_path, bytes_folder))
@@ -77,14 +83,14 @@ def test_a_linear_connector_comes_back_as_one_matrix(tmp_path, bytes_folder):
     assert all(torch.equal(x, made.state_dict()[k]) for k, x in model.state_dict().items())
     shard = next(f for f in folder.glob("*.safetensors") if "multi_modal_projector.linear_2.bias" in load_file(f))
     save_file(load_file(shard) | {"multi_modal_projector.linear_2.bias": torch.ones(32)}, shard)
-    with pytest.raises(Error, match="a linear connector of two matrices is not known here"):
+    with pytest.raises(Error, match="a linear connector of two matrices is not supported"):
         llava.load_model(init=folder)
 
 
-# ---- memory of the host: a model of 7B has 14 GB in half precision, once per process ---------------------------------
+# ---- host memory: a model of 7B has 14 GB in half precision, once per process ----------------------------------------
 
 def resident(what):
-    """MB of this process: RssAnon = its own now, VmHWM = the most that it had since `forget`"""
+    """MB of this process: RssAnon = its own now, VmHWM = its peak since `forget`"""
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(f"{what}:")) / 1e3
 
 
@@ -93,15 +99,15 @@ def forget():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def test_a_model_is_loaded_once_in_the_dtype_it_is_used_in(tmp_path, bytes_folder):
+def test_a_model_is_loaded_once(tmp_path, bytes_folder):
     model, folder, *_ = clients.make("clip-llama-mlp", bytes_folder)
-    state, model.cfg.text.vocab_size = model.state_dict(), 400_000
+    state, model.cfg.text.vocab_size = model.state_dict(), 200_000
     for name in ("model.embed_tokens", "lm_head"):
-        state[f"language_model.{name}.weight"] = torch.ones(400_000, 32)
+        state[f"language_model.{name}.weight"] = torch.ones(200_000, 32)
     llava.save_model(tmp_path / "big", state, model.cfg, folder, "vicuna_v1", "", "pad", torch.float16)
     del state
     gc.collect()
-    half, before = 2 * 400_000 * 32 * 2 / 1e6, resident("RssAnon")            # 51.2 MB
+    half, before = 2 * 200_000 * 32 * 2 / 1e6, resident("RssAnon")            # 25.6 MB
     model, _ = llava.load_model(init=tmp_path / "big", dtype=None)
     seen = resident("RssAnon") - before
     engine.choose(model, {"multi_modal_projector.*": 1e-3}, torch.bfloat16)
@@ -109,7 +115,7 @@ def test_a_model_is_loaded_once_in_the_dtype_it_is_used_in(tmp_path, bytes_folde
     assert seen < 0.6 * half and kept < 1.6 * half, (seen, kept, half)       # a copy too many is 1.0 more, at least
 
 
-def test_the_mark_of_a_tensor_needs_no_second_one_in_fp32():
+def test_a_digest_makes_no_copy_in_fp32():
     big = torch.ones(32_000_000, dtype=torch.bfloat16)                        # 64 MB, 128 in fp32
     forget()
     before = resident("VmHWM")
@@ -117,7 +123,7 @@ def test_the_mark_of_a_tensor_needs_no_second_one_in_fp32():
     assert resident("VmHWM") - before < 80, resident("VmHWM") - before       # what malloc keeps of 4 MB pieces: to 32
 
 
-def test_saving_holds_one_shard_more_and_not_the_model_twice(tmp_path, bytes_folder, monkeypatch):
+def test_saving_copies_one_shard_at_a_time(tmp_path, bytes_folder, monkeypatch):
     monkeypatch.setattr(tensors, "SHARD", 4_000_000)
     model, folder, *_ = clients.make("clip-llama-mlp", bytes_folder)
     many = {f"vision_tower.{i}": torch.ones(2_000_000) for i in range(16)}    # 128 MB, 64 in half precision

@@ -1,17 +1,17 @@
 """What vLLM asks of a LLaVA folder, and what transformers itself would have written into one. vLLM cannot run here: its
 demands are read from its source (vllm/model_executor/models/llava.py at 35d3c24, clip.py at 030ea52, siglip.py at
-0531c22), as facts about names, keys and counts, and every folder that hf.save writes must meet them to the letter."""
+0531c22), as facts about names, keys and counts, and every folder that llava.save_model writes must meet them."""
 
 import json
 
 import clients
 import pytest
 from safetensors import safe_open
-from test_shapes import eyes, reader
+from test_shapes import reader, tower
 
 ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}  # that it registers
 ACTIVATIONS = {"gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "silu", "quick_gelu"}
-CASES = [c for c in clients.CASES if not c.startswith("dinov2") and c.endswith("mlp")]
+CASES = ["clip-llama-mlp", "siglip-qwen2-mlp", "clip-mistral-mlp", "siglip-qwen3-mlp"]
 
 
 def shapes(folder):
@@ -30,7 +30,7 @@ def asked(c):
     layer = c["vision_feature_layer"]
     depth = layer + v["num_hidden_layers"] + 1 if layer < 0 else layer
     assert depth <= v["num_hidden_layers"]                                    # else: a ValueError
-    out = {f"vision_tower.{k}": s for k, s in eyes(v | {"num_hidden_layers": depth}).items() if "post_layer" not in k}
+    out = {f"vision_tower.{k}": s for k, s in tower(v | {"num_hidden_layers": depth}).items() if "post_layer" not in k}
     C, D = t["hidden_size"], v["hidden_size"]
     for i, width in ((1, D), (2, C)):
         out[f"multi_modal_projector.linear_{i}.weight"] = (C, width)
@@ -69,7 +69,7 @@ def test_vllm_finds_every_setting(folder):
     assert c["vision_feature_select_strategy"] == ("default" if "clip" in v["model_type"] else "full")
 
 
-def test_vllm_counts_as_many_tokens_for_a_picture_as_the_processor_writes(folder):
+def test_vllm_and_processor_count_the_same_image_tokens(folder):
     """It checks one against the other, and pixels against the tower's size."""
     T = pytest.importorskip("transformers")
     from PIL import Image
@@ -83,7 +83,7 @@ def test_vllm_counts_as_many_tokens_for_a_picture_as_the_processor_writes(folder
     seen = processor(images=Image.new("RGB", (23, 9)), text="<image>", return_tensors="pt")
     assert (seen["input_ids"] == image).sum() == own == c["image_seq_length"]
     assert seen["pixel_values"].shape == (1, 3, v["image_size"], v["image_size"])
-    # of a question it renders the picture as the text <image>, or leaves the part to the template: once, either way
+    # of a question it renders the image as the text <image>, or leaves the part to the template: once, either way
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
     texts = [processor.apply_chat_template([{"role": "user", "content": x}], add_generation_prompt=True)
              for x in ("<image>\nWhat?", parts)]
@@ -102,11 +102,10 @@ def flat(d, at=()):
     return out
 
 
-@pytest.mark.parametrize("case", ["clip-llama-mlp", "siglip-qwen2-mlp", "clip-mistral-mlp", "siglip-qwen3-mlp"])
-def test_what_transformers_would_write_stands_in_the_folder_or_is_a_default(case, tmp_path, bytes_folder):
+def test_transformers_would_write_the_same_metadata(folder, tmp_path):
     """save_pretrained of the model and of the processor that were read from it, key by key."""
     T = pytest.importorskip("transformers")
-    ours, theirs = clients.write(case, tmp_path, bytes_folder), tmp_path / "theirs"
+    ours, theirs = folder, tmp_path / "theirs"
     model = T.LlavaForConditionalGeneration.from_pretrained(ours, dtype="auto")
     model.save_pretrained(theirs)
     T.AutoProcessor.from_pretrained(ours).save_pretrained(theirs)
@@ -127,9 +126,9 @@ def test_what_transformers_would_write_stands_in_the_folder_or_is_a_default(case
         assert other[k] == mine[k], k
     for name in ("generation_config.json", "tokenizer_config.json", "processor_config.json"):
         mine, other = (json.loads((at / name).read_text()) for at in (ours, theirs))
-        pictures = other.pop("image_processor", {})                           # a file of its own until transformers 4
+        images = other.pop("image_processor", {})                             # a file of its own until transformers 4
         pre = json.loads((ours / "preprocessor_config.json").read_text())
-        assert all(pre[k] == x for k, x in pictures.items() if k in pre)
-        assert set(pictures) - set(pre) <= {"do_resize", "do_rescale", "do_normalize", "rescale_factor"}     # defaults
+        assert all(pre[k] == x for k, x in images.items() if k in pre)
+        assert set(images) - set(pre) <= {"do_resize", "do_rescale", "do_normalize", "rescale_factor"}     # defaults
         wrong = {k for k, x in other.items() if k not in NEVER and mine.get(k) != x}
         assert wrong <= {"tokenizer_class"}                                   # theirs is not known to transformers 4
