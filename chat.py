@@ -1,183 +1,184 @@
-"""Conversations to token ids and labels, made together, turn by turn.
+"""Conversations to token ids and labels, built together, turn by turn.
 
-A template writes a script of three kinds of parts: control tokens (BOS, end of turn, header tokens: inserted as ids),
-images (Q holes each), and text. Text between two control tokens is tokenised in one piece by a tokenizer that knows no
-control tokens, so nobody can type one; what is learnt is decided by characters: the assistant's words, and the end of
-their turn. Hence: no searching of rendered text, and the prompt at inference is an exact prefix of what was trained.
+A template writes a conversation as a list of parts. There are three kinds: control tokens (BOS, headers, end of turn),
+images (Q placeholders each), and text. Control tokens are inserted as ids. The text between two of them is tokenised
+in one piece, by a tokenizer that knows no control tokens, so nobody can type one. The loss mask is decided by
+characters: the answers and the tokens that end them are supervised. Hence rendered text is never searched, and the
+prompt at inference is an exact prefix of the training ids.
 
-    turns: list of (user, assistant); assistant None in the last one = write the prompt of its answer
-    ids, labels: lists of equal length; labels[i] is ids[i] where that is to be learnt, else -100 (not yet shifted)
+    turns    [(user, assistant)]; assistant None in the last turn: write the prompt that asks for its answer
+    ids      list of token ids
+    labels   list of the same length: labels[i] is ids[i] where token i is supervised, else IGNORE; not yet shifted
+    Q        tokens per image
 """
 
 import itertools
+import os
 import re
+import sys
 from typing import NamedTuple
 
 from config import BadSample, stop
 from kernels.cross_entropy import IGNORE
 
-IMAGE = "<image>"  # the marker of LLaVA's data files; a tokenizer's token for an image has the same name
+IMAGE = "<image>"  # the marker in LLaVA's data files; the placeholder token has the same name
+LONGEST = 64       # characters per token: an average that no real text reaches
 
 
-class Script:
-    """The parts of one conversation as a template writes them: ("id", id, learn), ("image",), ("text", str, learn)."""
+class Parts:
+    """One conversation, in order: ("id", id, supervised), ("text", str, supervised), ("image", None, False)."""
 
     def __init__(self, tok, images):
         self.tok, self.images, self.parts = tok, images, []
 
-    def control(self, token, learn=False):
+    def control(self, token, supervised=False):
         if token is None:
             stop(f"this template needs a BOS and an EOS token; {self.tok.folder}/tokenizer_config.json names none")
-        self.parts.append(("id", token if isinstance(token, int) else self.tok.id(token), learn))
+        self.parts.append(("id", token if isinstance(token, int) else self.tok.id(token), supervised))
 
-    def mark(self, s):
-        """Words around a turn that some tokenizers know as control tokens (Mistral's, from its third version on)."""
+    def text(self, s, supervised=False):
+        if s:
+            self.parts.append(("text", s, supervised))
+
+    def tag(self, s):
+        """[INST] and [/INST]: control tokens since Mistral's third version, text before."""
         self.control(s) if s in self.tok.specials else self.text(s)
 
-    def text(self, s, learn=False):
-        if s:
-            self.parts.append(("text", s, learn))
+    def image(self):
+        self.parts.append(("image", None, False))
 
     def user(self, s):
-        """What a person said. Markers count as pictures only in a sample that has pictures; a single one moves to the
-        front of its turn, as in LLaVA; several stay where they were written."""
+        """A question. Markers stand for images only in a sample that has images. A single marker moves to the front of
+        its turn, as in LLaVA; several stay where they are."""
         if not self.images or IMAGE not in s:
             return self.text(s.strip())
         if s.count(IMAGE) == 1:
-            rest = s.replace(IMAGE, "").strip()
-            s = f"{IMAGE}\n{rest}" if rest else IMAGE
-        pieces = s.strip().split(IMAGE)
-        for i, piece in enumerate(pieces):
+            s = f"{IMAGE}\n{s.replace(IMAGE, '').strip()}"
+        for i, piece in enumerate(s.strip().split(IMAGE)):
             if i:
-                self.parts.append(("image",))
+                self.image()
             self.text(piece)
 
-    def ids(self, image_id, image_tokens):
-        """-> ids, labels. Neighbouring texts are joined before they are tokenised."""
-        ids, labels, texts = [], [], []
-
-        def flush():
-            learnt = b"".join(bytes([learn]) * len(s) for s, learn in texts)  # one byte per character
-            whole = "".join(s for s, _ in texts)
-            if re.search("[\ud800-\udfff]", whole):
-                raise BadSample("a text holds a lone surrogate, which no encoding knows")
-            new, offsets = self.tok.text(whole, first=not ids)
-            for i, (a, b) in zip(new, offsets):
-                touched = learnt[a:b]
-                if 0 in touched and 1 in touched:
-                    raise BadSample("an answer's first token reaches back into its prompt", repr(self.tok.decode([i])))
-                ids.append(i)
-                labels.append(i if 1 in touched else IGNORE)
-            texts.clear()
-
-        for kind, *rest in self.parts:
+    def tokenise(self, image_id, image_tokens):
+        """-> ids, labels. Adjacent texts are joined before they are tokenised."""
+        out = []                                                               # [(id, supervised)]
+        for kind, parts in itertools.groupby(self.parts, lambda part: part[0]):
             if kind == "text":
-                texts.append(rest)
-                continue
-            flush()
-            if kind == "image":
-                ids.extend([image_id] * image_tokens)
-                labels.extend([IGNORE] * image_tokens)
+                out += self.tokenise_text([part[1:] for part in parts], first=not out)
+            elif kind == "image":
+                out += [(image_id, False)] * image_tokens * len(list(parts))
             else:
-                ids.append(rest[0])
-                labels.append(rest[0] if rest[1] else IGNORE)
-        flush()
-        return ids, labels
+                out += [part[1:] for part in parts]
+        return [i for i, _ in out], [i if supervised else IGNORE for i, supervised in out]
+
+    def tokenise_text(self, texts, first):
+        """[(str, supervised)] -> [(id, supervised)]. first: the text begins the conversation."""
+        text = "".join(s for s, _ in texts)
+        mask = b"".join(bytes([supervised]) * len(s) for s, supervised in texts)     # one byte per character
+        if re.search("[\ud800-\udfff]", text):
+            raise BadSample("a text holds a lone surrogate, which no encoding allows")
+        out = []
+        for i, (start, end) in zip(*self.tok.text(text, first)):
+            span = mask[start:end]
+            if 0 in span and 1 in span:
+                raise BadSample("one token holds the end of a prompt and the start of its answer",
+                                repr(self.tok.decode([i])))
+            out.append((i, 1 in span))
+        return out
 
 
-# ---- templates: each writes turns as the model in question expects them ---------------------------------------------
+# ---- templates: each writes turns as its language models expect them ------------------------------------------------
 
-def plain(w, system, turns):
-    """Stage 1: picture, caption, newline. What the person said is not read, only its pictures."""
-    if w.tok.bos is not None:                           # Qwen has none
-        w.control(w.tok.bos)
+def plain(p, system, turns):
+    """Stage 1: image, caption, newline. Of the question only the images are used."""
+    if p.tok.bos is not None:                           # Qwen has none
+        p.control(p.tok.bos)
     for user, answer in turns:
-        for _ in range(user.count(IMAGE) if w.images else 0):
-            w.parts.append(("image",))
+        for _ in range(user.count(IMAGE) if p.images else 0):
+            p.image()
         if answer is not None:
-            w.text(answer + "\n", learn=True)
+            p.text(answer + "\n", supervised=True)
 
 
-def vicuna_v1(w, system, turns):
-    w.control(w.tok.bos)
-    w.text(system + " " if system else "")
+def vicuna_v1(p, system, turns):
+    p.control(p.tok.bos)
+    p.text(system + " " if system else "")
     for user, answer in turns:
-        w.text("USER: ")
-        w.user(user)
-        w.text(" ASSISTANT:")
+        p.text("USER: ")
+        p.user(user)
+        p.text(" ASSISTANT:")
         if answer is not None:
-            w.text(" " + answer, learn=True)
-            w.control(w.tok.eos, learn=True)
+            p.text(" " + answer, supervised=True)
+            p.control(p.tok.eos, supervised=True)
 
 
-def llava_llama_2(w, system, turns, bos_each_turn=True):
+def llava_llama_2(p, system, turns, bos_each_turn=True):
     for i, (user, answer) in enumerate(turns):
         if i == 0 or bos_each_turn:
-            w.control(w.tok.bos)
-        w.mark("[INST]")
-        w.text(" ")
-        w.text(f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else "")
-        w.user(user)
-        w.text(" ")
-        w.mark("[/INST]")
+            p.control(p.tok.bos)
+        p.tag("[INST]")
+        p.text(" ")
+        p.text(f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else "")
+        p.user(user)
+        p.text(" ")
+        p.tag("[/INST]")
         if answer is not None:
-            w.text(" " + answer + " ", learn=True)
-            w.control(w.tok.eos, learn=True)
+            p.text(" " + answer + " ", supervised=True)
+            p.control(p.tok.eos, supervised=True)
 
 
-def mistral(w, system, turns):
-    llava_llama_2(w, system, turns, bos_each_turn=False)
+def mistral(p, system, turns):
+    llava_llama_2(p, system, turns, bos_each_turn=False)
 
 
-def llama_3(w, system, turns):
+def llama_3(p, system, turns):
     def header(role):
-        w.control("<|start_header_id|>")
-        w.text(role)
-        w.control("<|end_header_id|>")
-        w.text("\n\n")
+        p.control("<|start_header_id|>")
+        p.text(role)
+        p.control("<|end_header_id|>")
+        p.text("\n\n")
 
-    w.control("<|begin_of_text|>")
+    p.control("<|begin_of_text|>")
     if system:
         header("system")
-        w.text(system.strip())
-        w.control("<|eot_id|>")
+        p.text(system.strip())
+        p.control("<|eot_id|>")
     for user, answer in turns:
         header("user")
-        w.user(user)
-        w.control("<|eot_id|>")
+        p.user(user)
+        p.control("<|eot_id|>")
         header("assistant")
         if answer is not None:
-            w.text(answer, learn=True)
-            w.control("<|eot_id|>", learn=True)
+            p.text(answer, supervised=True)
+            p.control("<|eot_id|>", supervised=True)
 
 
-def chatml(w, system, turns):
-    def begin(role):
-        w.control("<|im_start|>")
-        w.text(role + "\n")
+def chatml(p, system, turns):
+    def header(role):
+        p.control("<|im_start|>")
+        p.text(role + "\n")
 
     if system:
-        begin("system")
-        w.text(system)
-        w.control("<|im_end|>")
-        w.text("\n")
+        header("system")
+        p.text(system)
+        p.control("<|im_end|>")
+        p.text("\n")
     for user, answer in turns:
-        begin("user")
-        w.user(user)
-        w.control("<|im_end|>")
-        w.text("\n")
-        begin("assistant")
+        header("user")
+        p.user(user)
+        p.control("<|im_end|>")
+        p.text("\n")
+        header("assistant")
         if answer is not None:
-            w.text(answer, learn=True)
-            w.control("<|im_end|>", learn=True)
-            w.text("\n")
+            p.text(answer, supervised=True)
+            p.control("<|im_end|>", supervised=True)
+            p.text("\n")
 
 
 class Template(NamedTuple):
     write: callable
     system: str           # the default
     stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token that holds one
-    jinja: tuple          # what it writes, as jinja: at the beginning, for a user, for an answer, to ask for one
 
 
 _VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -185,29 +186,13 @@ _VICUNA = ("A chat between a curious user and an artificial intelligence assista
 _LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content "
           "that the user provides, and assist the user with a variety of tasks using natural language.")
 
-# what stands between these is learnt, as encode labels it: of it transformers makes return_assistant_tokens_mask
-LEARN, LEARNT = "{% generation %}", "{% endgeneration %}"
-_INST = "[INST] {% if system and ns.first %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ user }} [/INST]"
-_SYSTEM, _USER, _ASSISTANT = (f"<|start_header_id|>{r}<|end_header_id|>\n\n" for r in ("system", "user", "assistant"))
-
 TEMPLATES = {
-    "plain": Template(plain, "", "\n", (
-        "{{ bos_token }}", "{{ '<image>' * images }}", LEARN + "{{ answer }}\n" + LEARNT, "")),
-    "vicuna_v1": Template(vicuna_v1, _VICUNA, "", (
-        "{{ bos_token }}{% if system %}{{ system + ' ' }}{% endif %}", "USER: {{ user }}",
-        " ASSISTANT:" + LEARN + " {{ answer }}{{ eos_token }}" + LEARNT, " ASSISTANT:")),
-    "llava_llama_2": Template(llava_llama_2, _LLAVA, "", (
-        "", "{{ bos_token }}" + _INST, LEARN + " {{ answer }} {{ eos_token }}" + LEARNT, "")),
-    "llama_3": Template(llama_3, _LLAVA, "<|eot_id|>", (
-        "<|begin_of_text|>{% if system %}" + _SYSTEM + "{{ system | trim }}<|eot_id|>{% endif %}",
-        _USER + "{{ user }}<|eot_id|>", _ASSISTANT + LEARN + "{{ answer }}<|eot_id|>" + LEARNT, _ASSISTANT)),
-    "chatml": Template(chatml, "You are a helpful assistant.", "<|im_end|>", (
-        "{% if system %}<|im_start|>system\n{{ system }}<|im_end|>\n{% endif %}",
-        "<|im_start|>user\n{{ user }}<|im_end|>\n",
-        "<|im_start|>assistant\n" + LEARN + "{{ answer }}<|im_end|>" + LEARNT + "{{ '\\n' }}",
-        "<|im_start|>assistant\n")),
-    "mistral": Template(mistral, "", "", (
-        "{{ bos_token }}", _INST, LEARN + " {{ answer }} {{ eos_token }}" + LEARNT, "")),
+    "plain": Template(plain, "", "\n"),
+    "vicuna_v1": Template(vicuna_v1, _VICUNA, ""),
+    "llava_llama_2": Template(llava_llama_2, _LLAVA, ""),
+    "llama_3": Template(llama_3, _LLAVA, "<|eot_id|>"),
+    "chatml": Template(chatml, "You are a helpful assistant.", "<|im_end|>"),
+    "mistral": Template(mistral, "", ""),
 }
 
 
@@ -217,48 +202,66 @@ def template(name):
     return TEMPLATES[name]
 
 
-def encode(tok, name, turns, images, image_id, image_tokens, system=None):
-    """turns of one conversation with `images` pictures -> (ids, labels). system None = the template's own; "" = none.
-    The users' texts must hold a marker for each picture; without pictures a marker is text like any other."""
+def encode(tok, name, turns, images, image_id, image_tokens, system=None, max_len=None):
+    """One conversation with `images` images -> ids, labels, not truncated. The users' texts hold one marker per image;
+    without images a marker is text. system: None = the template's default, "" = none. max_len: refuse a text so much
+    longer that tokenising it would only cost memory. Raises BadSample."""
     t = template(name)
     if images:
-        marks = sum(user.count(IMAGE) for user, _ in turns)
-        if marks != images:
-            raise BadSample(f"not as many {IMAGE} markers as images", f"{images} image(s) but {marks} marker(s)")
-    w = Script(tok, images)
-    t.write(w, t.system if system is None else system, [(u, a if a is None else a.strip()) for u, a in turns])
-    return w.ids(image_id, image_tokens)
+        markers = sum(user.count(IMAGE) for user, _ in turns)
+        if markers != images:
+            raise BadSample(f"not as many {IMAGE} markers as images", f"{images} image(s) but {markers} marker(s)")
+    size = sum(len(user) + len(answer or "") for user, answer in turns)
+    if max_len is not None and size > LONGEST * max(max_len, 2048):
+        raise BadSample("far longer than max_len", f"{size:,} characters, max_len={max_len} tokens")
+    p = Parts(tok, images)
+    t.write(p, t.system if system is None else system, [(u, a if a is None else a.strip()) for u, a in turns])
+    return p.tokenise(image_id, image_tokens)
+
+
+def end_of_turn(tok, name):
+    """The id that ends a turn, or None. It becomes the EOS of a published folder. `plain`, whose answers end in a
+    newline, keeps the tokenizer's EOS."""
+    end = template(name).stop
+    return tok.eos if end in ("", "\n") else tok.id(end)
 
 
 def stop_ids(tok, name):
-    """The ids that end an answer under a template."""
-    end = template(name).stop
-    if end == "\n":
+    """The ids at which generation stops."""
+    if template(name).stop == "\n":
         return {i for i in range(len(tok)) if "\n" in tok.full.decode([i], skip_special_tokens=False)}
-    return {tok.id(end) if end else tok.eos} - {None}
+    return {end_of_turn(tok, name)} - {None}
 
 
 def truncate(ids, labels, image_id, image_tokens, max_len):
-    """Keep at most max_len tokens, and no part of an image -> ids, labels, images kept."""
+    """Keep at most max_len tokens, and no part of an image -> ids, labels, number of images kept."""
     n = min(len(ids), max_len)
-    if n < len(ids) and ids[n] == image_id:                            # the cut may lie inside an image block
+    if n < len(ids) and ids[n] == image_id:                            # the cut may lie inside an image
         first = n
         while first and ids[first - 1] == image_id:
             first -= 1
-        n = first + (n - first) // image_tokens * image_tokens         # blocks may touch: keep the whole ones
+        n = first + (n - first) // image_tokens * image_tokens         # images may be adjacent: keep the whole ones
     ids, labels = ids[:n], labels[:n]
     return ids, labels, ids.count(image_id) // image_tokens
 
 
+# ---- looking at the loss mask ---------------------------------------------------------------------------------------
+
+def printable(s):
+    """Text from data for a terminal: control characters and changes of writing direction are escaped."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: repr(m[0])[1:-1], s)
+
+
 def show(tok, ids, labels, image_id, file=None):
-    """Print a sample with its mask: learnt tokens green, the rest grey, control tokens and images named."""
-    names = {v: k for k, v in tok.specials.items()} | {image_id: IMAGE}
-    out = []
-    for (name, learnt), run in itertools.groupby(zip(ids, labels), lambda t: (names.get(t[0]), t[1] != IGNORE)):
-        run = [i for i, _ in run]
-        if run[0] == image_id:
-            s = f"[{len(run)} x image]"
-        else:
-            s = name * len(run) if name else tok.full.decode(run)
-        out.append(f"\033[{32 if learnt else 90}m{s}\033[0m")
-    print("".join(out), file=file)
+    """Print a sample and its loss mask: supervised tokens stand in [[ ]], on a terminal also in green."""
+    file = file or sys.stdout
+    coloured = file.isatty() and not os.environ.get("NO_COLOR")
+    names = {i: name for name, i in tok.specials.items()} | {image_id: IMAGE}
+    for supervised, pairs in itertools.groupby(zip(ids, labels), lambda pair: pair[1] != IGNORE):
+        text = ""
+        for name, run in itertools.groupby([i for i, _ in pairs], names.get):
+            run = list(run)
+            text += f"[{len(run)} x image]" if name == IMAGE else name * len(run) if name else tok.full.decode(run)
+        text = f"[[{printable(text)}]]" if supervised else printable(text)
+        print(f"\033[{32 if supervised else 90}m{text}\033[0m" if coloured else text, end="", file=file)
+    print(file=file)

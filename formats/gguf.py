@@ -1,13 +1,12 @@
-"""A LLaVA folder for llama.cpp and what is built on it: one GGUF file for the language model, one for the eyes.
+"""A LLaVA folder -> two GGUF files for llama.cpp: the language model, and the vision tower with the connector (mmproj).
 
-    python -m tools.export_gguf DIR [--out=DIR] [--dtype=f16]     # -> OUT/model-f16.gguf and OUT/mmproj-model-f16.gguf
+Keys and tensor names are those that llama.cpp's converter writes (conversion/llama.py, qwen.py) and its loaders read
+(src/llama-vocab.cpp, tools/mtmd/clip.cpp; at 0c1e570, October 2026). That converter reads the language model of our
+folders, too, but not their vision tower. It recognises a tokenizer by a hash of the ids of one test string, so only
+published ones. Here a tokenizer's rules are compared with those of llama.cpp; what it would tokenise differently is
+refused.
 
-Keys and tensor names are those that llama.cpp's converter writes (conversion/llama.py, qwen.py) and its loaders ask for
-(src/llama-vocab.cpp, tools/mtmd/clip.cpp; read at 0c1e570, of October 2026). That converter takes the language model of
-our folders too, and refuses their eyes. It knows a tokenizer by what it makes of one sentence, so none but published
-ones; here its rules are compared with those that llama.cpp has, and what it would read otherwise is refused.
-
-    V vocabulary   H heads, of queries or of keys   K head dim   C LLM width
+    V vocabulary size   H heads, of queries or of keys   K head dim
 """
 
 import os
@@ -24,36 +23,39 @@ from formats.strict_json import read_json
 from model import rope_frequencies
 
 ALIGN = 32
-DTYPES = {"f32": (torch.float32, 0, 0), "f16": (torch.float16, 1, 1), "bf16": (torch.bfloat16, 30, 32)}  # ggml's number
-#                                                                                                    and that of a file
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)                                   # kinds of tokens
+# name -> torch dtype, number of the ggml type, number in general.file_type
+DTYPES = {"f32": (torch.float32, 0, 0), "f16": (torch.float16, 1, 1), "bf16": (torch.bfloat16, 30, 32)}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 
+# our name -> llama.cpp's
 TEXT = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
          "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
          "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
          "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-EYES = {"embeddings.class_embedding": "v.class_embd", "embeddings.patch_embedding": "v.patch_embd",
-        "embeddings.position_embedding": "v.position_embd", "pre_layrnorm": "v.pre_ln"}
+VISION = {"embeddings.class_embedding": "v.class_embd", "embeddings.patch_embedding": "v.patch_embd",
+          "embeddings.position_embedding": "v.position_embd", "pre_layrnorm": "v.pre_ln"}
 BLOCK = {"layer_norm1": "ln1", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.out_proj": "attn_out", "layer_norm2": "ln2", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 CONNECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
-# how a byte-level tokenizer cuts text before it merges -> llama.cpp's name for it
+# pre-tokenizer of a byte-level tokenizer -> llama.cpp's name for it
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CUTS = {(("Split", _WORDS % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
-        (("Split", _WORDS % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
-        (("Digits", True), ("ByteLevel", False, True)): "smollm",
-        (("ByteLevel", False, True),): "gpt-2"}
-# the ways of SentencePiece, which cuts nothing: normalizers, pre-tokenizers -> is a space put in front?
-PIECES = {(("Prepend", "Replace"), ()): True, (("Replace",), ()): False, ((), (("Metaspace", "always", False),)): True,
-          ((), (("Metaspace", "first", False),)): True, ((), (("Metaspace", "never", False),)): False}
+BYTE_LEVEL = {
+    (("Split", _WORDS % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
+    (("Split", _WORDS % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
+    (("Digits", True), ("ByteLevel", False, True)): "smollm",
+    (("ByteLevel", False, True),): "gpt-2"}
+# normalizers and pre-tokenizers of a SentencePiece tokenizer, which splits nothing -> does it add a first space?
+SENTENCEPIECE = {
+    (("Prepend", "Replace"), ()): True, (("Replace",), ()): False, ((), (("Metaspace", "always", False),)): True,
+    ((), (("Metaspace", "first", False),)): True, ((), (("Metaspace", "never", False),)): False}
 
 
-# ---- the container --------------------------------------------------------------------------------------------------
+# ---- the file format ------------------------------------------------------------------------------------------------
 
 def packed(value):
-    """A key's value -> (type, bytes): uint32, float32, bool, string, or an array of int32, float32 or strings"""
+    """A key's value -> type number, bytes: uint32, float32, bool, string, or an array of int32, float32 or strings."""
     if isinstance(value, bool):
         return 7, struct.pack("<?", value)
     if isinstance(value, int):
@@ -69,8 +71,8 @@ def packed(value):
 
 
 def write_gguf(path, keys, tensors):
-    """GGUF, version 3. keys: {name: value}; tensors() gives (name, tensor of any shape, "f32", "f16" or "bf16") one by
-    one, and is asked twice: for the table of them all, and for the numbers."""
+    """Write GGUF version 3. keys: {name: value}. tensors() yields (name, tensor, key of DTYPES). It is called twice,
+    for the table of shapes and for the values, so that one tensor at a time is in memory."""
     table, at = [(name, x.shape, dtype) for name, x, dtype in tensors()], 0
     head = [b"GGUF", struct.pack("<IQQ", 3, len(table), len(keys))]
     for name, value in keys.items():
@@ -105,12 +107,12 @@ def padded(n):
 # ---- the language model ---------------------------------------------------------------------------------------------
 
 def interleaved(x, heads):
-    """Rows of q or k, K of each head: rope turns the halves (i, i + K/2) here, the neighbours (2i, 2i + 1) there."""
+    """Permute the H K rows of q_proj or k_proj: rope rotates the pairs (i, i + K/2) here, (2i, 2i + 1) in llama.cpp."""
     return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def spelt(name, table):
-    """A module's parameter -> its name there"""
+def gguf_name(name, table):
+    """A parameter's name -> llama.cpp's. table: module or parameter -> llama.cpp's name."""
     stem, _, last = name.rpartition(".")
     return f"{table[stem]}.{last}" if stem in table else table[name]
 
@@ -119,12 +121,12 @@ def text_tensors(language_model, cfg, dtype):
     for k, x in language_model.state_dict().items():
         if k.startswith("model.layers."):
             _, _, i, rest = k.split(".", 3)
-            if cfg.model_type in ("llama", "mistral"):                        # Qwen's graphs turn halves, as ours
+            if cfg.model_type in ("llama", "mistral"):                        # Qwen's graphs rotate as ours do
                 heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}.get(rest.split(".")[1])
                 x = interleaved(x, heads) if heads else x
-            name = f"blk.{i}.{spelt(rest, LAYER)}"
+            name = f"blk.{i}.{gguf_name(rest, LAYER)}"
         else:
-            name = spelt(k, TEXT)
+            name = gguf_name(k, TEXT)
         yield name, x, dtype if x.ndim > 1 else "f32"
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
         plain = type(cfg)(head_dim=cfg.head_dim, rope_theta=cfg.rope_theta)
@@ -134,14 +136,14 @@ def text_tensors(language_model, cfg, dtype):
 def text_keys(cfg, dtype, name):
     arch = "llama" if cfg.model_type == "mistral" else cfg.model_type
     if arch not in ("llama", "qwen2", "qwen3"):
-        stop(f"{name}: no GGUF of a language model of type {cfg.model_type!r} here: llama, mistral, qwen2, qwen3")
+        stop(f"{name}: a language model of type {cfg.model_type!r} is not exported: llama, mistral, qwen2, qwen3")
     if arch != "llama" and (cfg.o_bias or cfg.mlp_bias or cfg.qk_norm and cfg.qkv_bias):
-        stop(f"{name}: llama.cpp knows no {arch} with these biases")
+        stop(f"{name}: llama.cpp has no {arch} with these biases")
     keys = {"general.architecture": arch, "general.type": "model", "general.name": name,
             "general.file_type": DTYPES[dtype][2]}
     keys |= {f"{arch}.{k}": v for k, v in {
         "vocab_size": cfg.vocab_size, "block_count": cfg.num_hidden_layers, "embedding_length": cfg.hidden_size,
-        # it knows no window, and needs none where a text is no longer than that
+        # llama.cpp has no window for these: a context of its length needs none
         "context_length": min(cfg.max_position_embeddings, cfg.sliding_window or cfg.max_position_embeddings),
         "feed_forward_length": cfg.intermediate_size, "attention.head_count": cfg.num_attention_heads,
         "attention.head_count_kv": cfg.num_key_value_heads, "attention.key_length": cfg.head_dim,
@@ -155,31 +157,31 @@ def text_keys(cfg, dtype, name):
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
-def parts(part, inside):
-    """A normalizer or pre-tokenizer of tokenizer.json -> the steps it consists of"""
-    return [] if part is None else part[inside] if part["type"] == "Sequence" else [part]
+def steps_of(part, key):
+    """A normalizer or pre-tokenizer of tokenizer.json -> its steps. key: where a sequence lists them."""
+    return [] if part is None else part[key] if part["type"] == "Sequence" else [part]
 
 
-def cutting(spec, where):
-    """-> llama.cpp's name for the way a tokenizer cuts text, or None for SentencePiece's; is a space put in front?"""
-    facts = {"Split": lambda s: (s["pattern"].get("Regex"), s["behavior"], s["invert"]),
-             "ByteLevel": lambda s: (s["add_prefix_space"], s.get("use_regex", True)),
-             "Digits": lambda s: (s["individual_digits"],),
-             "Metaspace": lambda s: (s.get("prepend_scheme", "always"), s.get("split", True))}
-    norms = tuple(n["type"] for n in parts(spec.get("normalizer"), "normalizers"))
-    steps = parts(spec.get("pre_tokenizer"), "pretokenizers")
-    cut = tuple((s["type"], *facts.get(s["type"], lambda s: ())(s)) for s in steps)
-    at_once = bool(spec["model"].get("ignore_merges"))                        # a word that is a token is not merged
-    if cut in CUTS and norms in ((), ("NFC",)) and at_once == (CUTS[cut] == "llama-bpe"):     # NFC, of Qwen, is not
-        return CUTS[cut], False                                                               # done there
-    if (norms, cut) not in PIECES or at_once or not spec["model"].get("byte_fallback"):
-        stop(f"{where}: llama.cpp has no name for this way of cutting text: {[*norms, *(c[0] for c in cut)]}")
-    return None, PIECES[norms, cut]
+def pre_tokenizer(spec, where):
+    """-> llama.cpp's name of a pre-tokenizer, or None for SentencePiece; whether a first space is added."""
+    options = {"Split": lambda s: (s["pattern"].get("Regex"), s["behavior"], s["invert"]),
+               "ByteLevel": lambda s: (s["add_prefix_space"], s.get("use_regex", True)),
+               "Digits": lambda s: (s["individual_digits"],),
+               "Metaspace": lambda s: (s.get("prepend_scheme", "always"), s.get("split", True))}
+    norms = tuple(n["type"] for n in steps_of(spec.get("normalizer"), "normalizers"))
+    steps = tuple((s["type"], *options.get(s["type"], lambda s: ())(s))
+                  for s in steps_of(spec.get("pre_tokenizer"), "pretokenizers"))
+    ignore_merges = bool(spec["model"].get("ignore_merges"))            # a word that is a piece is not built by merges
+    if steps in BYTE_LEVEL and norms in ((), ("NFC",)) and ignore_merges == (BYTE_LEVEL[steps] == "llama-bpe"):
+        return BYTE_LEVEL[steps], False                                 # llama.cpp does not normalise to Qwen's NFC
+    if (norms, steps) not in SENTENCEPIECE or ignore_merges or not spec["model"].get("byte_fallback"):
+        stop(f"{where}: llama.cpp has no such pre-tokenizer: {[*norms, *(s[0] for s in steps)]}")
+    return None, SENTENCEPIECE[norms, steps]
 
 
 def scores(vocab, merges, where):
-    """{piece: id}, [(left, right)], best first -> {piece: score}. SentencePiece has scores and no merges: any two
-    neighbours whose union is a piece may join, and the union with the highest score joins first."""
+    """{piece: id}, [(left, right)] best first -> {piece: score}. SentencePiece has scores instead of merges: any two
+    neighbours whose union is a piece may merge, and the union with the highest score comes first."""
     out, last = {}, None
     for rank, (a, b) in enumerate(merges):
         if a + b != last and a + b in out:
@@ -189,21 +191,20 @@ def scores(vocab, merges, where):
     splits = sum(p[:i] in vocab and p[i:] in vocab for p in out for i in range(1, len(p)))
     orphans = {p for p in vocab.keys() - out.keys() if any(p[:i] in vocab and p[i:] in vocab for i in range(1, len(p)))}
     if splits != len(merges) or orphans:
-        stop(f"{where}: these merges are not those of a SentencePiece model, and llama.cpp would tokenise otherwise")
+        stop(f"{where}: these merges are not those of a SentencePiece model; llama.cpp would tokenise differently")
     return out
 
 
 def tokenizer_keys(tok, V, template, system=None):
-    """A tokenizer -> the keys that llama.cpp builds its own from. V: rows of the embedding; template: ours, or none of
-    ours, and then the folder's own, as it is."""
+    """A tokenizer -> its keys. V: rows of the embedding. template: a name in chat.py; None: the folder's own jinja."""
     where, spec = f"the tokenizer in {tok.folder}", tok.spec
     if (kind := spec["model"].get("type")) != "BPE":
-        stop(f"{where}: GGUF of a tokenizer of type {kind!r} is not known here: BPE")
+        stop(f"{where}: a tokenizer of type {kind!r} is not exported: BPE")
     vocab = spec["model"]["vocab"]
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
     added = {t["content"]: t for t in spec["added_tokens"]}
-    pre, space = cutting(spec, where)
-    names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # rows that no token has
+    pre, space = pre_tokenizer(spec, where)
+    names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # rows without a token
     for piece, i in {**vocab, **{c: t["id"] for c, t in added.items()}}.items():
         names[i], types[i] = piece, NORMAL
         if piece in added:
@@ -224,55 +225,54 @@ def tokenizer_keys(tok, V, template, system=None):
     keys |= {f"{k}_token_id": i for k, i in ids.items() if i is not None}
     keys |= {"tokens": names, "token_type": types, "add_bos_token": tok.full.encode("a").ids[:1] == [tok.bos],
              "add_eos_token": False}
-    talk = marked(jinja.jinja(template, system)) if template else own_template(tok.folder)
-    return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | ({"tokenizer.chat_template": talk} if talk else {})
+    text = with_media_marker(jinja.jinja(template, system)) if template else own_template(tok.folder)
+    return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | ({"tokenizer.chat_template": text} if text else {})
 
 
 def own_template(folder):
-    """The chat template of a folder, wherever its time kept it (llava-hf's: in chat_template.json) -> str or None"""
+    """The chat template of a folder, in any of the places that transformers has used -> str or None."""
     if (file := folder / "chat_template.jinja").is_file():
         return file.read_text("utf-8")
-    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        if file.is_file() and (talk := read_json(file).get("chat_template")):
-            if isinstance(talk, list):                                        # several of them, by name
-                named = [t for t in talk if isinstance(t, dict) and t.get("name") == "default"]
-                talk = named[0].get("template") if named else None
-            return talk if isinstance(talk, str) else None
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):         # llava-hf: the first
+        if file.is_file() and (found := read_json(file).get("chat_template")):
+            if isinstance(found, list):                                                    # several, by name
+                default = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
+                found = default[0].get("template") if default else None
+            return found if isinstance(found, str) else None
 
 
-def marked(talk):
-    """Our template for llama.cpp, which puts a marker of its own, <__media…__>, where a picture was, and no newline.
-    As <image> does in training, it comes to the front of its turn, and a newline after it."""
-    said = "{% set said = words(message['content']) %}"
-    talk = talk.replace(chat.LEARN, "").replace(chat.LEARNT, "")              # tags that not every reader of GGUF knows
-    mark = ("{% set mark = '<__media' + said.split('<__media')[1].split('__>')[0] + '__>' if '<__media' in said "
-            "else '<image>' %}")
-    head, turns = talk.split(said)
-    return head + said + mark + turns.replace("'<image>\\n'", "mark + '\\n'").replace("'<image>'", "mark")
+def with_media_marker(text):
+    """Our jinja template for llama.cpp, which replaces an image by a marker of its own, <__media…__>, without a
+    newline. As <image> in training, the marker moves to the front of its turn and a newline follows."""
+    text = text.replace(jinja.BEGIN, "").replace(jinja.END, "")               # not all readers know these tags
+    marker = ("{% set mark = '<__media' + said.split('<__media')[1].split('__>')[0] + '__>' if '<__media' in said "
+              "else '<image>' %}")
+    head, turns = text.split(jinja.CONTENT)
+    return head + jinja.CONTENT + marker + turns.replace("'<image>\\n'", "mark + '\\n'").replace("'<image>'", "mark")
 
 
-# ---- eyes and connector ---------------------------------------------------------------------------------------------
+# ---- vision tower and connector -------------------------------------------------------------------------------------
 
 def mmproj_tensors(model, dtype):
     for k, x in model.vision_tower.vision_model.state_dict().items():
         if k.startswith("encoder.layers."):
             _, _, i, rest = k.split(".", 3)
-            name = f"v.blk.{i}.{spelt(rest, BLOCK)}"
+            name = f"v.blk.{i}.{gguf_name(rest, BLOCK)}"
         else:
-            name = spelt(k, EYES)
-        exact = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"     # its convolution takes f16
-        yield name, x, "f32" if exact else dtype
+            name = gguf_name(k, VISION)
+        fp32 = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"      # its convolution reads f32 or f16
+        yield name, x, "f32" if fp32 else dtype
     for k, x in model.multi_modal_projector.state_dict().items():
-        yield spelt(k, CONNECTOR), x, "f32" if x.ndim == 1 else dtype
+        yield gguf_name(k, CONNECTOR), x, "f32" if x.ndim == 1 else dtype
 
 
 def mmproj_keys(cfg, dtype, name):
     v = cfg.vision
     if v.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        stop(f"{name}: llama.cpp knows no {v.model_type} in front of a LLaVA connector: CLIP and SigLIP")
+        stop(f"{name}: llama.cpp has no {v.model_type} with a LLaVA connector: CLIP and SigLIP")
     if cfg.connector != "mlp":
-        stop(f"{name}: llama.cpp knows no {cfg.connector} connector: mlp")
-    if v.intermediate_size == v.hidden_size:                 # it tells old files, with fc1 named fc2, by their shapes
+        stop(f"{name}: llama.cpp has no {cfg.connector} connector: mlp")
+    if v.intermediate_size == v.hidden_size:            # it recognises old files, with fc1 and fc2 swapped, by shapes
         stop(f"{name}: llama.cpp would swap the two layers of an MLP as wide as the tower")
     keys = {"general.architecture": "clip", "general.type": "mmproj", "general.name": name,
             "general.file_type": DTYPES[dtype][2]}
@@ -282,45 +282,44 @@ def mmproj_keys(cfg, dtype, name):
         "vision.embedding_length": v.hidden_size, "vision.feed_forward_length": v.intermediate_size,
         "vision.projection_dim": cfg.text.hidden_size, "vision.attention.head_count": v.num_attention_heads,
         "vision.attention.layer_norm_epsilon": float(v.layer_norm_eps), "vision.block_count": v.depth,
-        "vision.feature_layer": [v.depth],                                    # else the last block is left out
+        "vision.feature_layer": [v.depth],                                    # or it skips the last block
         "vision.image_mean": [float(m) for m in v.image_mean],
         "vision.image_std": [float(s) for s in v.image_std]}.items()}
 
 
-def unlike(cfg, folder):
-    """What llama.cpp does to pictures otherwise than this model was trained."""
+def differences(cfg, folder):
+    """What llama.cpp does to images and text that differs from training, one line each."""
     aspect, spec = llava.aspect(folder, cfg), configs.image_spec(folder.pre, "pad")
     if aspect != "pad":
-        yield f"this model was trained with image_aspect={aspect}; llama.cpp pads what is not square"
+        yield f"this model was trained with image_aspect={aspect}; llama.cpp pads images that are not square"
     elif (colour := tuple(int(255 * m) for m in spec.mean)) != (122, 116, 104):
         yield f"this model was trained with borders of the colour {colour}; llama.cpp paints (122, 116, 104)"
     if spec.resample != 3:
-        yield f"this model was trained with resample={spec.resample}; llama.cpp takes 3, bicubic"
+        yield f"this model was trained with resample={spec.resample}; llama.cpp uses 3, bicubic"
     if cfg.vision.class_token:
-        yield ("llama.cpp of May 2025 to at least October 2026 puts CLIP's class token behind the patches and moves "
-               "their positions by one (its issue 25814): answers about pictures suffer until that is mended; "
-               "SigLIP's do not")
-    if folder.tok.inner is not folder.tok.plain:
-        yield "this tokenizer adds a space at the beginning of a text; llama.cpp does after each control token too"
+        yield ("llama.cpp since May 2025 (issue 25814, open in October 2026) puts CLIP's class token behind the "
+               "patches and shifts their positions by one: answers about images get worse; SigLIP is not affected")
+    if folder.tok.inside is not folder.tok.start:
+        yield "this tokenizer adds a space at the start of the text; llama.cpp adds one after each control token, too"
     if cfg.vision.hidden_act == "gelu":
-        yield "llama.cpp computes the tower's GELU by its tanh form"
+        yield "llama.cpp computes the vision tower's GELU by its tanh approximation"
 
 
 def export(folder, out, dtype):
-    """A LLaVA folder or a run -> the paths of its language model and of its mmproj, and what to know of them. The
-    weights stay in their file, and pass through memory one tensor at a time."""
+    """A LLaVA folder or a run -> path of the language model, path of the mmproj, [notes for the user]. Weights stay in
+    their file and are read one tensor at a time."""
     if dtype not in DTYPES:
         stop(f"dtype={dtype}: {', '.join(DTYPES)}")
     model, source = llava.load_model(init=folder, dtype=None)
     cfg, name = model.cfg, Path(folder).resolve().name
     keys = text_keys(cfg.text, dtype, name)
     keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
-    eyes = mmproj_keys(cfg, dtype, name)
+    vision_keys = mmproj_keys(cfg, dtype, name)
     out = Path(out or Path(folder) / "gguf")
     out.mkdir(parents=True, exist_ok=True)
     paths = out / f"model-{dtype}.gguf", out / f"mmproj-model-{dtype}.gguf"
     write_gguf(paths[0], keys, partial(text_tensors, model.language_model, cfg.text, dtype))
-    write_gguf(paths[1], eyes, partial(mmproj_tensors, model, dtype))
+    write_gguf(paths[1], vision_keys, partial(mmproj_tensors, model, dtype))
     notes = [] if "tokenizer.chat_template" in keys else [
-        f"{folder} has no chat template: llama.cpp will ask by one of its own, which this model need not know"]
-    return *paths, [*notes, *unlike(cfg, source)]
+        f"{folder} has no chat template: llama.cpp will use one of its own, which may not fit this model"]
+    return *paths, [*notes, *differences(cfg, source)]

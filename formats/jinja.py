@@ -1,17 +1,41 @@
-"""Chat templates as transformers, vLLM and others read them: jinja."""
+"""Chat templates as transformers, vLLM and llama.cpp read them: chat.py's templates in jinja."""
 
 import json
 
 from chat import template
 
-# around these: contents are strings with markers or lists of parts, and markers stand as Script.user puts them. All in
-# one line, for readers differ in what they do with a line break after a tag
-_JINJA = (
+# transformers builds return_assistant_tokens_mask from these tags: the supervised tokens of chat.encode
+BEGIN, END = "{% generation %}", "{% endgeneration %}"
+
+_INST = "[INST] {% if system and ns.first %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ user }} [/INST]"
+_SYSTEM, _USER, _ASSISTANT = (f"<|start_header_id|>{r}<|end_header_id|>\n\n" for r in ("system", "user", "assistant"))
+
+# template -> what it writes at the beginning, for a question, for an answer, and to ask for an answer
+_PARTS = {
+    "plain": ("{{ bos_token }}", "{{ '<image>' * images }}", BEGIN + "{{ answer }}\n" + END, ""),
+    "vicuna_v1": (
+        "{{ bos_token }}{% if system %}{{ system + ' ' }}{% endif %}", "USER: {{ user }}",
+        " ASSISTANT:" + BEGIN + " {{ answer }}{{ eos_token }}" + END, " ASSISTANT:"),
+    "llava_llama_2": ("", "{{ bos_token }}" + _INST, BEGIN + " {{ answer }} {{ eos_token }}" + END, ""),
+    "llama_3": (
+        "<|begin_of_text|>{% if system %}" + _SYSTEM + "{{ system | trim }}<|eot_id|>{% endif %}",
+        _USER + "{{ user }}<|eot_id|>", _ASSISTANT + BEGIN + "{{ answer }}<|eot_id|>" + END, _ASSISTANT),
+    "chatml": (
+        "{% if system %}<|im_start|>system\n{{ system }}<|im_end|>\n{% endif %}",
+        "<|im_start|>user\n{{ user }}<|im_end|>\n",
+        "<|im_start|>assistant\n" + BEGIN + "{{ answer }}<|im_end|>" + END + "{{ '\\n' }}",
+        "<|im_start|>assistant\n"),
+    "mistral": ("{{ bos_token }}", _INST, BEGIN + " {{ answer }} {{ eos_token }}" + END, "")}
+
+# What surrounds the four parts. A message's content is a string with markers or a list of parts; markers move as in
+# chat.Parts.user. It is one line, because readers treat a line break after a tag differently
+CONTENT = "{% set said = words(message['content']) %}"
+_FRAME = (
     "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
     "{{ part['text'] if part['type'] == 'text' else '<image>\\n' }}{% endfor %}{% endif %}{% endmacro %}"
     "{% set system = @system@ %}{% if messages[0]['role'] == 'system' %}"
     "{% set system = words(messages[0]['content']) %}{% endif %}{% set ns = namespace(first=true) %}@begin@"
-    "{% for message in messages %}{% set said = words(message['content']) %}"
+    "{% for message in messages %}" + CONTENT +
     "{% set images = said.split('<image>') | length - 1 %}{% if message['role'] == 'user' %}"
     "{% set user = ('<image>\\n' + (said | replace('<image>', '') | trim) if images == 1 else said) | trim %}@user@"
     "{% set ns.first = false %}{% elif message['role'] == 'assistant' %}{% set answer = said | trim %}@assistant@"
@@ -19,10 +43,9 @@ _JINJA = (
 
 
 def jinja(name, system=None):
-    """A template as transformers, vLLM and others read it: it renders to text what `encode` makes ids of. A string does
-    not tell what was typed from what was meant, so there, and not here, a control token can be typed."""
-    t = template(name)
-    out = _JINJA
-    for place, part in zip(("@begin@", "@user@", "@assistant@", "@prompt@"), t.jinja):
+    """The jinja form of a template. It renders the text whose ids chat.encode gives, with one difference: a string does
+    not tell typed control tokens from real ones, so with jinja a user can type them."""
+    out, t = _FRAME, template(name)
+    for place, part in zip(("@begin@", "@user@", "@assistant@", "@prompt@"), _PARTS[name]):
         out = out.replace(place, part)
     return out.replace("@system@", json.dumps(t.system if system is None else system, ensure_ascii=False))

@@ -1,0 +1,105 @@
+"""SentencePiece's tokenizer.model (Llama 1 and 2, Vicuna, Mistral, TinyLlama) -> what tokenizer.json would say.
+
+SentencePiece merges by scores: of all adjacent pairs whose union is a piece, the pair whose union has the highest score
+is merged, the leftmost first. tokenizer.json has a ranked list of merges: here every way to split a piece in two,
+the piece with the highest score first. Both give the same ids if no two multi-character pieces have equal scores, and
+every character of a piece is a piece itself; other models are refused. Field numbers: sentencepiece_model.proto.
+"""
+
+import struct
+
+from config import stop
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces; USER_DEFINED is never split
+
+
+def protobuf_fields(blob):
+    """A protobuf message -> [(field number, value)]: an int of up to 64 bits, or the bytes of any other type."""
+    at, out = 0, []
+
+    def varint():                                              # seven bits per byte, low ones first; bit eight: go on
+        nonlocal at
+        n = shift = 0
+        while shift < 70:
+            byte = blob[at]
+            at, n, shift = at + 1, n | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return n
+        raise ValueError("an integer of more than 64 bits")
+
+    while at < len(blob):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            out.append((number, varint()))
+            continue
+        if wire not in (1, 2, 5):
+            raise ValueError(f"wire type {wire}")
+        size = {1: 8, 5: 4}.get(wire) or varint()
+        if at + size > len(blob):
+            raise IndexError("the last field is cut off")
+        out.append((number, blob[at:at + size]))
+        at += size
+    return out
+
+
+def read_sentencepiece(path):
+    """tokenizer.model -> (what tokenizer.json would say, {role: token})."""
+    try:
+        model = protobuf_fields(path.read_bytes())
+        pieces = [dict(protobuf_fields(value)) for number, value in model if number == 1]
+        names = [piece[1].decode("utf-8") for piece in pieces]
+        scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces]
+        types = [piece.get(3, NORMAL) for piece in pieces]
+        trainer, normalizer = (dict(protobuf_fields(dict(model)[number])) for number in (2, 3))
+    except OSError as e:
+        stop(f"{path} cannot be read: {e.strerror}")
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as e:
+        stop(f"{path} is not a complete SentencePiece model ({type(e).__name__}: {e})")
+
+    def refuse(why):
+        stop(f"{path}: {why}; where transformers reads it, save_pretrained writes a tokenizer.json for it")
+
+    if (kind := trainer.get(3, 1)) != 2:
+        refuse(f"a model of type {({1: 'unigram', 3: 'word', 4: 'char'}).get(kind, kind)}; only bpe is supported")
+    first_space, squeezes, escapes = (normalizer.get(k, 1) for k in (3, 4, 5))
+    if normalizer.get(2) or squeezes or not escapes or trainer.get(24):
+        refuse("it rewrites text before it splits it; only a first space is supported")
+    if len(set(names)) < len(names) or not all(names) or " " in "".join(names):
+        refuse("duplicate or empty pieces, or pieces with a space")
+    if types.count(UNKNOWN) != 1 or UNUSED in types:
+        refuse("more or less than one unknown piece, or unused pieces")
+    normal = {name: score for name, score, kind in zip(names, scores, types) if kind == NORMAL}
+    merged = sorted((name for name in normal if len(name) > 1), key=lambda name: -normal[name])
+    if len({normal[name] for name in merged}) < len(merged):
+        refuse("pieces of equal score, whose order a list of merges cannot express")
+    if missing := set("".join(merged)) - normal.keys():
+        refuse(f"pieces contain {min(missing)!r}, which is not a piece itself")
+    if first_space and USER_DEFINED in types:
+        refuse("user-defined pieces and a first space, which would be added again after each of them")
+    if trainer.get(35) and types.count(BYTE) != 256:
+        refuse("it falls back on bytes but does not hold all 256")
+
+    prepend = [{"type": "Prepend", "prepend": "▁"}] if first_space else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if first_space else []
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    spec = {
+        "version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None,
+        "added_tokens": [added_token(i, name, kind != USER_DEFINED) | {"normalized": kind == USER_DEFINED}
+                         for i, (name, kind) in enumerate(zip(names, types))
+                         if kind in (UNKNOWN, CONTROL, USER_DEFINED)],
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, space]},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, *strip]},
+        "model": {"type": "BPE", "unk_token": names[types.index(UNKNOWN)], "fuse_unk": True,
+                  "byte_fallback": bool(trainer.get(35)), "vocab": {name: i for i, name in enumerate(names)},
+                  "merges": [f"{name[:i]} {name[i:]}" for name in merged for i in range(1, len(name))
+                             if name[:i] in normal and name[i:] in normal]}}
+    roles = {"bos_token": trainer.get(41, 1), "eos_token": trainer.get(42, 2)}        # -1: there is none
+    return spec, {role: names[i] for role, i in roles.items() if i < len(names) and types[i] == CONTROL}
+
+
+def added_token(i, content, special=True):
+    """An entry of added_tokens in tokenizer.json: matched exactly as typed, without the spaces around it."""
+    return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+            "special": special}
