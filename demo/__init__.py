@@ -1,1 +1,1 @@
-"""The toy world: scenes, captions, questions with answers that can be computed."""
+"""The toy world and the towers that are trained on it: demo/README.md."""

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
+from config import setting
 from demo import toy
 from generate import Chat
 
@@ -26,8 +27,8 @@ THING = re.compile(r"(top|middle|bottom) (left|center|right): a (?:(small|large)
 
 @dataclasses.dataclass
 class Settings:
-    model: str = "runs/align"      # a run, its model/, or any LLaVA folder
-    device: str = "auto"
+    model: str = setting("runs/align", "a run, its model/, or any LLaVA folder")
+    device: str = setting("auto", "auto, cpu, cuda")
 
 
 def caption_facts(caption):

@@ -30,6 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import config
 from chat import encode
+from config import setting
 from data import pack
 from demo import lessons, toy
 from engine import lr_at
@@ -42,45 +43,40 @@ SPECIALS = ["<pad>", "<s>", "</s>", "<image>"]  # ids 0, 1, 2, 3
 
 @dataclass
 class LLMSettings:
-    pairs: int = 700               # steps of each lesson
-    records: int = 3000
-    questions: int = 6000
-    tokens: int = 2048             # per step, at least
-    width: int = 128               # multiple of 32, the head size
-    depth: int = 4
-    lr: float = 3e-3               # AdamW: embeddings, head, norms
-    matrix_lr: float = 0.005       # Muon: matrices inside the blocks
-    embed: float = 0.7             # standard deviation of the first token embeddings
-    residual: float = 0.3          # scale of the first output matrices of attention and MLP
-    exam_every: int = 1000         # steps between scores
-    exam: int = 100                # held-out scenes of a score
-    seed: int = 0
-    out: str = str(HERE / "llm")
+    pairs: int = setting(700, "steps of this lesson", 0)
+    records: int = setting(3000, "steps of this lesson", 0)
+    questions: int = setting(6000, "steps of this lesson", 1)
+    tokens: int = setting(2048, "per step, at least", 1)
+    width: int = setting(128, "multiple of 32, the head size", 32)
+    depth: int = setting(4, "decoder blocks", 1)
+    lr: float = setting(3e-3, "peak learning rate of AdamW: embeddings, heads, norms, biases")
+    matrix_lr: float = setting(0.005, "peak learning rate of Muon: matrices inside the blocks")
+    embed: float = setting(0.7, "standard deviation of the first token embeddings")
+    residual: float = setting(0.3, "scale of the first output matrices of attention and MLP")
+    exam_every: int = setting(1000, "steps between scores", 1)
+    exam: int = setting(100, "held-out scenes of a score", 1)
+    seed: int = setting(0, "of the initial weights and the data")
+    out: str = setting(str(HERE / "llm"), "folder to write")
 
 
 @dataclass
 class ViTSettings:
-    steps: int = 2000
-    batch: int = 96                # images per step
-    scenes: int = 16000            # training scenes; the images stay in memory
-    head: str = "classes"          # classes, contrastive
-    lr: float = 1e-3
-    matrix_lr: float = 0.01
-    exam_every: int = 500
-    exam: int = 600
-    seed: int = 0
-    out: str = str(HERE / "vit")
-    llm: str = str(HERE / "llm")   # folder of the tokenizer
+    steps: int = setting(2000, "optimizer steps", 1)
+    batch: int = setting(96, "images per step", 2)
+    scenes: int = setting(16000, "training scenes; the images stay in memory", 2)
+    head: str = setting("classes", "what trains the ViT", choices=("classes", "contrastive"))
+    lr: float = setting(1e-3, "peak learning rate of AdamW: embeddings, heads, norms, biases")
+    matrix_lr: float = setting(0.01, "peak learning rate of Muon: matrices inside the blocks")
+    exam_every: int = setting(500, "steps between scores", 1)
+    exam: int = setting(600, "held-out scenes of a score", 1)
+    seed: int = setting(0, "of the initial weights and the data")
+    out: str = setting(str(HERE / "vit"), "folder to write")
+    llm: str = setting(str(HERE / "llm"), "folder with the tokenizer of the captions")
 
 
-def check_settings(s):
+def make_folder(s):
     """-> the folder s.out, which exists then"""
-    for name, least in (("pairs", 0), ("records", 0), ("questions", 1), ("tokens", 1), ("width", 32), ("depth", 1),
-                        ("steps", 1), ("batch", 2), ("scenes", 2), ("exam_every", 1), ("exam", 1)):
-        if getattr(s, name, least) < least:
-            config.stop(f"{name}={getattr(s, name)}: expected at least {least}")
-    if getattr(s, "head", "classes") not in ("classes", "contrastive"):
-        config.stop(f"head={s.head}: classes or contrastive")
+    config.check_ranges(s)
     try:
         Path(s.out).mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -192,7 +188,7 @@ def reading_score(lm, tok, scenes=100, seed="exam"):
 
 
 def train_llm(s):
-    out, heads = check_settings(s), s.width // 32
+    out, heads = make_folder(s), s.width // 32
     plan = [name for name in ("pairs", "records", "questions") for _ in range(getattr(s, name))]
     tok = train_tokenizer(out)
     cfg = TextConfig(vocab_size=-(-len(tok) // 64) * 64, hidden_size=s.width, intermediate_size=s.width * 11 // 4,
@@ -342,7 +338,7 @@ def probe(model, train, test, layer):
 
 
 def train_vit(s):
-    out, tok = check_settings(s), Tokenizer(s.llm)
+    out, tok = make_folder(s), Tokenizer(s.llm)
     model = Pretraining(s.head, -(-len(tok) // 64) * 64)
     init_weights(model, s.seed)
     if s.head == "contrastive":

@@ -1,11 +1,10 @@
-"""LLaVA-1.5, stage 1 (Liu et al. 2023, arXiv:2310.03744): 558k captions, only the connector learns, lr 1e-3, batch 256,
-one epoch, warm-up 3 %. vision: CLIP-L/14-336, llm: Vicuna-7B v1.5, by name or
-as local folders.
+"""LLaVA-1.5, stage 1 (Liu et al. 2023, arXiv:2310.03744): 558k captions; the connector trains; lr 1e-3, batch 256,
+one epoch, warm-up 3 %. vision: CLIP-L/14-336, llm: Vicuna-7B v1.5; names or local folders.
 
     torchrun --nproc_per_node=8 train_align.py recipes/llava15_align.py --vision=openai/clip-vit-large-patch14-336 \\
         --llm=lmsys/vicuna-7b-v1.5 --data=FILE --images=DIR
 
-Not run here: no machine with data and weights was at hand; the numbers are the paper's and its scripts'.
+Not run here, for lack of the data and the weights. The values are those of the paper and its scripts.
 """
 
 template = "plain"

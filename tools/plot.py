@@ -1,6 +1,6 @@
-"""Draw the curves of one or more runs.
+"""Draw the curves of one or more runs: loss, validation loss, learning rate and gradient norm over steps.
 
-    python -m tools.plot RUN [RUN ...] [--out=FILE.png]      # loss, validation loss, learning rate, gradient norm over steps
+    python -m tools.plot RUN [RUN ...] [--out=FILE.png]
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import config
+from config import setting
 
 CURVES = {"loss": "training loss (nats per supervised token)", "val_loss": "validation loss", "lr": "learning rate",
           "grad_norm": "gradient norm"}
@@ -16,15 +17,15 @@ CURVES = {"loss": "training loss (nats per supervised token)", "val_loss": "vali
 
 @dataclasses.dataclass
 class Settings:
-    out: str = "curves.png"        # picture to write: png, svg or pdf, by its name
-    smooth: int = 1                # logged steps that each point of the training loss is the mean of
+    out: str = setting("curves.png", "file to write; its name ends in .png, .svg or .pdf")
+    smooth: int = setting(1, "each point of the training loss is the mean of so many logged steps", 1)
 
 
 def read_log(run):
-    """A run folder, or its log.jsonl -> {curve: (steps, values)}, without what is not a number"""
+    """A run folder or its log.jsonl -> {curve: (steps, values)}; values that are not numbers are left out"""
     file = Path(run) if Path(run).is_file() else Path(run) / "log.jsonl"
     if not file.is_file():
-        config.stop(f"{run} is no run: there is no {file}")
+        config.stop(f"{run} is not a run: there is no {file}")
     curves = {k: ([], []) for k in CURVES}
     try:
         lines = file.read_text("utf-8").splitlines()
@@ -40,12 +41,12 @@ def read_log(run):
         except (ValueError, KeyError, AttributeError):
             config.stop(f"{file}, line {n}: not an object with a step")
     if not any(steps for steps, _ in curves.values()):
-        config.stop(f"{file} holds no curve yet")
+        config.stop(f"{file} has no curve yet")
     return curves
 
 
-def means(values, n):
-    """Each value -> the mean of it and up to n - 1 before it."""
+def moving_mean(values, n):
+    """Each value -> the mean of it and of the n - 1 values before it, or of as many as there are"""
     return [sum(values[max(0, i - n + 1) : i + 1]) / min(n, i + 1) for i in range(len(values))]
 
 
@@ -55,9 +56,8 @@ def main(argv):
     if not runs:
         config.stop("which run? python -m tools.plot RUN [RUN ...] [--out=FILE.png]")
     if not Path(s.out).suffix:
-        config.stop(f"out={s.out}: a name that says what kind of picture, as curves.png")
-    if s.smooth < 1:
-        config.stop(f"smooth={s.smooth}: at least 1")
+        config.stop(f"out={s.out}: the name must end in the file type, as in curves.png")
+    config.check_ranges(s)
     logs = [(run, read_log(run)) for run in runs]
     try:
         import matplotlib
@@ -70,7 +70,7 @@ def main(argv):
     for ax, (curve, title) in zip(axes.flat, CURVES.items()):
         for i, (run, log) in enumerate(logs):
             steps, values = log[curve]
-            values = means(values, s.smooth) if curve == "loss" else values
+            values = moving_mean(values, s.smooth) if curve == "loss" else values
             ax.plot(steps, values, color=f"C{i}", label=run, marker="." if len(steps) < 30 else None)
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xlabel("step")

@@ -400,7 +400,7 @@ def test_the_gpu_script_keeps_partial_results(tmp_path):
     (tmp_path / "python3").chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OUT": str(out), "CALLS": str(tmp_path / "calls")}
     p = subprocess.run(["bash", repo / "bench" / "gpu.sh"], env=env, capture_output=True, text=True)
-    assert p.returncode == 1 and "did not end well: Training steps" in p.stdout and p.stderr == ""
+    assert p.returncode == 1 and "failed: Training steps" in p.stdout and p.stderr == ""
     assert {f.name for f in out.iterdir()} >= {f"{part}.{kind}" for part in ("tests", "kernels", "steps") for kind in
                                                ("txt", "md")} and (out / "steps.txt").read_text() == "S1: half way\n"
     page, = (repo / "bench" / "results").iterdir()

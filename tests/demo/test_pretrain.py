@@ -1,17 +1,13 @@
-"""Where the toy's towers come from: the lessons say what is true and keep the test world out; pretrain.py runs."""
+"""The towers of the toy world: lessons are true and without held-out combinations; pretrain.py runs."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 
-import lessons
 import pytest
-import toy
 from conftest import ROOT
 
+from demo import lessons, pretrain, toy
 from formats import llava
 from formats.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE
@@ -27,7 +23,7 @@ def tok():
 
 
 def solve(lines, key):
-    """The answer to a drill, worked out from its text alone."""
+    """The answer to a drill, worked out from its text alone"""
     things = [{KIND[w]: w for w in line.split()} for line in lines]
     words = [w for w in key.rstrip(":").split() if w not in lessons.FILLERS]
     asked = next((w for w in words if w in WORDS or w == "place"), "place")
@@ -38,9 +34,9 @@ def solve(lines, key):
 
 
 @pytest.mark.parametrize("easy", [True, False])
-def test_a_drill_names_one_thing_and_its_answer_follows_from_the_text(easy):
+def test_the_answer_of_a_drill_follows_from_its_text(easy):
     seen, distances, orders = set(), set(), set()
-    for i in range(400):
+    for i in range(200):
         lines, drills = lessons.drill(random.Random(i), easy)
         assert len(drills) == 4
         for key, answer in drills:
@@ -56,47 +52,44 @@ def test_a_drill_names_one_thing_and_its_answer_follows_from_the_text(easy):
 def test_no_lesson_shows_a_held_out_combination(name, tok, monkeypatch):
     scenes, make = [], toy.make_scene
     monkeypatch.setattr(toy, "make_scene", lambda *a, **k: scenes.append(make(*a, **k)) or scenes[-1])
-    for i in range(300):
-        lessons.lesson(name, tok, random.Random(i))
-    assert len(scenes) > 250 and not any(toy.held_out(**o) for s in scenes for o in s["objects"])
+    for i in range(100):
+        lessons.lesson_document(name, tok, random.Random(i))
+    assert len(scenes) > 80 and not any(toy.held_out(**o) for s in scenes for o in s["objects"])
 
 
-def test_only_answers_are_learnt(tok):
+def test_only_answers_are_supervised(tok):
     for name in ("pairs", "records"):
-        ids, labels, images = lessons.lesson(name, tok, random.Random(0))
+        ids, labels, images = lessons.lesson_document(name, tok, random.Random(0))
         text = tok.full.decode([i if y != IGNORE else tok.full.token_to_id("#") for i, y in zip(ids, labels)])
-        learnt = [KIND[w] for w in re.sub("#+", " ", text).split()]
-        assert images == [] and len(learnt) >= 4 and all(y in (IGNORE, i) for i, y in zip(ids, labels))
+        supervised = [KIND[w] for w in re.sub("#+", " ", text).split()]
+        assert images == [] and len(supervised) >= 4 and all(y in (IGNORE, i) for i, y in zip(ids, labels))
         if name == "pairs":
-            assert learnt == ["row", "column"] * 4
+            assert supervised == ["row", "column"] * 4
 
 
-def test_two_commands_make_the_two_towers(tmp_path):
-    """A few steps of each; the folders load, and the same command writes the same weights."""
-    def run(*args):
-        done = subprocess.run([sys.executable, "demo/pretrain.py", *args], cwd=ROOT, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+def test_both_towers_train_and_load(tmp_path, monkeypatch, capsys):
+    """A few steps of each; the folders load, and the same settings give the same weights."""
+    train_tokenizer = pretrain.train_tokenizer
+    monkeypatch.setattr(pretrain, "train_tokenizer", lambda folder: train_tokenizer(folder, 400, 30))
     for out in ("a", "b"):
-        run("tongue", "--pairs=1", "--records=1", "--questions=1", "--tokens=200", "--exam=9",
-            f"--out={tmp_path / out}")
+        pretrain.main(["llm", "--pairs=1", "--records=1", "--questions=1", "--tokens=200", "--exam=9", "--depth=1",
+                       f"--out={tmp_path / out}"])
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
-    log = json.loads((tmp_path / "a/training.json").read_text())
-    assert log["settings"]["records"] == 1 and set(log["log"][-1]["exam"]) == {"all", *toy.TYPES}
+    made = json.loads((tmp_path / "a/training.json").read_text())
+    assert made["settings"]["records"] == 1 and set(made["log"][-1]["exam"]) == {"all", *toy.TYPES}
     for head in ("classes", "contrastive"):
-        run("eyes", f"--head={head}", "--steps=1", "--scenes=24", "--batch=8", "--exam=12",
-            f"--tongue={tmp_path / 'a'}", f"--out={tmp_path / head}")
+        pretrain.main(["vit", f"--head={head}", "--steps=1", "--scenes=24", "--batch=8", "--exam=12",
+                       f"--llm={tmp_path / 'a'}", f"--out={tmp_path / head}"])
         model, folder = llava.load_model(vision=str(tmp_path / head), llm=str(tmp_path / "a"))
-        assert sum(p.numel() for p in model.parameters()) > 1e6
+        assert sum(p.numel() for p in model.parameters()) > 5e5
 
 
-def test_the_two_heads_were_compared_alike_and_what_is_told_of_them_is_on_file():
-    import pretrain
+def test_the_readme_reports_the_recorded_scores():
     made = [json.loads((ROOT / "demo/vit" / name).read_text()) for name in ("training.json", "contrastive.json")]
     assert [m["settings"].pop("head") for m in made] == ["classes", "contrastive"]
     assert made[0]["settings"] == made[1]["settings"]
+    text = (ROOT / "demo/README.md").read_text()
     for m in made:
-        *most, last = (f"{100 * v:.1f}".removesuffix(".0") for v in m["log"][-1]["probe"]["-2"].values())
-        assert f"{', '.join(most)} and {last} %" in " ".join(pretrain.Eyes.__doc__.split())
+        assert " | ".join(f"{100 * v:.1f}".removesuffix(".0") for v in m["log"][-1]["probe"]["-2"].values()) in text
+    reading = json.loads((ROOT / "demo/llm/training.json").read_text())["log"][-1]
+    assert f"{100 * reading['exam']['all']:.1f} %" in text and f"{reading['minutes']:.0f} minutes" in text

@@ -1,16 +1,17 @@
-"""The toy world: what it promises is counted."""
+"""The toy world: its promises, counted."""
 
+import hashlib
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
-import toy
 from conftest import ROOT, error
+from PIL import Image
 
-from data import Encoder, conversation
+from data import Encoder
+from demo import captions, pretrain, sheet, toy
+from formats.rows import conversation
 from formats.tokenizer import Tokenizer
 from images import load_image
 
@@ -25,20 +26,23 @@ def combinations(scene):
     return {(o["color"], o["shape"], o["size"], o["row"], o["column"]) for o in scene["objects"]}
 
 
-def test_a_seed_draws_the_same_scene_and_the_same_pixels():
+def test_a_seed_draws_the_same_scene_and_pixels():
     scene, rng = next(worlds(1))
-    again, rng2 = next(worlds(1))
-    assert scene == again and toy.draw(scene, 7).tobytes() == toy.draw(again, 7).tobytes() != toy.draw(scene, 8).tobytes()
+    again, _ = next(worlds(1))
+
+    def draw(seed, scene=scene):
+        return toy.draw_scene(scene, seed).tobytes()
+    assert scene == again and draw(7) == draw(7, again) != draw(8)
 
 
-def test_no_combination_of_a_test_scene_ever_occurs_in_training():
+def test_held_out_combinations_never_occur_in_training():
     train = set().union(*(combinations(s) for s, _ in worlds(3000)))
     test = set().union(*(combinations(s) for s, _ in worlds(1000, test=True)))
     assert not train & test
     assert len(train) == 540 and len(test) == 108  # all of them occur: a sixth of 648 is held out
 
 
-def test_any_two_words_of_a_thing_still_meet_in_training():
+def test_any_two_attributes_occur_together_in_training():
     pairs = Counter()
     for scene, _ in worlds(3000):
         for c in combinations(scene):
@@ -47,33 +51,33 @@ def test_any_two_words_of_a_thing_still_meet_in_training():
     assert len(pairs) == sum(values[i] * values[j] for i in range(5) for j in range(i))
 
 
-def test_scenes_hold_one_to_four_different_shapes_in_different_cells():
+def test_scenes_have_different_shapes_in_different_cells():
     counts = Counter()
     for scene, _ in worlds(2000):
         cells = [(o["row"], o["column"]) for o in toy.things(scene)]
         assert len(set(cells)) == len(cells)
-        assert len({toy.pair(o) for o in scene["objects"]}) == len(scene["objects"])
+        assert len({toy.pair_name(o) for o in scene["objects"]}) == len(scene["objects"])
         counts[len(scene["objects"])] += 1
     assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 300
 
 
-def test_half_of_the_yes_no_questions_are_no_and_many_noes_are_adversarial():
-    said, crossed = Counter(), 0
+def test_yes_and_no_are_equally_frequent():
+    answers, crossed = Counter(), 0
     for scene, rng in worlds(3000):
-        for kind, q, a, _ in toy.questions(scene, rng):
+        for kind, q, a, _ in toy.scene_questions(scene, rng):
             if kind == "exists":
-                said[a] += 1
+                answers[a] += 1
                 color, shape = q.rstrip("?").split()[-2:]
                 crossed += a == "no" and color in {o["color"] for o in scene["objects"]} and shape in {o["shape"] for o in scene["objects"]}
-    assert abs(said["yes"] / 3000 - 0.5) < 0.03    # 3 standard deviations of 3,000 fair coins
-    assert crossed > 0.2 * said["no"]
+    assert abs(answers["yes"] / 3000 - 0.5) < 0.03    # 3 standard deviations of 3,000 fair coins
+    assert crossed > 0.2 * answers["no"]
 
 
 def answer_from(scene, question):
-    """An independent reader of the scene graph: the answer to a question, from its words."""
+    """The answer to a question, worked out independently from the scene graph."""
     words = question.rstrip("?").replace(",", "").split()
-    by_pair = {toy.pair(o): o for o in scene["objects"]}
-    by_place = {toy.place(o): o for o in scene["objects"]}
+    by_pair = {toy.pair_name(o): o for o in scene["objects"]}
+    by_place = {toy.place_name(o): o for o in scene["objects"]}
     if question.startswith("How many"):
         what = words[2]
         if what == "shapes":
@@ -82,7 +86,7 @@ def answer_from(scene, question):
         what = what if kind != "shape" else "cross" if what == "crosses" else what[:-1]
         return str(sum(o[kind] == what for o in scene["objects"]))
     if question.startswith("Where"):
-        return toy.place(by_pair[" ".join(words[-2:])])
+        return toy.place_name(by_pair[" ".join(words[-2:])])
     if question.startswith("Is there"):
         return "yes" if " ".join(words[-2:]) in by_pair else "no"
     if question.startswith("What size"):
@@ -105,23 +109,23 @@ def answer_from(scene, question):
 @pytest.mark.parametrize("test", [False, True])
 def test_every_answer_follows_from_the_scene_graph(test):
     for scene, rng in worlds(1000, test):
-        for _, question, answer, sentence in toy.questions(scene, rng):
+        for _, question, answer, sentence in toy.scene_questions(scene, rng):
             assert answer_from(scene, question) == answer
             assert answer in sentence.lower().rstrip(".").split() or answer in sentence.lower()
 
 
-def test_a_written_scene_names_every_thing_once():
+def test_the_text_of_a_scene_names_each_thing_once():
     for scene, rng in worlds(200):
-        text = toy.written(scene, rng)
+        text = toy.scene_text(scene, rng)
         assert len(text.split("; ")) == len(toy.things(scene))
         for o in toy.things(scene):
-            assert f"{toy.place(o)}: " in text
+            assert f"{toy.place_name(o)}: " in text
 
 
-def test_files_are_llava_files_and_drawn_once(tmp_path):
+def test_files_are_llava_files_and_written_once(tmp_path):
     sizes = dict(align=6, sft=40, val_align=2, val_sft=2, test=4)
-    assert toy.write(tmp_path, **sizes) == list(sizes)
-    assert toy.write(tmp_path, **sizes) == []
+    assert toy.write_world(tmp_path, **sizes) == list(sizes)
+    assert toy.write_world(tmp_path, **sizes) == []
     for name in ("align", "sft"):
         rows = json.loads((tmp_path / f"{name}.json").read_text())
         for row in rows:
@@ -129,8 +133,8 @@ def test_files_are_llava_files_and_drawn_once(tmp_path):
             assert all(load_image(tmp_path / "images" / n).size == (toy.SIDE, toy.SIDE) for n in names)
             assert sum(u.count("<image>") for u, _ in turns) == len(names)
         encode = Encoder(Tokenizer(ROOT / "demo/llm"), "plain" if name == "align" else "vicuna_v1", 3, 36, 512, "")
-        assert all(encode(row)[3] == 0 for row in rows), "none is dropped, none is cut"
-    assert any("image" not in r for r in rows), "some conversations are text alone"
+        assert all(encode(row)[3] == 0 for row in rows), "no sample is dropped or cut"
+    assert any("image" not in r for r in rows), "some samples have no image"
     assert any(len(r["conversations"]) > 8 for r in rows)
     short = [toy.SHORT in r["conversations"][0]["value"] for r in rows]
     assert any(short) and not all(short)
@@ -138,9 +142,9 @@ def test_files_are_llava_files_and_drawn_once(tmp_path):
     assert {q["type"] for q in questions} <= set(toy.TYPES) and len({q["question_id"] for q in questions}) == len(questions)
 
 
-def test_a_file_of_conversations_has_as_many_yes_as_no_and_some_descriptions():
+def test_conversations_have_equal_yes_and_no():
     scenes = [(f"s_{i}", f"{i}.png", s, rng) for i, (s, rng) in enumerate(worlds(1500))]
-    rows = toy.conversations(scenes)
+    rows = toy.conversation_rows(scenes)
     said = Counter(m["value"].split(",")[0].lower() for r in rows
                    for q, m in zip(r["conversations"][::2], r["conversations"][1::2]) if "Is there" in q["value"])
     assert said.keys() == {"yes", "no"} and abs(said["yes"] - said["no"]) <= 1 and said["yes"] > 300
@@ -149,47 +153,49 @@ def test_a_file_of_conversations_has_as_many_yes_as_no_and_some_descriptions():
 
 
 def test_captions_are_scored_by_the_facts_in_them():
-    """A caption agrees with itself, each wrong word costs its own kind alone, and the file names lead to the scenes."""
-    import captions
+    """A caption agrees with itself; a wrong word lowers the score of its own kind alone."""
     true = "top left: a large red circle; middle center: a sign that says 7; bottom right: a small blue star"
-    assert captions.facts(true) == {
+    assert captions.caption_facts(true) == {
         "place": {"top left", "middle center", "bottom right"}, "size": {("top left", "large"), ("bottom right", "small")},
         "shape": {("top left", "circle"), ("middle center", "sign"), ("bottom right", "star")},
         "color": {("top left", "red"), ("bottom right", "blue")}, "read": {("middle center", "7")}}
     perfect = dict.fromkeys(["place", "shape", "color", "size", "read"], 1.0)
-    assert captions.f1([true], [true]) == perfect
+    assert captions.facts_f1([true], [true]) == perfect
     for old, new, kind, score in (("circle", "ring", "shape", 0.667), ("red", "green", "color", 0.5),
                                   ("large", "small", "size", 0.5), ("7", "8", "read", 0.0)):
-        assert captions.f1([true.replace(old, new)], [true]) == perfect | {kind: score}
-    assert captions.f1(["a red circle, a sign and a blue star"], [true])["shape"] == 0  # without places it says nothing
+        assert captions.facts_f1([true.replace(old, new)], [true]) == perfect | {kind: score}
+    assert captions.facts_f1(["a red circle, a sign and a blue star"], [true])["shape"] == 0  # no places, no facts
     for scene, _ in worlds(50):
         caption, things = toy.caption(scene, True), toy.things(scene)
-        assert len(captions.facts(caption)["shape"]) == len(things) == len(captions.facts(caption)["place"])
+        assert len(captions.caption_facts(caption)["shape"]) == len(things) == len(captions.caption_facts(caption)["place"])
 
 
-def test_the_scene_of_a_test_picture_is_found_by_its_name(tmp_path):
-    import captions
+def test_file_names_lead_to_scenes(tmp_path):
     (tmp_path / "images").mkdir()
-    names = {name: scene for _, name, scene, _ in toy.scenes(tmp_path, "test", 3, 0)}
-    assert {n: toy.make_scene(random.Random(captions.seed(n)), test=True) for n in names} == names
+    names = {name: scene for _, name, scene, _ in toy.draw_scenes(tmp_path, "test", 3, 0)}
+    assert {n: toy.make_scene(random.Random(captions.scene_seed(n)), test=True) for n in names} == names
 
 
-@pytest.mark.parametrize("words, complaint", [
-    (["sheet.py"], "python demo/sheet.py"), (["sheet.py", "gone.jsonl", "x.png"], "gone.jsonl, or a picture in it"),
-    (["sheet.py", ".", "x.png"], "error: ., or a picture"), (["sheet.py", "row.jsonl", "x.png"], "no picture with 7 q"),
-    (["toy.py", "--seed=1"], "python demo/toy.py OUT"), (["toy.py", "out", "--align"], "--align=: expected int"),
-    (["toy.py", "row.jsonl/out", "--align=1"], "cannot be drawn in row.jsonl/out: Not a directory")])
-def test_a_demo_that_is_asked_wrongly_says_so_in_one_line(tmp_path, words, complaint):
+@pytest.mark.parametrize("main, args, complaint", [
+    (sheet.main, [], "usage: python demo/sheet.py"), (sheet.main, ["gone.jsonl", "x.png"], "gone.jsonl, or an image it"),
+    (sheet.main, [".", "x.png"], "., or an image"), (sheet.main, ["row.jsonl", "x.png"], "no image with 7 q"),
+    (toy.main, ["--seed=1"], "usage: python demo/toy.py OUT"), (toy.main, ["out", "--align"], "--align=: expected int"),
+    (toy.main, ["row.jsonl/out", "--align=1"], "the toy world into row.jsonl/out: Not a directory"),
+    (pretrain.main, ["eyes"], "which tower?"), (pretrain.main, ["vit", "--steps=x"], "--steps=x: expected int"),
+    (pretrain.main, ["vit", "--step=1"], "unknown setting 'step'"), (pretrain.main, ["llm", "--depth=0"], "depth=0: expec"),
+    (pretrain.main, ["vit", "--head=x"], "head=x: one of"), (pretrain.main, ["llm", "--out=row.jsonl"], "out=row.jsonl: ")])
+def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, main, args, complaint):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "row.jsonl").write_text('{"image": "x.png"}\n')
-    done = subprocess.run([sys.executable, ROOT / "demo" / words[0], *words[1:]], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr
+    assert complaint in error(main, args)
     assert [p.name for p in tmp_path.iterdir()] == ["row.jsonl"]
 
 
-def test_a_wrong_setting_of_the_schooling_is_one_line(monkeypatch):
-    import pretrain
-    for word, complaint in (("--steps=x", "--steps=x: expected int"), ("--step=1", "unknown setting 'step'"),
-                            ("--steps=0", "steps=0: expected at least 1"), ("--out=/dev/null", "/dev/null is not a fo")):
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", "eyes", word])
-        assert complaint in error(pretrain.settings, steps=1, out="x")
+def test_the_files_are_the_same_bytes_as_always(monkeypatch):
+    """The results in README.md are of these data: a change needs a new toy.VERSION."""
+    monkeypatch.setattr(toy, "draw_scene", lambda scene, seed: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(Image.Image, "save", lambda *a, **k: None)
+    digest = hashlib.sha256()
+    for name, rows in (("align", toy.caption_rows), ("sft", toy.conversation_rows), ("test", toy.question_rows)):
+        digest.update(json.dumps(rows(toy.draw_scenes(ROOT, name, 100, 0))).encode())
+    assert (toy.VERSION, digest.hexdigest()[:16]) == (5, "03c2de3dd6f03480")
