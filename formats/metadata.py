@@ -16,12 +16,6 @@ PROCESSORS = {
 SIZES = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
 
 
-def end_of_answer(tok, template):
-    """The id that ends an answer: the template's own token, or the tokenizer's EOS"""
-    end, = [tok.eos] if chat.template(template).stop == "\n" else chat.stop_ids(tok, template)
-    return end
-
-
 def tokenizer_files(tok, template, system, length):
     """-> {file name: content}. length: tokens of one document that the LLM was made for. EOS is the token that ends an
     answer, which need not be the base model's: programs stop at tokenizer.eos_token_id."""
@@ -31,7 +25,7 @@ def tokenizer_files(tok, template, system, length):
         "tokenizer.json": tok.spec | {"post_processor": None},                # the template writes BOS
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos),
-            "eos_token": names.get(end_of_answer(tok, template)), "pad_token": names.get(tok.pad),
+            "eos_token": names.get(chat.end_of_turn(tok, template)), "pad_token": names.get(tok.pad),
             "unk_token": "<unk>" if "<unk>" in tok.specials else None, "model_max_length": length,
             "padding_side": "left", "clean_up_tokenization_spaces": False, "image_token": names[tok.image],
             "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor",
@@ -72,7 +66,7 @@ def metadata(folder, cfg, template, system, aspect, dtype):
             "tie_word_embeddings": t.tie_word_embeddings, "torch_dtype": str(dtype).removeprefix("torch."),
             "text_config": text, "vision_config": vision},
         "generation_config.json": {
-            "bos_token_id": tok.bos, "eos_token_id": end_of_answer(tok, template), "pad_token_id": tok.pad,
+            "bos_token_id": tok.bos, "eos_token_id": chat.end_of_turn(tok, template), "pad_token_id": tok.pad,
             "do_sample": False,                           # never generated: the image token, padding of the embedding
             "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},
         "preprocessor_config.json":
