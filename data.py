@@ -46,7 +46,8 @@ class Encoder:
 
     def encode(self, turns, images, system=None):
         system = self.system if system is None else system
-        return chat.encode(self.tok, self.template, turns, images, self.image_id, self.image_tokens, system)
+        return chat.encode(self.tok, self.template, turns, images, self.image_id, self.image_tokens, system,
+                           self.max_len)
 
     def __call__(self, row):
         """-> ids, labels, names of the images kept, number of tokens cut off"""

@@ -308,6 +308,12 @@ def test_megabytes_are_refused_before_they_are_tokenised(bytes_tok, monkeypatch)
         with pytest.raises(BadSample, match="max_len=512") as e:
             encode(bytes_tok, "chatml", turns, 0, I, Q, max_len=512)
         assert e.value.reason == "far longer than max_len"
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a" * 140_000}]}
+    monkeypatch.undo()
+    encoder = data.Encoder(bytes_tok, "chatml", I, Q, 512)
+    monkeypatch.setattr(bytes_tok, "text", None)
+    with pytest.raises(BadSample, match="far longer than max_len: 140,001 characters, max_len=512"):
+        encoder(row)
 
 
 @pytest.mark.parametrize("turns", [
