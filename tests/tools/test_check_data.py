@@ -1,0 +1,115 @@
+"""python data.py FILE: what it counts, what it shows, and that it checks as training does."""
+
+import json
+import runpy
+import sys
+
+import pytest
+from conftest import ROOT, error
+from PIL import Image
+
+import config
+from tools import check_data
+
+ANSWER = {"from": "gpt", "value": "It is 0."}
+SAMPLE = {"id": "s0", "conversations": [{"from": "human", "value": "q"}, ANSWER]}
+GOOD = [{"id": "s0", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nq"}, ANSWER]}, SAMPLE]
+
+
+def write(path, rows):
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path, bytes_folder):
+    """A run with a tokenizer, an image and a function that makes the arguments of a check."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for f in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "run" / "model" / f).write_text((bytes_folder / f).read_text("utf-8"), "utf-8")
+    (tmp_path / "run" / "model" / "config.json").write_text(json.dumps({"image_token_index": 3, "image_seq_length": 9}))
+    Image.new("RGB", (9, 7)).save(tmp_path / "0.png")
+    return tmp_path
+
+
+def check(folder, rows, *args):
+    file = write(folder / "x.json", rows)
+    return check_data.main([file, f"--images={folder}", f"--model={folder / 'run'}", *args])
+
+
+def test_a_good_file_is_counted_and_shown(folder, capsys):
+    assert check(folder, GOOD * 2, "--show=2") == 0
+    out = capsys.readouterr().out
+    assert "--- sample 0, id 's0': " in out and "--- sample 1, id 's0': " in out and "--- sample 2" not in out
+    assert "[9 x image]" in out and "It is 0." in out and "A chat between" in out
+    assert ": 4 samples, 4 good, 0 dropped, 0 truncated to 512 tokens" in out and ", 2 images\n" in out
+
+
+def test_bad_samples_are_counted_by_reason(folder, capsys):
+    """--bad=FILE lists each of them; without it the first of a kind is named."""
+    (folder / "1.png").write_bytes(b"<html>")
+    rows = [GOOD[0] | {"image": name} for name in ("gone.png", "1.png", "0.png", "away.png")] + [{"id": 7}]
+    assert check(folder, rows, f"--bad={folder / 'bad.jsonl'}", "--show=0") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("5 samples, 1 good, 4 dropped, 0 truncated to 512 tokens")
+    assert lines[3:] == [
+        "    2 x image is missing; first: sample 0 (counted from 0), id 's0': 'gone.png'",
+        "    1 x image cannot be read; first: sample 1 (counted from 0), id 's0': '1.png' (UnidentifiedImageError)",
+        "    1 x no conversations; first: sample 4 (counted from 0), id 7",
+        f"    all bad samples: {folder / 'bad.jsonl'}"]
+    listed = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
+    assert [b["index"] for b in listed] == [0, 1, 3, 4]
+    assert listed[2] == {"index": 3, "id": "s0", "reason": "image is missing", "detail": "'away.png'"}
+    assert check(folder, rows, "--show=0") == 1 and "--bad=FILE lists them all" in capsys.readouterr().out
+
+
+def test_max_len_is_that_of_training(folder, capsys):
+    """Given, else the run's own, else the default of the training scripts; the output says which."""
+    def first_line(*args):
+        check(folder, GOOD, "--show=0", *args)
+        return capsys.readouterr().out.splitlines()[0]
+    assert f"max_len={config.Common.max_len} (the default of train_sft.py)" in first_line()
+    (folder / "run" / "config.json").write_text(json.dumps({"settings": {"max_len": 77}}))
+    assert f"max_len=77 (as {folder / 'run'} was trained)" in first_line()
+    assert "max_len=77" in first_line(f"--model={folder / 'run' / 'model'}")
+    assert "max_len=9 (as set)" in first_line("--max_len=9")
+
+
+def test_the_template_is_that_of_training(folder, capsys):
+    """As train_sft.py goes on from this model: stage 1's `plain` has no questions and is not inherited."""
+    for about, shown in ((("chatml", "S"), "system\nS"), (("plain", ""), "USER: "), (("vicuna_v1", ""), "USER: ")):
+        about = dict(zip(("template", "system"), about))
+        (folder / "run" / "model" / "pumice.json").write_text(json.dumps(about))
+        assert check(folder, GOOD) == 0
+        out = capsys.readouterr().out
+        assert shown in out and "A chat between" not in out
+    assert check(folder, GOOD, "--template=mistral") == 0 and "[INST] " in capsys.readouterr().out
+
+
+def test_progress_is_shown_on_stderr(folder, capsys, monkeypatch):
+    times = iter(range(0, 10_000, 6))                            # seconds: each sample takes six
+    monkeypatch.setattr(check_data.time, "monotonic", lambda: next(times))
+    assert check(folder, GOOD * 5, "--show=0") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "2 of 10 samples, 48 s left" and len(lines) == 4
+
+
+def test_the_command_exits_with_one_for_bad_samples(folder, capsys, monkeypatch):
+    bad = write(folder / "bad.json", [SAMPLE, {"id": "\ud800"}])
+    monkeypatch.setattr(sys, "argv", ["data.py", bad, f"--model={folder / 'run'}"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+    assert ended.value.code == 1 and "2 samples, 1 good, 1 dropped" in capsys.readouterr().out
+
+
+def test_what_is_missing_stops_with_one_line(folder):
+    good, tok = write(folder / "good.json", GOOD), f"--model={folder / 'run'}"
+    for args, message in (
+            ([], "usage: python data.py FILE"), (["x.json"], "usage:"), ([tok], "usage:"), (["x", "y", tok], "usage:"),
+            (["x", tok, "--max_len=-1"], "max_len=-1: expected"), (["x", tok, "--image_tokens=0"], "image_tokens=0: "),
+            (["none.json", tok], "no data file none.json"), (["x", "--model=nowhere"], "nowhere holds no tokenizer"),
+            ([good, tok, "--images=gone"], "images=gone is no folder"), ([good, tok, "--template=x"], "unknown templ"),
+            ([good, tok, "--bad=/nowhere/x"], "bad=/nowhere/x: No such file")):
+        assert message in error(check_data.main, args), args
+    (folder / "run" / "model" / "config.json").write_text("{")
+    assert "config.json: " in error(check_data.main, [good, tok])
