@@ -493,8 +493,10 @@ H, G, K, C, M = 4, 2, 8, 32, 48      # of conftest.tiny_config
 
 def layer(kind):
     m = tiny_vlm(num_hidden_layers=1, qkv_bias=kind == "biases", mlp_bias=kind == "biases").train()
-    if kind in ("adapters", "dropout"):
-        lora.add_adapters(m, 2, 4, 0.5 if kind == "dropout" else 0.0, "all-linear")
+    if kind == "nf4 and dropout":
+        lora.quantize_base(m)
+    if kind in ("adapters", "dropout", "nf4 and dropout"):
+        lora.add_adapters(m, 2, 4, 0.5 if "dropout" in kind else 0.0, "all-linear")
         for n, p in m.double().named_parameters():
             p.requires_grad_("lora_" in n)
             if "lora_B" in n:
@@ -557,8 +559,8 @@ def test_a_recomputed_layer_keeps_every_bit(kind):
 
 
 def test_a_layer_with_adapters_compiles_as_one_graph():
-    """One graph for all lengths. With adapters and dropout, which replace most of the layer."""
-    block = layer("dropout")
+    """One graph for all lengths: with NF4, adapters and dropout, which replace most of the layer."""
+    block = layer("nf4 and dropout")
     whole = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
     for args in (stream(), [t[:11] for t in stream()]):
         for mine, true in zip(layer_gradients(whole, block, args, None), layer_gradients(block, block, args, None)):
