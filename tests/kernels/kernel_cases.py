@@ -4,8 +4,8 @@ The error budget. A result may err twice as much as plain torch does at that pre
 float64, computed from the same rounded inputs. No bound may rely on one BLAS: torch's own error changes with the order
 in which a product adds its terms, and can be small by luck. So an absolute floor is added. A sum of `terms` terms makes
 `terms` roundings, each of at most eps/2 of a partial sum. Rounding errors are independent, so their sum grows with the
-square root: eps/2 * sqrt(terms) * largest, where `largest` bounds the values that occur. A mistake in precision
-(a factor in bf16, fp16 or TF32 where fp32 is meant) errs by 2^12 times eps/2 or more and exceeds every such floor."""
+square root: eps/2 * sqrt(terms) * size of the result, or of larger intermediate values. A mistake in precision (a
+factor in bf16, fp16 or TF32 where fp32 is meant) errs by 2^12 times eps/2 or more and exceeds every such floor."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,15 +38,19 @@ def close(f, g, *args, up=None):
 
 
 def check_error(ours, theirs, true, terms=1, largest=0.0):
-    """The budget above: root mean square (RMS) over the tensor within twice torch's. The worst element may err four
-    times as much as torch's worst, because a single element is a matter of luck. terms: length of the longest sum of
-    fp32 terms; largest: of intermediate values, if larger than the result."""
+    """The budget above, for the root mean square (RMS) over the tensor. The worst element may err four times as much as
+    torch's worst, because a single element is a matter of luck. terms: length of the longest sum (1 if it is made in a
+    wider dtype and rounded once); largest: size of intermediate values, if larger than the result."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == true.shape and ours.isfinite().all()
     if true.numel():
-        floor = torch.finfo(ours.dtype).eps / 2 * terms**0.5 * max(float(true.abs().max()), largest)
+        def rms(t):
+            return t.square().mean().sqrt()
+
+        unit = torch.finfo(ours.dtype).eps / 2 * terms**0.5
         a, b = (t.double() - true for t in (ours, theirs))
-        assert a.square().mean().sqrt() <= 2 * b.square().mean().sqrt() + floor, "RMS error above the budget"
-        assert a.abs().max() <= 4 * b.abs().max() + 2 * floor, "worst error above the budget"
+        assert rms(a) <= 2 * rms(b) + unit * max(rms(true), largest), "RMS error above the budget"
+        floor = 2 * unit * max(true.abs().max(), largest)
+        assert a.abs().max() <= 4 * b.abs().max() + floor, "worst error above the budget"
 
 
 def check_errors(f, g, *args, terms=1, largest=0.0):

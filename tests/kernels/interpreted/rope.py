@@ -45,7 +45,7 @@ def test_low_precision_errs_at_most_twice_as_much(dtype):
 
 BROKEN = {
     "gradient not rotated back": ("*ctx.saved_tensors, -ctx.sign)", "*ctx.saved_tensors, ctx.sign)"),
-    "wrong sign": ("x1 * cos - x2 * sin", "x1 * cos + x2 * sin"),
+    "wrong sign": ("tl.store(Y + first, x1 * cos - x2", "tl.store(Y + first, x1 * cos + x2"),
     "neighbouring pairs": ("first = (n * H + h) * 2 * HALF + i\n", "first = (n * H + h) * 2 * HALF + i // 2 * 2\n"),
     "positions of k for q": ("at = tl.load(ROWS + n)", "at = n"),
     "last head forgotten": ("mask = (h < H) &", "mask = (h < H - 1) &"),
