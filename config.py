@@ -127,7 +127,7 @@ def check_ranges(s):
     for key, fact in setting_facts(type(s)).items():
         value, low, high, choices = getattr(s, key), fact.get("least"), fact.get("most"), fact.get("choices")
         if choices and value not in choices:
-            stop(f"{key}={value}: one of {', '.join(choices)}")
+            stop(f"{key}={value}: one of {', '.join(map(str, choices))}")
         if low is not None and not low <= value <= (sys.float_info.max if high is None else high):
             stop(f"{key}={value}: expected {'at least' if high is None else 'between'} {low}"
                  + ("" if high is None else f" and {high}") + f" ({fact['about']})")
@@ -210,7 +210,7 @@ def show_help(Settings, doc):
         fact = setting_facts(Settings)[f.name]
         if fact.get("group"):
             print(f"\n  {fact['group']}")
-        choices = f" ({', '.join(fact['choices'])})" if fact.get("choices") else ""
+        choices = f" ({', '.join(map(str, fact['choices']))})" if fact.get("choices") else ""
         value = "none" if f.default is None else str(f.default).lower() if f.type is bool else f.default
         print(f"    --{f'{f.name}={value}':28}  {fact.get('about', '')}{choices}")
 

@@ -1,5 +1,5 @@
-"""The verbs of training: start, choose, adamw, parallelize, sync_gradients, update, leave. They know nothing of images or
-conversations.
+"""The verbs of training: start, choose, adamw, parallelize, sync_gradients, update, leave. They know nothing of images
+or conversations.
 
 The arithmetic of one step stands in the loop of each script. A loss is a sum over supervised tokens; n is their count
 over all micro-batches of all ranks, known before the first backward pass:
@@ -97,8 +97,8 @@ def start(device="auto", dtype="auto", seed=0):
 
 
 def set_threads(model, world):
-    """On a CPU, as many threads as the model is worth: two threads that wait for each other on a busy machine made a toy
-    model 12 times slower, and 64 threads are no faster than one. OMP_NUM_THREADS decides where it is set."""
+    """On a CPU, as many threads as the model is worth: on a busy machine two threads, which wait for each other, made a
+    toy model 12 times slower. Where OMP_NUM_THREADS is set, it decides."""
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         worth = sum(p.numel() for p in model.parameters()) // PARAMETERS_PER_THREAD
         torch.set_num_threads(max(1, min(worth, torch.get_num_threads())))
@@ -263,9 +263,9 @@ def check_gradients(model):
 
 
 def update(model, optimizer, loss, n, world, grad_clip=0.0):
-    """loss: this rank's sum over its supervised tokens; n: their count over all ranks. Clip, update the weights, clear the
-    gradients. Where the loss or the gradient norm is not finite, all ranks skip the update alike; so they do where n is
-    0. -> dict: loss (mean per supervised token over all ranks), grad_norm (before clipping), updated"""
+    """loss: this rank's sum over its supervised tokens; n: their count over all ranks. Clip, update the weights, clear
+    the gradients. If the loss or the gradient norm is not finite, or n is 0, all ranks skip the update.
+    -> dict: loss (mean per supervised token over all ranks), grad_norm (before clipping), updated"""
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = whole_tensor(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
     mean = world.sum([float(loss)])[0] / n if n else math.nan

@@ -1,5 +1,4 @@
-"""Stage 1: the connector learns to speak the language model's language. Images in, captions out; both towers stay as they
-are.
+"""Stage 1: train the connector on images and their captions; vision tower and language model stay frozen.
 
     torchrun train_align.py                                        # the toy world, on a CPU, in about a minute
     torchrun train_align.py recipes/llava15_align.py --data=blip_laion_cc_sbu_558k.json --images=DIR
@@ -51,7 +50,7 @@ def main(s):
                     loss = token_loss(model, b.to(world.device))           # a sum over the supervised tokens of b
                 (loss * world.size / n).backward()                         # size: DDP and FSDP average over ranks
             total += loss.detach()
-        if step == start:
+        if step == start and batch.micro:                                  # else no sample could be used
             engine.check_gradients(model)
         result = engine.update(model, optimizer, total, n, world, s.grad_clip)
 

@@ -1,4 +1,4 @@
-"""Stage 2: connector and language model learn to converse about images; the language model whole, or through LoRA.
+"""Stage 2: train connector and language model on conversations about images; the language model whole, or by LoRA.
 
     torchrun train_sft.py                                          # the toy world, on a CPU, after train_align.py
     torchrun train_sft.py --lora_r=32 --lr=5e-3 --connector_lr=4e-3 --out=runs/lora   # through LoRA
@@ -29,14 +29,14 @@ class Settings(Common):
     lora_r: int = setting(0, "rank of the adapters; 0 = train the whole language model", 0)
     lora_alpha: float = setting(64.0, "adapters are scaled by lora_alpha / lora_r", 1e-6)
     lora_dropout: float = setting(0.0, "share of the adapters' inputs set to zero", 0, 0.99, resume="say")
-    lora_targets: str = setting("all-linear", "of the language model but its head; or q_proj,v_proj ...; or globs, such "
-                                              "as vision_tower.*q_proj")
+    lora_targets: str = setting("all-linear", "of the language model but its head; or q_proj,v_proj ...; or globs: "
+                                              "vision_tower.*q_proj")
     bits: int = setting(16, "of the language model under adapters: 4 = NF4 (QLoRA), 16 = as dtype says",
                         choices=(4, 16))
 
 
 def who_trains(s, model):
-    """-> {name glob: learning rate}; the last glob that fits a parameter decides, a parameter that none fits is frozen"""
+    """-> {name glob: learning rate}, for engine.choose. With lora_r, adapters are added to the model."""
     table = {"multi_modal_projector.*": s.connector_lr or s.lr}
     if not s.lora_r:
         return table | {"language_model.*": s.lr} | ({"vision_tower.*": s.vision_lr} if s.vision_lr else {})
@@ -68,7 +68,7 @@ def main(s):
                     loss = token_loss(model, b.to(world.device))           # a sum over the supervised tokens of b
                 (loss * world.size / n).backward()                         # size: DDP and FSDP average over ranks
             total += loss.detach()
-        if step == start:
+        if step == start and batch.micro:                                  # else no sample could be used
             engine.check_gradients(model)
         result = engine.update(model, optimizer, total, n, world, s.grad_clip)
 

@@ -1,5 +1,5 @@
-"""Checkpoints: a folder that is whole or absent (formats/whole.py), safetensors and json only. A kill or a full disk at any
-moment leaves the older ones untouched.
+"""Checkpoints: a folder that is whole or absent (formats/whole.py), safetensors and json only. A kill or a full disk at
+any moment leaves the older ones untouched.
 
     trained.safetensors      trained weights by name, fp32       optimizer.safetensors    the optimizer's state, by name
     rng.safetensors          torch's random state of each rank   state.json               step, counters, settings, base
@@ -76,8 +76,8 @@ def save_checkpoint(out, step, model, optimizer, world, state):
 
 
 def retire(out, step, keep_last, keep=()):
-    """Delete all checkpoints but the newest keep_last and the steps in `keep`. Those beyond `step` belong to an abandoned
-    continuation (a damaged checkpoint, or an older one was named to go on from) and go too."""
+    """Delete all checkpoints but the newest keep_last and the steps in `keep`. Those beyond `step` belong to an
+    abandoned continuation (they are damaged, or an older one was named to go on from) and go too."""
     steps = steps_in(out)
     kept = {*keep, *[s for s, _ in steps if s <= step][-max(1, keep_last):]}
     for s, path in steps:
@@ -107,8 +107,8 @@ def find_checkpoint(out, resume, say=print):
 
 
 def restore(path, model, optimizer, world):
-    """Put weights, optimizer state and random state back, by name. A missing, unexpected or misshapen tensor is an error,
-    and so is another kind of optimizer: what each keeps per parameter is its own."""
+    """Put weights, optimizer state and random state back, by name. A missing, unexpected or misshapen tensor is an
+    error, and so is another kind of optimizer."""
     named = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
     before, now = read_json(path / "state.json").get("optimizer", "AdamW"), type(optimizer).__name__
     if before != now:

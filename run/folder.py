@@ -67,8 +67,8 @@ def claim(folder, say=print):
 
 
 def check_space(folder, checkpoint_bytes, model_bytes, keep_last, say=print):
-    """Before anything is spent: stop where the disk has no room for one checkpoint; say where it has none for all of them,
-    of which one more than keep_last exists while it is written, and for the model."""
+    """Before the first step: stop if the disk has no room for one checkpoint; say so if it has no room for the model and
+    all checkpoints, of which one more than keep_last exists while it is written."""
     at = os.path.abspath(folder)
     while not os.path.exists(at):
         at = os.path.dirname(at)
@@ -103,7 +103,7 @@ def data_digest(samples):
 
 
 class RunFolder:
-    """The folder of one run, and what the run is made of: settings, data, and the weights that stay frozen (the base)."""
+    """The folder of one run, and what defines the run: settings, data, and the frozen weights (the base)."""
 
     def __init__(self, s, world, steps, samples, folder, lrs):
         self.s, self.world, self.steps, self.out = s, world, steps, path_of(s)
@@ -128,8 +128,8 @@ class RunFolder:
 
     def is_finished(self):
         """Was this very run finished before? Other settings or data in the same folder are a mistake."""
-        file = self.out / "finished.json"
-        if self.s.overfit or self.s.resume != "auto" or not (file.is_file() and (self.out / "model/config.json").is_file()):
+        file, model = self.out / "finished.json", self.out / "model/config.json"
+        if self.s.overfit or self.s.resume != "auto" or not (file.is_file() and model.is_file()):
             return False
         done = read_json(file)
         if done["steps"] < self.steps:
@@ -147,7 +147,7 @@ class RunFolder:
         if world.rank == 0:
             try:
                 self.lock = claim(self.out, world.print)
-            except OSError as e:                                 # what only the attempt shows: a file system that refuses
+            except OSError as e:                                 # only the attempt shows that a file system refuses
                 stop(f"out={self.out}: {e.strerror}")
         path = checkpoint.find_checkpoint(self.out, how, world.print) if world.rank == 0 else None
         path = world.gather(str(path) if path else None)[0]      # rank 0 looks and cleans up for all
@@ -155,9 +155,10 @@ class RunFolder:
             return {"step": 0}
         state = read_json(Path(path, "state.json"))
         self.compare(path, state, ("same",))
-        if state["step"] > self.steps:
-            self.refuse(path, f"is of step {state['step']} and only {self.steps} are asked for: its learning rate has "
-                              f"not come down by then. --steps={state['settings'].get('steps') or state['step']} goes on")
+        planned = state.get("steps", state["step"])
+        if state["step"] >= self.steps < planned:                # nothing to train, and the learning rate is still high
+            self.refuse(path, f"is of step {state['step']} of {planned} and only {self.steps} are asked for: its "
+                              f"learning rate has not come down by then. --steps={planned} goes on")
         checkpoint.restore(Path(path), model, optimizer, world)
         for key, fact in setting_facts(type(s)).items():
             before = state["settings"].get(key, getattr(s, key))
@@ -167,8 +168,8 @@ class RunFolder:
         return state
 
     def begin(self, start):
-        """After the first step, whose gradients are checked: the folder is this run's from here on. Files of an older run
-        go now and not before, so that a mistake in the new run does not cost the old one."""
+        """After the first step, whose gradients are checked: the folder is this run's from here on. Files of an older
+        run go now and not before, so that a mistake in the new run does not cost the old one."""
         if self.world.rank > 0:
             return
         try:
@@ -188,7 +189,8 @@ class RunFolder:
         TRIES times in a row. best: (validation loss, step) or None."""
         if self.s.overfit:
             return
-        state = dict(settings=dataclasses.asdict(self.s), data=self.data, base=self.base, best=best, **log.state())
+        state = dict(settings=dataclasses.asdict(self.s), steps=self.steps, data=self.data, base=self.base, best=best,
+                     **log.state())
         problem = ""
         try:
             checkpoint.save_checkpoint(self.out, step + 1, model, optimizer, self.world, state)

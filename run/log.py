@@ -1,5 +1,5 @@
-"""log.jsonl, one object per logged step, and one readable line each; what was counted on the way; and the limits at which a
-run stops: too many samples that cannot be used, too many updates in a row without a finite gradient."""
+"""log.jsonl and the lines on the terminal; what was counted on the way; and the limits at which a run stops: too many
+samples that cannot be used, too many updates in a row without a finite gradient."""
 
 import json
 import math
@@ -82,7 +82,7 @@ class Log:
         units = dict(tokens=tokens, supervised=labels, images=images)
         self.tokens, self.samples = self.tokens + tokens, self.samples + used
         self.flops += sum(f * units[u] for u, f in self.flops_per.items())
-        self.result = {k: v for k, v in result.items() if k != "updated"} | dict(tokens=tokens, supervised_tokens=labels)
+        self.result = dict(loss=result["loss"], grad_norm=result["grad_norm"], tokens=tokens, supervised_tokens=labels)
         if dropped:
             tally(self.world, batch.dropped, self.reasons)
         check_dropped(self.max_dropped, self.seen["dropped"], self.seen["samples"], self.reasons)

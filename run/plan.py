@@ -1,7 +1,7 @@
-"""What is about to happen, before anything is spent: who trains, how much passes each matrix, and what a step takes in
-bytes and operations.
+"""The plan of a run, before anything is spent: what trains, and what a step costs in bytes and operations.
 
-    N tokens of a stream   R of them supervised   C, V, q, kv: width, vocabulary, queries' and keys' width of the LLM
+    N tokens of a packed sequence   R of them supervised   C, V, F: width, vocabulary, MLP width of the LLM
+    q, kv: width of all its queries, of all its keys
 """
 
 import fnmatch
@@ -14,10 +14,11 @@ from engine import unwrap
 from formats import card
 from kernels import use_triton
 from kernels.cross_entropy import logits_bytes
+from loss import supervised
 
 
 def rows(cfg):
-    """What passes each matrix, for plan.flops: name glob -> (unit, rows per unit)."""
+    """How many rows each matrix is multiplied by, for flops(): name glob -> (unit, rows per unit)"""
     last = f"language_model.model.layers.{cfg.text.num_hidden_layers - 1}"
     head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
     P = cfg.vision.patches
@@ -37,27 +38,28 @@ def disk(model, dtype):
 def memory(model, world, micro, s):
     """Bytes, roughly -> (weights, gradients and moments; activations of the largest micro-batch)."""
     cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
-    states = sum(p.numel() * (p.element_size() * (4 if p.requires_grad else 1)  # and low copies that autocast keeps
-                              + 2 * (low and p.requires_grad and ("language_model" not in n or "o_proj" in n)))
-                 for n, p in model.named_parameters())
+    states = sum(p.numel() * (4 * p.element_size() + 2 * low if p.requires_grad else p.element_size())
+                 for p in model.parameters())                       # 2 * low: the low copy that autocast caches
     if engine.is_sharded(model, world, s.parallel):
         states /= world.size
-    states += sum(b.nbytes for b in model.buffers())                # weights in four bits are whole on every rank
-    t, size = cfg.text, torch.finfo(world.dtype).bits // 8
-    C, V, q, kv = t.hidden_size, t.vocab_size, t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    block = 2 * (C + q + kv + t.intermediate_size)  # numbers a layer keeps per token: tests/test_lean.py
-    passing = 4 * C + 4 * t.intermediate_size                       # and those of one layer in its backward pass
+    states += sum(b.nbytes for b in model.buffers())                # NF4 weights are whole on every rank
+    t, size, like = cfg.text, torch.finfo(world.dtype).bits // 8, torch.empty(0, dtype=world.dtype, device=world.device)
+    C, F = t.hidden_size, t.intermediate_size
+    q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    block = 2 * C + q + 2 * kv + 2 * F                              # elements that a layer saves per token, and more
+    if any(p.requires_grad for p in model.language_model.parameters()):
+        block += 2 * C + q + F                                      # if its matrices or adapters train (test_model.py)
+    backward, again = 4 * C + 4 * F, s.recompute == "block"         # of one layer; recomputation: one layer at a time
     most = 0
     for b in micro:
-        N, R = len(b.ids), int((b.labels >= 0).sum())
-        again = s.recompute == "block"                              # then one layer at a time
-        kept = N * (t.num_hidden_layers * (C if again else block) + block * again + passing)
-        most = max(most, kept * size + logits_bytes(R, V, torch.empty(0, dtype=world.dtype, device=world.device)))
+        saved = t.num_hidden_layers * C + block if again else t.num_hidden_layers * block
+        logits = logits_bytes(supervised(b.labels), t.vocab_size, like)
+        most = max(most, len(b.ids) * (saved + backward) * size + logits)
     return states, most
 
 
 def lines(model, lrs, world, micro, steps, s):
-    """What is about to happen, as lines of text, before anything is spent."""
+    """-> lines of text"""
     out, parts = [f"{'':24}{'trained':>16}{'frozen':>16}"], {}
     for name, p, count in count_parameters(model):
         part = parts.setdefault(name.split(".")[0], [0, 0])
@@ -67,7 +69,7 @@ def lines(model, lrs, world, micro, steps, s):
     for lr in sorted(set(lrs.values())):
         names = [n for n in lrs if lrs[n] == lr]
         out.append(f"  lr {lr:g}: {len(names)} tensors, {names[0]} ... {names[-1]}")
-    seen = dict(tokens=sum(len(b.ids) for b in micro), supervised=sum(int((b.labels >= 0).sum()) for b in micro),
+    seen = dict(tokens=sum(len(b.ids) for b in micro), supervised=sum(supervised(b.labels) for b in micro),
                 images=sum(len(b.images) for b in micro))
     cost = sum(f * seen[unit] for unit, f in flops(model, rows(model.cfg)).items())
     states, work = memory(model, world, micro, s)
@@ -75,7 +77,7 @@ def lines(model, lrs, world, micro, steps, s):
         out.append(f"  of what will be in model/: {card.limits(model.cfg, s.image_aspect)[0]}")
     return [*out,
             f"  {steps} steps of {s.batch_size} samples; the first one, on this rank: {seen['tokens']:,} tokens in "
-            f"{len(micro)} stream(s), {seen['supervised']:,} supervised, {seen['images']} images",
+            f"{len(micro)} packed sequence(s), {seen['supervised']:,} supervised, {seen['images']} images",
             f"  memory, roughly: {states / 2**20:,.1f} MiB weights, gradients and moments "
             f"+ {work / 2**20:,.1f} MiB activations",
             f"  {cost / 1e9:,.2f} GFLOP per step and rank in matrix products; "
@@ -84,8 +86,8 @@ def lines(model, lrs, world, micro, steps, s):
 
 
 def count_parameters(model):
-    """-> (name, tensor, how many weights it holds) in the order of registration, which is that in which data passes:
-    parameters, and buffers that are matrices, which hold two weights of four bits in each byte."""
+    """-> (name, tensor, number of weights) in the order in which data passes them: parameters, and buffers that are
+    matrices, which hold two weights of four bits in each byte"""
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(prefix, recurse=False):
             yield name, p, p.numel()
@@ -95,8 +97,8 @@ def count_parameters(model):
 
 
 def flops(model, table):
-    """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}; table: name glob -> (unit, rows per unit),
-    and the last glob that fits decides. A weight costs 2 per row forward, 2 more if it trains, and 2 more where
+    """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}. table: name glob -> (unit, rows per unit);
+    the last glob that fits decides. A weight costs 2 per row in the forward pass, 2 more if it trains, and 2 more if
     something before it trains. Attention products and recomputation are not counted."""
     out, below = Counter(), False
     for name, p, count in count_parameters(unwrap(model)):

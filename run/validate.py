@@ -1,5 +1,5 @@
-"""The validation file on the way: its loss, and answers to its first questions. Training is not touched: the modes of the
-modules, the gradients and torch's random state stay as they are."""
+"""The validation file during a run: its loss, and answers to its first questions. Training is not affected: module
+modes, gradients and torch's random state stay as they are."""
 
 import math
 
@@ -106,5 +106,6 @@ def check_overfit(model, batch, world):
             labels = b.labels[b.labels >= 0]
             right, count = right + int((guess == labels).sum()), count + len(labels)
     right, count = world.sum([right, count])
-    world.print(f"overfit: {'yes' if right == count else 'no'} ({right:.0f} of {count:.0f} supervised tokens predicted)")
+    world.print(f"overfit: {'yes' if right == count else 'no'} "
+                f"({right:.0f} of {count:.0f} supervised tokens predicted)")
     return 0 if right == count else 1
