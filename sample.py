@@ -10,27 +10,27 @@ import dataclasses
 import sys
 
 import config
-from config import BadSample
+from config import BadSample, setting
 from generate import Chat, with_marker
 
 
 @dataclasses.dataclass
 class Settings:
-    model: str = "runs/sft"        # a run, its model/ or adapter/, any LLaVA folder or adapter
-    image: str = ""                # image file; several, separated by commas; empty: text alone
-    prompt: str = ""               # empty: a chat
-    template: str = ""             # empty = as the model was trained
-    system: str | None = None      # system text; none = as the model was trained
-    max_new_tokens: int = 256
-    temperature: float = 0.0       # 0 = always the most probable token
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    kernels: str = "auto"          # torch, triton; auto = triton on a GPU
+    model: str = setting("runs/sft", "a run, its model/ or adapter/, any LLaVA folder or adapter")
+    image: str = setting("", "image file; several, separated by commas; empty: text alone")
+    prompt: str = setting("", "the question; empty: a chat")
+    template: str = setting("", "empty: as the model was trained")
+    system: str | None = setting(None, "system text; none: as the model was trained")
+    max_new_tokens: int = setting(256, "tokens of an answer, at most", 1)
+    temperature: float = setting(0.0, "0 = always the most probable token", 0, 100)
+    seed: int = setting(0, "of the random choice of tokens", 0, 2**32)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1")
+    dtype: str = setting("auto", "auto, bf16, fp32, fp64; auto: bf16 where the GPU has it, else fp32")
+    kernels: str = setting("auto", "auto, torch, triton; auto: Triton on a GPU")
 
 
 def main(s):
-    config.within(s, {"max_new_tokens": (1, None), "temperature": (0, 100), "seed": (0, 2**32)})
+    config.check_ranges(s)
     chat = Chat(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
     turns = []
     try:
