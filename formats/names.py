@@ -51,8 +51,11 @@ def renamed(tensors, where, spell=rename):
     return out
 
 
-def dino_name(name):
-    """Our name of a tensor of a DINOv2 -> the published one, but for the prefix"""
+def dino_name(name, in_memory=False):
+    """Our name of a tensor of a DINOv2 -> the published one, or the one in the memory of transformers 5, but for the
+    prefix"""
+    if in_memory:
+        name = name.replace("self_attn.out_proj", "attention.o_proj").replace("self_attn.", "attention.")
     for ours, theirs in DINO_NAMES:
         name = name.replace(ours, theirs)
     return name
@@ -60,8 +63,10 @@ def dino_name(name):
 
 def spelling(model):
     """-> a function: any known spelling of a model's tensor, or of an adapter's beside it -> ours"""
-    names = (n for named in (model.named_modules, model.named_parameters) for n, _ in named())
-    ours = {dino_name(n): n for n in names} if model.cfg.vision.model_type.startswith("dinov2") else {}
+    ours = {}
+    if model.cfg.vision.model_type.startswith("dinov2"):
+        names = {**dict(model.named_modules()), **dict(model.named_parameters())}
+        ours = {dino_name(n, in_memory): n for n in names for in_memory in (False, True)}
 
     def spell(name):
         layer, dot, rest = rename(name).partition(".lora_")
@@ -73,7 +78,7 @@ def name_in_transformers(name, dino=False):
     """Our name -> the one in the memory of transformers, by which PEFT goes: of the LLM and the connector since 4.52,
     of the vision tower since 5"""
     if name.startswith("vision_tower."):
-        name = dino_name(name) if dino else name
+        name = dino_name(name, in_memory=True) if dino else name
     for ours, theirs in (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
                          ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_", "model.multi_modal_")):
         if name.startswith(ours):
