@@ -77,10 +77,6 @@ def base_digest(digests):
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:16]
 
 
-def write_json(path, obj):
-    path.write_text(json.dumps(obj, indent=2, ensure_ascii=False), "utf-8")
-
-
 def write_shards(folder, tensors, dtype):
     """Write model.safetensors, or shards of at most SHARD bytes and their index. Tensors are rounded to dtype one shard
     at a time."""

@@ -9,7 +9,6 @@
 import dataclasses
 import fcntl
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -20,7 +19,8 @@ import torch
 
 from config import setting_facts, stop
 from formats.strict_json import read_json
-from formats.tensors import base_digest, write_json
+from formats.tensors import base_digest
+from formats.whole import write_file
 from run import checkpoint
 from run.log import trim
 
@@ -179,8 +179,7 @@ class RunFolder:
                         checkpoint.discard(self.out / name)
             for name in ("log.jsonl", "samples.jsonl"):
                 trim(self.out / name, start)
-            write_json(self.out / ".tmp-config.json", {"settings": dataclasses.asdict(self.s), "versions": versions()})
-            os.replace(self.out / ".tmp-config.json", self.out / "config.json")     # half of one would not be a run's
+            write_file(self.out / "config.json", {"settings": dataclasses.asdict(self.s), "versions": versions()})
         except OSError as e:
             stop(f"out={self.out}: {e.strerror}")
 
@@ -210,7 +209,5 @@ class RunFolder:
 
     def finish(self, seen):
         """The mark that says the run is done"""
-        tmp = self.out / ".tmp-finished"
-        tmp.write_text(json.dumps({"steps": self.steps, **seen, "data": self.data, "base": self.base,
-                                   "settings": dataclasses.asdict(self.s)}))
-        os.replace(tmp, self.out / "finished.json")
+        write_file(self.out / "finished.json", {"steps": self.steps, **seen, "data": self.data, "base": self.base,
+                                                "settings": dataclasses.asdict(self.s)})

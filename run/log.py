@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from config import stop
+from formats.whole import write_file
 from loss import supervised
 
 # dense bf16 FLOP/s, by name of the card
@@ -142,15 +143,13 @@ def trim(file, step):
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text("utf-8", "replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             pass                                                 # the last line of a killed run may be cut off
-    tmp = file.with_name(f".tmp-{file.name}")
-    tmp.write_text("".join(line + "\n" for line in kept))
-    os.replace(tmp, file)
+    write_file(file, "".join(line + "\n" for line in kept))
 
 
 def resident_bytes():
