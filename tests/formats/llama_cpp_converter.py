@@ -1,22 +1,23 @@
-"""Our GGUF of the language model beside the one that llama.cpp's own converter makes of the same folder. No part of CI:
+"""Our GGUF of the language model compared with that of llama.cpp's converter. Not part of CI:
 
-    python tests/llama_cpp_converter.py LLAMA_CPP DIR      # DIR is written; LLAMA_CPP holds convert_hf_to_gguf.py
+    PYTHONPATH=tests python tests/formats/llama_cpp_converter.py LLAMA_CPP DIR
 
-PyPI has it inside a package: pip download --no-deps --no-binary :all: llama-cpp-python, in vendor/llama.cpp of it.
+LLAMA_CPP holds convert_hf_to_gguf.py, DIR is written. PyPI has the converter inside a package: pip download --no-deps
+--no-binary :all: llama-cpp-python, folder vendor/llama.cpp.
 
 2026-11-21, llama-cpp-python 0.3.36: ten folders (Llama with and without scaled positions, biases, a tied head, three
 heads; Mistral with a window; Qwen2; Qwen3) in f32, f16 and bf16: the same tensors, byte for byte. Keys that differ:
 
-    general.*             it adds size_label and quantization_version, and writes the name in other letters
-    tokens, token_type    ours name the padded rows of the embedding too; <unk> is UNKNOWN, there CONTROL
-    scores                of a tokenizer.json without tokenizer.model it gives every piece one score, by which llama.cpp
-                          cannot merge; ours are those of the merges
-    add_bos_token         it is absent there, and llama.cpp would put a second BOS before the template's
-    eot_token_id          what ends an answer in ChatML; absent there
-    chat_template         ours takes llama.cpp's marker of a picture to where training had it (gguf.marked)
-    context_length        of a model with a window, its length: llama.cpp knows no window for `llama`
-    rope.dimension_count, vocab_size    of Qwen absent there, and what llama.cpp takes them to be
-The mmproj has nothing to stand beside: of LLaVAs the converter takes Pixtral's towers alone.
+    general.*             the converter adds size_label and quantization_version, and spells the name differently
+    tokens, token_type    ours name the padded rows of the embedding, too; <unk> is UNKNOWN, the converter's CONTROL
+    scores                without tokenizer.model the converter gives all pieces one score, by which llama.cpp cannot
+                          merge; ours come from the merges
+    add_bos_token         absent in the converter's: llama.cpp would add a second BOS before the template's
+    eot_token_id          the end of a turn in ChatML; absent in the converter's
+    chat_template         ours moves llama.cpp's image marker to its place in training (gguf.with_media_marker)
+    context_length        of a model with a window, the window: llama.cpp has no window for `llama`
+    rope.dimension_count, vocab_size    of Qwen absent in the converter's; ours equal llama.cpp's defaults
+The mmproj cannot be compared: of LLaVAs the converter reads Pixtral's vision towers alone.
 """
 
 import subprocess
@@ -32,7 +33,7 @@ from test_llava import configure
 from formats import gguf as gguf_export, llava
 from formats.tokenizer import Tokenizer
 
-# the converter knows a byte-level tokenizer by what it makes of one text, so none that was trained on the spot
+# the converter recognises byte-level tokenizers by a hash of the ids of one text: not one trained here
 RUN = """
 import runpy, sys
 sys.path[:0] = [sys.argv[1] + "/gguf-py", sys.argv[1]]
@@ -61,8 +62,8 @@ def main(llama_cpp, out):
         at, tok = out / name.replace(" ", "_"), out / "qwen" if "qwen" in name else pieces
         configure(folder(name, at, tok), image_token_index=Tokenizer(tok).image)
         model, source = llava.load_model(init=at)
-        llava.save_model(at / "model", model.state_dict(), model.cfg, source, "chatml" if "qwen" in name else "vicuna_v1", "",
-                "pad", torch.float32)
+        template = "chatml" if "qwen" in name else "vicuna_v1"
+        llava.save_model(at / "model", model.state_dict(), model.cfg, source, template, "", "pad", torch.float32)
         for dtype in gguf_export.DTYPES:
             theirs = at / f"theirs-{dtype}.gguf"
             how = llama_cpp, at / "model", "--outfile", theirs, "--outtype", dtype

@@ -1,7 +1,7 @@
-"""Our GGUF files in llama.cpp itself: the same logits, ids, prompts and words. Runs where its Python build is installed
-(pip install xllamacpp: Linux wheels, no compiler needed); measured with xllamacpp 2026.10.11549.
+"""Our GGUF files in llama.cpp itself: the same logits, ids, prompts and answers. Needs its Python build
+(pip install xllamacpp: Linux wheels, no compiler); measured with xllamacpp 2026.10.11549.
 
-llama.cpp's GELU is a table in fp16 of the tanh form, so that pictures agree less closely than text does.
+llama.cpp's GELU is a table in fp16 of the tanh approximation, so logits agree less closely with images than without.
 """
 
 import base64
@@ -38,10 +38,10 @@ class Server:
         p.model.path, p.mmproj.path = str(model), str(mmproj)
         p.n_ctx, p.n_parallel, p.n_gpu_layers, p.cpuparams.n_threads, p.warmup = 512, 1, 0, 1, False
         p.cache_type_k = p.cache_type_v = llama.ggml_type.GGML_TYPE_F32
-        p.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED   # it rounds to fp16
+        p.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED   # would round to fp16
         self.server = llama.Server(p)
         with urllib.request.urlopen(self.server.listening_address + "/props", timeout=60) as answer:
-            self.marker = json.load(answer)["media_marker"]                              # where a picture goes: random
+            self.marker = json.load(answer)["media_marker"]                              # its image marker: random
 
     def post(self, path, **body):
         request = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(),
@@ -50,9 +50,9 @@ class Server:
             return json.load(answer)
 
     def logprobs(self, prompt, V=512):
-        """Of the next token -> (V,)"""
+        """Log-probabilities of the next token -> (V,)"""
         found = self.post("/completion", prompt=prompt, n_predict=1, n_probs=V, temperature=0, cache_prompt=False,
-                          logit_bias=[[20, 100.0]])  # a token that does not end: those have no logprobs there
+                          logit_bias=[[20, 100.0]])  # a token that is no end of turn: those have none
         out = torch.full((V,), -float("inf"))
         for t in found["completion_probabilities"][0]["top_logprobs"]:
             out[t["id"]] = t["logprob"]
@@ -68,11 +68,12 @@ def ours(model, ids, images=torch.zeros(0, 3, 8, 8, dtype=torch.uint8)):
 
 
 def distance(a, b):
-    return (a.exp() - b.exp()).abs().sum().item() / 2     # between two distributions: 0 to 1
+    """Total variation between two distributions: 0 to 1"""
+    return (a.exp() - b.exp()).abs().sum().item() / 2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_language_model_says_the_same(name, tmp_path, bytes_folder):
+def test_the_language_model_gives_equal_logits(name, tmp_path, bytes_folder):
     folder(name, tmp_path / "m", bytes_folder)
     model, _ = llava.load_model(init=tmp_path / "m")
     ids = IDS[:4] if "window" in name else IDS
@@ -89,7 +90,7 @@ def texts(n=150):
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "qwen2", "smollm", "pieces"])
-def test_a_text_becomes_the_same_ids(kind, llava_folder, tmp_path):
+def test_text_becomes_the_same_ids(kind, llava_folder, tmp_path):
     def change(spec):
         spec["pre_tokenizer"] = {"llama-bpe": LLAMA_3, "qwen2": QWEN, "smollm": SMOL}.get(kind, spec["pre_tokenizer"])
         spec["model"]["ignore_merges"] = kind == "llama-bpe"
@@ -104,8 +105,8 @@ def test_a_text_becomes_the_same_ids(kind, llava_folder, tmp_path):
     assert server.ids("<s>USER: <image>\nWhat") == ids
 
 
-def picture(seed):
-    """-> (3, 8, 8) uint8 and the same as a file; of the tower's own size, so that nobody resizes it"""
+def make_image(seed):
+    """-> (3, 8, 8) uint8, the same as a PNG in base64; of the vision tower's size, so it is not resized"""
     x = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     out = io.BytesIO()
     Image.fromarray(x.permute(1, 2, 0).numpy()).save(out, "PNG")
@@ -113,8 +114,8 @@ def picture(seed):
 
 
 def class_token_last(model):
-    """What llama.cpp does to a CLIP since its #13321 (issue 25814): patches, then the class token, positions as they
-    come, and the first row left out as if it were that token."""
+    """CLIP as llama.cpp computes it since its #13321 (issue 25814): patches, then the class token; positions in that
+    order; then the first row is dropped as if it were the class token."""
     e = model.vision_tower.vision_model.embeddings
 
     def forward(images):
@@ -128,28 +129,28 @@ def class_token_last(model):
 
 @pytest.mark.parametrize("name", ["siglip", "clip + llama", "clip with exact gelu"])
 @torch.no_grad()
-def test_a_picture_is_seen_as_here_or_with_the_class_token_last_as_known(name, tmp_path, bytes_folder):
+def test_images_give_equal_logits_but_for_the_class_token(name, tmp_path, bytes_folder):
     folder(name, tmp_path / "m", bytes_folder)
     model, source = llava.load_model(init=tmp_path / "m")
     tok = source.tok
     server = Server(*gguf_export.export(tmp_path / "m", "", "f32")[:2])
-    (x, a), (_, b) = picture(1), picture(2)
-    seen, other = (server.logprobs({"prompt_string": f"<s>USER: {server.marker}\nWhat", "multimodal_data": [p]})
+    (x, a), (_, b) = make_image(1), make_image(2)
+    found, other = (server.logprobs({"prompt_string": f"<s>USER: {server.marker}\nWhat", "multimodal_data": [p]})
                    for p in (a, b))
     ids = [tok.id("<s>"), *tok.text("USER: ")[0], *[3] * 4, *tok.text("\nWhat")[0]]
     right = ours(model, ids, x[None])
-    assert distance(other, right) > 0.1, "the picture matters"
+    assert distance(other, right) > 0.1, "the image matters"
     if name == "siglip":
-        assert distance(seen, right) < 1e-3
-    else:                                                  # once this fails, llama.cpp is mended: unlike() should know
-        assert distance(seen, right) > 0.1
+        assert distance(found, right) < 1e-3
+    else:                                       # once this fails, llama.cpp is fixed: change gguf.differences
+        assert distance(found, right) > 0.1
         class_token_last(model)
-        assert distance(seen, ours(model, ids, x[None])) < 1e-3
+        assert distance(found, ours(model, ids, x[None])) < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("template", ["vicuna_v1", "llava_llama_2", "llama_3", "chatml", "mistral"])
-def test_a_chat_with_a_picture_becomes_our_prompt_and_our_words(template, kind, tmp_path, bytes_folder):
+def test_a_chat_gives_our_prompt_and_answer(template, kind, tmp_path, bytes_folder):
     tok = bytes_folder
     if kind == "pieces":
         if template in ("llama_3", "chatml"):
@@ -159,9 +160,9 @@ def test_a_chat_with_a_picture_becomes_our_prompt_and_our_words(template, kind, 
     model, source = llava.load_model(init=tmp_path / "m")
     cfg = model.cfg
     llava.save_model(tmp_path / "run", model.state_dict(), cfg, source, template, "Be brief.", "pad", torch.float32)
-    speaker = Chat.of(*llava.load_model(init=tmp_path / "run"), template, "Be brief.", "pad")
+    chat = Chat.of(*llava.load_model(init=tmp_path / "run"), template, "Be brief.", "pad")
     server = Server(*gguf_export.export(tmp_path / "run", "", "f32")[:2])
-    x, png = picture(1)
+    x, png = make_image(1)
     see = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}]
     ask = [{"type": "text", "text": "What is this?"}]
     for content, turns in ((see + ask, ["<image>\nWhat is this?"]), (ask + see, ["<image>\nWhat is this?"]),
@@ -169,8 +170,8 @@ def test_a_chat_with_a_picture_becomes_our_prompt_and_our_words(template, kind, 
         messages = [{"role": "user", "content": content}]
         prompt = server.post("/apply-template", messages=messages)["prompt"].replace(server.marker, "<image>")
         ids = [j for i in server.ids(prompt) for j in ([i] * 4 if i == cfg.image_token_index else [i])]
-        assert ids == speaker.prompt([(turns[0], None)], len(turns[0]) > 2).tolist(), prompt
+        assert ids == chat.prompt([(turns[0], None)], len(turns[0]) > 2).tolist(), prompt
     asked = {"prompt_string": prompt.replace("Hi", f"{server.marker}\nHi"), "multimodal_data": [png]}
     found = server.post("/completion", prompt=asked, n_predict=6, temperature=0, return_tokens=True)["tokens"]
-    said = generate(model, [speaker.prompt([("<image>\nHi", None)], 1)], x[None], set(), 6)[0]
-    assert found == said[:len(found)] and (len(found) == 6 or said[len(found)] in source.tok.specials.values())
+    want = generate(model, [chat.prompt([("<image>\nHi", None)], 1)], x[None], set(), 6)[0]
+    assert found == want[:len(found)] and (len(found) == 6 or want[len(found)] in source.tok.specials.values())
