@@ -1,14 +1,13 @@
 """Whole training steps beside transformers' LLaVA: same weights, same ragged conversations, same parameters trained
 (the rows: bench/systems.py).
 
-The vision tower is frozen and builds no graph on either side. Ours takes the conversations packed, through
-the lines of the training loop; transformers takes them padded, with a mask, in a loop of the same verbs: sdpa, fused AdamW, the
-tower in no_grad, pixels normalised off the clock. theirs+liger has Liger's kernels in it, theirs+ckpt recomputes its
-layers, theirs+sorted puts conversations of like length together, which is what packing has to be better than.
+The vision tower is frozen and builds no graph on either side. Ours packs the conversations and runs the loop of the
+training scripts. transformers takes them padded, with a mask, in a loop of the same steps: sdpa, fused AdamW, tower in
+no_grad, pixels normalised before the clock starts. theirs+liger uses Liger's kernels, theirs+ckpt recomputes its
+layers, theirs+sorted puts conversations of similar length together, because packing must beat that too.
 
-Every measurement is a process of its own, ours and theirs by turns. On a CPU the time is CPU time (user + system) of
-one thread, which a busy machine moves little; on a GPU it lies between two events. Ratios are of processes that ran one
-after the other.
+Every measurement has its own process; ours and theirs alternate. On a CPU the time is CPU time (user + system) of one
+thread, which depends little on the load; on a GPU it is the time between two events. Ratios are of neighbouring runs.
 """
 
 import contextlib
@@ -23,14 +22,16 @@ import torch
 import bench
 import config
 from bench.systems import NAMES, conversations, fill, pad, system, work
+from config import setting
 
 LR, CLIP = 1e-3, 1.0
-AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # how far the first losses may lie apart: bf16, fp32
-MEMORY = 0.65                               # goal: peak memory of ours over theirs
+AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest difference of the first losses: bf16, fp32
+MEMORY = 0.6                                # goal: peak memory of ours / theirs
 
 
-# ---- the two sides: each prepares samples, off the clock, and trains a step, which says the loss before it ----------
-# prepare(made, part): micro-batches of `part` of the usual size, for cards on which that does not fit
+# ---- the two sides --------------------------------------------------------------------------------------------------
+# Each gives prepare(samples, part), before the clock starts -> micro-batches of `part` of the usual size, and
+# step(micro-batches) -> mean loss before the update
 
 def ours(s, device):
     import data
@@ -91,7 +92,7 @@ def theirs(s, device, *how):
     def names(k):
         k = "lm_head.weight" if "lm_head" in k else "model." + k.replace("language_model.model.", "language_model.")
         return k.replace("vision_tower.vision_model.", "vision_tower."), k    # transformers 5.20 and before it
-    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."      # transformers computes it, nobody reads it
+    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."      # transformers computes it, its output is unused
     besides = fill(s.cfg, model, device, names)
     assert all(re.search(re.escape(last) + r"|post_layernorm|vision_tower.*\.head\.", k) for k in besides), besides
 
@@ -111,7 +112,7 @@ def theirs(s, device, *how):
     model.train()
     tower = model.model.vision_tower.eval()
     tower.forward = torch.no_grad()(tower.forward)
-    # or fp32 embeddings would make every sum of the stream fp32
+    # fp32 embeddings would make the whole stream fp32
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.to(dtype))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
@@ -123,7 +124,7 @@ def theirs(s, device, *how):
         return [pad(s.cfg, made[i : i + n]) for i in range(0, len(made), n)]
 
     def step(micro):
-        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)         # no conversation begins with a label
+        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)         # the first token has no label
         total = 0.0
         for batch in micro:
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -141,14 +142,14 @@ def theirs(s, device, *how):
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 def memory(key):
-    """Bytes of this process: VmRSS now, VmHWM at most. (getrusage's maximum would begin with that of the parent.)"""
+    """Bytes of this process: VmRSS now, VmHWM at most. getrusage would include the maximum of the parent."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
 
 
 def clocked(f, device):
-    """-> what f returns, seconds: of CPU time, or between two events"""
+    """-> result of f, seconds: CPU time, or time between two events"""
     if device == "cpu":
         began = time.process_time()
         return f(), time.process_time() - began
@@ -161,7 +162,7 @@ def clocked(f, device):
 
 
 def measure(name, side, steps, size="full", device="cpu"):
-    """One side of one row, in this process -> losses, seconds of the median step, bytes at most and after import"""
+    """One side of one row, in this process -> losses, seconds of the median step, peak bytes, bytes after import"""
     if device == "cpu":
         torch.set_num_threads(1)
     if side == "ours":
@@ -175,7 +176,7 @@ def measure(name, side, steps, size="full", device="cpu"):
     prepare, step, optimizer = ours(s, device) if side == "ours" else theirs(s, device, *how)
     if device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()                  # a model is born in fp32
+        torch.cuda.reset_peak_memory_stats()                  # models are created in fp32
     warm, losses, seconds, part = 1 if device == "cpu" else 2, [], [], 1.0
     while len(seconds) < warm + steps:
         batch = prepare(conversations(s, len(seconds)), part)
@@ -185,8 +186,8 @@ def measure(name, side, steps, size="full", device="cpu"):
             if part <= 1 / 16:
                 raise
             took = None
-        if took is None:                                      # begin again with smaller micro-batches; the first loss,
-            part, seconds, losses = part / 2, [], losses[:1]  # from before anything was learnt, stays the first
+        if took is None:                                      # start again with smaller micro-batches; keep the first
+            part, seconds, losses = part / 2, [], losses[:1]  # loss, from before any update
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             continue
@@ -198,18 +199,19 @@ def measure(name, side, steps, size="full", device="cpu"):
 
 
 def compare(name, pairs, steps, size, device, ceilings, peer):
-    """[(ours, theirs)] of one row and one peer -> a row of the table; of [(ours,)] without one, what it says alone"""
+    """[(ours, theirs)] of one row and one peer, or [(ours,)] without a peer -> a row of the table"""
     s = system(name, size)
     batches = [conversations(s, n) for n in range(1, steps + 1)]
     real = sum(len(ids) for made in batches for ids, _, _ in made)
     padded = sum(len(made) * max(len(ids) for ids, _, _ in made) for made in batches)
-    learnt = sum(i >= 0 for made in batches for _, labels, _ in made for i in labels)
+    supervised = sum(i >= 0 for made in batches for _, labels, _ in made for i in labels)
     mid = statistics.median
     sides = [*zip(*pairs)]
     seconds = [mid(p["seconds"] for p in side) for side in sides]
     products, forward, backward = (sum(w) / steps for w in zip(*(work(s, made) for made in batches)))
-    row = {"row": name, "peer": peer, "tokens": round(real / steps), "padding": padded / real, "learnt": learnt / real,
-           "ms": [1e3 * t for t in seconds], "samples_per_s": [s.samples / t for t in seconds],
+    row = {"row": name, "peer": peer, "tokens": round(real / steps), "padding": padded / real,
+           "supervised": supervised / real, "ms": [1e3 * t for t in seconds],
+           "samples_per_s": [s.samples / t for t in seconds],
            "mib": [mid(p["peak"] for p in side) / 2**20 for side in sides], "part": [side[0]["part"] for side in sides]}
     if ceilings:                           # attention at its published best, for a product of 790 TFLOP/s: 600 and 500
         rate = ceilings["matmul"]
@@ -241,42 +243,32 @@ PAGE = """# Training steps, {date}
 
 `python -m bench step{args}` on {machine}.
 
-Ours beside transformers' LlavaForConditionalGeneration (sdpa, fused AdamW): same weights, same conversations, same
-trained set, each side in a process of its own, by turns. {clock} of the median of {steps} steps; medians over
-{repeats} processes; ratios are of pairs, least and most in brackets. Padding: tokens of a batch padded to its longest
-for each real one. Memory: peak of {of}; net of what it held after its imports. Apart: the two losses, in the first
-and in the last step{agree}. {more}
+Ours beside transformers' LLaVA (sdpa, fused AdamW). {clock} of the median of {steps} steps; medians over {repeats}
+processes; ratios are of pairs, least and most in brackets. Padding: tokens of a padded batch for each real one.
+Memory: peak of {of}. Apart: difference of the first losses.
 
 """
-MORE = {"cpu": "The toy rows have no goal in time: with 512 words there is no head to save on, and most of what is "
-               "left of a step are products that both sides need.",
-        "cuda": "MFU counts the FLOPs that the step needs (no padding, no recomputation) against the card's dense bf16 "
-                "peak; the floor is the time that these would take at the measured rate of products, {tflops:.0f} "
-                "TFLOP/s. Theirs with a smaller micro-batch than meant, because the usual did not fit, is marked."}
 
 
 def cells(r):
-    """Of one line of the table: a row beside one peer, or alone"""
+    """One line of the table: a row beside one peer, or alone"""
     halved = "".join(f" (micro-batch x {p:g})" if p < 1 else "" for p in r["part"][1:])
-    ms, mib = ([f"{x:.0f}" for x in r[key]] + [None] * (2 - len(r[key])) for key in ("ms", "mib"))
-    faster, memory = [None] * 2, [None] * 4
+    ms, mib = (" / ".join(f"{x:.0f}" for x in r[key]) for key in ("ms", "mib"))
+    faster = memory = apart = None
     if r["peer"]:
-        faster = ["**{:.2f}** ({:.2f} to {:.2f})".format(r["speed"], *r["speed_range"]), r["goal"]]
-        memory = [f"**{r['memory']:.2f}**", r["memory_goal"], f"{r['memory_net']:.2f}",
-                  "{:.0e}, {:.0e}".format(*r["apart"]) + ("" if r["agree"] else " **not the same steps**")]
-    return [r["row"], (r["peer"] or "none ran") + halved, r["tokens"], f"{r['padding']:.2f}", f"{r['learnt']:.0%}",
-            *ms, *faster, f"{r['samples_per_s'][0]:.1f}", f"{r['mfu']:.1%}" if "mfu" in r else None,
-            f"{r['of_floor']:.0%}" if "of_floor" in r else None, *mib, *memory]
+        faster = "**{:.2f}** ({:.2f} to {:.2f})".format(r["speed"], *r["speed_range"])
+        memory = f"**{r['memory']:.2f}**"
+        apart = f"{r['apart'][0]:.0e}" + ("" if r["agree"] else " **not the same steps**")
+    return [r["row"], (r["peer"] or "none ran") + halved, r["tokens"], f"{r['padding']:.2f}", ms, faster, r.get("goal"),
+            f"{r['mfu']:.1%}" if "mfu" in r else None, mib, memory, apart]
 
 
 def page(rows, failed, s, head, ceilings):
-    more = MORE[s.device].format(tflops=ceilings["matmul"] / 1e12 if ceilings else 0)
-    text = PAGE.format(**head, steps=s.steps, repeats=s.repeats, date=s.date, more=more,
+    text = PAGE.format(**head, steps=s.steps, repeats=s.repeats, date=s.date,
                        clock={"cpu": "CPU time", "cuda": "Time between events"}[s.device],
-                       of={"cpu": "the process", "cuda": "the allocator"}[s.device],
-                       agree={"cpu": "", "cuda": " (bf16; random data: only the first is a check)"}[s.device])
-    names = ["row", "beside", "tokens", "padding", "learnt", "ms, ours", "ms, theirs", "**times faster**", "goal",
-             "samples/s", "MFU", "of the floor", "MiB, ours", "MiB, theirs", "**memory**", "goal", "net", "apart"]
+                       of={"cpu": "the process", "cuda": "the allocator"}[s.device])
+    names = ["row", "beside", "tokens", "padding", "ms, ours / theirs", "**times faster**", "goal", "MFU",
+             "MiB, ours / theirs", "**memory**", "apart"]
     text += bench.table(names, map(cells, rows))
     return text + "".join(f"\n{name}, {side}: did not run: {why}\n" for (name, side), why in failed.items())
 
@@ -285,15 +277,15 @@ def page(rows, failed, s, head, ceilings):
 
 @dataclasses.dataclass
 class Settings:
-    rows: str = "all"              # or some: S1,S2; all = those of this device
-    size: str = ""                 # full, tiny (S rows with a model of a few thousand parameters); empty = by device
-    device: str = "auto"           # auto, cuda, cpu
-    repeats: int = 0               # processes of each side, by turns; 0 = 5 on a CPU, 1 on a GPU
-    steps: int = 5                 # timed steps in each, after one or two that are not
-    seconds: float = 7200.0        # no process begins later, and none lasts longer
-    out: str = ""                  # file for the page
-    date: str = ""                 # of the page; empty = today
-    side: str = ""                 # ours, theirs, theirs+liger ...: measure this once, here (what the command starts)
+    rows: str = setting("all", "all rows of this device, or some: S1,S2")
+    size: str = setting("", "full; tiny: S rows with a model of a few thousand parameters; empty: by device")
+    device: str = setting("auto", "auto, cuda, cpu")
+    repeats: int = setting(0, "processes of each side; 0 = 5 on a CPU, 1 on a GPU", 0)
+    steps: int = setting(5, "timed steps of each process, after one or two others", 1)
+    seconds: float = setting(7200.0, "no process starts later, and none takes longer", 0)
+    out: str = setting("", "file for the page")
+    date: str = setting("", "of the page; empty: today")
+    side: str = setting("", "ours, theirs, theirs+liger, ...: measure this side once, in this process")
 
 
 def main(s, args):
@@ -302,11 +294,10 @@ def main(s, args):
     names = bench.pick_rows(s.rows, NAMES[s.device], NAMES["cpu"] + NAMES["cuda"])
     if s.size not in ("full", "tiny") or (s.device, s.size) == ("cpu", "full"):
         config.stop(f"size={s.size}, device={s.device}: full (on a GPU) or tiny")
-    if s.repeats < 0 or s.steps < 1:
-        config.stop(f"repeats={s.repeats}, steps={s.steps}: at least 1")
+    config.check_ranges(s)
     if s.device == "cpu" and not Path("/proc/self/status").is_file():
         config.stop("memory is read from Linux's /proc, which this machine does not have")
-    sizes = {n: "full" if n in NAMES["cpu"] else s.size for n in names}       # those of a CPU have one size
+    sizes = {n: "full" if n in NAMES["cpu"] else s.size for n in names}       # rows of a CPU have one size
     if s.side == "ceilings":
         return bench.print_json(bench.ceilings(s.device))
     if s.side:
@@ -318,7 +309,7 @@ def main(s, args):
     print(machine, flush=True)
 
     def once(name, side):
-        """One side of one row, in a process of its own -> what measure() says, or None"""
+        """One side of one row, in its own process -> the result of measure(), or None"""
         left = end - time.time()
         if left < 1:
             failed[name, side] = f"not begun within {s.seconds:.0f} s"
@@ -333,12 +324,12 @@ def main(s, args):
     ceilings = once(names[0], "ceilings") if s.device == "cuda" else None
     plan = [(name, n, side) for name in names for n in range(s.repeats)
             for side in ["ours", *system(name).peers][:: (1, -1)[n % 2]]]
-    if s.device == "cuda":                 # in order of worth, for time may be short: every row beside its first peer,
+    if s.device == "cuda":                 # if time is short: first every row beside its first peer
         plan.sort(key=lambda p: (p[1], system(p[0]).peers[1:].index(p[2]) + 1 if p[2] in system(p[0]).peers[1:] else 0))
     got = {}
 
     def report():
-        """The page as far as it is known: a file has it after every process, whatever becomes of this run"""
+        """Write the page after every process, so that a run that is cut off leaves one"""
         rows.clear()
         for name in names:
             ours, peers = got.get((name, "ours"), []), [p for p in system(name).peers if (name, p) in got]

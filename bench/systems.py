@@ -1,11 +1,11 @@
-"""The rows of `python -m bench step`: models of published shapes, conversations of realistic lengths, and what a step of them
-has to compute. bench/step.py measures.
+"""The rows of `python -m bench step`: models of published shapes, conversations of realistic lengths, and the FLOPs of
+a step. bench/step.py measures.
 
-    step_align, step_sft    a ViT of 6 x 192, a Llama of 6 x 256 with 32,000 words, 4 conversations a step, on a CPU
+    step_align, step_sft    a ViT of 6 x 192, a Llama of 6 x 256, vocabulary 32,000, 4 conversations a step, on a CPU
     toy_align, toy_sft      the toy world's model, 32 conversations a step, on a CPU
-    S1, S2, S3              CLIP ViT-L/336 and Llama 7B: stage 1; stage 2 through LoRA of rank 128; stage 2 whole
-    S4, S4b                 stage 2 whole with TinyLlama 1.1B; with Llama 3.2 1B and its 128,256 words
-    S5                      stage 2 whole with SigLIP-B/16-512 and SmolLM2 360M
+    S1, S2, S3              CLIP ViT-L/336 and Llama 7B: stage 1; stage 2 with LoRA of rank 128; stage 2, all weights
+    S4, S4b                 stage 2, all weights: TinyLlama 1.1B; Llama 3.2 1B with its vocabulary of 128,256
+    S5                      stage 2, all weights: SigLIP-B/16-512 and SmolLM2 360M
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ import bench
 @dataclasses.dataclass
 class System:
     cfg: object                    # model.VLMConfig
-    stage: str                     # align: the connector learns; sft: the language model too; lora: through adapters
+    stage: str                     # align: trains the connector; sft: and the language model; lora: and adapters
     samples: int                   # conversations per step
-    peers: tuple                   # who stands beside ours
-    goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs over ours
-    spread: float | None = None    # words are log-normal around 90 with this sigma; None: LLaVA's mixture
+    peers: tuple                   # sides that are compared with ours
+    goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs / time of ours
+    spread: float | None = None    # text tokens are log-normal around 90 with this sigma; None: LLaVA's mixture
     room: int = 1 << 30            # tokens in one of our streams
     micro: int = 1 << 30           # conversations in one of their batches
     r: int = 0                     # rank of the adapters
@@ -32,7 +32,7 @@ NAMES = {"cpu": ("step_align", "step_sft", "toy_align", "toy_sft"), "cuda": ("S1
 
 
 def system(name, size="full"):
-    """A row's name -> System. `tiny`: the same with a model of a few thousand parameters, to see that it runs."""
+    """A row's name -> System. `tiny`: with a model of a few thousand parameters, to check that it runs."""
     from model import TextConfig, VisionConfig, VLMConfig
 
     def vision(D, F, L, H, side, patch, **more):
@@ -53,7 +53,7 @@ def system(name, size="full"):
     smollm = text(960, 2560, 32, 15, 5, 64, 49152, tie_word_embeddings=True, rope_theta=100000.0)
     s = {
         "step_align": System(small, "align", 4, ("theirs",), {"theirs": 2.5}, 0.7),
-        "step_sft": System(small, "sft", 4, ("theirs",), {"theirs": 2.0}, 0.7),
+        "step_sft": System(small, "sft", 4, ("theirs",), {"theirs": 2.3}, 0.7),
         "toy_align": System(toy, "align", 32, ("theirs",), {}, 0.25),
         "toy_sft": System(toy, "sft", 32, ("theirs",), {}, 0.25),
         "S1": System(vicuna, "align", 32, (*both, "theirs+ckpt"), {"theirs": 1.3, "theirs+liger": 1.1}, None, 20480,
@@ -78,34 +78,34 @@ def system(name, size="full"):
                                room=60 if s.stage == "align" else 1500, micro=min(s.micro, 4))
 
 
-# ---- what both sides are given -------------------------------------------------------------------------------------
+# ---- the inputs of both sides --------------------------------------------------------------------------------------
 
 def conversations(s, step, mean=90, asked=10, answered=3):
-    """One step's samples as data.pack takes them: BOS, a picture, turns. Lengths on a CPU are log-normal around `mean`,
-    spread so that padding a batch to its longest costs what it costs with real conversations: 1.3 to 1.75 times the
-    tokens; on a GPU they are drawn from LLaVA's mixture, and captions of about 18 words are learnt whole."""
+    """The samples of one step, as data.pack takes them: BOS, an image, turns. On a CPU lengths are log-normal around
+    `mean`; padding a batch to its longest then costs what it costs with real conversations, 1.3 to 1.75 times the
+    tokens. On a GPU they are drawn from LLaVA's mixture, or are captions of about 18 tokens, all supervised."""
     g = torch.Generator().manual_seed(1000 + step)
     if s.spread is not None:
-        words = (mean * (s.spread * torch.randn(s.samples, generator=g)).exp()).long().clamp(8, 5 * mean).tolist()
-        plan = [(n, answered / (asked + answered), 1) for n in words]
+        lengths = (mean * (s.spread * torch.randn(s.samples, generator=g)).exp()).long().clamp(8, 5 * mean).tolist()
+        plan = [(n, answered / (asked + answered), 1) for n in lengths]
     elif s.stage == "align":
-        words = (18 * (0.3 * torch.randn(s.samples, generator=g)).exp()).long().clamp(4, 80).tolist()
-        plan = [(n, 1.0, 1) for n in words]
+        lengths = (18 * (0.3 * torch.randn(s.samples, generator=g)).exp()).long().clamp(4, 80).tolist()
+        plan = [(n, 1.0, 1) for n in lengths]
     else:
         plan = bench.draw_lengths(s.samples, g)
     out, S = [], s.cfg.vision.image_size
-    for n, share, pictures in plan:
+    for n, share, n_images in plan:
         turn = asked + answered if s.spread is not None else 20
-        learnt = max(1, round(turn * share))
+        supervised = max(1, round(turn * share))
         text = torch.randint(4, s.cfg.text.vocab_size, (n,), generator=g).tolist()
-        ids = [1] + [s.cfg.image_token_index] * (s.cfg.vision.patches * pictures)
-        labels = [-100] * len(ids) + [t if i % turn >= turn - learnt else -100 for i, t in enumerate(text)]
-        out.append((ids + text, labels, torch.randint(0, 256, (pictures, 3, S, S), generator=g, dtype=torch.uint8)))
+        ids = [1] + [s.cfg.image_token_index] * (s.cfg.vision.patches * n_images)
+        labels = [-100] * len(ids) + [t if i % turn >= turn - supervised else -100 for i, t in enumerate(text)]
+        out.append((ids + text, labels, torch.randint(0, 256, (n_images, 3, S, S), generator=g, dtype=torch.uint8)))
     return out
 
 
 def pad(cfg, made):
-    """Samples as transformers takes them."""
+    """The samples as transformers takes them: a padded batch"""
     longest = max(len(ids) for ids, _, _ in made)
 
     def rows(lists, filler):
@@ -118,8 +118,8 @@ def pad(cfg, made):
 
 
 def fill(cfg, model, device, names=lambda k: [k]):
-    """Give a model the parameters of model.VLM, under one of their `names`, always the same ones -> names of what it
-    has besides."""
+    """Fill the parameters of a model that model.VLM has too, under one of their `names`, always with the same values
+    -> names of its other parameters."""
     from model import VLM
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in VLM(cfg).state_dict().items()}
@@ -133,12 +133,12 @@ def fill(cfg, model, device, names=lambda k: [k]):
     return set(has)
 
 
-# ---- what a step has to compute ------------------------------------------------------------------------------------
+# ---- FLOPs ---------------------------------------------------------------------------------------------------------
 
 def work(s, made):
-    """FLOPs that a step needs -> products, attention forward, attention backward. A weight costs 2 per row forward, 2
-    for the gradient of its input, 2 more if it trains; no padding, no recomputation; rows without a label end at the
-    last layer's keys; attention by pairs that see each other, 5/2 as much backward."""
+    """FLOPs that a step needs -> matrix products, attention forward, attention backward. A weight costs 2 per row
+    forward, 2 for the gradient of its input, 2 more if it is trained. No padding, no recomputation. Tokens without a
+    label end at the keys of the last layer. Attention counts pairs that see each other, backward 5/2 of forward."""
     v, t = s.cfg.vision, s.cfg.text
     N = sum(len(ids) for ids, _, _ in made)
     R = sum(i >= 0 for _, labels, _ in made for i in labels[1:])
@@ -147,7 +147,7 @@ def work(s, made):
     C, F, L, A, kv = (t.hidden_size, t.intermediate_size, t.num_hidden_layers, t.num_attention_heads * t.head_dim,
                       t.num_key_value_heads * t.head_dim)
     layer, keys = 2 * C * A + 2 * C * kv + 3 * C * F, 2 * C * kv
-    adapters = 7 * C + 2 * A + 2 * kv + 3 * F                                  # in + out of all seven, where r > 0
+    adapters = 7 * C + 2 * A + 2 * kv + 3 * F                                  # in + out of all seven layers
     rows = (L - 1) * layer * N + keys * N + (layer - keys) * R + t.vocab_size * C * R
     T, D = v.patches + v.class_token, v.hidden_size
     tower = 2 * I * (v.depth * T * (4 * D * D + 2 * D * v.intermediate_size) + v.patches * 3 * v.patch_size**2 * D)
