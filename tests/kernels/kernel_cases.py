@@ -102,3 +102,8 @@ def allocations(f):
         f()
     events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def opcheck(op, args):
+    """The operator's schema, autograd registration and shapes without data. The compile tests cover the rest."""
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compile_check import ARCHS, assert_fits, compile_for
 from interpret import variant
-from kernel_cases import TIGHT, allocations, check_error, close, normal, saved, strided, with_gradients
+from kernel_cases import TIGHT, allocations, check_error, close, normal, opcheck, saved, strided, with_gradients
 from span_cases import CASES, GAPS, LONG, documents, images, prefixes, qkv, unused_keys
 
 from kernels import attention as module
@@ -157,8 +157,8 @@ def test_only_inputs_are_saved(lengths):
 def test_operators_pass_opcheck(name):
     spans, M = CASES[name]
     q, k, v = qkv(spans, M)
-    torch.library.opcheck(attention_torch, (q, k, v, *spans))
-    torch.library.opcheck(attention_torch_backward, (*(t.detach() for t in (q, q, k, v)), *spans))
+    opcheck(attention_torch, (q, k, v, *spans))
+    opcheck(attention_torch_backward, (*(t.detach() for t in (q, q, k, v)), *spans))
 
 
 def test_it_compiles_as_one_graph():

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 from compile_check import ARCHS, assert_fits, compile_for
-from kernel_cases import normal
+from kernel_cases import normal, opcheck
 
 from kernels import nf4
 
@@ -80,7 +80,7 @@ def test_an_element_takes_about_half_a_byte():
 
 def test_opcheck_and_compile():
     parts = nf4.quantize(normal(33, 50))
-    torch.library.opcheck(nf4.nf4_op, (*parts, torch.float32))
+    opcheck(nf4.nf4_op, (*parts, torch.float32))
     whole = torch.compile(nf4.dequantize, fullgraph=True, backend="aot_eager")
     assert torch.equal(whole(*parts, torch.float32), nf4.dequantize(*parts, torch.float32))
 

@@ -28,7 +28,8 @@ def test_low_precision_has_the_bits_of_the_definition(dtype):
     ours, theirs, true = (with_gradients(f, *args) for f, args in (
         (lambda x, w: rms_norm(x, w, EPS), (x, w)), (lambda x, w: rms_norm_ref(x, w, EPS), (x, w)),
         (lambda x, w: rms_norm_ref(x, w, EPS), (x.double(), w.double()))))
-    assert torch.equal(ours[0], theirs[0])
+    with torch.no_grad():
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(rms_norm(x, w, EPS), theirs[0])
     for results in zip(ours[1:], theirs[1:], true[1:]):
         check_error(*results, terms=129)
 
@@ -79,7 +80,7 @@ def test_it_compiles_and_can_be_recomputed():
     close(lambda *a: checkpoint(f, *a, use_reentrant=False), f, *args)
 
 
-WIDTHS = {"*bf16": (1, 72, 1152, 4096, 8192), "*fp32": (8192,)}  # one element, a head, a ViT, 7B, 70B
+WIDTHS = {"*bf16": (72, 4096, 8192), "*fp32": (8192,)}  # a head, 7B, 70B
 NORM_BACKWARD = "X", "W", "DY", "DS", "DX"
 
 

@@ -56,7 +56,7 @@ def test_the_kernel_fits_every_gpu(arch, dtype, H, G, K):
     """70B, 0.5B, and heads of 72, whose halves are no power of two"""
     import triton
     size = triton.next_power_of_2
-    for rows in ("*i64", None):
+    for rows in ("*i64", None) if H == 64 else ("*i64",):
         args = dict.fromkeys(("Q", "K", "OUT_Q", "OUT_K"), dtype) | {"COS": "*fp32", "SIN": "*fp32", "R": "i32"}
         how = dict(H=H, G=G, HALF=K // 2, SIGN=-1, HEADS_Q=size(H), HEADS_K=size(G), BLOCK=size(K // 2))
         args, how = (args | {"ROWS": rows}, how) if rows else (args, how | {"ROWS": None})

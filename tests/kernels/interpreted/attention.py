@@ -4,7 +4,7 @@ sequences of a hundred tokens have full blocks, partly masked blocks and skipped
 import pytest
 import torch
 from interpret import variant
-from kernel_cases import check_error, normal, strided, with_gradients
+from kernel_cases import check_error, normal, opcheck, strided, with_gradients
 from span_cases import CASES, documents, images, prefixes, qkv, unused_keys, window
 
 import kernels
@@ -43,7 +43,7 @@ def check(spans, M, dtype=torch.float32, f=attention, **shape):
 @pytest.mark.parametrize("name, dtype", [*((name, torch.float32) for name in CASES),
                                          *((name, torch.float16) for name in ("packed", "images of a ViT", "gaps"))])
 def test_every_mask(name, dtype):
-    check(*CASES[name], dtype)
+    check(*CASES[name], dtype, H=2, G=1)
 
 
 @pytest.mark.parametrize("spans, M", [(documents(1, 15, 17, 65), 98), (images(49, 49), 98), (prefixes((40, 70)), 70),
@@ -53,7 +53,7 @@ def test_full_masked_and_skipped_blocks(spans, M):
     check(spans, M, H=1, G=1)
 
 
-@pytest.mark.parametrize("K", [32, 72, 128])
+@pytest.mark.parametrize("K", [64, 72])
 def test_head_sizes_of_real_models(K):
     check(documents(17, 20), 37, torch.float16, H=2, G=1, K=K)
 
@@ -84,14 +84,14 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", [None, *BROKEN])
 def test_a_broken_kernel_fails(name, tmp_path):
-    lo, hi = documents(18, 42)
+    lo, hi = documents(14, 26)
     hi[:2] = 0                                                               # two empty rows
     if name is None:
-        return check((lo, hi), 60)
+        return check((lo, hi), 40)
     broken = variant(module, *BROKEN[name], tmp_path)
     broken.FP32_TILE = module.FP32_TILE
     with pytest.raises(AssertionError):
-        check((lo, hi), 60, f=broken.attention)
+        check((lo, hi), 40, f=broken.attention)
 
 
 def test_strides_change_nothing():
@@ -155,10 +155,10 @@ def test_query_ranges_equal_a_loop(name):
 def test_operators_pass_opcheck():
     spans, M = CASES["image blocks"]
     q, k, v = qkv(spans, M, dtype=torch.float32)
-    torch.library.opcheck(attention_triton, (q, k, v, *spans))
+    opcheck(attention_triton, (q, k, v, *spans))
     q, k, v = (t.detach() for t in (q, k, v))
     out, lse = attention_triton(q, k, v, *spans)
-    torch.library.opcheck(torch.ops.pumice.attention_backward, (out, q, k, v, *spans, out, lse))
+    opcheck(torch.ops.pumice.attention_backward, (out, q, k, v, *spans, out, lse))
 
 
 def test_it_compiles_as_one_graph():

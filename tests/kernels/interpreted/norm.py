@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import example, tiny_vlm
 from interpret import variant
-from kernel_cases import check_errors, close, normal, strided, with_gradients
+from kernel_cases import check_errors, close, normal, opcheck, strided, with_gradients
 
 import kernels
 from kernels import norm as module
@@ -130,9 +130,9 @@ def test_gradients_are_deterministic_and_summed_in_fp32():
 def test_operators_pass_opcheck(name):
     _, _, args = case(name, 5, 15, torch.float32)
     x, w, b, add = args if "add" in name else (*args, None, None)
-    torch.library.opcheck(norm_op, tuple(t if t is None else t.requires_grad_() for t in (x, add, w, b)) + (EPS,))
+    opcheck(norm_op, tuple(t if t is None else t.requires_grad_() for t in (x, add, w, b)) + (EPS,))
     x, w, layer = x.detach(), w.detach(), b is not None
-    torch.library.opcheck(norm_backward_op, (x, w, x, None if add is None else x, EPS, layer, True, layer))
+    opcheck(norm_backward_op, (x, w, x, None if add is None else x, EPS, layer, True, layer))
 
 
 def test_it_compiles_as_one_graph():

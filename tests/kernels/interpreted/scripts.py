@@ -1,4 +1,4 @@
-"""--kernels=triton in the scripts: a training step and an answer, interpreted (tests/interpret.py)."""
+"""kernels=triton in the scripts: one training step and one answer, interpreted (tests/interpret.py)."""
 
 import pytest
 from tiny_runs import rows, run
@@ -7,20 +7,20 @@ import kernels.swiglu
 import sample
 
 
-def test_with_kernels_a_script_does_what_it_does_without(world, tmp_path, monkeypatch, capsys):
+def test_scripts_compute_the_same_with_kernels(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("kernels.choice", "auto")
-    found, said, calls, op = {}, {}, [], kernels.swiglu.swiglu_op
+    found, answers, calls, op = {}, {}, [], kernels.swiglu.swiglu_op
     monkeypatch.setattr("kernels.swiglu.swiglu_op", lambda *a: (calls.append(a), op(*a))[1])
-    for how in ("torch", "triton", "auto"):
-        out = tmp_path / how
-        run("sft", {**world, "val_data": ""}, out, kernels=how, steps=1, save_every=0)
-        assert bool(calls) == (how == "triton")
+    for choice in ("torch", "triton", "auto"):
+        out = tmp_path / choice
+        run("sft", {**world, "val_data": ""}, out, kernels=choice, steps=1, save_every=0)
+        assert bool(calls) == (choice == "triton")
         row, = rows(out / "log.jsonl")
-        found[how] = row["loss"], row["grad_norm"]
-        assert ("Triton kernels" if how == "triton" else "plain torch") in capsys.readouterr().out
-        sample.main(sample.Settings(model=str(tmp_path / "torch"), image=f"{world['images']}/0.png", kernels=how,
-                                    prompt="What is this?", device="cpu", max_new_tokens=3))
-        said[how] = capsys.readouterr().out
+        found[choice] = row["loss"], row["grad_norm"]
+        assert ("Triton kernels" if choice == "triton" else "plain torch") in capsys.readouterr().out
+        sample.main(sample.Settings(model=str(tmp_path / "torch"), image=f"{world['images']}/0.png", kernels=choice,
+                                    prompt="What is this?", device="cpu", max_new_tokens=2))
+        answers[choice] = capsys.readouterr().out
         calls.clear()
     assert found["auto"] == found["torch"] == pytest.approx(found["triton"], rel=1e-5)
-    assert said["triton"] == said["auto"] == said["torch"] != ""
+    assert answers["triton"] == answers["auto"] == answers["torch"] != ""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from interpret import variant
-from kernel_cases import check_errors, close, normal, strided, with_gradients
+from kernel_cases import check_errors, close, normal, opcheck, strided, with_gradients
 
 import kernels
 from kernels import swiglu as module
@@ -60,8 +60,8 @@ def test_strides_change_nothing():
 
 def test_operators_pass_opcheck():
     gate, up = (t.requires_grad_() for t in case(5, 15, torch.float32))
-    torch.library.opcheck(swiglu_op, (gate, up))
-    torch.library.opcheck(swiglu_backward_op, (gate.detach(), up.detach(), up.detach()))
+    opcheck(swiglu_op, (gate, up))
+    opcheck(swiglu_backward_op, (gate.detach(), up.detach(), up.detach()))
 
 
 def test_it_compiles_as_one_graph():
