@@ -1,4 +1,4 @@
-"""Curves from the logs of runs."""
+"""Curves from the logs of runs"""
 
 import json
 import sys
@@ -27,17 +27,17 @@ def test_each_curve_holds_the_steps_that_logged_it(runs):
     assert plot.read_log(runs[0] + "/log.jsonl") == log
 
 
-def test_smoothing_is_a_mean_over_what_has_been_seen():
-    assert plot.means([4, 2, 6, 0], 2) == [4, 3, 4, 3] and plot.means([4, 2], 1) == [4, 2]
+def test_smoothing_is_a_moving_mean():
+    assert plot.moving_mean([4, 2, 6, 0], 2) == [4, 3, 4, 3] and plot.moving_mean([4, 2], 1) == [4, 2]
 
 
-def test_two_runs_make_one_picture(runs, tmp_path, capsys):
+def test_two_runs_make_one_figure(runs, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from PIL import Image
     out = tmp_path / "curves.png"
     plot.main([*runs, f"--out={out}"])
     assert capsys.readouterr().out == f"{out}\n"
-    assert min(Image.open(out).convert("RGB").getextrema()) == (0, 255)   # ink on paper
+    assert min(Image.open(out).convert("RGB").getextrema()) == (0, 255)   # black on white
 
 
 def test_without_matplotlib_one_line_says_so(runs, monkeypatch):
@@ -47,15 +47,15 @@ def test_without_matplotlib_one_line_says_so(runs, monkeypatch):
 
 
 @pytest.mark.parametrize("rows, complaint", [
-    ([], "holds no curve yet"), ([{"loss": 1}], "line 1: not an object with a step"), ([5], "line 1: not an object")])
-def test_a_log_without_curves_ends_in_one_line(tmp_path, rows, complaint):
+    ([], "has no curve yet"), ([{"loss": 1}], "line 1: not an object with a step"), ([5], "line 1: not an object")])
+def test_a_log_without_curves_is_one_line(tmp_path, rows, complaint):
     with pytest.raises(Error, match=complaint):
         plot.main([str(make_run(tmp_path / "c", rows))])
 
 
-def test_a_log_that_is_no_text_and_a_picture_that_cannot_be_written_end_in_one_line(runs, tmp_path):
+def test_unreadable_logs_and_unwritable_files_are_one_line(runs, tmp_path):
     for out, complaint in (("none/x.png", "cannot write .*none/x.png"), ("x.foo", "cannot write .*x.foo: .*foo"),
-                           ("x", "x: a name that says what kind")):
+                           ("x", "x: the name must end in")):
         with pytest.raises(Error, match=complaint) as stopped:
             plot.main([runs[0], f"--out={tmp_path / out}"])
         assert "\n" not in str(stopped.value)
@@ -65,8 +65,8 @@ def test_a_log_that_is_no_text_and_a_picture_that_cannot_be_written_end_in_one_l
         plot.main([str(tmp_path / "c")])
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(Error, match="is no run"):
+def test_a_folder_without_a_log_is_named(tmp_path):
+    with pytest.raises(Error, match="is not a run"):
         plot.main([str(tmp_path)])
     with pytest.raises(Error, match="which run"):
         plot.main([])
