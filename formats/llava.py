@@ -1,5 +1,5 @@
 """LLaVA folders in and out. The state dict of model.VLM has the names of a llava-hf checkpoint already, so that writing
-renames nothing (formats/names.py reads the other spellings).
+renames nothing (names.py renames the other spellings).
 
     folder        a path, or a name `org/name`, which is looked up in the hub's cache and then downloaded
     vision        config.json (CLIP or SigLIP, one half or both; DINOv2), preprocessor_config.json, weights
@@ -77,7 +77,7 @@ def read_llava_hf(folder, c):
     how, usual = c.get("vision_feature_select_strategy", "default"), strategy(vision_config(v, layer))
     if how != usual:
         stop(f"{folder}: vision_feature_select_strategy {how!r} with {v.get('model_type')} is not supported")
-    meta = read_json(folder / "pumice.json") if (folder / "pumice.json").is_file() else {}
+    meta = read_json(folder / "pumice.json", {})
     tensors = renamed(read_tensors(folder), folder)
     if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # as published_tensors writes one matrix
         unit, bias = (tensors.pop(f"multi_modal_projector.linear_2.{k}", None) for k in ("weight", "bias"))

@@ -62,12 +62,6 @@ def behind(model, name):
     return bool(at) and (at[2] is None or v.depth <= int(at[2]) < v.num_hidden_layers)
 
 
-def about(folder):
-    """pumice.json of an adapter; {} for one that PEFT wrote"""
-    file = Path(folder) / "pumice.json"
-    return read_json(file) if file.is_file() else {}
-
-
 def load_adapter(model, folder):
     """Wrap `model`, as load_model returns it, with the adapter of a PEFT folder -> names of the wrapped layers. Every
     tensor must fit, and the model must have the digest that pumice.json tells, if there is one."""
@@ -98,7 +92,7 @@ def load_adapter(model, folder):
             stop(f"{folder}: {k} {tuple(x.shape)} does not fit this model")
         if not x.isfinite().all():
             stop(f"{folder}: {k} is not finite")
-    if says := about(folder):
+    if says := read_json(folder / "pumice.json", {}):                         # {}: PEFT wrote the adapter
         base = base_digest({k: tensor_digest(p) for k, p in model.named_parameters() if k not in tensors})
         if says.get("base") != base:
             stop(f"{folder} was trained on another base (digest {says.get('base')}) than this model ({base})")
@@ -116,7 +110,7 @@ def load_adapter(model, folder):
 def load_merged(folder, dtype):
     """The folder of an adapter -> VLM, Folder, as load_model returns them: the base with the adapter merged. The
     adapter names its base; a relative path counts from the working directory."""
-    says = about(folder)
+    says = read_json(Path(folder) / "pumice.json", {})
     towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]         # before there was a LLaVA
     base = " and ".join(towers) or read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
     file = "its pumice.json" if towers else "base_model_name_or_path in its adapter_config.json"

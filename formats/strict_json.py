@@ -36,8 +36,10 @@ def strict_json(text, where):
         raise ValueError(f"{where}: {e}") from None
 
 
-def read_json(path):
-    """A file that holds one JSON object -> dict"""
+def read_json(path, absent=None):
+    """A file that holds one JSON object -> dict. absent: what a missing file means; None stops."""
+    if absent is not None and not Path(path).is_file():
+        return absent
     try:
         found = strict_json(Path(path).read_text("utf-8"), path)
     except FileNotFoundError:

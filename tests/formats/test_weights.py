@@ -17,10 +17,13 @@ from test_llava import (EXAMPLES, PRE, add_files, configure, damage, error, llav
                         towers)
 from test_model import PARITY, TEXT, VISION, all_logits, exact_norms, pixels, their_logits
 
+import engine
+import train_sft
 from config import Error
 from data import pack
 from formats import configs, hub, llava
 from images import preprocess
+from run import stage
 
 IMAGES = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -341,6 +344,24 @@ def test_transformers_5_describes_images_in_processor_config(llava_folder, tmp_p
     assert llava.aspect(five, model.cfg) == "crop"
     (folder / "processor_config.json").write_text("{}")
     assert "preprocessor_config.json is missing" in error(llava.load_model, init=folder)
+
+
+def test_a_cropping_init_is_told(llava_folder, towers, tmp_path, monkeypatch):  # noqa: F811
+    """llava-hf's folders crop, where LLaVA-1.5 was trained on padded images."""
+    monkeypatch.setattr(engine, "set_threads", lambda *args: None)
+    world = engine.World(0, 1, torch.device("cpu"), torch.float32)
+
+    def notes(init, **how):
+        s = train_sft.Settings(init=str(init), max_len=48, **how)
+        _, folder = stage.load(s, world, "vicuna_v1")
+        return s.image_aspect, [n for n in folder.notes if "image_aspect" in n]
+
+    how, (line,) = notes(llava_folder)
+    assert how == "crop" and line.startswith("image_aspect=crop") and line.endswith("--image_aspect=pad")
+    assert notes(llava_folder, image_aspect="pad") == ("pad", [])
+    model, folder = llava.load_model(*towers)
+    llava.save_model(tmp_path / "ours", model.state_dict(), model.cfg, folder, "vicuna_v1", "", "crop", torch.float32)
+    assert notes(tmp_path / "ours") == ("crop", [])                             # which says how it was trained
 
 
 # ---- names of the hub -----------------------------------------------------------------------------------------------
