@@ -17,7 +17,7 @@ from config import BadSample, stop
 from formats.strict_json import STRICT, strict_json
 
 SPACE = re.compile(r"[ \t\n\r]*")
-MAX_BYTES = 1_000_000      # of one row: some 3 s of tokenising
+MAX_BYTES = 8_000_000      # of one row; chat.encode refuses long texts by their characters
 MAX_IMAGES = 256           # of one row
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # LLaVA's names, OpenAI's names
 UNSUPPORTED = ("video", "audio")

@@ -310,12 +310,14 @@ def test_ten_thousand_turns_are_cut_not_refused(world):
 
 
 def test_one_row_cannot_cost_a_worker_much(world, tmp_path):
-    """8 MB of text took 25 s and 1.2 GB; 100,000 images 0.9 GB. Both are refused before the tokenizer sees them."""
-    (tmp_path / "x.jsonl").write_text(json.dumps(dialogue(H, ("gpt", "a " * 600_000))) + f"\n{GOOD}\n")
+    """8 MB of text took 25 s and 1.2 GB, 100,000 images 0.9 GB. Both are refused before the tokenizer sees them."""
+    (tmp_path / "x.jsonl").write_text(json.dumps(dialogue(H, ("gpt", "a " * 4_000_000))) + f"\n{GOOD}\n")
     rows = Rows(tmp_path / "x.jsonl")
-    with pytest.raises(BadSample, match="a row is too large: 1,200,.* bytes, the limit is 1,000,000"):
+    with pytest.raises(BadSample, match="a row is too large: 8,000,.* bytes, the limit is 8,000,000"):
         rows[0]
     assert rows[1] == ROW
+    with pytest.raises(BadSample, match="far longer than max_len: 200,.* characters"):
+        world.encode(dialogue(H, ("gpt", "a " * 100_000)))
     with pytest.raises(BadSample, match="too many images: 100,000, the limit is 256"):
         world.encode(dialogue(("human", "<image>" * 100_000), G) | {"image": ["x"] * 100_000})
 

@@ -32,7 +32,7 @@ from kernels.cross_entropy import IGNORE
 
 @fuzz
 @given(st.lists(conversation(), min_size=1, max_size=5))
-def test_packed_and_unpacked_they_are_the_same(several):
+def test_packing_changes_no_sample(several):
     made = [(*encode(tok, template, turns, images, I, Q, system), torch.full((images, 3, 1, 1), n, dtype=torch.uint8))
             for n, (tok, template, turns, images, system) in enumerate(several)]
     b, at, image = data.pack(made, 1), 0, 0
@@ -51,16 +51,19 @@ leaf = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | 
 anything = st.recursive(leaf | st.sampled_from(["human", "gpt", IMAGE]), max_leaves=6, extend=lambda x:
                         st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3))
 who = st.sampled_from(["human", "gpt", "system", "x"])
+part = st.fixed_dictionaries({}, optional={
+    "type": st.sampled_from(["text", "image", "video"]) | anything, "text": text | anything, "image": text | anything})
+content = text | st.lists(part | anything, max_size=3) | anything
 message = st.fixed_dictionaries({}, optional={
-    "from": who | anything, "role": anything, "value": text | anything, "content": anything})
+    "from": who | anything, "role": anything, "value": content, "content": content})
 row = anything | st.fixed_dictionaries({}, optional={
-    "conversations": st.lists(message | anything, max_size=4) | anything, "id": anything,
+    "conversations": st.lists(message | anything, max_size=4) | anything, "id": anything, "system": text | anything,
     "image": anything | st.lists(text, max_size=2)})
 
 
 @fuzz
 @given(row, st.sampled_from(list(TEMPLATES)), st.integers(1, 60))
-def test_a_row_is_a_sample_or_a_bad_sample_never_another_error(row, template, max_len):
+def test_any_row_is_a_sample_or_a_bad_sample(row, template, max_len):
     encoder = data.Encoder(tokenizer("bytes"), template, I, Q, max_len)
     try:
         if not isinstance(row, dict):
@@ -81,7 +84,7 @@ def rows_file():
 @given(st.binary(max_size=60) | st.lists(row, max_size=3).map(lambda r: json.dumps(r).encode()) |
        st.lists(row, max_size=3).map(lambda r: json.dumps(r, ensure_ascii=False, indent=1).encode(errors="replace")) |
        st.lists(row, max_size=3).map(lambda r: "\n".join(map(json.dumps, r)).encode()), st.integers(0, 200))
-def test_a_data_file_is_read_or_refused_in_one_line(blob, cut):
+def test_any_data_file_is_read_or_refused(blob, cut):
     blob = blob[:max(0, len(blob) - cut)] if cut < 100 else blob
     rows_file().write_bytes(blob)
     try:
@@ -119,7 +122,7 @@ parts = st.sampled_from(["..", ".", "", "a", "b.png", "link", "loop", "secret", 
 
 @fuzz
 @given(st.lists(parts, max_size=6).map("/".join) | st.text(max_size=10) | anything)
-def test_no_name_leads_out_of_the_image_folder(name):
+def test_no_name_leads_out_of_the_folder(name):
     try:
         path = images.safe_path(root(), name)
     except BadSample:
@@ -127,14 +130,14 @@ def test_no_name_leads_out_of_the_image_folder(name):
     assert Path(path).read_text() == "inside"
 
 
-PICTURES = [(Image.new(mode, (5, 4)), form) for mode, form in (("RGB", "JPEG"), ("RGBA", "PNG"), ("P", "GIF"),
+FILES = [(Image.new(mode, (5, 4)), form) for mode, form in (("RGB", "JPEG"), ("RGBA", "PNG"), ("P", "GIF"),
             ("RGB", "WEBP"), ("RGB", "BMP"), ("I;16", "TIFF"), ("CMYK", "TIFF"))]
 
 
 @cache
 def blobs():
     made = []
-    for image, form in PICTURES:
+    for image, form in FILES:
         file = io.BytesIO()
         image.save(file, form)
         made.append(file.getvalue())
@@ -142,23 +145,23 @@ def blobs():
 
 
 @cache
-def picture_file():
-    return Path(mkdtemp()) / "picture"
+def image_file():
+    return Path(mkdtemp()) / "image"
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of some of these files: that is its good right
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some of these files, rightly
 @fuzz
-@given(st.integers(0, len(PICTURES) - 1), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+@given(st.integers(0, len(FILES) - 1), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
        st.integers(0, 400), st.binary(max_size=8))
-def test_a_picture_of_any_bytes_is_read_or_a_bad_sample(n, changes, cut, more):
+def test_any_bytes_are_an_image_or_a_bad_sample(n, changes, cut, more):
     blob = bytearray(blobs()[n])
     for at, byte in changes:
         blob[at % len(blob)] = byte
-    picture_file().write_bytes(blob[:len(blob) if cut > 200 else cut] + more)
+    image_file().write_bytes(blob[:len(blob) if cut > 200 else cut] + more)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(images, "MAX_PIXELS", 1_000_000)
         try:
-            image = images.load_image(picture_file())
+            image = images.load_image(image_file())
         except BadSample as e:
             assert "\n" not in str(e)
         else:
