@@ -138,7 +138,12 @@ class Chat:
     def pixels(self, image):
         """A path or a PIL image -> (3, S, S) uint8, as in training"""
         if isinstance(image, Image.Image):
-            return preprocess(rgb(upright(image)), self.spec)
+            try:
+                return preprocess(rgb(upright(image)), self.spec)
+            except OSError as e:                                # Pillow decodes an opened file only now
+                raise BadSample("image cannot be read", str(e)) from None
+        if not isinstance(image, (str, os.PathLike)):
+            raise BadSample(f"an image is a path or a PIL image, not {type(image).__name__}")
         if not os.path.isfile(image):
             raise BadSample(f"there is no image file {image}")
         return preprocess(load_image(image), self.spec)

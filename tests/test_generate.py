@@ -149,6 +149,7 @@ def folder(tmp_path_factory):
     for name, pixels in zip("abc", noise):
         Image.fromarray(pixels).save(root / f"{name}.png")
     (root / "broken.png").write_bytes(b"no image")
+    (root / "cut.png").write_bytes((root / "a.png").read_bytes()[:200])
     return root
 
 
@@ -208,6 +209,8 @@ def test_wrong_images_are_one_line_errors(folder, chat):
     for images, text, reason in (("gone.png", "?", "there is no image file gone.png"),
                                  (folder, "?", "there is no image file"),
                                  (folder / "broken.png", "?", "image cannot be read: 'broken.png'"),
+                                 (Image.open(folder / "cut.png"), "?", "image cannot be read"),
+                                 (np.zeros((8, 8, 3)), "?", "a path or a PIL image, not ndarray"),
                                  (folder / "a.png", "<image> <image>?", "image")):
         with pytest.raises(BadSample) as e:
             chat.ask(images, text, 1)
