@@ -136,19 +136,19 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         folder, tensors, layer = (read_llava_repository if "mm_vision_tower" in c else read_llava_hf)(at, c)
         connector = "mlp" if any("linear_2" in k for k in tensors) else "linear"
     else:
-        eyes, reader = find_folder(vision), find_folder(llm)
-        t, (v, pre, tensors) = read_config(reader), read_tower(eyes)
-        folder = Folder(Tokenizer(reader), v, t, pre, {}, {})
-        tensors |= renamed(read_tensors(reader), reader)
+        vision_at, llm_at = find_folder(vision), find_folder(llm)
+        t, (v, pre, tensors) = read_config(llm_at), read_tower(vision_at)
+        folder = Folder(Tokenizer(llm_at), v, t, pre, {}, {})
+        tensors |= renamed(read_tensors(llm_at), llm_at)
     cfg = VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector,
                     folder.tok.image)
     if (layers := max(cfg.vision.num_hidden_layers, cfg.text.num_hidden_layers)) > len(tensors):
         stop(f"{where}: {layers:,} layers in its config.json, but {len(tensors):,} tensors in its files")
     if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size and init:
         stop(f"{where}: preprocessor_config.json makes images of side {side}, the tower reads {cfg.vision.image_size}")
-    head, words = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
+    head, embedding = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
     if cfg.text.tie_word_embeddings and head is not None:                     # as transformers 5 has it
-        cfg.text.tie_word_embeddings = words is not None and torch.equal(head, words)
+        cfg.text.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
     with torch.device("meta"):
         model = VLM(cfg)

@@ -117,12 +117,12 @@ def test_only_the_connector_depends_on_the_seed(towers):
 def test_a_whole_clip_is_a_vision_tower(towers, tmp_path):
     """CLIPModel: both halves in one file, the vision settings nested."""
     T = pytest.importorskip("transformers")
-    eyes, llm = towers
-    tower = load_file(eyes / "model.safetensors")
+    vision, llm = towers
+    tower = load_file(vision / "model.safetensors")
     rest = {k: torch.ones(4) for k in ("text_model.final_layer_norm.weight", "logit_scale", "visual_projection.weight",
                                        "text_projection.weight", "vision_model.embeddings.position_ids")}
     save_file({f"vision_model.{k}": v for k, v in tower.items()} | rest, tmp_path / "model.safetensors")
-    nested = json.loads((eyes / "config.json").read_text())
+    nested = json.loads((vision / "config.json").read_text())
     nested.pop("layer_norm_eps"), nested.pop("hidden_act")                       # absent, as in the published one
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": nested}))
     add_files(tmp_path, pre=PRE)
@@ -258,7 +258,7 @@ def shards(folder, name="model-00002-of-00002.safetensors"):
     return where
 
 
-def test_a_model_in_shards_loads_as_one_in_a_file(copy, towers):
+def test_a_model_in_shards_loads(copy, towers):
     shards(copy[1])
     assert same(llava.load_model(*copy), llava.load_model(*towers))
 
@@ -427,13 +427,13 @@ def test_only_the_template_writes_bos(copy, tmp_path):
     assert T.AutoTokenizer.from_pretrained(copy[1])("What")["input_ids"][0] == 1 != folder.tok.text("What")[0][0]
     tok = T.AutoTokenizer.from_pretrained(export(model, folder, tmp_path / "out"))
     assert tok("What")["input_ids"] == folder.tok.text("What")[0]
-    said = tok.apply_chat_template([{"role": "user", "content": "What"}], tokenize=False)
-    assert tok(said)["input_ids"].count(1) == 1 == tok(said)["input_ids"][0]
+    text = tok.apply_chat_template([{"role": "user", "content": "What"}], tokenize=False)
+    assert tok(text)["input_ids"].count(1) == 1 == tok(text)["input_ids"][0]
 
 
 @pytest.mark.parametrize("aspect", ["crop", "squash"])
 def test_transformers_answers_as_we_do(towers, tmp_path, aspect):
-    """Tokens, pixels to the last bit, and greedy words: the folder alone says everything."""
+    """Tokens, pixels to 1e-6 and the greedy answer follow from the folder alone."""
     T = pytest.importorskip("transformers")
     from PIL import Image
 
@@ -452,9 +452,9 @@ def test_transformers_answers_as_we_do(towers, tmp_path, aspect):
     mean, std = (torch.tensor(PRE[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
     torch.testing.assert_close((mine / 255 - mean) / std, there["pixel_values"][0], rtol=0, atol=1e-6)
     other = T.LlavaForConditionalGeneration.from_pretrained(out).eval()
-    words = other.generate(**there, max_new_tokens=8, do_sample=False)[0, len(ids):].tolist()
-    said = generate(model, [torch.tensor(ids)], mine[None], {2}, 8, banned=range(len(tok), 512))[0]
-    assert [w for w in words if w != 2] == said and len(said) > 0
+    there = other.generate(**there, max_new_tokens=8, do_sample=False)[0, len(ids):].tolist()
+    ours = generate(model, [torch.tensor(ids)], mine[None], {2}, 8, banned=range(len(tok), 512))[0]
+    assert [i for i in there if i != 2] == ours and len(ours) > 0
 
 
 @pytest.mark.parametrize("template", ["plain", "llava_llama_2", "llama_3", "chatml"])     # the others: test_clients.py
@@ -553,24 +553,24 @@ def test_normalisation_is_that_of_the_image_processor(towers, copy, new):
     torch.testing.assert_close(seen, patches, rtol=1e-6, atol=1e-6 * patches.abs().max().item())
 
 
-@pytest.mark.parametrize("eyes, aspect", [("clip", "squash"), ("siglip", "crop"), ("siglip", "pad")])
-def test_absent_mean_and_std_are_the_towers(towers, tmp_path, eyes, aspect):
+@pytest.mark.parametrize("tower, aspect", [("clip", "squash"), ("siglip", "crop"), ("siglip", "pad")])
+def test_absent_mean_and_std_are_the_towers(towers, tmp_path, tower, aspect):
     """Whichever image processor is written: another class would have other defaults."""
     T = pytest.importorskip("transformers")
     from PIL import Image
 
     from images import preprocess
-    shutil.copytree(towers[0], tmp_path / "eyes")
-    if eyes == "siglip":
+    shutil.copytree(towers[0], tmp_path / "tower")
+    if tower == "siglip":
         config = T.SiglipVisionConfig(**VISION | {"image_size": 8})
-        random(T.SiglipVisionModel(config)).save_pretrained(tmp_path / "eyes")
-    add_files(tmp_path / "eyes", pre={k: None if "mean" in k else x for k, x in PRE.items() if k != "image_std"})
-    first = llava.load_model(tmp_path / "eyes", towers[1])
+        random(T.SiglipVisionModel(config)).save_pretrained(tmp_path / "tower")
+    add_files(tmp_path / "tower", pre={k: None if "mean" in k else x for k, x in PRE.items() if k != "image_std"})
+    first = llava.load_model(tmp_path / "tower", towers[1])
     model, folder = llava.load_model(init=export(*first, tmp_path / "out", aspect=aspect))
     image = Image.effect_noise((23, 14), 90).convert("RGB")
     mine = preprocess(image, configs.image_spec(folder.pre, aspect))
     v = model.cfg.vision
-    assert v.image_mean == ((0.5,) * 3 if eyes == "siglip" else tuple(PRE["image_mean"]))
+    assert v.image_mean == ((0.5,) * 3 if tower == "siglip" else tuple(PRE["image_mean"]))
     assert first[0].cfg.vision.image_mean == v.image_mean
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (v.image_mean, v.image_std))
     there = T.AutoProcessor.from_pretrained(tmp_path / "out").image_processor(image, return_tensors="pt")

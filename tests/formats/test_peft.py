@@ -67,9 +67,9 @@ def pixels():
 def same(a, b, gate=0.0):
     """Two Chats: equal logits, prompts and greedy answers"""
     assert (logits(a.model, BATCH) - logits(b.model, BATCH)).abs().max() <= gate
-    words = [s.answers([s.prompt(TURNS, 1)], [pixels()], 12)[0] for s in (a, b)]
-    assert words[0] == words[1] != "" and a.prompt(TURNS, 1).tolist() == b.prompt(TURNS, 1).tolist()
-    return words[0]
+    answers = [s.answers([s.prompt(TURNS, 1)], [pixels()], 12)[0] for s in (a, b)]
+    assert answers[0] == answers[1] != "" and a.prompt(TURNS, 1).tolist() == b.prompt(TURNS, 1).tolist()
+    return answers[0]
 
 
 def test_an_adapter_answers_as_the_merged_model(base, tmp_path):
@@ -82,7 +82,7 @@ def test_an_adapter_answers_as_the_merged_model(base, tmp_path):
     same(ours, merged)
     assert (ours.template, ours.system, ours.spec.aspect) == ("chatml", "Be brief.", "crop")
     assert (logits(ours.model, BATCH) - logits(generate.Chat(base, "cpu", "fp64").model, BATCH)).abs().max() > 1
-    ours = generate.Chat(tmp_path / "adapter", "cpu", "fp64", "mistral", "")    # who asks has the last word
+    ours = generate.Chat(tmp_path / "adapter", "cpu", "fp64", "mistral", "")    # arguments come first
     assert (ours.template, ours.system) == ("mistral", "")
     low = generate.Chat(tmp_path / "adapter", "cpu", "bf16").model              # rounded once, after merging
     for (k, p), q in zip(low.state_dict().items(), plain.state_dict().values(), strict=True):
@@ -168,9 +168,9 @@ def test_sample_and_eval_take_an_adapter(base, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text(json.dumps(question))
     how = dict(model=str(run / "adapter"), device="cpu", dtype="fp64", max_new_tokens=5)
     sample.main(sample.Settings(image=str(tmp_path / "0.png"), prompt="What is this?", **how))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     eval.main(eval.Settings(data=str(tmp_path / "q.jsonl"), **how))
-    assert json.loads((run / "answers_seeing.jsonl").read_text())["text"] + "\n" == said
+    assert json.loads((run / "answers_seeing.jsonl").read_text())["text"] + "\n" == printed
     assert {p.name for p in run.iterdir()} == {"adapter", "answers_seeing.jsonl"}
     want = f"{run / 'adapter'} holds an adapter, where a whole model is wanted: merged, it is the model/ of its run"
     assert want in error(gguf_export.export, run / "adapter", "", "f16")
@@ -347,7 +347,7 @@ def test_adapters_are_found_by_hub_names(base, tmp_path, monkeypatch, capsys):
 
 
 def test_a_base_keeps_its_hub_name(world, aligned, tmp_path, monkeypatch):
-    """A place in this machine's cache would be nobody else's."""
+    """A path into this machine's cache means nothing elsewhere."""
     shutil.copytree(aligned / "model", tmp_path / "hub/models--me--base/snapshots/abc")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -173,18 +173,18 @@ def test_unused_blocks_may_be_absent(towers, tmp_path):  # noqa: F811
 
 # ---- heads ----------------------------------------------------------------------------------------------------------
 
-def test_a_tied_head_in_the_file_counts_if_different(llava_folder, tmp_path):  # noqa: F811
+def test_a_tied_head_counts_if_different(llava_folder, tmp_path):  # noqa: F811
     """As in transformers 5: a copy is a copy, and what is no copy is a head of its own whatever the config says."""
-    head, words = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
     text = json.loads((llava_folder / "config.json").read_text())["text_config"] | {"tie_word_embeddings": True}
     for place, how in (("top", "absent"), ("text", "copy"), ("top", "other"), ("text", "other")):
         folder = shutil.copytree(llava_folder, tmp_path / f"{place}_{how}")
         configure(folder, **({"tie_word_embeddings": True} if place == "top" else {"text_config": text}))
-        damage(folder, lambda t: {"absent": lambda: t.pop(head), "copy": lambda: t.update({head: t[words].clone()}),
+        damage(folder, lambda t: {"absent": lambda: t.pop(head), "copy": lambda: t.update({head: t[embedding].clone()}),
                                  "other": lambda: None}[how]())
         model, _ = llava.load_model(init=folder)
         assert model.cfg.text.tie_word_embeddings == (how != "other")
-        wanted = load_file(folder / "model.safetensors")[head if how == "other" else words]
+        wanted = load_file(folder / "model.safetensors")[head if how == "other" else embedding]
         assert torch.equal(model.language_model.head_weight, wanted)
     configure(folder, tie_word_embeddings=False)
     damage(folder, lambda t: t.pop(head))
@@ -492,8 +492,8 @@ def originals(cache, towers, tmp_path, bytes_folder):  # noqa: F811
     return make, state, (model, folder)
 
 
-def part(state, *words):
-    return {k: v for k, v in state.items() if any(w in k for w in words)}
+def part(state, *parts):
+    return {k: v for k, v in state.items() if any(p in k for p in parts)}
 
 
 def test_models_of_the_llava_repository_load(originals):
@@ -597,7 +597,7 @@ def test_unsupported_settings_of_the_llava_repository_are_refused(originals, new
     assert says in error(llava.load_model, init=make({"pytorch_model.bin": state}, **new))
 
 
-def test_half_a_model_of_the_llava_repository_is_refused(originals):
+def test_half_a_model_is_refused(originals):
     make, state, _ = originals
     untuned = {k: v for k, v in state.items() if "vision_tower" not in k}
     for drop, says in (("mm_projector.2.bias", "the first is multi_modal_projector.linear_2.bias"),
