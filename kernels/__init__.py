@@ -14,13 +14,12 @@ from config import stop
 try:
     import triton
     import triton.language as tl
-    has_triton = True
 except ImportError:  # macOS, Windows: the files must still import; the definitions run
     from types import SimpleNamespace
     triton = SimpleNamespace(jit=lambda f=None, **options: f or (lambda f: f), next_power_of_2=None)
     tl = SimpleNamespace(constexpr=None)
-    has_triton = False
 
+has_triton = hasattr(tl, "load")
 choice = "auto"  # auto: kernels for tensors on a GPU; torch or triton: always that one
 
 

@@ -111,9 +111,8 @@ def nf4_op(codes: torch.Tensor, absmax: torch.Tensor, nested: torch.Tensor, offs
     return w
 
 
-@nf4_op.register_fake
-def _(codes, absmax, nested, offset, dtype):
-    return codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
+nf4_op.register_fake(lambda codes, absmax, nested, offset, dtype:
+                     codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype))
 
 
 # ---- the function that lora.py calls --------------------------------------------------------------------------------

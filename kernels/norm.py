@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from kernels import on_its_device, tl, triton, use_triton
 
 NORM_TILE = 4096     # elements a program holds at once, 16 per thread; a longer row has its own program
-NORM_PROGRAMS = 256  # in backward: about two per multiprocessor of an H100. Fixed, so that sums have the same order on
-                     # every GPU
+NORM_PROGRAMS = 256  # in backward: two per multiprocessor of an H100; fixed, so that every GPU sums in the same order
 
 
 def rms_norm_ref(x, w, eps):

@@ -72,11 +72,6 @@ def swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@swiglu_op.register_fake
-def _(gate, up):
-    return gate.new_empty(gate.shape)
-
-
 @torch.library.custom_op("pumice::swiglu_backward", mutates_args=())
 @on_its_device
 def swiglu_backward_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,20 +82,10 @@ def swiglu_backward_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -
     return dg, du
 
 
-@swiglu_backward_op.register_fake
-def _(gate, up, dy):
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
-def swiglu_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def swiglu_gradients(ctx, dy):
-    return swiglu_backward_op(*ctx.saved_tensors, dy)
-
-
-swiglu_op.register_autograd(swiglu_gradients, setup_context=swiglu_context)
+swiglu_op.register_fake(lambda gate, up: gate.new_empty(gate.shape))
+swiglu_backward_op.register_fake(lambda gate, up, dy: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
+swiglu_op.register_autograd(lambda ctx, dy: swiglu_backward_op(*ctx.saved_tensors, dy),
+                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 # ---- the function that model.py calls -------------------------------------------------------------------------------
