@@ -152,7 +152,8 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
            "varlen_attn": varlen, "flex": flex}
     many = f"{B} x {L}" if even else f"{N} tokens in {B} documents"
     return Row(f"{many}, {H}{f'/{G}' if g > 1 else ''} x {K}, {'causal' if causal else 'full'}", who,
-               lambda: definition(*double(*cut)), lambda: definition(*cut), flops=(4 * pairs * H * K, 10 * pairs * H * K))
+               lambda: definition(*double(*cut)), lambda: definition(*cut),
+               flops=(4 * pairs * H * K, 10 * pairs * H * K))
 
 
 # ---- linear cross-entropy ------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def test_yes_and_no_are_equally_frequent():
             if kind == "exists":
                 answers[a] += 1
                 color, shape = q.rstrip("?").split()[-2:]
-                crossed += a == "no" and color in {o["color"] for o in scene["objects"]} and shape in {o["shape"] for o in scene["objects"]}
+                colors, shapes = ({o[k] for o in scene["objects"]} for k in ("color", "shape"))
+                crossed += a == "no" and color in colors and shape in shapes
     assert abs(answers["yes"] / 3000 - 0.5) < 0.03    # 3 standard deviations of 3,000 fair coins
     assert crossed > 0.2 * answers["no"]
 
@@ -139,15 +140,16 @@ def test_files_are_llava_files_and_written_once(tmp_path):
     short = [toy.SHORT in r["conversations"][0]["value"] for r in rows]
     assert any(short) and not all(short)
     questions = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
-    assert {q["type"] for q in questions} <= set(toy.TYPES) and len({q["question_id"] for q in questions}) == len(questions)
+    assert {q["type"] for q in questions} <= set(toy.TYPES)
+    assert len({q["question_id"] for q in questions}) == len(questions)
 
 
 def test_conversations_have_equal_yes_and_no():
     scenes = [(f"s_{i}", f"{i}.png", s, rng) for i, (s, rng) in enumerate(worlds(1500))]
     rows = toy.conversation_rows(scenes)
-    said = Counter(m["value"].split(",")[0].lower() for r in rows
+    answers = Counter(m["value"].split(",")[0].lower() for r in rows
                    for q, m in zip(r["conversations"][::2], r["conversations"][1::2]) if "Is there" in q["value"])
-    assert said.keys() == {"yes", "no"} and abs(said["yes"] - said["no"]) <= 1 and said["yes"] > 300
+    assert answers.keys() == {"yes", "no"} and abs(answers["yes"] - answers["no"]) <= 1 and answers["yes"] > 300
     described = sum("Describe the image" in r["conversations"][0]["value"] for r in rows)
     assert 0.12 < described / 1500 < 0.18
 
@@ -156,7 +158,8 @@ def test_captions_are_scored_by_the_facts_in_them():
     """A caption agrees with itself; a wrong word lowers the score of its own kind alone."""
     true = "top left: a large red circle; middle center: a sign that says 7; bottom right: a small blue star"
     assert captions.caption_facts(true) == {
-        "place": {"top left", "middle center", "bottom right"}, "size": {("top left", "large"), ("bottom right", "small")},
+        "place": {"top left", "middle center", "bottom right"},
+        "size": {("top left", "large"), ("bottom right", "small")},
         "shape": {("top left", "circle"), ("middle center", "sign"), ("bottom right", "star")},
         "color": {("top left", "red"), ("bottom right", "blue")}, "read": {("middle center", "7")}}
     perfect = dict.fromkeys(["place", "shape", "color", "size", "read"], 1.0)
@@ -166,8 +169,8 @@ def test_captions_are_scored_by_the_facts_in_them():
         assert captions.facts_f1([true.replace(old, new)], [true]) == perfect | {kind: score}
     assert captions.facts_f1(["a red circle, a sign and a blue star"], [true])["shape"] == 0  # no places, no facts
     for scene, _ in worlds(50):
-        caption, things = toy.caption(scene, True), toy.things(scene)
-        assert len(captions.caption_facts(caption)["shape"]) == len(things) == len(captions.caption_facts(caption)["place"])
+        facts = captions.caption_facts(toy.caption(scene, True))
+        assert len(facts["shape"]) == len(facts["place"]) == len(toy.things(scene))
 
 
 def test_file_names_lead_to_scenes(tmp_path):
@@ -177,13 +180,13 @@ def test_file_names_lead_to_scenes(tmp_path):
 
 
 @pytest.mark.parametrize("main, args, complaint", [
-    (sheet.main, [], "usage: python demo/sheet.py"), (sheet.main, ["gone.jsonl", "x.png"], "gone.jsonl, or an image it"),
+    (sheet.main, [], "usage: python demo/sheet.py"), (sheet.main, ["gone.jsonl", "x.png"], "gone.jsonl, or an image"),
     (sheet.main, [".", "x.png"], "., or an image"), (sheet.main, ["row.jsonl", "x.png"], "no image with 7 q"),
     (toy.main, ["--seed=1"], "usage: python demo/toy.py OUT"), (toy.main, ["out", "--align"], "--align=: expected int"),
     (toy.main, ["row.jsonl/out", "--align=1"], "the toy world into row.jsonl/out: Not a directory"),
     (pretrain.main, ["eyes"], "which tower?"), (pretrain.main, ["vit", "--steps=x"], "--steps=x: expected int"),
-    (pretrain.main, ["vit", "--step=1"], "unknown setting 'step'"), (pretrain.main, ["llm", "--depth=0"], "depth=0: expec"),
-    (pretrain.main, ["vit", "--head=x"], "head=x: one of"), (pretrain.main, ["llm", "--out=row.jsonl"], "out=row.jsonl: ")])
+    (pretrain.main, ["vit", "--step=1"], "unknown setting 'step'"), (pretrain.main, ["llm", "--depth=0"], "depth=0: ex"),
+    (pretrain.main, ["vit", "--head=x"], "head=x: one of"), (pretrain.main, ["llm", "--out=row.jsonl"], "out=row.js")])
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, main, args, complaint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "row.jsonl").write_text('{"image": "x.png"}\n')
