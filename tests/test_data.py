@@ -499,7 +499,7 @@ import json, multiprocessing, os, select, signal, sys, time
 import torch
 import data
 
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1000       # s between torch's own looks at the trainer: never
+torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 1000       # s between torch's own looks at the trainer
 
 class Slow(torch.utils.data.Dataset):
     def __getitem__(self, step):
@@ -508,9 +508,6 @@ class Slow(torch.utils.data.Dataset):
 
 def train(how, workers):
     got = []
-    if how == "signals to all":
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(name, lambda number, frame: got.append(number))
     batches = data.loader(Slow(), range(1000), workers)
     for step in range(100):
         assert next(batches) == step
@@ -526,6 +523,7 @@ def train(how, workers):
             os.kill(os.getpid(), signal.SIGKILL)
         if step == 3 and how == "signals to all":
             for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(name, lambda number, frame: got.append(number))
                 os.killpg(0, name)
 
 for how, workers in json.loads(sys.argv[1]):
