@@ -133,15 +133,6 @@ def check_ranges(s):
                  + ("" if high is None else f" and {high}") + f" ({fact['about']})")
 
 
-def within(s, ranges):
-    """Stop at a setting outside its range. ranges: name -> (least, most); most None = anything finite."""
-    for key, (low, high, *_) in ranges.items():
-        value = getattr(s, key, low)
-        if not low <= value <= (sys.float_info.max if high is None else high):
-            stop(f"{key}={value}: expected {'at least' if high is None else 'between'} {low}"
-                 + ("" if high is None else f" and {high}"))
-
-
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 ALIASES = {  # what people type who come from LLaVA's scripts, transformers' Trainer or PEFT

@@ -99,6 +99,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
+    def add(self, x, h):
+        """-> x + h, and its norm: one pass over memory on a GPU"""
+        return layer_norm(x, self.weight, self.bias, self.eps, h)
+
 
 class ViTAttention(nn.Module):
     def __init__(self, cfg):
@@ -138,8 +142,9 @@ class ViTBlock(nn.Module):
         def scaled(branch, scale):
             return branch if scale is None else branch * scale
 
-        h = x + scaled(self.self_attn(self.layer_norm1(x), lo, hi), self.layer_scale1)
-        return h + scaled(self.mlp(self.layer_norm2(h)), self.layer_scale2)
+        h = scaled(self.self_attn(self.layer_norm1(x), lo, hi), self.layer_scale1)
+        x, y = self.layer_norm2.add(x, h)
+        return x + scaled(self.mlp(y), self.layer_scale2)
 
 
 class ViTEmbeddings(nn.Module):
@@ -241,6 +246,10 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, x, h):
+        """-> x + h, and its norm: one pass over memory on a GPU"""
+        return rms_norm(x, self.weight, self.eps, h)
+
 
 def rope_frequencies(cfg, device=None):
     """(K/2,) fp32 angles per position. Not a buffer, which a cast of the model to bf16 would round."""
@@ -317,8 +326,9 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
         """x (N, C) -> (N, C), or (R, C) for the tokens `rows`, which alone enter the MLP"""
-        h = take(x, rows) + self.self_attn(self.input_layernorm(x), cos, sin, lo, hi, rows, cache)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        h = self.self_attn(self.input_layernorm(x), cos, sin, lo, hi, rows, cache)
+        x, y = self.post_attention_layernorm.add(take(x, rows), h)
+        return x + self.mlp(y)
 
 
 class Llama(nn.Module):
