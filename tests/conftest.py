@@ -1,8 +1,9 @@
-"""What the tests share: one thread, tiny models, tokenizers trained on the spot, two ranks by fork. No network, no downloads."""
+"""What the tests share: one thread, tiny models, tokenizers trained on the spot, two ranks by fork. No network."""
 
 import gc
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREVER = 600   # seconds, for what takes a few: a process that hangs is ended, one on a busy machine never is
-sys.path[:0] = [str(ROOT), str(ROOT / "demo"), *(str(ROOT / "tests" / room) for room in ("kernels", "formats", "run"))]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / room) for room in ("kernels", "formats", "run"))]
 torch.set_num_threads(1)  # two threads on two busy cores ran up to 25 times slower, and in other bits
 
 import torch._dynamo  # noqa: E402,F401  (imported before any fork: a child would need seconds for it)
@@ -25,13 +26,15 @@ import torch.distributed.fsdp  # noqa: E402,F401
 import engine  # noqa: E402
 from config import Error  # noqa: E402
 from loss import supervised  # noqa: E402
-from model import VLM, TextConfig, VisionConfig, VLMConfig
+from model import VLM, TextConfig, VisionConfig, VLMConfig  # noqa: E402
 
-WORDS = """A chat between a curious user and an artificial intelligence assistant. USER: What is this? ASSISTANT: It is a black cat.
-The red circle is at the top left, 1 2 3 4 5 6 7 8 9 0. [INST] <<SYS>> You are a helpful language and vision assistant [/INST]
+WORDS = """A chat between a curious user and an artificial intelligence assistant. \
+USER: What is this? ASSISTANT: It is a black cat.
+The red circle is at the top left, 1 2 3 4 5 6 7 8 9 0. [INST] <<SYS>> \
+You are a helpful language and vision assistant [/INST]
 system user assistant Describe the image briefly. Two dogs, playing in the park; don't know? Yes! No."""
-SPECIALS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
-            "<|end_header_id|>", "<|eot_id|>"]
+SPECIALS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>",
+            "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,6 +52,42 @@ def no_graphs_left():
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """The scripts record signals until their process ends; the process of the tests must not."""
+    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for s, handler in kept.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Settings that both scripts need for a run of six steps on the tiny data of tiny_runs.py, without validation"""
+    from tiny_runs import write_data, write_towers
+    folder = write_towers(tmp_path_factory.mktemp("world"))
+    return dict(data=str(write_data(folder, "train.jsonl", 22)), images=str(folder / "images"),
+                vision=str(folder / "vision"), llm=str(folder / "llm"), system="", device="cpu", batch_size=4,
+                max_len=48, max_tokens=96, steps=6, save_every=2, log_every=1)
+
+
+@pytest.fixture(scope="session")
+def validated(world):
+    """The same, with a validation loss and answers after steps 3 and 6. Answers take most of the time of a run."""
+    from tiny_runs import write_data
+    val_data = write_data(Path(world["images"]).parent, "val.jsonl", 5, 100)
+    return {**world, "val_data": str(val_data), "eval_every": 3, "sample_every": 3}
+
+
+@pytest.fixture(scope="session")
+def aligned(validated, tmp_path_factory):
+    """The folder of a finished stage 1, with validation, to be read only"""
+    from tiny_runs import run
+    out = tmp_path_factory.mktemp("runs") / "align"
+    assert run("align", validated, out) is None
+    return out
+
+
 def error(call, *args, **kw):
     """The one line that a user sees"""
     with pytest.raises(Error) as e:
@@ -61,14 +100,16 @@ def error(call, *args, **kw):
 def step_of_the_loop():
     """The lines of one optimizer step as they stand in the loop of train_align.py (train_sft.py has the same loop)"""
     lines = (ROOT / "train_align.py").read_text("utf-8").splitlines()
-    first, last = (next(i for i, line in enumerate(lines) if mark in line) for mark in ("n, = world.sum", "engine.update("))
+    first, last = (next(i for i, line in enumerate(lines) if mark in line)
+                   for mark in ("n, = world.sum", "engine.update("))
     return compile(textwrap.dedent("\n".join(lines[first : last + 1])), "train_align.py", "exec")
 
 
 def train_step(model, optimizer, micro, loss_fn, world, grad_clip=0.0, check=False):
     """One optimizer step by the lines of the script's loop -> what engine.update gives, and the counts"""
     names = dict(model=model, optimizer=optimizer, batch=SimpleNamespace(micro=micro), token_loss=loss_fn, world=world,
-                 s=SimpleNamespace(grad_clip=grad_clip), step=0, start=0 if check else 1, engine=engine, supervised=supervised)
+                 s=SimpleNamespace(grad_clip=grad_clip), step=0, start=0 if check else 1, engine=engine,
+                 supervised=supervised)
     exec(step_of_the_loop(), names)
     tokens, = world.sum([sum(len(b.ids) for b in micro)])
     return names["result"] | dict(tokens=int(tokens), supervised_tokens=int(names["n"]))
@@ -77,7 +118,7 @@ def train_step(model, optimizer, micro, loss_fn, world, grad_clip=0.0, check=Fal
 def make_tokenizer(folder, kind="bytes"):
     """bytes: byte-level BPE as Llama 3's or Qwen's; pieces: dummy prefix and byte fallback, as Llama 2's. -> folder"""
     import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "bytes":
         tok = tokenizers.Tokenizer(models.BPE())
@@ -91,18 +132,20 @@ def make_tokenizer(folder, kind="bytes"):
         tok = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
         tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         words = WORDS.replace("\n", " ")                      # SentencePiece never joins a newline with what follows
-        tok.train_from_iterator([words] * 5, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIALS + fallback, show_progress=False))
+        tok.train_from_iterator([words] * 5, trainers.BpeTrainer(
+            vocab_size=700, special_tokens=SPECIALS + fallback, show_progress=False))
         spec = json.loads(tok.to_str())
         spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in fallback]
         spec["model"] |= {"byte_fallback": True, "fuse_unk": True}
         spec["pre_tokenizer"] = None
-        spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
-                                                                  {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
         spec["decoder"] = {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+             "pad_token": "<pad>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
 
@@ -118,11 +161,13 @@ def bytes_folder(tmp_path_factory):
 
 
 def tiny_config(**text):
-    """A VLM of a few thousand parameters: 4 patches per image, grouped queries, two decoder layers, three of four ViT blocks."""
+    """A VLM of 67,000 parameters: 4 patches per image, grouped queries, two decoder layers, two of three ViT blocks"""
     return VLMConfig(
-        VisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4),
-        TextConfig(**{**dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                             num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5), **text}), image_token_index=3)
+        VisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=8,
+                     patch_size=4),
+        TextConfig(**{**dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5), **text}),
+        image_token_index=3)
 
 
 def tiny_vlm(seed=0, dtype=torch.float64, **text):
@@ -136,18 +181,17 @@ def tiny_vlm(seed=0, dtype=torch.float64, **text):
     return model.to(dtype)
 
 
-def example(seed, text=9, learnt=4, images=1, model_patches=4, side=8):
-    """A random sample as data.pack takes it: BOS, holes, words; the last `learnt` tokens are learnt."""
+def example(seed, text=9, answer=4, images=1, model_patches=4, side=8):
+    """A random sample as data.pack takes it: BOS, image placeholders, text; the last `answer` tokens are supervised."""
     g = torch.Generator().manual_seed(seed)
-    words = torch.randint(5, 500, (text,), generator=g).tolist()
-    ids = [1] + [3] * (model_patches * images) + words
-    labels = [-100] * (len(ids) - learnt) + ids[len(ids) - learnt:]
+    ids = [1] + [3] * (model_patches * images) + torch.randint(5, 500, (text,), generator=g).tolist()
+    labels = [-100] * (len(ids) - answer) + ids[len(ids) - answer:]
     return ids, labels, torch.randint(0, 256, (images, 3, side, side), generator=g, dtype=torch.uint8)
 
 
 def fork(size, fn, folder):
-    """Run fn(rank) in `size` forked processes joined by gloo; fn's json-able results, by rank. Any failure fails the test.
-    So does one that never ends; its limit says nothing about how fast a machine is."""
+    """Run fn(rank) in `size` forked processes joined by gloo -> its results, which json can write, by rank. Any failure
+    fails the test; so does a process that never ends."""
     pids = []
     for rank in range(size):
         sys.stdout.flush()

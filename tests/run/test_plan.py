@@ -1,0 +1,133 @@
+"""The plan that is printed before anything is spent: who trains, memory, disk and operations."""
+
+import types
+
+import pytest
+import torch
+from conftest import example, tiny_config, tiny_vlm, train_step
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import engine
+import lora
+from data import pack
+from kernels.cross_entropy import CHUNK_ROWS, linear_cross_entropy_ref
+from loss import supervised, token_loss
+from model import VLM, TextConfig, VisionConfig, VLMConfig, init_weights
+from run import plan
+
+CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)
+
+
+def settings(recompute="none"):
+    return types.SimpleNamespace(parallel="auto", recompute=recompute, batch_size=3, image_aspect="pad")
+
+
+def batch(*seeds):
+    return pack([example(s) for s in seeds], 8)
+
+
+def test_the_plan_names_what_trains_at_which_rate():
+    model = tiny_vlm()
+    lrs = engine.choose(model, {"multi_modal_projector.*": 2e-3, "language_model.*": 1e-5}, torch.float64)
+    text = "\n".join(plan.lines(model, lrs, CPU, [batch(0, 1), batch(2)], 7, settings()))
+    connector = 32 * 32 * 2 + 32 * 2
+    for words in (f"multi_modal_projector {connector:,} 0", "lr 0.002: 4 tensors", "lr 1e-05: 21 tensors",
+                  "7 steps of 3 samples; the first one, on this rank: 42 tokens in 2 stream(s), 12 supervised, 3 im",
+                  "MiB activations", "1 x cpu, torch.float64"):
+        assert words in " ".join(text.split()), text
+
+
+# ---- operations -----------------------------------------------------------------------------------------------------
+
+def test_flops_are_those_counted_by_hand():
+    model = tiny_vlm()
+    engine.choose(model, {"multi_modal_projector.*": 1e-3}, torch.float64)
+    D, F, C, M, V, P, T = 32, 48, 32, 48, 512, 4, 5                       # T: patches and the class token
+    vit = P * D * 48 + 2 * T * (4 * D * D + 2 * D * F)                    # frozen, nothing before it trains
+    qo, kv, mlp = 2 * C * C, 2 * C * C // 2, 3 * C * M                    # two of four heads share keys
+    assert plan.flops(model, plan.rows(model.cfg)) == {
+        "images": 2 * vit + P * (4 * D * C + 6 * C * C),                  # nothing before the first one trains
+        "tokens": 4 * (qo + kv + mlp) + 4 * kv,                           # in the last layer a token makes keys alone
+        "supervised": 4 * (qo + mlp + V * C)}
+    engine.choose(model, {"multi_modal_projector.*": 1e-3, "language_model.*": 1e-3}, torch.float64)
+    assert plan.flops(model, plan.rows(model.cfg))["tokens"] == 6 * (qo + 2 * kv + mlp)
+
+
+def test_flops_agree_with_the_counter_of_torch():
+    """But for attention"""
+    from torch.utils.flop_counter import FlopCounterMode
+    model, b = tiny_vlm(vocab_size=8192), batch(0, 1, 2)
+    engine.choose(model, {"multi_modal_projector.*": 1e-3, "language_model.*": 1e-3}, torch.float64)
+    units = dict(tokens=len(b.ids), supervised=supervised(b.labels), images=len(b.images))
+    ours = sum(f * units[u] for u, f in plan.flops(model, plan.rows(model.cfg)).items())
+    in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # the counter does not know these
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        model(*b, head=linear_cross_entropy_ref).backward()
+    assert ours == counter.get_total_flops()
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes that tensors made in here held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self.known = 0, {}
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        out = fn(*args, **(kwargs or {}))
+        self.known = {k: v for k, v in self.known.items() if not v[0].expired()}
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.known.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.most = max(self.most, sum(size for _, size in self.known.values()))
+        return out
+
+
+@pytest.mark.parametrize("also, lora_r, recompute", [([], 0, "none"), (["language_model.*"], 0, "none"),
+                                                     (["language_model.*"], 0, "block"), (["*.lora_*"], 8, "none")])
+def test_the_plan_guesses_memory_within_a_factor_of_two(also, lora_r, recompute):
+    torch.manual_seed(0)
+    model = VLM(VLMConfig(VisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+                                       num_attention_heads=4, image_size=48, patch_size=8),
+                          TextConfig(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=4,
+                                     num_attention_heads=4, num_key_value_heads=4, head_dim=16), image_token_index=3))
+    init_weights(model)
+    if lora_r:
+        lora.add_adapters(model, lora_r, 16, 0.0, "all-linear")
+    w = engine.World(0, 1, torch.device("cpu"), torch.float32)
+    lrs = engine.choose(model, dict.fromkeys(["multi_modal_projector.*", *also], 1e-3), torch.float32)
+    micro = [pack([example(i, 30 + i % 50, 10, 1, 36, 48) for i in range(20)], 48)]
+    guess = sum(plan.memory(model, w, micro, settings(recompute)))
+    engine.parallelize(model, w, model.blocks, recompute=recompute)
+    optimizer = engine.adamw(model, lrs, 0.0)
+    with Peak() as peak:
+        for _ in range(2):                                             # moments exist after the first step
+            train_step(model, optimizer, micro, token_loss, w)
+    measured = peak.most + sum(p.nbytes for p in model.parameters())
+    assert measured / 2 < guess < measured * 2, f"guess {guess / 2**20:.1f} MiB, measured {measured / 2**20:.1f}"
+
+
+@pytest.mark.parametrize("R, rows", [(100, 100), (5000, CHUNK_ROWS)])
+def test_the_plan_counts_the_logits_of_the_loss(R, rows):
+    """With a vocabulary of 128k, a chunk of logits is bounded by its rows: 2 GB in fp32."""
+    with torch.device("meta"):
+        model = VLM(tiny_config(vocab_size=128256))
+    w = engine.World(0, 1, torch.device("cpu"), torch.float32)
+    ids, spans = torch.zeros(R, dtype=torch.long), torch.arange(R)
+    micro = [types.SimpleNamespace(ids=ids, labels=ids, lo=spans, hi=spans + 1)]
+    work = plan.memory(model, w, micro, settings("block"))[1]
+    assert rows * 128256 * 8 <= work < 1.05 * rows * 128256 * 8
+
+
+def test_disk_space_is_that_of_the_files_written(aligned):
+    """A checkpoint is trained weights and two moments in fp32; model/ is all weights in fp16."""
+    model = tiny_vlm(dtype=torch.float32)
+    engine.choose(model, {"multi_modal_projector.*": 1e-3}, torch.float32)
+    checkpoint, published = plan.disk(model, torch.float16)
+    found = sum(p.stat().st_size for p in (aligned / "checkpoints/step_0000006").glob("[to]*.safetensors"))
+    assert 0 < found - checkpoint < 3000                                       # headers
+    weights = (aligned / "model/model.safetensors").stat().st_size
+    assert abs(weights - published) < 20_000
