@@ -1,10 +1,9 @@
 """Conversations to token ids and labels, built together, turn by turn.
 
-A template writes a conversation as a list of parts. There are three kinds: control tokens (BOS, headers, end of turn),
-images (Q placeholders each), and text. Control tokens are inserted as ids. The text between two of them is tokenised
-in one piece, by a tokenizer that knows no control tokens, so nobody can type one. The loss mask is decided by
-characters: the answers and the tokens that end them are supervised. Hence rendered text is never searched, and the
-prompt at inference is an exact prefix of the training ids.
+A template writes a conversation as a list of parts: control tokens (BOS, headers, end of turn), images (Q placeholders
+each), and text. Control tokens are inserted as ids. The text between two of them is tokenised in one piece, by a
+tokenizer that knows no control tokens, so nobody can type one. Answers and the tokens that end them are supervised.
+Rendered text is never searched, and the prompt at inference is an exact prefix of the training ids.
 
     turns    [(user, assistant)]; assistant None in the last turn: write the prompt that asks for its answer
     ids      list of token ids
@@ -16,6 +15,7 @@ import itertools
 import os
 import re
 import sys
+from functools import partial
 from typing import NamedTuple
 
 from config import BadSample, stop
@@ -35,17 +35,19 @@ class Parts:
         if token is None:
             stop(f"this template needs a BOS and an EOS token; {self.tok.folder}/tokenizer_config.json names none")
         self.parts.append(("id", token if isinstance(token, int) else self.tok.id(token), supervised))
+        return self                                     # so that a template can be read as a chain
 
     def text(self, s, supervised=False):
-        if s:
-            self.parts.append(("text", s, supervised))
+        self.parts += [("text", s, supervised)] if s else []
+        return self
 
     def tag(self, s):
         """[INST] and [/INST]: control tokens since Mistral's third version, text before."""
-        self.control(s) if s in self.tok.specials else self.text(s)
+        return self.control(s) if s in self.tok.specials else self.text(s)
 
-    def image(self):
-        self.parts.append(("image", None, False))
+    def image(self, n=1):
+        self.parts += [("image", None, False)] * n
+        return self
 
     def user(self, s):
         """A question. Markers stand for images only in a sample that has images. A single marker moves to the front of
@@ -54,10 +56,11 @@ class Parts:
             return self.text(s.strip())
         if s.count(IMAGE) == 1:
             s = f"{IMAGE}\n{s.replace(IMAGE, '').strip()}"
-        for i, piece in enumerate(s.strip().split(IMAGE)):
-            if i:
-                self.image()
-            self.text(piece)
+        first, *rest = s.strip().split(IMAGE)
+        self.text(first)
+        for piece in rest:
+            self.image().text(piece)
+        return self
 
     def tokenise(self, image_id, image_tokens):
         """-> ids, labels. Adjacent texts are joined before they are tokenised."""
@@ -94,85 +97,60 @@ def plain(p, system, turns):
     if p.tok.bos is not None:                           # Qwen has none
         p.control(p.tok.bos)
     for user, answer in turns:
-        for _ in range(user.count(IMAGE) if p.images else 0):
-            p.image()
+        p.image(user.count(IMAGE) if p.images else 0)
         if answer is not None:
             p.text(answer + "\n", supervised=True)
 
 
 def vicuna_v1(p, system, turns):
-    p.control(p.tok.bos)
-    p.text(system + " " if system else "")
+    p.control(p.tok.bos).text(system + " " if system else "")
     for user, answer in turns:
-        p.text("USER: ")
-        p.user(user)
-        p.text(" ASSISTANT:")
+        p.text("USER: ").user(user).text(" ASSISTANT:")
         if answer is not None:
-            p.text(" " + answer, supervised=True)
-            p.control(p.tok.eos, supervised=True)
+            p.text(" " + answer, supervised=True).control(p.tok.eos, supervised=True)
 
 
 def llava_llama_2(p, system, turns, bos_each_turn=True):
     for i, (user, answer) in enumerate(turns):
         if i == 0 or bos_each_turn:
             p.control(p.tok.bos)
-        p.tag("[INST]")
-        p.text(" ")
-        p.text(f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else "")
-        p.user(user)
-        p.text(" ")
-        p.tag("[/INST]")
+        p.tag("[INST]").text(" ").text(f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else "")
+        p.user(user).text(" ").tag("[/INST]")
         if answer is not None:
-            p.text(" " + answer + " ", supervised=True)
-            p.control(p.tok.eos, supervised=True)
-
-
-def mistral(p, system, turns):
-    llava_llama_2(p, system, turns, bos_each_turn=False)
+            p.text(" " + answer + " ", supervised=True).control(p.tok.eos, supervised=True)
 
 
 def llama_3(p, system, turns):
     def header(role):
-        p.control("<|start_header_id|>")
-        p.text(role)
-        p.control("<|end_header_id|>")
-        p.text("\n\n")
+        return p.control("<|start_header_id|>").text(role).control("<|end_header_id|>").text("\n\n")
 
     p.control("<|begin_of_text|>")
     if system:
-        header("system")
-        p.text(system.strip())
-        p.control("<|eot_id|>")
+        header("system").text(system.strip()).control("<|eot_id|>")
     for user, answer in turns:
-        header("user")
-        p.user(user)
-        p.control("<|eot_id|>")
+        header("user").user(user).control("<|eot_id|>")
         header("assistant")
         if answer is not None:
-            p.text(answer, supervised=True)
-            p.control("<|eot_id|>", supervised=True)
+            p.text(answer, supervised=True).control("<|eot_id|>", supervised=True)
 
 
 def chatml(p, system, turns):
     def header(role):
-        p.control("<|im_start|>")
-        p.text(role + "\n")
+        return p.control("<|im_start|>").text(role + "\n")
 
     if system:
-        header("system")
-        p.text(system)
-        p.control("<|im_end|>")
-        p.text("\n")
+        header("system").text(system).control("<|im_end|>").text("\n")
     for user, answer in turns:
-        header("user")
-        p.user(user)
-        p.control("<|im_end|>")
-        p.text("\n")
+        header("user").user(user).control("<|im_end|>").text("\n")
         header("assistant")
         if answer is not None:
-            p.text(answer, supervised=True)
-            p.control("<|im_end|>", supervised=True)
-            p.text("\n")
+            p.text(answer, supervised=True).control("<|im_end|>", supervised=True).text("\n")
+
+
+_VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
+           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+_LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content "
+          "that the user provides, and assist the user with a variety of tasks using natural language.")
 
 
 class Template(NamedTuple):
@@ -181,19 +159,13 @@ class Template(NamedTuple):
     stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token that holds one
 
 
-_VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
-           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-_LLAVA = ("You are a helpful language and vision assistant. You are able to understand the visual content "
-          "that the user provides, and assist the user with a variety of tasks using natural language.")
-
 TEMPLATES = {
     "plain": Template(plain, "", "\n"),
     "vicuna_v1": Template(vicuna_v1, _VICUNA, ""),
     "llava_llama_2": Template(llava_llama_2, _LLAVA, ""),
     "llama_3": Template(llama_3, _LLAVA, "<|eot_id|>"),
     "chatml": Template(chatml, "You are a helpful assistant.", "<|im_end|>"),
-    "mistral": Template(mistral, "", ""),
-}
+    "mistral": Template(partial(llava_llama_2, bos_each_turn=False), "", "")}
 
 
 def template(name):
@@ -203,9 +175,9 @@ def template(name):
 
 
 def encode(tok, name, turns, images, image_id, image_tokens, system=None, max_len=None):
-    """One conversation with `images` images -> ids, labels, not truncated. The users' texts hold one marker per image;
-    without images a marker is text. system: None = the template's default, "" = none. max_len: refuse a text so much
-    longer that tokenising it would only cost memory. Raises BadSample."""
+    """One conversation -> ids, labels, not truncated. The users' texts hold one marker for each of the `images` images;
+    without images a marker is text. system: None = the template's default, "" = none. max_len: of a far longer text
+    the tokens would only cost memory. Raises BadSample."""
     t = template(name)
     if images:
         markers = sum(user.count(IMAGE) for user, _ in turns)
@@ -220,8 +192,7 @@ def encode(tok, name, turns, images, image_id, image_tokens, system=None, max_le
 
 
 def end_of_turn(tok, name):
-    """The id that ends a turn, or None. It becomes the EOS of a published folder. `plain`, whose answers end in a
-    newline, keeps the tokenizer's EOS."""
+    """The id that ends a turn, or None; it becomes the EOS of a published folder. `plain` keeps the tokenizer's EOS."""
     end = template(name).stop
     return tok.eos if end in ("", "\n") else tok.id(end)
 
@@ -235,14 +206,12 @@ def stop_ids(tok, name):
 
 def truncate(ids, labels, image_id, image_tokens, max_len):
     """Keep at most max_len tokens, and no part of an image -> ids, labels, number of images kept."""
-    n = min(len(ids), max_len)
+    n = max_len
     if n < len(ids) and ids[n] == image_id:                            # the cut may lie inside an image
-        first = n
-        while first and ids[first - 1] == image_id:
-            first -= 1
-        n = first + (n - first) // image_tokens * image_tokens         # images may be adjacent: keep the whole ones
-    ids, labels = ids[:n], labels[:n]
-    return ids, labels, ids.count(image_id) // image_tokens
+        while n and ids[n - 1] == image_id:
+            n -= 1
+        n += (max_len - n) // image_tokens * image_tokens              # images may be adjacent: keep the whole ones
+    return ids[:n], labels[:n], ids[:n].count(image_id) // image_tokens
 
 
 # ---- looking at the loss mask ---------------------------------------------------------------------------------------
