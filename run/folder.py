@@ -35,11 +35,17 @@ def path_of(s):
     return Path(s.out, "overfit") if s.overfit else Path(s.out)
 
 
-def unwritable(folder):
-    """Why no file can be made in a folder, which need not exist yet -> a reason, or None. Nothing is written."""
+def existing(folder):
+    """The folder, or the nearest one above it that exists"""
     at = os.path.abspath(folder)
     while not os.path.lexists(at):
         at = os.path.dirname(at)
+    return at
+
+
+def unwritable(folder):
+    """Why no file can be made in a folder, which need not exist yet -> a reason, or None. Nothing is written."""
+    at = existing(folder)
     if not os.path.isdir(at):
         return f"{at} is not a folder"
     return None if os.access(at, os.W_OK | os.X_OK) else f"{at} cannot be written to"
@@ -67,11 +73,9 @@ def claim(folder, say=print):
 
 
 def check_space(folder, checkpoint_bytes, model_bytes, keep_last, say=print):
-    """Before the first step: stop if the disk has no room for one checkpoint; say so if it has no room for the model and
-    all checkpoints, of which one more than keep_last exists while it is written."""
-    at = os.path.abspath(folder)
-    while not os.path.exists(at):
-        at = os.path.dirname(at)
+    """Before the first step: stop if the disk has no room for one checkpoint; say so if it has no room for the model
+    and all checkpoints, of which one more than keep_last exists while it is written."""
+    at = existing(folder)
     free, least, most = shutil.disk_usage(at).free, checkpoint_bytes, (keep_last + 1) * checkpoint_bytes + model_bytes
     if free < least:
         stop(f"out={folder}: {free / 2**30:.1f} GiB are free, one checkpoint takes {least / 2**30:.1f}")

@@ -91,7 +91,7 @@ class Validation:
                        log.file.with_name("samples.jsonl"))
         _, question, truth, *_ = self.questions[0]
         question = " ".join(question.replace(chat.IMAGE, "").split())
-        self.world.print(f"  question: {question:.100}\n  answer:   {answers[0]}\n  expected: {truth}")
+        self.world.print(chat.printable(f"  question: {question:.100}\n  answer:   {answers[0]}\n  expected: {truth}"))
 
 
 @torch.no_grad()
