@@ -1,4 +1,7 @@
-"""adapter_config.json of a LoRA: which options are supported, the rank and scale of a layer, patterns of layers."""
+"""adapter_config.json of a LoRA: which options are supported, the rank and scale of a layer."""
+
+import re
+from fnmatch import fnmatchcase
 
 from config import stop
 from formats.strict_json import read_json
@@ -22,12 +25,16 @@ def read_adapter_config(folder):
     for key in PATTERNS:
         if not isinstance(c.get(key) or {}, dict):
             stop(f"{folder}: {key}={c[key]} is no object with a number for each layer")
-        for pattern in c.get(key) or {}:
-            try:
-                matches(pattern, "")
-            except ValueError as e:
-                stop(f"{folder}: the pattern {pattern!r:.80} in {key} {e}")
+        if strange := [p for p in c.get(key) or {} if not re.fullmatch(r"\^?(\w|-|\\?\.|\.\*){1,300}\$?", p)]:
+            stop(f"{folder}: the pattern {strange[0]!r:.80} in {key} is not supported: names, `.*` and `\\.` are")
     return c
+
+
+def matches(pattern, name):
+    """Does the name of a layer end in a pattern of PEFT, from its beginning or from a dot on? PEFT runs the regular
+    expression (.*\\.)?(pattern)$, which some patterns keep busy for ever. fnmatch never goes back."""
+    glob = pattern.removesuffix("$").replace("\\.", ".").replace(".*", "*")
+    return fnmatchcase(name, glob[1:]) if glob[:1] == "^" else fnmatchcase(f".{name}", f"*.{glob}")
 
 
 def rank_and_alpha(folder, c, name=""):
@@ -38,56 +45,3 @@ def rank_and_alpha(folder, c, name=""):
     if type(r) is not int or r < 1 or type(alpha) not in (int, float):
         stop(f"{folder}: r={r!r} and lora_alpha={alpha!r} in its adapter_config.json")
     return r, alpha * (r**0.5 if c.get("use_rslora") else 1)
-
-
-# ---- patterns: PEFT runs `re.match(rf"(.*\.)?({pattern})$", name)`, which a stranger's pattern can keep busy for ever.
-# Here a pattern moves a set of positions along the name, so that the time is at most their two lengths multiplied.
-
-def matches(pattern, name):
-    """Does the name end in the pattern, from its beginning or from a dot on? Raises a ValueError for what is not
-    supported: characters, `.`, `\\d`, `\\.`, [0-9], each also with *, + or ?; ^, $, ( | ) and (?: )."""
-    if len(pattern) > 500 or not pattern.isascii():
-        raise ValueError("is longer than 500 characters or not ASCII")
-    at, ends = alternatives(pattern, 0, name, {0} | {i + 1 for i, c in enumerate(name) if c == "."})
-    if at < len(pattern):
-        raise ValueError("has a bracket too many")
-    return len(name) in ends
-
-
-def alternatives(p, i, name, starts):
-    """Match p[i:], up to a closing bracket, from each of `starts` -> the place of that bracket, where matches end"""
-    here, ends = starts, set()
-    while i < len(p) and p[i] != ")":
-        if p[i] == "|":
-            here, ends, i = starts, ends | here, i + 1
-        elif p[i] in "^$":
-            here, i = here & {0 if p[i] == "^" else len(name)}, i + 1
-        elif p[i] == "(":
-            i, here = alternatives(p, i + (3 if p[i + 1 : i + 3] == "?:" else 1), name, here)
-            if i == len(p) or p[i + 1 : i + 2] in tuple("*+?"):
-                raise ValueError("leaves a bracket open or repeats a group, which is not supported")
-            i += 1
-        else:
-            i, chars = character(p, i)
-            times, before, new = p[i : i + 1], here, here
-            here = set()
-            while new := {s + 1 for s in new if s < len(name) and (chars is None or name[s] in chars)} - here:
-                here |= new
-                if times not in ("*", "+"):
-                    break
-            here |= before if times in ("*", "?") else set()
-            i += times in ("*", "+", "?")
-    return i, here | ends
-
-
-def character(p, i):
-    """One character as p[i:] describes it -> where the description ends, the characters that fit (None: all)"""
-    if p[i] == "." or p[i].isalnum() or p[i] in "_-":
-        return i + 1, None if p[i] == "." else p[i]
-    if p[i : i + 2] in (r"\d", r"\.", r"\-", r"\_"):
-        return i + 2, "0123456789" if p[i + 1] == "d" else p[i + 1]
-    chars, end = p[i + 1 : p.find("]", i)], p.find("]", i) + 1
-    if p[i] == "[" and chars.replace("-", "").replace("_", "").isalnum() and chars.strip("-") == chars:
-        spans = ((ord(a), ord(z)) for a, dash, z in zip(chars, chars[1:], chars[2:]) if dash == "-")
-        return end, {*chars.replace("-", ""), *(chr(n) for a, z in spans for n in range(a, z + 1))}
-    raise ValueError(f"holds {p[i : i + 2]!r}, which is not supported")

@@ -1,10 +1,9 @@
 """A LLaVA folder -> two GGUF files for llama.cpp: the language model, and the vision tower with the connector (mmproj).
 
 Keys and tensor names are those that llama.cpp's converter writes (conversion/llama.py, qwen.py) and its loaders read
-(src/llama-vocab.cpp, tools/mtmd/clip.cpp; at 0c1e570, October 2026). That converter reads the language model of our
-folders, too, but not their vision tower. It recognises a tokenizer by a hash of the ids of one test string, so only
-published ones. Here a tokenizer's rules are compared with those of llama.cpp; what it would tokenise differently is
-refused.
+(src/llama-vocab.cpp, tools/mtmd/clip.cpp; at 0c1e570, October 2026). That converter does not read the vision tower of
+our folders, and it knows published tokenizers only, by a hash of their ids for one test string. Here the rules of a
+tokenizer are compared with those of llama.cpp. A tokenizer that llama.cpp would apply differently is refused.
 
     V vocabulary size   H heads, of queries or of keys   K head dim
 """
@@ -40,10 +39,10 @@ BLOCK = {"layer_norm1": "ln1", "self_attn.q_proj": "attn_q", "self_attn.k_proj":
 CONNECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
 # pre-tokenizer of a byte-level tokenizer -> llama.cpp's name for it
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTE_LEVEL = {
-    (("Split", _WORDS % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
-    (("Split", _WORDS % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
+    (("Split", _SPLIT % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
+    (("Split", _SPLIT % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
     (("Digits", True), ("ByteLevel", False, True)): "smollm",
     (("ByteLevel", False, True),): "gpt-2"}
 # normalizers and pre-tokenizers of a SentencePiece tokenizer, which splits nothing -> does it add a first space?
@@ -56,18 +55,18 @@ SENTENCEPIECE = {
 
 def packed(value):
     """A key's value -> type number, bytes: uint32, float32, bool, string, or an array of int32, float32 or strings."""
-    if isinstance(value, bool):
-        return 7, struct.pack("<?", value)
-    if isinstance(value, int):
-        return 4, struct.pack("<I", value)
-    if isinstance(value, float):
-        return 6, struct.pack("<f", value)
     if isinstance(value, str):
         raw = value.encode("utf-8")
         return 8, struct.pack("<Q", len(raw)) + raw
-    kind, pack = {int: (5, struct.Struct("<i").pack), float: (6, struct.Struct("<f").pack),
-                  str: (8, lambda s: packed(s)[1])}[type(value[0])]
-    return 9, struct.pack("<IQ", kind, len(value)) + b"".join(map(pack, value))
+    if not isinstance(value, list):
+        kind, code = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}[type(value)]
+        return kind, struct.pack(code, value)
+    if isinstance(value[0], str):
+        kind, items = 8, b"".join(packed(s)[1] for s in value)
+    else:
+        kind, code = {int: (5, "i"), float: (6, "f")}[type(value[0])]
+        items = struct.pack(f"<{len(value)}{code}", *value)
+    return 9, struct.pack("<IQ", kind, len(value)) + items
 
 
 def write_gguf(path, keys, tensors):
@@ -137,8 +136,8 @@ def text_keys(cfg, dtype, name):
     arch = "llama" if cfg.model_type == "mistral" else cfg.model_type
     if arch not in ("llama", "qwen2", "qwen3"):
         stop(f"{name}: a language model of type {cfg.model_type!r} is not exported: llama, mistral, qwen2, qwen3")
-    if arch != "llama" and (cfg.o_bias or cfg.mlp_bias or cfg.qk_norm and cfg.qkv_bias):
-        stop(f"{name}: llama.cpp has no {arch} with these biases")
+    if arch == "qwen3" and cfg.qkv_bias:
+        stop(f"{name}: llama.cpp has no qwen3 with attention_bias")
     keys = {"general.architecture": arch, "general.type": "model", "general.name": name,
             "general.file_type": DTYPES[dtype][2]}
     keys |= {f"{arch}.{k}": v for k, v in {
@@ -233,12 +232,8 @@ def own_template(folder):
     """The chat template of a folder, in any of the places that transformers has used -> str or None."""
     if (file := folder / "chat_template.jinja").is_file():
         return file.read_text("utf-8")
-    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):         # llava-hf: the first
-        if file.is_file() and (found := read_json(file).get("chat_template")):
-            if isinstance(found, list):                                                    # several, by name
-                default = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
-                found = default[0].get("template") if default else None
-            return found if isinstance(found, str) else None
+    found = [read_json(folder / f, {}).get("chat_template") for f in ("chat_template.json", "tokenizer_config.json")]
+    return next((text for text in found if isinstance(text, str)), None)
 
 
 def with_media_marker(text):
@@ -272,8 +267,6 @@ def mmproj_keys(cfg, dtype, name):
         stop(f"{name}: llama.cpp has no {v.model_type} with a LLaVA connector: CLIP and SigLIP")
     if cfg.connector != "mlp":
         stop(f"{name}: llama.cpp has no {cfg.connector} connector: mlp")
-    if v.intermediate_size == v.hidden_size:            # it recognises old files, with fc1 and fc2 swapped, by shapes
-        stop(f"{name}: llama.cpp would swap the two layers of an MLP as wide as the tower")
     keys = {"general.architecture": "clip", "general.type": "mmproj", "general.name": name,
             "general.file_type": DTYPES[dtype][2]}
     return keys | {f"clip.{k}": x for k, x in {

@@ -6,6 +6,7 @@ the piece with the highest score first. Both give the same ids if no two multi-c
 every character of a piece is a piece itself; other models are refused. Field numbers: sentencepiece_model.proto.
 """
 
+import io
 import struct
 
 from config import stop
@@ -15,30 +16,25 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of p
 
 def protobuf_fields(blob):
     """A protobuf message -> [(field number, value)]: an int of up to 64 bits, or the bytes of any other type."""
-    at, out = 0, []
+    file, out = io.BytesIO(blob), []
 
     def varint():                                              # seven bits per byte, low ones first; bit eight: go on
-        nonlocal at
-        n = shift = 0
-        while shift < 70:
-            byte = blob[at]
-            at, n, shift = at + 1, n | (byte & 127) << shift, shift + 7
+        n = 0
+        for shift in range(0, 70, 7):
+            byte, = file.read(1)
+            n |= (byte & 127) << shift
             if byte < 128:
                 return n
         raise ValueError("an integer of more than 64 bits")
 
-    while at < len(blob):
+    while file.tell() < len(blob):
         number, wire = divmod(varint(), 8)
-        if wire == 0:
-            out.append((number, varint()))
-            continue
-        if wire not in (1, 2, 5):
+        if wire not in (0, 1, 2, 5):
             raise ValueError(f"wire type {wire}")
-        size = {1: 8, 5: 4}.get(wire) or varint()
-        if at + size > len(blob):
-            raise IndexError("the last field is cut off")
-        out.append((number, blob[at:at + size]))
-        at += size
+        size = {1: 8, 5: 4}.get(wire, 0) or varint()           # of wire type 0: the value itself
+        if wire and file.tell() + size > len(blob):
+            raise ValueError("the last field is cut off")
+        out.append((number, file.read(size) if wire else size))
     return out
 
 
@@ -56,28 +52,24 @@ def read_sentencepiece(path):
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as e:
         stop(f"{path} is not a complete SentencePiece model ({type(e).__name__}: {e})")
 
-    def refuse(why):
-        stop(f"{path}: {why}; where transformers reads it, save_pretrained writes a tokenizer.json for it")
-
-    if (kind := trainer.get(3, 1)) != 2:
-        refuse(f"a model of type {({1: 'unigram', 3: 'word', 4: 'char'}).get(kind, kind)}; only bpe is supported")
     first_space, squeezes, escapes = (normalizer.get(k, 1) for k in (3, 4, 5))
-    if normalizer.get(2) or squeezes or not escapes or trainer.get(24):
-        refuse("it rewrites text before it splits it; only a first space is supported")
-    if len(set(names)) < len(names) or not all(names) or " " in "".join(names):
-        refuse("duplicate or empty pieces, or pieces with a space")
-    if types.count(UNKNOWN) != 1 or UNUSED in types:
-        refuse("more or less than one unknown piece, or unused pieces")
     normal = {name: score for name, score, kind in zip(names, scores, types) if kind == NORMAL}
     merged = sorted((name for name in normal if len(name) > 1), key=lambda name: -normal[name])
-    if len({normal[name] for name in merged}) < len(merged):
-        refuse("pieces of equal score, whose order a list of merges cannot express")
-    if missing := set("".join(merged)) - normal.keys():
-        refuse(f"pieces contain {min(missing)!r}, which is not a piece itself")
-    if first_space and USER_DEFINED in types:
-        refuse("user-defined pieces and a first space, which would be added again after each of them")
-    if trainer.get(35) and types.count(BYTE) != 256:
-        refuse("it falls back on bytes but does not hold all 256")
+    refused = {
+        "its model type is not bpe": trainer.get(3, 1) != 2,
+        "it rewrites text before it splits it; only a first space is supported":
+            normalizer.get(2) or squeezes or not escapes or trainer.get(24),
+        "duplicate or empty pieces, or pieces with a space":
+            len(set(names)) < len(names) or not all(names) or " " in "".join(names),
+        "more or less than one unknown piece, or unused pieces": types.count(UNKNOWN) != 1 or UNUSED in types,
+        "pieces of equal score, whose order a list of merges cannot express":
+            len({normal[name] for name in merged}) < len(merged),
+        "some pieces have characters that are no pieces": set("".join(merged)) - normal.keys(),
+        "user-defined pieces and a first space, which would be added again after each of them":
+            first_space and USER_DEFINED in types,
+        "it falls back on bytes but does not hold all 256": trainer.get(35) and types.count(BYTE) != 256}
+    if why := next((why for why, applies in refused.items() if applies), None):
+        stop(f"{path}: {why}; where transformers reads it, save_pretrained writes a tokenizer.json for it")
 
     prepend = [{"type": "Prepend", "prepend": "▁"}] if first_space else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if first_space else []

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 from config import stop
@@ -10,8 +11,7 @@ from config import stop
 def unique(items):
     d = dict(items)
     if len(d) < len(items):
-        seen = set()
-        raise ValueError(f"duplicate key {next(k for k, _ in items if k in seen or seen.add(k))!r}")
+        raise ValueError(f"duplicate key {(Counter(k for k, _ in items) - Counter(d.keys())).popitem()[0]!r}")
     return d
 
 

@@ -26,8 +26,7 @@ def read_spec(folder):
     """-> (what tokenizer.json says or would say, {role: token})"""
     names = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):              # the later one overrides
-        if (folder / file).is_file():
-            names |= {k: v for k, v in read_json(folder / file).items() if v}
+        names |= {k: v for k, v in read_json(folder / file, {}).items() if v}
     if (folder / "tokenizer.json").is_file():
         return read_json(folder / "tokenizer.json"), names
     if not (folder / "tokenizer.model").is_file():
@@ -36,8 +35,7 @@ def read_spec(folder):
     names, vocab = roles | names, spec["model"]["vocab"]
     roles = [token_text(t) for v in names.values() for t in (v if isinstance(v, list) else [v])]
     added = [(int(i), t["content"], t.get("special")) for i, t in names.get("added_tokens_decoder", {}).items()]
-    if (folder / "added_tokens.json").is_file():
-        added += [(i, name, name in roles) for name, i in read_json(folder / "added_tokens.json").items()]
+    added += [(i, name, name in roles) for name, i in read_json(folder / "added_tokens.json", {}).items()]
     for i, name, special in sorted(added, key=lambda t: (t[0], not t[2], t[1])):
         if i == len(vocab):
             vocab[name] = i

@@ -36,7 +36,7 @@ def commit(folder, fill):
         fill(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         for p in files:
-            os.chmod(p, 0o666 & ~umask())                        # safetensors makes files that only the owner can read
+            os.chmod(p, tmp.stat().st_mode & 0o666)              # safetensors makes files that only the owner can read
             sync(p)
         (tmp / MANIFEST).write_text(listing({str(p.relative_to(tmp)): file_digest(p) for p in files}))
         sync(tmp / MANIFEST)
@@ -69,12 +69,6 @@ def remove(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def listing(manifest):

@@ -31,12 +31,12 @@ def write(run, drop=(), **settings):
 def test_a_card_tells_settings_and_losses(run):
     text = card.text(run, VLMConfig())
     for line in ("# tuned", "| steps | 3 |", "| validation loss | 1.25 |", "| lr | 0.0002 |", "| lora_r | 8 |",
-                 "| data | a.json&#58;0.7, b.json&#58;0.3 |", "(revision abc123), starting from align."):
+                 "| data | a.json&#58;0.7, b.json&#58;0.3 |", "Trained with pumice (revision abc123),\nstarting from align, whose"):
         assert line in text, line
     assert "/home/me" not in text and "| system |" not in text and "base_model" not in text
     write(run, init="", vision="openai/clip", llm="/c/hub/models--lmsys--vicuna/snapshots/ab12")
     text = card.text(run, VLMConfig())
-    assert "starting from openai/clip and lmsys/vicuna." in text
+    assert "starting from openai/clip and lmsys/vicuna, whose" in text
     assert "base_model:\n- openai/clip\n- lmsys/vicuna\ntags:" in text
 
 
@@ -79,10 +79,10 @@ def test_text_of_strangers_is_escaped(run):
 
 def test_limits_of_a_model_are_told():
     cfg = VLMConfig()
-    assert "vLLM does not" not in " ".join(card.limits(cfg, "crop")) and "SGLang" in card.limits(cfg, "crop")[0]
-    cfg.connector, cfg.vision.model_type, cfg.text.model_type = "linear", "dinov2", "qwen3"
+    assert card.limits(cfg, "crop")[0] == "An image becomes a square of 224 x 224 pixels (crop), 49 tokens."
+    cfg.connector, cfg.vision.model_type = "linear", "dinov2"
     lines = " ".join(card.limits(cfg, "pad"))
-    for part in ("vLLM and llama.cpp know no LLaVA with a DINOv2", "the identity", "4.51", "LlavaImageProcessor"):
+    for part in ("vLLM and llama.cpp know no LLaVA with a DINOv2", "the identity", "4.46"):
         assert part in lines
     cfg.vision.num_register_tokens = 4
     assert "refuses images" in card.limits(cfg, "crop")[0]

@@ -183,9 +183,8 @@ def test_sample_and_eval_take_an_adapter(base, tmp_path, capsys):
 
 # ---- adapter_config.json of a stranger ------------------------------------------------------------------------------
 
-PATTERNS = ["q_proj", "layers.1.self_attn.q_proj", r"layers\.\d+\.self_attn\.q_proj", ".*q_proj", "^lm_head$", "x*", "",
-            r"layers\.(0|1|10)\..*", "layers.[0-9].*up_proj", r".*\.(q|v)_proj", "(?:q|k)_proj|up_proj", "^model.*fc1",
-            r"[0-3]\.self_attn\..*q_proj", r"la?yers\.1\..*", r"layers\.[02-3]\.mlp\.fc[12]", "[a-z]+_head"]
+PATTERNS = ["q_proj", "layers.1.self_attn.q_proj", r"layers\.1\.self_attn\.q_proj", ".*q_proj", "^lm_head$", "^.*head",
+            r"layers\.10\..*", r".*\.up_proj$", "^model.*fc1", r"self_attn\..*q_proj", "lm_head.*", "_proj"]
 NAMES = ["model.language_model.layers.1.self_attn.q_proj", "base.layers.10.mlp.up_proj", "lm_head",
          "model.vision_tower.encoder.layers.3.mlp.fc1", "vq_proj", "model.layers.2.mlp.fc2"]
 
@@ -193,9 +192,10 @@ NAMES = ["model.language_model.layers.1.self_attn.q_proj", "base.layers.10.mlp.u
 def test_patterns_match_as_in_peft():
     """peft.utils.other.get_pattern_key, for what people write and for random combinations of its parts"""
     g = dice.Random(0)
-    parts = [r"\.", r"\d", "[a-b]", "(a|b)", "(?:ab|)", "a*", "b+", ".*", "[ab]?", r"\d+", "a|", *"ab1.^$"]
     cases = [(p, n) for p in PATTERNS for n in NAMES]
-    cases += [("".join(g.choices(parts, k=i % 6)), "".join(g.choices("ab1.", k=i % 7))) for i in range(3000)]
+    for i in range(3000):
+        middle = "".join(g.choices([r"\.", ".*", "a", "b"], k=1 + i % 5))
+        cases.append((g.choice(["", "^"]) + middle + g.choice(["", "$"]), "".join(g.choices("ab.", k=i % 7))))
     found = [adapter_config.matches(p, n) for p, n in cases]
     assert found == [bool(re.match(rf"(.*\.)?({p})$", n)) for p, n in cases] and 300 < sum(found) < 2000
 
@@ -207,14 +207,20 @@ def stranger(base, tmp_path):
     return tmp_path / "stranger"
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*a){20}", "[", ")", "a**", "[^a]", "(?=a)", "a" * 501])
-def test_other_patterns_are_refused_at_once(pattern, base, stranger):
-    """`re` would take a minute for the first ones and raise an error of its own for others."""
-    rewrite(stranger / "adapter_config.json", rank_pattern={pattern: 8})
-    model, began = llava.load_model(init=base, dtype=None)[0], time.process_time()
-    assert f"the pattern {pattern!r:.80} in rank_pattern " in error(our_peft.load_adapter, model, stranger)
-    adapter_config.matches(".*" * 250, NAMES[0] * 4)                          # the longest that is allowed
-    assert time.process_time() - began < 5
+@pytest.mark.parametrize("pattern", ["(a+)+$", "a|b", "[", ")", "a*", "a**", r"\d", "", "a" * 301])
+def test_other_patterns_are_refused(pattern, tmp_path):
+    """`re` would take a minute for the first one and raise an error of its own for others."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"rank_pattern": {pattern: 8}}))
+    line = error(adapter_config.read_adapter_config, tmp_path)
+    assert f"the pattern {pattern!r:.80} in rank_pattern is not supported" in line
+
+
+def test_the_longest_pattern_takes_no_time():
+    """Fifty times `.*` would keep `re` busy for years."""
+    began = time.process_time()
+    for pattern in ((".*a" * 100)[:300] + "b", ".*" * 150 + "b"):
+        assert not adapter_config.matches(pattern, "a" * 2000)
+    assert time.process_time() - began < 1
 
 
 def test_a_lie_about_the_rank_costs_no_memory(base, stranger):
@@ -315,7 +321,7 @@ def test_the_card_says_how_peft_reads_it(bits, world, aligned, tmp_path, monkeyp
     out = tmp_path / "run" / "adapter"
     assert "is for sample.py and eval.py" not in capsys.readouterr().out
     card = (out / "README.md").read_text()
-    assert "over align.\nThe template is `vicuna_v1`." in card and "library_name: peft" in card
+    assert "over align.\nThe template is `vicuna_v1`. " in card and "library_name: peft" in card
     assert ("four bits" in card) == (bits == 4) and str(tmp_path) not in card
     monkeypatch.chdir(out)
     names = {}
