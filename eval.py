@@ -13,7 +13,6 @@ written as jsonl, of which tools/report.py makes a page with the images. The las
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ import engine
 import metrics
 from config import BadSample, setting
 from formats.rows import read_questions
+from formats.whole import write_file
 from generate import Chat, with_marker
 from images import image_folder, safe_path
 from run.folder import unwritable
@@ -59,16 +59,15 @@ class Settings:
 def toy_questions(world, task):
     """The toy world's held-out questions, drawn if they are missing -> question file, folder of images"""
     from demo import toy
-    file = Path("runs/toy/questions.jsonl")
-    yes_or_no = file.with_name("questions_pope.jsonl")
+    file, yes_or_no = Path("runs/toy/questions.jsonl"), Path("runs/toy/questions_pope.jsonl")
     if world.rank == 0:
         try:
             toy.write_world("runs/toy", "test")
             lines = file.read_text("utf-8").splitlines(keepends=True)
-            write_whole(yes_or_no, "".join(q for q in lines if json.loads(q)["answer"] in ("yes", "no")))
+            write_file(yes_or_no, "".join(q for q in lines if json.loads(q)["answer"] in ("yes", "no")))
         except OSError as e:
             config.stop(f"the toy world cannot be drawn in runs/toy: {e.strerror or e}")
-    world.gather(None)                                           # a barrier: nobody reads before all is written
+    world.gather(None)                                           # a barrier: no rank reads before all is written
     return str(yes_or_no if task == "pope" else file), "runs/toy/images"
 
 
@@ -96,32 +95,21 @@ def ask(chat, rows, names, images, max_new_tokens):
             continue
         pixels += shown
         asked.append(i)
-    answers = dict(zip(asked, chat.answers(prompts, pixels, max_new_tokens) if prompts else []))
+    answers = dict(zip(asked, chat.answers(prompts, pixels, max_new_tokens)))
     return [answers.get(i) for i in range(len(rows))]
-
-
-def write_whole(path, text):
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text, "utf-8", "backslashreplace")             # json may hold a lone surrogate, utf-8 may not
-    os.replace(tmp, path)
 
 
 def answers_file(s, name):
     """The file for the answers: the one given, or one in the run, or one in answers/ here if the run is read-only.
     A file that cannot be written stops the script before the first question."""
     run = Path(s.model)
-    if not run.exists():                                          # org/name of the hub
-        run = Path("answers", run.name)
-    elif run.name in ("model", "adapter"):
-        run = run.parent
-    out = Path(s.answers or run / f"answers_{name}.jsonl")
+    run = run.parent if run.name in ("model", "adapter") else run
+    here = Path("answers", run.resolve().name)
+    out = Path(s.answers or (run if run.exists() else here) / f"answers_{name}.jsonl")         # a name of the hub: here
     problem = f"{out} is not a file" if out.exists() and not out.is_file() else unwritable(out.parent)
     if problem and not s.answers:
-        print(f"{problem}; the answers go to {Path('answers', run.resolve().name)}", file=sys.stderr)
-        out = Path("answers", run.resolve().name, out.name)
-        problem = unwritable(out.parent)
+        print(f"{problem}; the answers go to {here}", file=sys.stderr)
+        out, problem = here / out.name, unwritable(here)
     if problem:
         config.stop(f"{problem}: --answers=FILE says where the answers may go")
     return out
@@ -165,7 +153,8 @@ def main(s):
              for r, a, p, n in zip(rows, answers, points, names)]
     failed = 0
     try:
-        write_whole(out, "".join(lines))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, "".join(lines))
         print(f"{out}; a page of it: python -m tools.report {out} --images={images}", file=sys.stderr)
     except OSError as e:                                          # a full disk does not cost the score
         failed = 1

@@ -160,17 +160,17 @@ def test_without_a_question_asked_there_is_no_score(model_folder, world, capsys)
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("", "holds no questions"), ("{\n", "line 1"), ('{"question_id": 1, "text": "a"}', "line 1: a question needs"),
-    ("[1]", "line 1: a question needs"), ('{"question_id": 1, "text": "a", "answer": 5}', "all strings"),
-    ('{"question_id": 1, "text": "a", "answers": []}', "line 1: a question needs"),
+    ("", "is empty"), ('{"question_id": 1, "text": "a"}', "question 0 .*: it needs question_id, text"),
+    ("[1]", "question 0 .*: not an object"), ('{"question_id": 1, "text": "a", "answer": 5}', "all strings"),
+    ('{"question_id": 1, "text": "a", "answers": []}', "question 0 .*: it needs"),
     ('{"question_id": 1, "text": "a", "answer": "b", "image": ["c"]}', "image is the name of one file"),
-    ('\n{"question_id": 1, "text": "a", "answer": "b", "answer": "c"}', "line 2.*duplicate key"), ("\xff", "utf-8")])
+    ('\n{"question_id": 1, "text": "a", "answer": "b", "answer": "c"}', "0: duplicate key")])
 def test_a_bad_question_file_ends_in_one_clear_line(tmp_path, text, complaint):
     (tmp_path / "q.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(Error, match=complaint) as stopped:
         read_questions(str(tmp_path / "q.jsonl"), "exact")
     assert "\n" not in str(stopped.value)
-    with pytest.raises(Error, match="no question file"):
+    with pytest.raises(Error, match="no data file"):
         read_questions(str(tmp_path / "gone.jsonl"), "exact")
 
 
@@ -239,7 +239,7 @@ def test_an_impossible_answers_file_stops_before_any_question(model_folder, worl
 
 def test_a_full_disk_does_not_cost_the_score(model_folder, world, capsys, monkeypatch):
     full = OSError(28, "No space left on device", "a.jsonl")
-    monkeypatch.setattr(eval, "write_whole", lambda *a: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(eval, "write_file", lambda *a: (_ for _ in ()).throw(full))
     code = eval.main(eval.Settings(model=str(model_folder), data=str(world / "q.jsonl"), answers=str(world / "a.jsonl"),
                                    device="cpu", max_new_tokens=2))
     out, err = capsys.readouterr()

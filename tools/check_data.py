@@ -16,9 +16,9 @@ import chat
 import config
 from config import BadSample, setting, stop
 from data import Encoder
-from formats import tokenizer
 from formats.rows import Rows
 from formats.strict_json import read_json
+from formats.tokenizer import Tokenizer
 from images import image_folder, load_image, safe_path
 from kernels.cross_entropy import IGNORE
 
@@ -35,35 +35,20 @@ class Settings:
     bad: str = setting("", "file to write: one line of json for each bad sample, with index, id, reason and detail")
 
 
-def json_of(file):
-    return read_json(file) if file.is_file() else {}
-
-
 def encoder(s):
     """The settings -> Encoder, the one that training would use."""
     folder = Path(s.model)
     run = folder.parent if folder.name == "model" else folder
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
-    cfg, about = json_of(folder / "config.json"), json_of(folder / "pumice.json")
-    tok = tokenizer.Tokenizer(folder, cfg.get("image_token_index", cfg.get("image_token_id")))
+    cfg, about = read_json(folder / "config.json", {}), read_json(folder / "pumice.json", {})
+    tok = Tokenizer(folder, cfg.get("image_token_index", cfg.get("image_token_id")))
     known = about.get("template", "plain")
     template = s.template or (known if known != "plain" else "vicuna_v1")
-    trained = json_of(run / "config.json").get("settings", {}).get("max_len")
+    trained = read_json(run / "config.json", {}).get("settings", {}).get("max_len")
     max_len = s.max_len or trained or config.Common.max_len
     origin = "as set" if s.max_len else f"as {run} was trained" if trained else "the default of train_sft.py"
     print(f"--- template {template}, max_len={max_len} ({origin})")
     return Encoder(tok, template, tok.image, cfg.get("image_seq_length", s.image_tokens), max_len, about.get("system"))
-
-
-def progress(i, n, began, last):
-    """On stderr, where somebody waits: on a terminal ten times a second, else a line every ten seconds."""
-    now, terminal = time.monotonic(), sys.stderr.isatty()
-    if now - last < (0.1 if terminal else 10):
-        return last
-    left = (now - began) / i * (n - i)
-    end = "\033[K\r" if terminal else "\n"
-    print(f"{i:,} of {n:,} samples, {left:.0f} s left", end=end, file=sys.stderr, flush=True)
-    return now
 
 
 def main(argv):
@@ -74,12 +59,13 @@ def main(argv):
     config.check_ranges(s)
     image_folder(s.images)
     encode, rows = encoder(s), Rows(files[0])
-    lengths, bad, supervised, images, truncated, animated = [], [], 0, 0, 0, 0
-    began = last = time.monotonic()
+    good, bad, began = [], [], time.monotonic()                # good: (tokens, supervised, images, animated, was cut)
+    last = began
     for i in range(len(rows)):
-        if i:
-            last = progress(i, len(rows), began, last)
-        row = {}
+        row, now = {}, time.monotonic()
+        if i and now > last + 10:
+            last, left = now, (now - began) / i * (len(rows) - i)
+            print(f"{i:,} of {len(rows):,} samples, {left:.0f} s left", file=sys.stderr)
         try:
             row = rows[i]
             ids, labels, names, cut = encode(row)
@@ -87,21 +73,16 @@ def main(argv):
         except BadSample as e:
             bad.append({"index": i, "id": row.get("id"), "reason": e.reason, "detail": str(e)[len(e.reason) + 2 :]})
             continue
-        lengths.append(len(ids))
-        supervised += sum(y != IGNORE for y in labels)
-        images += len(names)
-        animated += sum(moving)
-        truncated += cut > 0
-        if len(lengths) <= s.show:
+        good.append((len(ids), sum(y != IGNORE for y in labels), len(names), sum(moving), cut > 0))
+        if len(good) <= s.show:
             print(f"--- sample {i}, id {row.get('id')!r:.80}: {len(ids)} tokens, {len(names)} image(s)")
             chat.show(encode.tok, ids, labels, encode.image_id)
-    good = len(lengths)
-    print(f"--- {files[0]}: {len(rows)} samples, {good} good, {len(bad)} dropped, {truncated} truncated to "
+    tokens, supervised, images, animated, truncated = map(sum, zip(*good)) if good else [0] * 5
+    print(f"--- {files[0]}: {len(rows)} samples, {len(good)} good, {len(bad)} dropped, {truncated} truncated to "
           f"{encode.max_len} tokens")
     if good:
-        print(f"    {sum(lengths):,} tokens ({supervised / sum(lengths):.1%} supervised), longest {max(lengths)}, "
-              f"mean {sum(lengths) / good:.0f}, {images} images"
-              + (f" ({animated} animated: only the first frame is read)" if animated else ""))
+        print(f"    {tokens:,} tokens ({supervised / tokens:.1%} supervised), longest {max(good)[0]}, mean "
+              f"{tokens / len(good):.0f}, {images} images, {animated} animated (the first frame is read)")
     for reason, count in Counter(b["reason"] for b in bad).most_common():
         first = next(b for b in bad if b["reason"] == reason)
         print(f"    {count} x {reason}; first: sample {first['index']} (counted from 0), id {first['id']!r:.80}"
@@ -111,9 +92,6 @@ def main(argv):
             Path(s.bad).write_text("".join(json.dumps(b) + "\n" for b in bad))
         except OSError as e:
             stop(f"bad={s.bad}: {e.strerror}")
-        print(f"    all bad samples: {s.bad}")
-    elif bad:
-        print("    --bad=FILE lists them all")
     return 1 if bad else 0
 
 

@@ -22,27 +22,16 @@ class Settings:
 
 
 def read_log(run):
-    """A run folder or its log.jsonl -> {curve: (steps, values)}; values that are not numbers are left out"""
+    """A run folder or its log.jsonl -> {curve: [(step, value)]}; values that are not numbers are left out"""
     file = Path(run) if Path(run).is_file() else Path(run) / "log.jsonl"
-    if not file.is_file():
-        config.stop(f"{run} is not a run: there is no {file}")
-    curves = {k: ([], []) for k in CURVES}
     try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        config.stop(f"{file} cannot be read as text")
-    for n, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            for k, (steps, values) in curves.items():
-                if isinstance(row.get(k), int | float):
-                    steps.append(row["step"])
-                    values.append(row[k])
-        except (ValueError, KeyError, AttributeError):
-            config.stop(f"{file}, line {n}: not an object with a step")
-    if not any(steps for steps, _ in curves.values()):
-        config.stop(f"{file} has no curve yet")
-    return curves
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        curves = {k: [(row["step"], row[k]) for row in rows if isinstance(row.get(k), int | float)] for k in CURVES}
+    except OSError as e:
+        config.stop(f"{run} is not a run: {file}: {e.strerror}")
+    except (ValueError, KeyError, AttributeError) as e:
+        config.stop(f"{file} is not the log of a run: {type(e).__name__} {e}")
+    return curves if any(curves.values()) else config.stop(f"{file} has no curve yet")
 
 
 def moving_mean(values, n):
@@ -55,8 +44,6 @@ def main(argv):
     s = config.parse(Settings, [a for a in argv if a.startswith("-")], __doc__)
     if not runs:
         config.stop("which run? python -m tools.plot RUN [RUN ...] [--out=FILE.png]")
-    if not Path(s.out).suffix:
-        config.stop(f"out={s.out}: the name must end in the file type, as in curves.png")
     config.check_ranges(s)
     logs = [(run, read_log(run)) for run in runs]
     try:
@@ -65,23 +52,17 @@ def main(argv):
         config.stop("tools.plot needs matplotlib: pip install matplotlib")
     matplotlib.use("agg")
     from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for ax, (curve, title) in zip(axes.flat, CURVES.items()):
         for i, (run, log) in enumerate(logs):
-            steps, values = log[curve]
+            steps, values = zip(*log[curve]) if log[curve] else ((), ())
             values = moving_mean(values, s.smooth) if curve == "loss" else values
             ax.plot(steps, values, color=f"C{i}", label=run, marker="." if len(steps) < 30 else None)
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-        if not any(log[curve][0] for _, log in logs):
-            ax.text(0.5, 0.5, "none in the log", transform=ax.transAxes, ha="center", color="#888")
-    if len(logs) > 1:
-        axes[0, 0].legend(frameon=False, fontsize=9)
-    else:
-        figure.suptitle(runs[0])
+    axes[0, 0].legend(frameon=False, fontsize=9)
     try:
         figure.savefig(s.out, dpi=120)
     except (OSError, ValueError) as e:

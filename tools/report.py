@@ -18,11 +18,9 @@ from images import image_folder, load_image, safe_path
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1080px; padding: 0 1em; color: #222 }
 h2 { margin: 1.6em 0 .4em } h2 small { font-weight: normal } small { color: #666 }
-td { padding: 1px 14px 1px 0 } .number { text-align: right }
-.bar { background: #e4e4e4; width: 240px } .bar div { background: #48a; height: 12px }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 12px }
 .card { border: 1px solid #ddd; border-left: 5px solid #c33; border-radius: 4px; padding: 8px; overflow-wrap: anywhere }
-.partly { border-left-color: #da2 } .right { border-left-color: #2a2 }
+.card.right { border-left-color: #2a2 }
 img { display: block; max-width: 100%; margin-bottom: 6px } .tiny { width: 144px; image-rendering: pixelated }
 """
 
@@ -45,18 +43,16 @@ def inline(path):
 
 def card(row, images):
     """One question: image, text, the expected answer, the answer given, right or wrong."""
-    e = html.escape
+    e, text = html.escape, row["text"]
     try:
         image = inline(safe_path(images, row["image"])) if row["image"] else ""
     except BadSample as problem:
         image = f"<small>{e(str(problem))}</small><br>"
-    kind, verdict, text = "wrong", "wrong", row["text"]
-    if row["score"] > 0:
-        kind, verdict = ("right", "right") if row["score"] >= 1 else ("partly", f"{row['score']:.0%} right")
+    verdict = "wrong" if row["score"] <= 0 else "right" if row["score"] >= 1 else f"{row['score']:.0%} right"
     answer = "<i>could not be asked</i>" if text is None else f"<b>{e(text)}</b>" if text else "<i>nothing</i>"
     question, expected = (row["prompt"].strip().splitlines() or [""])[0], ", ".join(sorted(set(row["answers"])))
-    return (f'<div class="card {kind}">{image}{e(question)}<br>expected <b>{e(expected)}</b><br>answered {answer}<br>'
-            f'<small>{verdict}; {e(str(row["question_id"]))}</small></div>')
+    return (f'<div class="card {verdict}">{image}{e(question)}<br>expected <b>{e(expected)}</b><br>answered {answer}'
+            f'<br><small>{verdict}; {e(str(row["question_id"]))}</small></div>')
 
 
 def page(rows, title, s):
@@ -65,21 +61,16 @@ def page(rows, title, s):
     for row in rows:
         types.setdefault(row["type"], []).append(row)
     mean = {kind: sum(row["score"] for row in of) / len(of) for kind, of in types.items()}
-    order = sorted(types, key=lambda kind: (mean[kind], kind))
     lost = sum(row["text"] is None for row in rows)
     out = [f"<!doctype html><meta charset=utf-8><title>{e(title)}</title><style>{STYLE}</style>",
            f"<h1>{sum(row['score'] for row in rows) / len(rows):.1%} of {len(rows)} questions</h1><p>{e(title)}",
-           f". {lost} could not be asked and count as wrong" if lost else "", ".</p><table>"]
-    for kind in order:
-        out.append(f'<tr><td>{e(kind)}<td class=number>{mean[kind]:.1%}<td class=number>{len(types[kind])}'
-                   f'<td><div class=bar><div style="width:{mean[kind]:.1%}"></div></div>')
-    out.append("</table>")
-    for kind in order:
+           f". {lost} could not be asked and count as wrong.</p>"]
+    for kind in sorted(types, key=lambda kind: (mean[kind], kind)):
         ranked = sorted(types[kind], key=lambda row: row["score"])
         shown = ranked[: s.worst] + ranked[s.worst :][-s.best :]
         wrong = sum(row["score"] < 1 for row in ranked)
-        out.append(f"<h2>{e(kind)} <small>{wrong} of {len(ranked)} not right; {len(shown)} shown</small></h2>")
-        out += ["<div class=cards>", *(card(row, s.images) for row in shown), "</div>"]
+        out += [f"<h2>{e(kind)} {mean[kind]:.1%} <small>{wrong} of {len(ranked)} not right; {len(shown)} shown</small>",
+                "</h2><div class=cards>", *(card(row, s.images) for row in shown), "</div>"]
     return "\n".join(out) + "\n"
 
 

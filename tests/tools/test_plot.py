@@ -23,7 +23,7 @@ def runs(tmp_path):
 
 def test_each_curve_holds_the_steps_that_logged_it(runs):
     log = plot.read_log(runs[0])
-    assert log["loss"] == ([1, 2, 3, 4, 5], [4, 2, 4 / 3, 1, 0.8]) and log["val_loss"] == ([5], [2.0])
+    assert log["loss"] == list(zip(range(1, 6), [4, 2, 4 / 3, 1, 0.8])) and log["val_loss"] == [(5, 2.0)]
     assert plot.read_log(runs[0] + "/log.jsonl") == log
 
 
@@ -47,21 +47,20 @@ def test_without_matplotlib_one_line_says_so(runs, monkeypatch):
 
 
 @pytest.mark.parametrize("rows, complaint", [
-    ([], "has no curve yet"), ([{"loss": 1}], "line 1: not an object with a step"), ([5], "line 1: not an object")])
+    ([], "has no curve yet"), ([{"loss": 1}], "is not the log of a run: KeyError 'step'"), ([5], "is not the log")])
 def test_a_log_without_curves_is_one_line(tmp_path, rows, complaint):
     with pytest.raises(Error, match=complaint):
         plot.main([str(make_run(tmp_path / "c", rows))])
 
 
 def test_unreadable_logs_and_unwritable_files_are_one_line(runs, tmp_path):
-    for out, complaint in (("none/x.png", "cannot write .*none/x.png"), ("x.foo", "cannot write .*x.foo: .*foo"),
-                           ("x", "x: the name must end in")):
+    for out, complaint in (("none/x.png", "cannot write .*none/x.png"), ("x.foo", "cannot write .*x.foo: .*foo")):
         with pytest.raises(Error, match=complaint) as stopped:
             plot.main([runs[0], f"--out={tmp_path / out}"])
         assert "\n" not in str(stopped.value)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "log.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(Error, match="log.jsonl cannot be read as text"):
+    with pytest.raises(Error, match="log.jsonl is not the log of a run: UnicodeDecodeError"):
         plot.main([str(tmp_path / "c")])
 
 
