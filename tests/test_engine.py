@@ -134,20 +134,19 @@ def test_frozen_parts_stay_in_eval_mode(table, trains):
     assert not any(m.training for m in model.modules())
 
 
-def test_weights_move_to_the_device_one_by_one():
-    """Each tensor is copied once, from the file it is mapped from to the device: the host holds no copy of them all."""
-    copied = []
+def test_weights_move_to_the_device_one_by_one(monkeypatch):
+    """Each tensor goes from the file it is mapped from to the device at once: the host holds no copy of them all."""
+    model, moved, to = tiny_vlm(dtype=torch.float32), [], torch.Tensor.to
 
-    class Copies(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
-            if fn is torch.ops.aten._to_copy.default:
-                copied.append((args[0].data_ptr(), kwargs.get("device")))
-            return fn(*args, **(kwargs or {}))
-    model = tiny_vlm(dtype=torch.float32)
-    mapped = [p.data_ptr() for p in model.parameters()]
-    with Copies():
-        engine.choose(model, TABLE, torch.float64, torch.device("cpu"))
-    assert copied == [(pointer, torch.device("cpu")) for pointer in mapped]
+    def noting(self, *args, **how):
+        moved.append((self.data_ptr(), args[0]))
+        return to(self, torch.float64, copy=True)                # this machine has no such device
+    mapped, device = [p.data_ptr() for p in model.parameters()], torch.device("meta")
+    with monkeypatch.context() as m:
+        m.setattr(torch.Tensor, "to", noting)
+        m.setattr(model, "to", lambda device: None)
+        engine.choose(model, TABLE, torch.float64, device)
+    assert moved == [(pointer, device) for pointer in mapped]
 
 
 def test_no_weight_is_a_view_of_what_was_loaded():
@@ -263,7 +262,7 @@ def test_recomputation_changes_no_bit_of_a_gradient():
 
 @pytest.mark.parametrize("kind", ["decoder layer", "ViT block"])
 def test_a_block_is_one_graph(kind):
-    """torch.compile without a break, for the rows of a last layer, and for packed sequences of other spans and lengths"""
+    """torch.compile without a break, for the rows of a last layer, and for sequences of other spans and lengths"""
     model = tiny_vlm(qk_norm=True)
     vit = kind == "ViT block"
     block = model.vision_tower.vision_model.encoder.layers[0] if vit else model.language_model.model.layers[0]

@@ -32,7 +32,7 @@ def test_the_plan_names_what_trains_at_which_rate():
     text = "\n".join(plan.lines(model, lrs, CPU, [batch(0, 1), batch(2)], 7, settings()))
     connector = 32 * 32 * 2 + 32 * 2
     for words in (f"multi_modal_projector {connector:,} 0", "lr 0.002: 4 tensors", "lr 1e-05: 21 tensors",
-                  "7 steps of 3 samples; the first one, on this rank: 42 tokens in 2 stream(s), 12 supervised, 3 im",
+                  "7 steps of 3 samples; the first one, on this rank: 42 tokens in 2 packed sequence(s), 12 supervised",
                   "MiB activations", "1 x cpu, torch.float64"):
         assert words in " ".join(text.split()), text
 
