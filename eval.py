@@ -6,7 +6,8 @@
     python eval.py --model=DIR --task=vqa --data=FILE.jsonl --images=DIR [--answers=FILE]
     torchrun --nproc_per_node=8 eval.py ...                 # the questions are divided between the processes
 
-The file is jsonl: question_id, image, text, answer (or answers, or POPE's label), and optionally type (or category).
+The file is jsonl (or a json list): question_id, image, text, answer (or answers, or POPE's label), and optionally type
+(or category).
 Tasks: exact (exact match), vqa (VQA accuracy, EvalAI's normalisation), vqa_official, pope (yes or no). The answers are
 written as jsonl, of which tools/report.py makes a page with the images. The last line of the output is JSON.
 """
@@ -147,20 +148,18 @@ def main(s):
     if s.task == "pope":
         result |= metrics.pope_by_type(answers, [r["answers"][0] for r in rows], kinds)
     if world.rank > 0:
-        return 0
+        return
     lines = [json.dumps({"question_id": r["question_id"], "prompt": r["text"], "text": a, "score": p,
                          "answers": r["answers"], "image": n, "type": r["type"]}) + "\n"
              for r, a, p, n in zip(rows, answers, points, names)]
-    failed = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, "".join(lines))
         print(f"{out}; a page of it: python -m tools.report {out} --images={images}", file=sys.stderr)
-    except OSError as e:                                          # a full disk does not cost the score
-        failed = 1
-        print(f"error: {e.filename or out} could not be written: {e.strerror}", file=sys.stderr)
-    print(json.dumps(result), flush=True)
-    return failed
+    except OSError as e:
+        config.stop(f"{e.filename or out} could not be written: {e.strerror}")
+    finally:
+        print(json.dumps(result), flush=True)                     # a full disk does not cost the score
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import types
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from config import stop
 from kernels import nf4
@@ -59,18 +58,14 @@ class LoRALinear(nn.Linear):
 
 
 class DoRALinear(LoRALinear):
-    """DoRA (Liu et al. 2024): each row of W + s B A is scaled to a given length. Published adapters are read and
-    merged. Training is not supported: its gradient treats the current row lengths as constants."""
+    """DoRA (Liu et al. 2024): each row of W + s B A is scaled to a given length. Published adapters can be merged."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features))
 
     def forward(self, x):
-        if self.training and torch.is_grad_enabled():
-            stop("a DoRA adapter can be read and merged, but not trained")
-        W = merged(base_weight(self), self.lora_A.weight, self.lora_B.weight, self.scale, self.lora_magnitude_vector)
-        return F.linear(x, W.to(x.dtype), self.bias)
+        stop("a DoRA adapter is merged before the model is used")
 
 
 def apply_shared_input(x, *layers):

@@ -31,9 +31,12 @@ _NUMBERS |= {w: str(i) for i, w in enumerate("zero one two three four five six s
 _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
-def _vqa_words(s):
-    """Punctuation, number words, articles, contractions: common to both normalisations."""
-    out = s
+def vqa_normalise(s, evalai=True):
+    """An answer as VQA's scorers compare it: EvalAI's (also LLaVA's and lmms-eval's) or the official script's. Both
+    change punctuation, number words, articles and contractions."""
+    if evalai:
+        s = s.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    out = s = s.replace("\n", " ").replace("\t", " ").strip()
     for p in _PUNCTUATION:
         if p + " " in s or " " + p in s or re.search(r"(\d)(,)(\d)", s):
             out = out.replace(p, "")
@@ -42,13 +45,6 @@ def _vqa_words(s):
     out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)        # the look-behind is mistyped upstream, so it is here
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
-
-
-def vqa_normalise(s, evalai=True):
-    """An answer as VQA's scorers compare it: EvalAI's (also LLaVA's and lmms-eval's) or the official script's."""
-    if evalai:
-        s = s.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return _vqa_words(s.replace("\n", " ").replace("\t", " ").strip())
 
 
 def vqa_accuracy(answer, truth, evalai=True):

@@ -55,7 +55,7 @@ def run(model_folder, world, capsys, **settings):
     settings = dict(model=str(model_folder), data=str(world / "q.jsonl"), answers=str(world / "a.jsonl"),
                     device="cpu", dtype="fp64", max_new_tokens=5) | settings
     capsys.readouterr()
-    assert eval.main(eval.Settings(**settings)) == 0
+    assert not eval.main(eval.Settings(**settings))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     return result, [json.loads(line) for line in (world / "a.jsonl").read_text().splitlines()]
 
@@ -240,11 +240,10 @@ def test_an_impossible_answers_file_stops_before_any_question(model_folder, worl
 def test_a_full_disk_does_not_cost_the_score(model_folder, world, capsys, monkeypatch):
     full = OSError(28, "No space left on device", "a.jsonl")
     monkeypatch.setattr(eval, "write_file", lambda *a: (_ for _ in ()).throw(full))
-    code = eval.main(eval.Settings(model=str(model_folder), data=str(world / "q.jsonl"), answers=str(world / "a.jsonl"),
-                                   device="cpu", max_new_tokens=2))
-    out, err = capsys.readouterr()
-    assert code == 1 and json.loads(out.splitlines()[-1])["n"] == 11
-    assert "error: a.jsonl could not be written: No space left on device" in err
+    with pytest.raises(Error, match="^a.jsonl could not be written: No space left on device"):
+        eval.main(eval.Settings(model=str(model_folder), data=str(world / "q.jsonl"), answers=str(world / "a.jsonl"),
+                                device="cpu", max_new_tokens=2))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 11
 
 
 @pytest.mark.parametrize("settings, complaint", [
