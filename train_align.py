@@ -35,8 +35,6 @@ def main(s):
     model, folder = stage.load(s, world, "plain")
     lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype, world.device)    # who trains
     run = stage.prepare(s, world, model, folder, lrs)
-    if run.over:
-        return run.exit_code
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------
     model, optimizer, start, steps = run.model, run.optimizer, run.start, run.steps

@@ -53,8 +53,6 @@ def main(s):
     model, folder = stage.load(s, world, "vicuna_v1")
     lrs = engine.choose(model, who_trains(s, model), world.dtype, world.device)
     run = stage.prepare(s, world, model, folder, lrs)
-    if run.over:
-        return run.exit_code
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------
     model, optimizer, start, steps = run.model, run.optimizer, run.start, run.steps

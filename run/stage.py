@@ -121,13 +121,13 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     start: int = 0                               # the first step to do: 0, or where the run goes on
     steps: int = 0
-    batches: object = None                       # data.StepData of the steps from `start` on
+    batches: object = ()                         # data.StepData of the steps from `start` on
     first: object = None                         # that of step 0
     folder: RunFolder = None                     # checkpoints
     log: Log = None
     validation: Validation = None
     signals: list = None                         # those received so far
-    over: bool = False                           # nothing to do: a dry run, or a finished one
+    over: bool = False                           # a dry run, or a finished one: no step to do, nothing to publish
     exit_code: int | None = None
 
     def due(self, step, every):
@@ -166,6 +166,8 @@ def stopped(run, step, world):
 
 def finish(run, s, world, folder):
     """After the last step: publish the model; of --overfit say whether it worked -> exit code"""
+    if run.over:
+        return run.exit_code
     if s.overfit:
         return check_overfit(run.model, run.first, world)
     publish(run.folder, run.model, folder, run.log, run.validation.best)

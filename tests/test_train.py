@@ -1,6 +1,5 @@
 """The two training scripts from end to end: every setting reaches the optimizer, and the loop is the same in both."""
 
-import difflib
 import gc
 import inspect
 import io
@@ -223,9 +222,8 @@ def test_both_scripts_show_the_same_short_loop():
     assert one == other and len(one) <= 35 and ".backward()" in "".join(one)
     changed = sources[1].replace("run.log.count(step, batch, result)", "run.log.count(step, batch)")
     assert split(changed)[0] != one
-    alike = sum(size for *_, size in difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
-                if size > 1)
-    assert alike <= 0.35 * len(after), f"{alike} of {len(after)} lines beyond the loop stand in both scripts"
+    alike = [line for line in after if line in before and line != '"""']
+    assert len(alike) <= 0.15 * (len(after) + len(other)), alike
 
 
 def test_every_shared_setting_is_explained_once():
