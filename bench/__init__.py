@@ -134,36 +134,22 @@ def describe_machine(device):
             return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return ""
-
-    def version(package):
-        try:
-            return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            return f"no {package}"
+    have = {d.name: d.version for d in importlib.metadata.distributions()}
+    packages = "torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy"
     revision = os.environ.get("REVISION") or output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    software = ", ".join([f"Python {platform.python_version()}", f"torch {torch.__version__}",
-                          *map(version, ("triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")),
-                          str(LOW[device]).removeprefix("torch."), f"revision {revision or 'unknown'}"])
+    software = [f"Python {platform.python_version()}", *(f"{p} {have.get(p, 'missing')}" for p in packages),
+                str(LOW[device]).removeprefix("torch."), f"revision {revision or 'unknown'}"]
     if device == "cuda":
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit"
-        card = output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
-        return f"{card or torch.cuda.get_device_name()}; {software}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{cpu}, {os.cpu_count()} cores, one thread used, load {os.getloadavg()[0]:.1f}; {software}"
-
-
-def finite(x):
-    """Replace nan and infinities, which JSON does not know, by None."""
-    if isinstance(x, dict):
-        return {k: finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+        hardware = output("nvidia-smi", query, "--format=csv,noheader", "--id=0") or torch.cuda.get_device_name()
+    else:
+        cpu = output("sed", "-n", "s/^model name.*: //p;T;q", "/proc/cpuinfo") or platform.machine()
+        hardware = f"{cpu}, {os.cpu_count()} cores, one thread used, load {os.getloadavg()[0]:.1f}"
+    return f"{hardware}; {', '.join(software)}"
 
 
 def print_json(x):
-    print(json.dumps(finite(x), allow_nan=False), flush=True)
+    print(json.dumps(x), flush=True)
 
 
 def table(names, rows):

@@ -7,10 +7,10 @@ important first; if it dies, a new child continues with the next row.
 
 import dataclasses
 import faulthandler
-import importlib
 import math
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch._functorch.config
@@ -20,10 +20,8 @@ import config
 from bench.rows import ROWS, shrink
 from config import setting
 
-COLUMNS = ["row", "who", "ms", "of the ceiling", "ratio", "error", "MiB", "note"]
+COLUMNS = ["row", "who", "ms", "of the ceiling", "ratio", "error", "MiB"]
 
-
-# ---- one row -------------------------------------------------------------------------------------------------------
 
 def relative_errors(tensors, truth):
     """|t - truth| / |truth| of each tensor"""
@@ -37,14 +35,14 @@ def poison(device):
 
 
 def peak_mib(c):
-    """-> MiB that one run of a contender allocates at most, and MiB of its results"""
+    """-> MiB that one run of a contender allocates at most, its results included"""
     c.run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    got = c.run()
+    c.run()
     torch.cuda.synchronize()
-    return [n / 2**20 for n in (torch.cuda.max_memory_allocated() - before, sum(t.nbytes for t in got))]
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def times(c, together, device, ms):
@@ -90,32 +88,25 @@ def measure(name, row, device, ms, rounds):
     for turn in range(rounds):
         for who in [*built][::(1, -1)[turn % 2]]:
             took[who].append(attempt(who, times, built[who], row.together, device, ms))
-    found = {who: found[who] for who in found if who in built}
-    for who in found:
-        parts = list(zip(*took[who]))
-        found[who] |= {"ms": [statistics.median(p) for p in parts],
-                       "spread": [(max(p) - min(p)) / statistics.median(p) for p in parts]}
+    found = {who: found[who] | {"ms": [statistics.median(part) for part in zip(*took[who])]} for who in built}
     return {"row": name, "what": row.what, "together": row.together, "flops": row.flops, "bytes": row.bytes,
             "plain": plain or found.get("torch", {}).get("error"), "found": found, "failed": failed}
 
 
 def judge(r):
-    """Adds two entries to a row. right: each error of ours is at most 1.5 times that of plain torch. beside, for
-    forward and backward: [time of the best alternative / ours, its name, is the difference within the spread]. An
-    alternative counts if its errors are at most four times those of plain torch. 2^-22 is added to each budget: the
-    error of a single fp32 value, such as a loss, is a matter of luck."""
+    """Adds two entries to a row. right: each error of ours is at most twice that of plain torch. beside, for forward
+    and backward: [time of the best alternative / ours, its name]. An alternative counts if its errors are at most four
+    times those of plain torch. 2^-22 is added to each budget: the error of a single value, a loss, is a matter of
+    luck."""
     def exact(who, factor):
         e = r["found"][who]["error"]
         return not e or not r["plain"] or all(a <= factor * b + 2**-22 for a, b in zip(e, r["plain"]))
     ours = r["found"].get("ours")
-    r["right"] = bool(ours and ours["error"] and r["plain"]) and exact("ours", 1.5)
-    r["beside"] = []
+    r["right"] = bool(ours and ours["error"] and r["plain"]) and exact("ours", 2)
     peers = [w for w in r["found"] if w != "ours" and exact(w, 4)]
-    for part in range(len(ours["ms"]) if ours and peers else 0):
-        best = min(peers, key=lambda w: r["found"][w]["ms"][part])
-        them = r["found"][best]
-        ratio = them["ms"][part] / ours["ms"][part]
-        r["beside"].append([ratio, best, abs(ratio - 1) <= max(them["spread"][part], ours["spread"][part])])
+    times = {w: r["found"][w]["ms"] for w in peers} if ours else {}
+    best = [min(times, key=lambda w: times[w][part]) for part in range(len(ours["ms"]))] if times else []
+    r["beside"] = [[times[w][part] / ours["ms"][part], w] for part, w in enumerate(best)]
     return r
 
 
@@ -126,34 +117,23 @@ def reason(e):
 
 
 def failed_row(name, why):
-    return {"row": name, "what": "", "together": False, "flops": (0, 0), "bytes": (0, 0), "plain": None, "found": {},
-            "failed": {"ours": why}}
-
-
-# ---- the page ------------------------------------------------------------------------------------------------------
-
-def shares(r, ms, ceilings):
-    """-> work per second as a share of the ceiling, for forward and backward or both together"""
-    key = "flops" if any(r["flops"]) else "bytes"
-    work = [sum(r[key])] if r["together"] else r[key]
-    return ", ".join(f"{1e3 * w / t / ceilings['matmul' if key == 'flops' else 'copy']:.0%}" for w, t in zip(work, ms))
+    return {"row": name, "plain": None, "found": {}, "failed": {"ours": why}}
 
 
 def cells(r, ceilings):
-    """A row -> one line of the table for each contender; the first also says what the row computes"""
-    plain, beside = max(r["plain"] or [0]), [f"{'= ' * equal}{ratio:.2f} of {who}" for ratio, who, equal in r["beside"]]
+    """A row -> a list of COLUMNS for each contender"""
     for who, c in r["found"].items():
-        wrong = " **too much**" if who == "ours" and not r["right"] else ""
-        yield [r["row"], who, " + ".join(f"{t:.3f}" for t in c["ms"]), shares(r, c["ms"], ceilings),
-               ", ".join(beside) if who == "ours" else None,
-               f"{max(c['error']):.1e} (plain {plain:.1e}){wrong}" if c["error"] else "not taken",
-               " of which results ".join(f"{m:.0f}" for m in c["mib"]) if c["mib"] else None,
-               r["what"] if who == "ours" else c["note"]]
+        key, rate = ("flops", "matmul") if any(r["flops"]) else ("bytes", "copy")
+        work = [sum(r[key])] if r["together"] else r[key]
+        yield [f"{r['row']}: {r['what']}" if who == "ours" else r["row"], f"{who} ({c['note']})" if c["note"] else who,
+               " + ".join(f"{t:.3f}" for t in c["ms"]),
+               ", ".join(f"{1e3 * w / t / ceilings[rate]:.0%}" for w, t in zip(work, c["ms"])),
+               ", ".join(f"{ratio:.2f} of {peer}" for ratio, peer in r["beside"]) if who == "ours" else "",
+               f"{max(c['error']):.1e}{'' if who != 'ours' or r['right'] else ' **too much**'}" if c["error"] else "",
+               f"{c['mib']:.0f}" if c["mib"] else ""]
     for who, why in r["failed"].items():
-        yield [r["row"], who, "did not run", *[None] * 4, why.replace("|", "/")]
+        yield [r["row"], who, f"did not run: {why.replace('|', '/')}", *[""] * 4]
 
-
-# ---- the command ---------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Settings:
@@ -164,18 +144,18 @@ class Settings:
     ms: float = setting(100.0, "milliseconds of calls in each measurement")
     seconds: float = setting(3600.0, "no row begins later")
     row_seconds: float = setting(120.0, "a row that takes longer is stopped and named")
-    out: str = setting("", "file for the page, written after each row")
+    out: str = setting("", "file for the page, which grows by each row")
     date: str = setting("", "of the page; empty = today")
     child: bool = setting(False, "measure in this process, one line of JSON per row (what the command itself starts)")
 
 
 def measure_rows(s, names):
     """In the child: ceilings, then row by row."""
-    low, kernels = bench.LOW[s.device], importlib.import_module("kernels")
+    low = bench.LOW[s.device]
     torch._functorch.config.donated_buffer = False     # else torch.compile's result refuses a second backward pass
     if s.device == "cpu":
         torch.set_num_threads(1)
-    bench.print_json({"ceilings": bench.ceilings(s.device), "triton": kernels.has_triton and s.device == "cuda"})
+    bench.print_json({"ceilings": bench.ceilings(s.device)})
     for name in names:
         faulthandler.dump_traceback_later(s.row_seconds, exit=True)     # from a thread: works when the GPU hangs
         torch.manual_seed(0)
@@ -199,33 +179,32 @@ def main(s, args):
         config.stop("rows of full size need a GPU; --size=tiny runs on a CPU")
     if s.child:
         return measure_rows(s, names)
-    end, rows, head, ceilings, left = time.time() + s.seconds, [], {}, {}, list(names)
-    machine = bench.describe_machine(s.device)
-    print(machine, flush=True)
+    end, rows, ceilings, left = time.time() + s.seconds, [], {}, list(names)
+    options = [f"--{key}={getattr(s, key)}" for key in ("size", "device", "rounds", "ms", "row_seconds")]
 
-    def page():
-        rows.sort(key=lambda r: [*ROWS].index(r["row"]))
-        lines = [c for r in rows for c in cells(r, ceilings)]
-        text = (f"# Kernels, {s.date}\n\n`python -m bench kernels{''.join(f' {a}' for a in args)}` on {machine}.\n\n"
-                f"Ceilings: {ceilings.get('matmul', 0) / 1e12:.1f} TFLOP/s, {ceilings.get('copy', 0) / 1e9:.0f} GB/s; "
-                f"ours: {'Triton kernels' if head.get('triton') else 'the definitions in torch'}.\n\n"
-                + bench.table(COLUMNS, lines) + (f"\nNot measured: {', '.join(left)}.\n" if left else ""))
-        return bench.write_page(text, s.out)
-
+    def say(text):
+        print(text, flush=True)
+        if s.out:
+            with open(s.out, "a", encoding="utf-8") as f:
+                f.write(f"{text}\n")
+    if s.out:
+        Path(s.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(s.out).unlink(missing_ok=True)
+    say(f"# Kernels, {s.date}\n\n`python -m bench kernels{''.join(f' {a}' for a in args)}` on "
+        f"{bench.describe_machine(s.device)}; ours: {'Triton kernels' if s.device == 'cuda' else 'plain torch'}.\n")
     while left and time.time() < end:
         began = left[0]
-        for message in bench.child("kernels", [f"--rows={','.join(left)}", f"--size={s.size}", f"--device={s.device}",
-                                               f"--rounds={s.rounds}", f"--ms={s.ms}", f"--row_seconds={s.row_seconds}",
-                                               "--child"], end - time.time()):
-            if "ceilings" in message:
-                head, ceilings = message, message["ceilings"]
-            elif "began" in message:
-                began = message["began"]
-            elif "row" in message or (began in left and time.time() < end):    # a row, or the child ended in one
-                rows.append(judge(message if "row" in message else failed_row(
-                    began, f"the process ended with {message['ended']}: {message['because']}")))
-                left.remove(rows[-1]["row"])
-                print(f"{rows[-1]['row']}: {rows[-1]['beside'] or rows[-1]['failed']}", flush=True)
-                page()
-    print("\n" + page(), flush=True)
-    bench.print_json({"machine": machine, "ceilings": ceilings, "rows": rows, "not_measured": left})
+        for m in bench.child("kernels", [f"--rows={','.join(left)}", *options, "--child"], end - time.time()):
+            began = m.get("began", began)
+            if "ceilings" in m and not ceilings:
+                ceilings = m["ceilings"]
+                say(f"Ceilings: {ceilings['matmul'] / 1e12:.1f} TFLOP/s, {ceilings['copy'] / 1e9:.0f} GB/s.\n")
+                say(bench.table(COLUMNS, [])[:-1])
+            if "ended" in m and began in left and time.time() < end:
+                m = failed_row(began, f"the process ended with {m['ended']}: {m['because']}")
+            if "row" in m:
+                rows.append(judge(m))
+                left.remove(m["row"])
+                say("\n".join(f"| {' | '.join(line)} |" for line in cells(m, ceilings)))
+    say(f"\nNot measured: {', '.join(left) or 'none'}.")
+    bench.print_json({"ceilings": ceilings, "rows": rows, "not_measured": left})

@@ -1,11 +1,5 @@
 """The rows of `python -m bench kernels`: sizes, random inputs, and the contenders. bench/kernels.py measures them.
 
-    A1 ... A10    attention: images of a ViT, packed documents, long documents, grouped queries
-    C1 ... C8     linear cross-entropy, forward and backward together; some with few supervised rows or a frozen head
-    E1, E1r       RMSNorm, alone and with a residual      E2  SwiGLU      E3  rotary positions
-    L1a, L1b      a frozen linear layer with an adapter of rank 16 or 128      L1c  three that share their input
-    Q1            an NF4 matrix, dequantised to bf16
-
     N tokens   H, G heads of queries and of keys   K head size   C, O input and output width   V vocabulary   r rank
 """
 
@@ -75,8 +69,6 @@ def normal(*shapes, device, dtype):
     return [torch.randn(*s, device=device).to(dtype) for s in shapes]
 
 
-# ---- attention -----------------------------------------------------------------------------------------------------
-
 def attention_row(lengths, H, G, K, causal, device, dtype):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -124,9 +116,9 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
     def varlen():
         from torch.nn.attention.varlen import varlen_attn
         bounds = F.pad(n.cumsum(0), (1, 0)).int()
-        takes = inspect.signature(varlen_attn).parameters            # torch 2.10: is_causal; enable_gqa since 2.12
-        how = dict(window_size=(-1, 0 if causal else -1)) if "window_size" in takes else dict(is_causal=causal)
-        how |= shared if "enable_gqa" in takes else {}
+        how = dict(window_size=(-1, 0 if causal else -1))
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:           # since torch 2.12
+            how |= shared
         return simple(lambda q, k, v: varlen_attn(q, k, v, bounds, bounds, L, L, **how), (q, k, v), [do], common=first)
 
     def flex():
@@ -155,8 +147,6 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
                lambda: definition(*double(*cut)), lambda: definition(*cut),
                flops=(4 * pairs * H * K, 10 * pairs * H * K))
 
-
-# ---- linear cross-entropy ------------------------------------------------------------------------------------------
 
 def cross_entropy_row(N, C, V, share, trained, device, dtype):
     from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -209,8 +199,6 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
                flops=(2 * R * C * V, (2 + 2 * trained) * R * C * V), together=True)
 
 
-# ---- element by element --------------------------------------------------------------------------------------------
-
 def elementwise(what, ours, definition, liger, args, ups, moved):
     """moved: bytes forward, backward; liger(args, ups) -> Contender"""
     who = {"ours": lambda: simple(ours, args, ups), "torch": lambda: simple(definition, args, ups),
@@ -234,12 +222,17 @@ def norm_row(N, C, residual, device, dtype):
             out = layer(*tensors[:-1])
             return out[::-1] if residual else (out,)                            # theirs: y first, then the sum
         return Contender(forward, tensors, ups)
-    if not residual:
-        return elementwise(f"RMSNorm, {N} x {C}", lambda x, w: rms_norm(x, w, eps),
-                           lambda x, w: rms_norm_ref(x, w, eps), liger, (x, w), [dy], (2 * unit, 3 * unit))
-    return elementwise(f"residual + RMSNorm, {N} x {C}", lambda x, add, w: rms_norm(x, w, eps, add),
-                       lambda x, add, w: (x + add, rms_norm_ref(x + add, w, eps)), liger, (x, add, w), [ds, dy],
-                       (4 * unit, 4 * unit))
+
+    def ours(*t):
+        return rms_norm(t[0], t[-1], eps, *t[1:-1])
+
+    def definition(*t):
+        total = t[0] + t[1] if residual else t[0]
+        y = rms_norm_ref(total, t[-1], eps)
+        return (total, y) if residual else y
+    args, ups, moved = ((x, add, w), [ds, dy], (4, 4)) if residual else ((x, w), [dy], (2, 3))
+    return elementwise(f"{'residual + ' * residual}RMSNorm, {N} x {C}", ours, definition, liger, args, ups,
+                       tuple(n * unit for n in moved))
 
 
 def swiglu_row(N, C, device, dtype):
@@ -271,8 +264,6 @@ def rope_row(N, H, G, K, device, dtype):
                        lambda q, k: (rope_ref(q, cos, sin), rope_ref(k, cos, sin)), liger, (q, k), [dq, dk],
                        (2 * unit, 2 * unit))
 
-
-# ---- adapters and NF4 ---------------------------------------------------------------------------------------
 
 def lora_row(N, C, O, layers, r, device, dtype):
     """Layers that share the input x, each with an adapter in fp32, which is trained; under autocast, as in training"""
@@ -345,8 +336,6 @@ def nf4_row(O, C, device, dtype):
                lambda: [nf4.dequantize_ref(*parts, torch.float64)],
                bytes=(sum(t.nbytes for t in parts) + O * C * dtype.itemsize, 0), together=True)
 
-
-# ---- the rows ------------------------------------------------------------------------------------------------------
 
 def packed(tokens, scale=1.0):
     """Lengths of documents of the mixture, 576 tokens for an image, that fill a packed sequence of `tokens`"""

@@ -1,6 +1,6 @@
 """Compile Triton kernels for a GPU that is not present, and read the assembler's report: registers, spills, opcodes.
 
-    from compile_check import ARCHS, assert_fits, compile_for
+    from compile_check import assert_fits, compile_for
     found = compile_for(kernel, {"X": "*bf16", "N": "i32"}, {"BLOCK": 128}, arch=90, num_warps=8)
     assert_fits(found)                       # no spills, shared memory within the limit
     assert found["HGMMA"]                    # the instructions that this kernel should use
@@ -16,8 +16,7 @@ import tempfile
 
 import pytest
 
-ARCHS = 80, 90                                    # A100, H100 and H200
-SMEM = {80: 163 * 1024, 90: 227 * 1024}           # bytes of shared memory one program may have
+SMEM = {80: 163 * 1024, 90: 227 * 1024}           # A100; H100 and H200: bytes of shared memory of a program
 OPCODES = "HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDL", "STL"
 
 

@@ -57,9 +57,9 @@ def test_head_sizes_of_real_models(K):
     check(documents(17, 20), 37, torch.float16, H=2, G=1, K=K)
 
 
-@pytest.mark.parametrize("H, G", [(3, 3), (5, 1), (6, 2)])
+@pytest.mark.parametrize("H, G", [(2, 2), (3, 1), (4, 2)])
 def test_grouped_queries_read_their_own_group(H, G):
-    check(documents(20, 13), 33, H=H, G=G)
+    check(documents(9, 8), 17, H=H, G=G)
 
 
 BROKEN = {
@@ -85,17 +85,18 @@ BROKEN = {
 def test_a_broken_kernel_fails(name, tmp_path):
     lo, hi = documents(14, 26)
     hi[:2] = 0                                                               # two empty rows
+    H, G = (4, 2) if name in (None, "heads tiled") else (2, 1)
     if name is None:
-        return check((lo, hi), 40)
+        return check((lo, hi), 40, H=H, G=G)
     broken = variant(module, *BROKEN[name], tmp_path)
     broken.FP32_TILE = module.FP32_TILE
     with pytest.raises(AssertionError):
-        check((lo, hi), 40, f=broken.attention)
+        check((lo, hi), 40, f=broken.attention, H=H, G=G)
 
 
 def test_strides_change_nothing():
-    spans = documents(20, 13)
-    q, k, v = (t.detach() for t in qkv(spans, 33, dtype=torch.float32))
+    spans = documents(9, 8)
+    q, k, v = (t.detach() for t in qkv(spans, 17, H=2, dtype=torch.float32))
     odd = [q.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([k, -k], 1)[:, :2], torch.cat([v, -v], 2)[..., :6]]
     assert not any(t.is_contiguous() for t in odd) and len({t.stride()[:2] for t in odd}) == 3
     up = strided(normal(*q.shape, dtype=torch.float32, seed=3))
@@ -110,8 +111,8 @@ def test_strides_change_nothing():
 
 def test_documents_do_not_read_each_other():
     """Noise in the first document changes no bit of the others, forward and backward."""
-    spans = documents(11, 5, 40)
-    q, k, v = (t.detach() for t in qkv(spans, 56, H=2, G=1, dtype=torch.float32))
+    spans = documents(11, 5, 20)
+    q, k, v = (t.detach() for t in qkv(spans, 36, H=2, G=1, dtype=torch.float32))
     noisy = [torch.cat([1e3 * normal(*t[:11].shape, seed=9).float(), t[11:]]) for t in (q, k, v)]
     for a, b in zip(*(with_gradients(attend(attention, spans), *t) for t in ((q, k, v), noisy))):
         assert torch.equal(a[11:], b[11:]) and not torch.equal(a[:11], b[:11])
@@ -119,7 +120,7 @@ def test_documents_do_not_read_each_other():
 
 def test_no_key_out_of_bounds_is_read():
     """Ends beyond the last key and starts before the first are clipped. The memory around k and v holds nan."""
-    (lo, hi), M = documents(40), 40
+    (lo, hi), M = documents(20), 20
     room = [torch.full((M + 200, 1, 8), torch.nan) for _ in range(2)]
     q, k, v = (t.detach() for t in qkv((lo, hi), M, H=1, G=1, K=8, dtype=torch.float32))
     for buffer, t in zip(room, (k, v)):
@@ -157,12 +158,6 @@ def test_operators_pass_opcheck():
     q, k, v = (t.detach() for t in (q, k, v))
     out, lse = attention_triton(q, k, v, *spans)
     opcheck(torch.ops.pumice.attention_backward, (out, q, k, v, *spans, out, lse))
-
-
-def test_it_compiles_as_one_graph():
-    f, spans = torch.compile(attention, fullgraph=True, backend="aot_eager"), documents(9, 8)
-    args = qkv(spans, 17, dtype=torch.float32)
-    assert all(map(torch.equal, *(with_gradients(attend(g, spans), *args) for g in (f, attention))))
 
 
 def test_fp64_and_wide_heads_use_plain_torch():

@@ -20,12 +20,12 @@ def use_kernels(monkeypatch):
 
 N, C = 5, 16
 LO, HI = torch.zeros(N, dtype=torch.int32), torch.arange(1, N + 1, dtype=torch.int32)
-COS, SIN = torch.ones(N, C // 2), torch.zeros(N, C // 2)
+COS, SIN, ROWS = torch.ones(N, C // 2), torch.zeros(N, C // 2), torch.tensor([0, 2, 4])
 CALLS = {"attention": (lambda q, k: attention(q, k, k, LO, HI), (N, 2, C), (N, 1, C)),
          "cross-entropy": (lambda h, w: linear_cross_entropy(h, w, torch.arange(N)), (N, C), (7, C)),
          "RMSNorm": (lambda x, w: rms_norm(x, w, 1e-5), (N, C), (C,)),
          "LayerNorm": (lambda x, w: layer_norm(x, w, w, 1e-5, x), (N, C), (C,)),
-         "rope": (lambda q, k: rope_qk(q, k, COS, SIN), (N, 2, C), (N, 1, C)),
+         "rope": (lambda q, k: rope_qk(q, k, COS, SIN, ROWS), (3, 2, C), (N, 1, C)),
          "swiglu": (swiglu, (N, C), (N, C))}
 
 
@@ -45,6 +45,17 @@ def test_nf4_launches_on_its_tensors_device(monkeypatch):
     parts = nf4.quantize(normal(4, 64))
     nf4.dequantize(*parts, torch.float32)
     assert asked == [parts[0]]
+
+
+def test_all_kernels_compile_as_one_graph():
+    """And torch.compile computes the same bits."""
+    args = [normal(*s, dtype=torch.float32, seed=i) for f, *shapes in CALLS.values() for i, s in enumerate(shapes)]
+
+    def f(*args):
+        out = [g(*args[2 * i : 2 * i + 2]) for i, (g, *_) in enumerate(CALLS.values())]
+        return tuple(t for o in out for t in (o if isinstance(o, tuple) else (o,)))
+    whole = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, *(with_gradients(g, *args) for g in (whole, f))))
 
 
 @pytest.mark.parametrize("f, shapes, says", [
@@ -84,8 +95,8 @@ def test_head_strides_may_exceed_31_bits():
 @pytest.mark.parametrize("N, stride", [(17, 2**27), (257, 2**23)], ids=["within a tile", "across tiles"])
 def test_row_strides_may_exceed_31_bits(N, stride):
     """The last row starts 2**31 elements after the first, which int32 cannot count."""
-    far = torch.empty(2**31 + 2**16, dtype=torch.float16).as_strided((N, 2, C), (stride, C, 1))
-    near, spans = normal(N, 2, C, dtype=torch.float16), (torch.zeros(N).int(), torch.full((N,), N).int())
+    far = torch.empty(2**31 + 2**16, dtype=torch.float16).as_strided((N, 1, C), (stride, C, 1))
+    near, spans = normal(N, 1, C, dtype=torch.float16), (torch.zeros(N).int(), torch.full((N,), N).int())
     far.copy_(near)
     for a, b in zip(*(with_gradients(lambda *x: attention(*x, *spans), t, t, t, up=[t]) for t in (far, near))):
         assert torch.equal(a, b)
