@@ -78,7 +78,7 @@ def test_a_weight_takes_0_53_bytes_at_most():
     assert size == sum(b.nbytes for b in model.buffers())
     assert size <= 0.53 * sum(count.values())
     assert not any(n.rpartition(".")[0] in count for n, _ in model.named_parameters())
-    assert {n: c for n, _, c in plan.count_parameters(model)} == before              # the plan counts weights, not bytes
+    assert {n: c for n, _, c in plan.count_parameters(model)} == before        # weights, not bytes
     assert plan.flops(model, {"*": ("tokens", 1)}) == shapes
 
 
@@ -166,12 +166,11 @@ def agree(found, truth):
             assert (a - b).norm() <= TIGHT * b.norm()
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-def test_two_ranks_equal_one_over_a_plain_base(wrap, tmp_path):
+def test_shards_of_a_plain_base_equal_one_rank(tmp_path):
     """FSDP shards this base, and frees it between forward and backward."""
     def rank(r):
         model, w = pair()[1], engine.World(r, 2, torch.device("cpu"), torch.float64)
-        model = engine.parallelize(model, w, [*model.language_model.model.layers], wrap)
+        model = engine.parallelize(model, w, [*model.language_model.model.layers], "fsdp")
         return seen_by(model, [MICRO[r]], w)
     agree(fork(2, rank, tmp_path), seen_by(pair()[1], MICRO, CPU))
 
@@ -206,7 +205,7 @@ def test_a_qlora_run_resumes_and_publishes_a_plain_model(world, aligned, tmp_pat
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "step_0000006")
     (again / "finished.json").unlink()
-    run("sft", world, again, **how)                                           # from step 4 on, over a base quantized again
+    run("sft", world, again, **how)                          # from step 4 on; the base is quantized again
     assert state(again) == state(whole)
     assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     with safe_open(whole / "checkpoints/step_0000006/trained.safetensors", "pt") as f:
