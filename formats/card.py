@@ -9,8 +9,8 @@ from config import Error
 from formats.hub import find_model
 from formats.strict_json import read_json
 
-SETTINGS = ("data", "batch_size", "lr", "connector_lr", "vision_lr", "lora_r", "lora_alpha", "lora_targets", "bits",
-            "warmup", "weight_decay", "grad_clip", "max_len", "template", "system", "image_aspect", "seed")
+SETTINGS = ("data batch_size lr connector_lr vision_lr lora_r lora_alpha lora_targets bits warmup weight_decay "
+            "grad_clip max_len template system image_aspect seed").split()
 
 USE = '''\
 ```python
@@ -34,8 +34,7 @@ base = PeftConfig.from_pretrained(".").base_model_name_or_path                 #
 model = LlavaForConditionalGeneration.from_pretrained(base, torch_dtype="auto")
 model = PeftModel.from_pretrained(model, ".")
 ```'''
-NO_BASE = ("PEFT needs a LLaVA folder of transformers as the base, and this adapter has none;\n"
-           "the model/ beside it has it merged")
+NO_BASE = "PEFT needs a LLaVA folder of transformers as the base, which this adapter has not; model/ has it merged"
 
 
 def escaped(x):
@@ -47,11 +46,10 @@ def limits(cfg, aspect):
     """What a model cannot do -> lines, the most important one first"""
     v = cfg.vision
     lines = {
-        "transformers loads this folder and refuses images, because its LLaVA does not drop register tokens: only "
-        "pumice can show this model images.": v.num_register_tokens,
+        "transformers loads this folder and refuses images: its LLaVA does not drop register tokens.":
+            v.num_register_tokens,
         "vLLM and llama.cpp know no LLaVA with a DINOv2 tower.": v.model_type == "dinov2",
-        "The connector is one matrix. The format has two, so the second one is the identity; vLLM does not know the "
-        "projector_hidden_act `linear` between them.": cfg.connector == "linear",
+        "The connector is one matrix and the identity behind it, which vLLM does not know.": cfg.connector == "linear",
         "Transformers 4.46 and earlier have no image processor that pads.": aspect == "pad",
         f"An image becomes a square of {v.image_size} x {v.image_size} pixels ({aspect}), {v.patches} tokens.": True,
         "Answers can be wrong, also about what is not in the image. Biases were not measured.": True}
@@ -71,22 +69,20 @@ def facts(run):
     return c.get("settings") or {}, (c.get("versions") or {}).get("revision"), steps, loss
 
 
-def known_as(name):
-    """org/name of the hub as it is; of a path the last part alone, because a card must not show paths"""
-    if found := re.search(r"models--([\w.-]+?)--([\w.-]+)", name):
-        return "/".join(found.groups())
-    path = Path(name).parent if Path(name).name == "model" else Path(name)              # of a run its model/
-    return name if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(name).exists() else path.name
-
-
 def head(library, title, more, s, base=None):
-    """The first lines of a card, and the names of what the run started from"""
+    """The first lines of a card, and the names of what the run started from. A card must not show paths: a name of the
+    hub stays as it is, of a path only the last part is told."""
     given = next((x for x in ([base], [s.get("init")], [s.get("vision"), s.get("llm")]) if any(x)), ["unknown"])
-    names = [known_as(str(x)) for x in given]
-    hub = "".join(f"- {n}\n" for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", n))
+    names, hub = [], ""
+    for name in map(str, given):
+        if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(name).exists():
+            hub += f"- {name}\n"
+        else:                                                                           # of a run its model/
+            name = Path(name).parent.name if Path(name).name == "model" else Path(name).name
+        names.append(escaped(name))
     hub = f"base_model:\n{hub}" if hub else ""
     lines = f"---\nlibrary_name: {library}\n{more}{hub}tags:\n- llava\n- pumice\n---\n\n# {escaped(title)}\n"
-    return lines, " and ".join(map(escaped, names))
+    return lines, " and ".join(names)
 
 
 def text(run, cfg):

@@ -1,6 +1,5 @@
 """config.json and preprocessor_config.json of published folders -> the configs of model.py and images.py. An absent key
-means the default of the transformers class that wrote the file. A key that asks for what is not supported is an error
-that names it."""
+means the default of the transformers class that wrote the file. An unsupported value is an error that names its key."""
 
 import contextlib
 import dataclasses
@@ -28,23 +27,17 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
         "qwen3": dict(QWEN, architecture="Qwen3ForCausalLM", head_dim=128, sliding_window=4096)}
 
 
-# ---- config.json -----------------------------------------------------------------------------------------------------
-
 def read_config(folder):
     """config.json of a folder whose weights are not quantised -> dict"""
     c = read_json(folder / "config.json")
-    for key in ("vision_config_dict", "vision_config", "text_config"):
-        if not isinstance(c.get(key) or {}, dict):
-            stop(f"{folder}: {key} in its config.json is no object of settings")
-    if (how := c.get("quantization_config")) is not None:
-        how = how.get("quant_method") if isinstance(how, dict) else how
-        stop(f"{folder} holds quantised weights ({how}): only the original ones are supported")
+    if how := c.get("quantization_config"):
+        stop(f"{folder} holds quantised weights ({dict(how).get('quant_method')}), which are not supported")
     return c
 
 
 @contextlib.contextmanager
 def one_line(what):
-    """Stop in one line at a value of a type that no published file has there."""
+    """Python's errors about odd values (a text for a number ...) become one line."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -79,18 +72,12 @@ def vision_config(c, feature_layer=-2, pre={}):
         stop(f"vision tower with use_swiglu_ffn={c.get('use_swiglu_ffn', False)} and num_channels="
              f"{c.get('num_channels', 3)}: false and 3 are supported")
     d = VISION[kind] | {k: x for k, x in c.items() if x is not None}
-    for k in ("image_mean", "image_std"):
-        if (x := pre.get(k)) is not None:
-            if len(x) != 3 or k == "image_std" and not min(x) > 0:
-                stop(f"preprocessor_config.json: {k}={x!r}, where a number for each of three colours belongs")
-            d[k] = tuple(x)
+    d |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if pre.get(k) is not None}
     if kind.startswith("dinov2"):
         d["intermediate_size"] = int(d.get("hidden_size", VisionConfig.hidden_size) * d.get("mlp_ratio", 4))
     cfg = typed(VisionConfig, "vision tower", d | dict(model_type=kind, feature_layer=feature_layer))
     if not -cfg.num_hidden_layers - 1 <= feature_layer <= cfg.num_hidden_layers:
         stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
-    if cfg.hidden_size % cfg.num_attention_heads:
-        stop(f"vision tower of width {cfg.hidden_size} with {cfg.num_attention_heads} heads")
     if not pre.get("do_normalize", True):
         cfg.image_mean, cfg.image_std = (0.0,) * 3, (1.0,) * 3
     # of a byte x the image processor makes (factor x - mean) / std, the model (x / 255 - mean) / std
@@ -150,8 +137,8 @@ def rope_settings(c, length):
 
 
 def positions(cfg):
-    """The longest document in tokens that an LLM was trained for. With llama3 scaling it is max_position_embeddings; a
-    linear scaling multiplies that (vicuna-7b-v1.5-16k: 4096, factor 4)."""
+    """The longest document in tokens that an LLM was trained for: max_position_embeddings, which a linear scaling
+    multiplies (vicuna-7b-v1.5-16k: 4096, factor 4)."""
     scaling = cfg.rope_scaling or {}
     linear = scaling.get("rope_type", scaling.get("type")) == "linear"
     return int(cfg.max_position_embeddings * (scaling["factor"] if linear else 1))
@@ -161,8 +148,6 @@ def strategy(vision):
     """vision_feature_select_strategy of transformers: "default" drops the class token."""
     return "default" if vision.class_token else "full"
 
-
-# ---- preprocessor_config.json ----------------------------------------------------------------------------------------
 
 def read_pre(folder, kind):
     """preprocessor_config.json, or the part of processor_config.json that replaces it in transformers 5. An absent mean
@@ -179,8 +164,6 @@ def image_spec(pre, aspect):
     """preprocessor_config.json and image_aspect -> ImageSpec"""
     if aspect not in ("pad", "crop", "squash"):
         stop(f"image_aspect={aspect}: pad, crop or squash")
-    if not pre.get("do_resize", True):
-        stop("preprocessor_config.json: do_resize=false is not supported: every image becomes one square")
     size = (pre.get("crop_size") if pre.get("do_center_crop", True) else None) or pre.get("size", 224)
     sides = {size.get(k) for k in ("height", "width", "shortest_edge")} if isinstance(size, dict) else {size}
     side = (sides - {None} or {None}).pop()
@@ -188,7 +171,7 @@ def image_spec(pre, aspect):
         stop(f"preprocessor_config.json: images of size {size} are no squares of one side")
     mean = tuple(pre.get("image_mean") or ImageSpec(0).mean)
     whole = pre.get("size") or side if aspect == "crop" and pre.get("do_center_crop", True) else side
-    short = whole.get("shortest_edge", side) if isinstance(whole, dict) else whole
+    short = whole.get("shortest_edge", side) if isinstance(whole, dict) else whole       # of a crop: resized to this
     if short < side:
         stop(f"preprocessor_config.json: no squares of side {side} can be cut from images of size {whole}")
     return ImageSpec(side, aspect, Image.Resampling(pre.get("resample", 3)), mean, short if short > side else 0)

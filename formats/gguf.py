@@ -9,6 +9,7 @@ tokenizer are compared with those of llama.cpp. A tokenizer that llama.cpp would
 """
 
 import os
+import re
 import struct
 from functools import partial
 from pathlib import Path
@@ -110,23 +111,22 @@ def interleaved(x, heads):
     return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def gguf_name(name, table):
-    """A parameter's name -> llama.cpp's. table: module or parameter -> llama.cpp's name."""
+def gguf_name(name, table, block={}, prefix=""):
+    """A parameter's name -> llama.cpp's. table, block: module or parameter, outside and inside the blocks -> its name
+    there. prefix: of the blocks there"""
     stem, _, last = name.rpartition(".")
+    if layer := re.match(r"(?:model|encoder)\.layers\.(\d+)\.(.*)", stem):
+        return f"{prefix}.{layer[1]}.{block[layer[2]]}.{last}"
     return f"{table[stem]}.{last}" if stem in table else table[name]
 
 
 def text_tensors(language_model, cfg, dtype):
+    heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}
     for k, x in language_model.state_dict().items():
-        if k.startswith("model.layers."):
-            _, _, i, rest = k.split(".", 3)
-            if cfg.model_type in ("llama", "mistral"):                        # Qwen's graphs rotate as ours do
-                heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}.get(rest.split(".")[1])
-                x = interleaved(x, heads) if heads else x
-            name = f"blk.{i}.{gguf_name(rest, LAYER)}"
-        else:
-            name = gguf_name(k, TEXT)
-        yield name, x, dtype if x.ndim > 1 else "f32"
+        layer = k.split(".")[-2]
+        if layer in heads and cfg.model_type in ("llama", "mistral"):         # Qwen's graphs rotate as ours do
+            x = interleaved(x, heads[layer])
+        yield gguf_name(k, TEXT, LAYER, "blk"), x, dtype if x.ndim > 1 else "f32"
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
         plain = type(cfg)(head_dim=cfg.head_dim, rope_theta=cfg.rope_theta)
         yield "rope_freqs.weight", rope_frequencies(plain) / rope_frequencies(cfg), "f32"
@@ -203,7 +203,7 @@ def tokenizer_keys(tok, V, template, system=None):
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
     added = {t["content"]: t for t in spec["added_tokens"]}
     pre, space = pre_tokenizer(spec, where)
-    names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # rows without a token
+    names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # as if no row had a token
     for piece, i in {**vocab, **{c: t["id"] for c, t in added.items()}}.items():
         names[i], types[i] = piece, NORMAL
         if piece in added:
@@ -250,13 +250,8 @@ def with_media_marker(text):
 
 def mmproj_tensors(model, dtype):
     for k, x in model.vision_tower.vision_model.state_dict().items():
-        if k.startswith("encoder.layers."):
-            _, _, i, rest = k.split(".", 3)
-            name = f"v.blk.{i}.{gguf_name(rest, BLOCK)}"
-        else:
-            name = gguf_name(k, VISION)
-        fp32 = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"      # its convolution reads f32 or f16
-        yield name, x, "f32" if fp32 else dtype
+        fp32 = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"      # convolutions read f32 or f16
+        yield gguf_name(k, VISION, BLOCK, "v.blk"), x, "f32" if fp32 else dtype
     for k, x in model.multi_modal_projector.state_dict().items():
         yield gguf_name(k, CONNECTOR), x, "f32" if x.ndim == 1 else dtype
 
@@ -275,7 +270,7 @@ def mmproj_keys(cfg, dtype, name):
         "vision.embedding_length": v.hidden_size, "vision.feed_forward_length": v.intermediate_size,
         "vision.projection_dim": cfg.text.hidden_size, "vision.attention.head_count": v.num_attention_heads,
         "vision.attention.layer_norm_epsilon": float(v.layer_norm_eps), "vision.block_count": v.depth,
-        "vision.feature_layer": [v.depth],                                    # or it skips the last block
+        "vision.feature_layer": [v.depth],                                    # without it, the last block is skipped
         "vision.image_mean": [float(m) for m in v.image_mean],
         "vision.image_std": [float(s) for s in v.image_std]}.items()}
 
@@ -294,8 +289,6 @@ def differences(cfg, folder):
                "patches and shifts their positions by one: answers about images get worse; SigLIP is not affected")
     if folder.tok.inside is not folder.tok.start:
         yield "this tokenizer adds a space at the start of the text; llama.cpp adds one after each control token, too"
-    if cfg.vision.hidden_act == "gelu":
-        yield "llama.cpp computes the vision tower's GELU by its tanh approximation"
 
 
 def export(folder, out, dtype):

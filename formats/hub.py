@@ -1,5 +1,4 @@
-"""Where a model lies: a folder, or a name `org/name` of the Hugging Face hub, which is looked up in the hub's cache and
-then downloaded."""
+"""Where a model lies: in a folder, in the cache of the Hugging Face hub, or on the hub, from which it is downloaded."""
 
 import os
 import re
@@ -7,19 +6,19 @@ from pathlib import Path
 
 from config import stop
 
-STEMS = ("model", "mm_projector", "non_lora_trainables")  # a folder with weights under one of these names is a model
+STEMS = ("model", "mm_projector", "non_lora_trainables")  # a folder with one of these weight files is a model
 
 
 def find_folder(name):
     """A folder, or `org/name` of a model or an adapter -> Path of a folder on this machine"""
     if Path(name).exists():
         return Path(name)
-    env = os.environ
-    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
-    cache = Path(env.get("HF_HUB_CACHE") or home / "hub").expanduser()
     # ./out, /out and runs/sft are paths, and so is whatever begins with an existing folder
     if not re.fullmatch(r"(?!runs/)[\w.-]*\w/[\w.-]+", str(name)) or Path(name).parent.exists():
         stop(f"{name} holds no model: there is no such folder")
+    env = os.environ
+    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
+    cache = Path(env.get("HF_HUB_CACHE") or home / "hub").expanduser()
     at = cache / f"models--{str(name).replace('/', '--')}"
     main = at / "refs" / "main"
     for snapshot in [at / "snapshots" / main.read_text("utf-8").strip()] if main.is_file() else at.glob("snapshots/*"):

@@ -1,12 +1,11 @@
 """LLaVA folders in and out. The state dict of model.VLM has the names of a llava-hf checkpoint already, so that writing
 renames nothing (names.py renames the other spellings).
 
-    folder        a path, or a name `org/name`, which is looked up in the hub's cache and then downloaded
-    vision        config.json (CLIP or SigLIP, one half or both; DINOv2), preprocessor_config.json, weights
+    folder        a path, or a name `org/name` of the hub
+    vision        config.json (CLIP or SigLIP, with or without its text half; DINOv2), preprocessor_config.json, weights
     llm           config.json (Llama, Mistral, Qwen2, Qwen3), tokenizer, weights
-    init          all of that at once: a run; a llava-hf folder; one of the LLaVA repository, whole, or mm_projector.bin
+    init          all of that: a run; a llava-hf folder; one of the LLaVA repository: a whole model, mm_projector.bin
                   alone, or a LoRA beside non_lora_trainables.bin
-    weights       safetensors; else *.bin, opened by torch.load(weights_only=True), which runs no code; in shards or not
 
     V vocabulary   D ViT width   n, m patches along a side, before and after
 """
@@ -30,15 +29,11 @@ from formats.tokenizer import Tokenizer
 from formats.whole import commit, write_file
 from model import VLM, VLMConfig, init_weights
 
-# the tower of a llava-hf folder whose config.json has no vision_config: CLIP ViT-L/14 at 336
-CLIP_L = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-              num_attention_heads=16, image_size=336, patch_size=14)
 # config.json of the LLaVA repository: the LLMs it knows, and the values of its other keys that are supported
 LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
-LARGER = 4  # images of at most this many times the side that a tower was trained on: tokens grow with the square
 
 
 class Folder(NamedTuple):
@@ -50,10 +45,8 @@ class Folder(NamedTuple):
     unused: dict                # {name: tensor} of blocks behind the feature layer: not built, and written out again
     meta: dict                  # template, system text and image_aspect of a model that was trained here
     digests: dict = {}          # {name: tensor_digest} of what was read
-    notes: list = []            # lines: what the tokenizer and the tower lacked and got
+    notes: list = []            # lines about tokens that were added and positions that were resampled
 
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
 
 def read_tower(folder):
     """-> config, preprocessor_config, {our name: tensor} of a vision tower"""
@@ -68,10 +61,9 @@ def read_llava_hf(folder, c):
     """A llava-hf folder with the config.json c -> Folder, tensors, feature layer"""
     if c.get("model_type") != "llava":
         stop(f"{folder} holds a {c.get('model_type')!r}, not a llava model")
-    v, t, layer = c.get("vision_config") or CLIP_L, c.get("text_config") or {}, c.get("vision_feature_layer", -2)
+    v, t, layer = c.get("vision_config") or {}, c.get("text_config") or {}, c.get("vision_feature_layer", -2)
     t = t | {"tie_word_embeddings": bool(c.get("tie_word_embeddings") or t.get("tie_word_embeddings"))}
-    if isinstance(layer, list) and len(layer) == 1:
-        layer = layer[0]
+    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
     if not isinstance(layer, int):
         stop(f"{folder}: feature layers {layer}; one is supported")
     how, usual = c.get("vision_feature_select_strategy", "default"), strategy(vision_config(v, layer))
@@ -122,8 +114,8 @@ def read_llava_repository(folder, c):
     t = {k: x for k, x in c.items() if not re.match("mm_|tune_mm_|freeze_mm_|use_mm_|image_", k)}
     t["model_type"] = LLAVA_TEXT.get(c.get("model_type"), c.get("model_type"))
     tok = Tokenizer(folder if any(folder.glob("tokenizer*")) else base)
-    pads = c.get("image_aspect_ratio") == "pad"
-    return Folder(tok, v, t, pre | {"do_pad": pads}, {}, {}), tensors, c.get("mm_vision_select_layer", -2)
+    pre["do_pad"] = c.get("image_aspect_ratio") == "pad"
+    return Folder(tok, v, t, pre, {}, {}), tensors, c.get("mm_vision_select_layer", -2)
 
 
 def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float32):
@@ -142,8 +134,6 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         tensors |= renamed(read_tensors(llm_at), llm_at)
     cfg = VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector,
                     folder.tok.image)
-    if (layers := max(cfg.vision.num_hidden_layers, cfg.text.num_hidden_layers)) > len(tensors):
-        stop(f"{where}: {layers:,} layers in its config.json, but {len(tensors):,} tensors in its files")
     if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size and init:
         stop(f"{where}: preprocessor_config.json makes images of side {side}, the tower reads {cfg.vision.image_size}")
     head, embedding = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
@@ -165,8 +155,8 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         with torch.device("meta"):
             model = VLM(cfg)
     digests = {k: tensor_digest(x) for k, x in tensors.items()}
-    for k in tensors if dtype else ():                                        # one at a time: never two whole models
-        tensors[k] = tensors[k].to(dtype, copy=True)                          # a copy: the file may change
+    for k in tensors if dtype else ():                                        # one at a time: no second model in memory
+        tensors[k] = tensors[k].to(dtype, copy=True)                          # no view: the file may change later
     model.load_state_dict(tensors, strict=False, assign=True)
     if not init:
         init_weights(model.multi_modal_projector.to_empty(device="cpu"), seed)
@@ -177,10 +167,8 @@ def add_token_rows(tensors, cfg, tok, where):
     """Give new tokens of the tokenizer their rows in the embedding and the head, up to a multiple of 64 as in LLaVA-HF
     -> lines that say so. `tensors` and cfg.vocab_size change.
 
-    A new row is the mean of the old ones, as in LLaVA. In the embedding it hardly matters: features replace the image
-    token's row, and padding is not read. In the head it makes a new logit the mean of the old ones, which (Jensen) is
-    never above their log-sum-exp - log V: n new rows raise no loss by more than log(1 + n/V), where a random row could
-    be any prompt's first choice.
+    A new row is the mean of the old ones, as in LLaVA. In the head a new logit is then the mean of the old ones, which
+    (Jensen) is at most their log-sum-exp - log V: n new rows raise no loss by more than log(1 + n/V).
     """
     V = cfg.vocab_size
     if tok.published > V:
@@ -190,7 +178,7 @@ def add_token_rows(tensors, cfg, tok, where):
     cfg.vocab_size = -(-len(tok) // 64) * 64
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         x = tensors.get(name)
-        if x is not None and x.shape[:1] == (V,):                             # else `account` says what is wrong
+        if x is not None and x.shape[:1] == (V,):                             # of another shape: `account` reports it
             mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # the same on any machine
             tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
     return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
@@ -201,9 +189,6 @@ def resampled(table, v, side):
     """Position table (first + n n, D) -> (first + m m, D) for images of another side: bicubic over the grid of patches,
     as interpolate_pos_encoding of transformers, where only DINOv2 with registers smooths while it shrinks."""
     n, m, first = v.image_size // v.patch_size, side // v.patch_size, int(v.class_token)
-    if m == 0 or side > LARGER * v.image_size:
-        stop(f"preprocessor_config.json makes images of side {side}; of this vision tower, trained on {v.image_size}, "
-             f"{v.patch_size} to {LARGER * v.image_size} are supported")
     if m == n:
         return table
     grid = table[first:].float().view(1, n, n, -1).permute(0, 3, 1, 2)                             # (1, D, n, n)
@@ -215,14 +200,8 @@ def aspect(folder, cfg):
     """How a LLaVA folder makes images square: pumice.json of our folders says so, else the image processor."""
     crops = folder.pre.get("do_center_crop", cfg.vision.class_token)
     does = "pad" if folder.pre.get("do_pad") else "crop" if crops else "squash"
-    says = folder.meta.get("image_aspect") or does
-    if (says == "pad") != (does == "pad"):
-        stop(f"{folder.tok.folder}: pumice.json says image_aspect={says}, preprocessor_config.json "
-             f"{'pads' if does == 'pad' else 'does not pad'}")
-    return says
+    return folder.meta.get("image_aspect") or does
 
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 def save_model(out, state, cfg, folder, template, system, aspect, dtype=torch.float16, card=""):
     """Write a complete llava-hf folder, whole or absent. state: the tensors of a VLM by name; each is rounded to dtype

@@ -30,7 +30,7 @@ def tokenizer_files(tok, template, system, length):
             "padding_side": "left", "clean_up_tokenization_spaces": False, "image_token": names[tok.image],
             "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor",
             "chat_template": talk},                                           # read by transformers before 4.50
-        "chat_template.json": {"chat_template": talk},                        # and by its processors
+        "chat_template.json": {"chat_template": talk},                        # read by processors of transformers
         "chat_template.jinja": talk}
 
 
@@ -47,7 +47,7 @@ def metadata(folder, cfg, template, system, aspect, dtype):
                    "rope_scaling max_position_embeddings tie_word_embeddings")
     text["architectures"] = [TEXT[t.model_type]["architecture"]]
     vision = updated(folder.vision, v, SIZES + "image_size patch_size hidden_act layer_norm_eps") | {"num_channels": 3}
-    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):    # it came without the rest
+    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):    # the folder had no more
         vision["num_hidden_layers"], layer = v.depth, -1
     if v.model_type.startswith("dinov2"):
         vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
@@ -67,7 +67,7 @@ def metadata(folder, cfg, template, system, aspect, dtype):
             "text_config": text, "vision_config": vision},
         "generation_config.json": {
             "bos_token_id": tok.bos, "eos_token_id": chat.end_of_turn(tok, template), "pad_token_id": tok.pad,
-            "do_sample": False,                           # never generated: the image token, padding of the embedding
+            "do_sample": False,                           # the image token and rows without a token are never generated
             "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},
         "preprocessor_config.json":
             pre | {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size, short),

@@ -9,13 +9,12 @@ import torch
 from config import stop
 from model import VisionTower
 
-# tensors of published files that no LLaVA reads: tables that are recomputed, the text half of a CLIP or SigLIP, the
-# pooling head of a SigLIP, DINOv2's mask token
+# tensors that no LLaVA reads: tables that are recomputed, a text tower, SigLIP's pooling head, DINOv2's mask token
 IGNORED = re.compile(r"vision_tower\.vision_model\.(embeddings\.(position_ids|mask_token)$|text_model\.|head\."
                      r"|(visual|text)_projection\.|logit_(scale|bias)$)|language_model\..*rotary_emb\.inv_freq$")
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-# applied one after the other, these turn any spelling of a name into ours
+# rename() applies these one after the other: any known spelling of a name becomes ours
 SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
     (r"^base_model\.model\.", ""),                                                            # PEFT
     (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),   # the LLaVA repository
@@ -36,14 +35,13 @@ DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "p
 
 
 def rename(name):
-    """Any known spelling of a tensor -> ours"""
     for theirs, ours in SPELLINGS:
         name = theirs.sub(ours, name)
     return name
 
 
 def renamed(tensors, where, spell=rename):
-    """{name: tensor} -> the same under our names. Stops at two names for one tensor."""
+    """{name: tensor} -> {our name: tensor}. Stops at two names for one tensor."""
     out = {}
     for k, x in tensors.items():
         if out.setdefault(spell(k), x) is not x:
@@ -52,8 +50,7 @@ def renamed(tensors, where, spell=rename):
 
 
 def dino_name(name, in_memory=False):
-    """Our name of a tensor of a DINOv2 -> the published one, or the one in the memory of transformers 5, but for the
-    prefix"""
+    """Our name of a tensor of a DINOv2 -> the published one, or the one in memory in transformers 5, without prefix"""
     if in_memory:
         name = name.replace("self_attn.out_proj", "attention.o_proj").replace("self_attn.", "attention.")
     for ours, theirs in DINO_NAMES:
@@ -75,10 +72,8 @@ def spelling(model):
 
 
 def name_in_transformers(name, dino=False):
-    """Our name -> the one in the memory of transformers, by which PEFT goes: of the LLM and the connector since 4.52,
-    of the vision tower since 5"""
-    if name.startswith("vision_tower."):
-        name = dino_name(name, in_memory=True) if dino else name
+    """Our name -> the one that PEFT uses: that in memory in transformers 5 (LLM and connector: since 4.52)"""
+    name = dino_name(name, in_memory=True) if dino and name.startswith("vision_tower.") else name
     for ours, theirs in (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
                          ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_", "model.multi_modal_")):
         if name.startswith(ours):
@@ -93,15 +88,13 @@ def account(model, tensors, where, new=()):
     with torch.device("meta"):
         tower = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))
     want = {k: p.shape for k, p in model.named_parameters() if not k.startswith(new)}
-    unused = {f"vision_tower.{k}": p.shape for k, p in tower.named_parameters()}
+    unused = {f"vision_tower.{k}": p.shape for k, p in tower.named_parameters() if f"vision_tower.{k}" not in want}
     unused |= {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}
-    unused = {k: s for k, s in unused.items() if k not in want}
     if cfg.vision.model_type.startswith("dinov2"):
         ours = {dino_name(k): k for k in (*want, *unused)}
         tensors = renamed(tensors, where, lambda k: ours.get(k, k))
-    if cfg.text.tie_word_embeddings:
-        tensors = {k: x for k, x in tensors.items() if k != "language_model.lm_head.weight"}
-    tensors = {k: x for k, x in tensors.items() if not IGNORED.match(k)}
+    tied = "language_model.lm_head.weight" if cfg.text.tie_word_embeddings else ""
+    tensors = {k: x for k, x in tensors.items() if k != tied and not IGNORED.match(k)}
     known = want | (unused if tensors.keys() & unused.keys() else {})
     if missing := sorted(known.keys() - tensors.keys()):
         stop(f"{where}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
@@ -110,9 +103,8 @@ def account(model, tensors, where, new=()):
     for k, shape in known.items():
         while tensors[k].ndim > len(shape) and len(tensors[k]) == 1 and k.startswith("vision_tower."):
             tensors[k] = tensors[k][0]                                        # DINOv2's tokens are batches of one
-        if tensors[k].dtype not in FLOATS:                                    # codes; their scales are elsewhere
-            stop(f"{where}: {k} holds {str(tensors[k].dtype).removeprefix('torch.')}, no weights in "
-                 "float16, bfloat16, float32 or float64")
+        if tensors[k].dtype not in FLOATS:                                    # quantised; the scales are elsewhere
+            stop(f"{where}: {k} holds {tensors[k].dtype}, where one of {', '.join(map(str, FLOATS))} is supported")
         if tensors[k].shape != shape:
             stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(shape)}")
     return {k: tensors[k] for k in want}, {k: tensors[k] for k in known if k in unused}

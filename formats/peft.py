@@ -1,8 +1,5 @@
 """Adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors. Beside them pumice.json
-holds a digest of the base and the settings a question is asked with.
-
-    r rank   C width of a layer's input   O of its output
-"""
+holds a digest of the base, and template, system text and image_aspect."""
 
 import re
 from pathlib import Path
@@ -25,13 +22,13 @@ from model import VLM
 
 PREFIX = "base_model.model."  # of every name in a PEFT file
 # tensors of the vision tower behind the feature layer: PEFT puts adapters there too, and nothing reads them
-BEHIND = re.compile(r"vision_tower\.vision_model\.(post_layernorm|layernorm|encoder\.layers?\.(\d+))\.")
+BEHIND = re.compile(r"vision_tower\.vision_model\.(?:post_layernorm|layernorm|encoder\.layers?\.(\d+))\.")
 
 
 def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="", folder=None):
     """Write a PEFT folder, whole or absent. state: the trained tensors by name; those that are no adapter are listed in
-    modules_to_save. base: a LLaVA, by folder or name, or None after two towers, which `about` then names (vision,
-    llm). digest: base_digest of all other tensors. about: also template, system, image_aspect and the bits of the base.
+    modules_to_save. base: a LLaVA, by folder or name, or None after two towers. digest: base_digest of all other
+    tensors. about: more of pumice.json (template, system, image_aspect, bits; vision and llm where base is None).
     card: README.md. folder: formats.llava.Folder; its tokenizer and chat template are written too."""
     dino = folder is not None and folder.vision.get("model_type", "").startswith("dinov2")
     tensors = {name_in_transformers(k, dino): x.detach().float().cpu().contiguous() for k, x in state.items()}
@@ -56,30 +53,25 @@ def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="",
     commit(out, fill)
 
 
-def behind(model, name):
-    """Is a tensor one of the vision tower behind the feature layer?"""
-    v, at = model.cfg.vision, BEHIND.match(name)
-    return bool(at) and (at[2] is None or v.depth <= int(at[2]) < v.num_hidden_layers)
-
-
 def load_adapter(model, folder):
     """Wrap `model`, as load_model returns it, with the adapter of a PEFT folder -> names of the wrapped layers. Every
     tensor must fit, and the model must have the digest that pumice.json tells, if there is one."""
     folder = Path(folder)
-    c = read_adapter_config(folder)
+    c, v, spell = read_adapter_config(folder), model.cfg.vision, spelling(model)
     if c.get("bias", "none") != "none":
         stop(f"{folder}: bias={c['bias']} is not supported")
     found = {k.removeprefix(PREFIX): x for k, x in read_tensors(folder, "adapter_model").items()}
-    found = {k: x for k, x in found.items() if not behind(model, rename(k))}
-    spell = spelling(model)
+    for k in list(found):
+        block = BEHIND.match(rename(k))
+        if block and (block[1] is None or v.depth <= int(block[1]) < v.num_hidden_layers):
+            del found[k]
     tensors = renamed(found, folder, spell)
-    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}    # ours: its own name
-    names, linears = sorted(there), targets(model, "*")
-    if not names:
+    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}    # ours: theirs
+    if not there:
         stop(f"{folder} holds no adapter")
-    if strange := [there[n] for n in names if n not in linears]:
-        stop(f"{folder} holds an adapter of {strange[0]}, which is no linear layer of this model that can carry one")
-    sizes = {n: rank_and_alpha(folder, c, there[n]) for n in names}
+    if strange := sorted(there.keys() - set(targets(model, "*"))):
+        stop(f"{folder} holds an adapter of {there[strange[0]]}, which is no linear layer of this model")
+    sizes = {n: rank_and_alpha(folder, c, there[n]) for n in sorted(there)}
     shapes = {k: p.shape for k, p in model.named_parameters()}
     for n, (r, _) in sizes.items():                                           # before a layer of rank r is allocated
         layer = model.get_submodule(n)
@@ -104,14 +96,14 @@ def load_adapter(model, folder):
     params = dict(model.named_parameters())
     for k, x in tensors.items():
         params[k].data = x.to(torch.promote_types(x.dtype, params[k].dtype))  # fp32 over a base in fp16 stays fp32
-    return names
+    return list(sizes)
 
 
 def load_merged(folder, dtype):
     """The folder of an adapter -> VLM, Folder, as load_model returns them: the base with the adapter merged. The
     adapter names its base; a relative path counts from the working directory."""
     says = read_json(Path(folder) / "pumice.json", {})
-    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]         # before there was a LLaVA
+    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]         # then there is no LLaVA
     base = " and ".join(towers) or read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
     file = "its pumice.json" if towers else "base_model_name_or_path in its adapter_config.json"
     where = f"{folder} was trained on {base}: {file} says where that lies"
@@ -129,12 +121,9 @@ def load_merged(folder, dtype):
     load_adapter(model, folder)
     for k, p in model.named_parameters():
         if ".lora_" not in k:
-            p.data = p.data.to(dtype, copy=True)                              # as in training; no view of a file
+            p.data = p.data.to(dtype, copy=True)                              # rounded as in training; no view
     state = merge_state(model.state_dict(), scales(model), dtype)
     with torch.device("meta"):
         model = VLM(model.cfg)
     model.load_state_dict(state, assign=True)
-    pre = source.pre
-    if "image_aspect" in says:
-        pre = pre | {"do_pad": says["image_aspect"] == "pad"}                 # the base's may differ
-    return model, source._replace(meta=source.meta | says, pre=pre)
+    return model, source._replace(meta=source.meta | says)

@@ -1,9 +1,9 @@
 """SentencePiece's tokenizer.model (Llama 1 and 2, Vicuna, Mistral, TinyLlama) -> what tokenizer.json would say.
 
-SentencePiece merges by scores: of all adjacent pairs whose union is a piece, the pair whose union has the highest score
-is merged, the leftmost first. tokenizer.json has a ranked list of merges: here every way to split a piece in two,
-the piece with the highest score first. Both give the same ids if no two multi-character pieces have equal scores, and
-every character of a piece is a piece itself; other models are refused. Field numbers: sentencepiece_model.proto.
+SentencePiece merges the adjacent pair whose union has the highest score, the leftmost first. tokenizer.json has a
+ranked list of merges: here every way to split a piece in two, the piece with the highest score first. Both give the
+same ids if no two pieces of several characters have equal scores, and every character of a piece is a piece itself.
+Other models are refused. Field numbers: sentencepiece_model.proto.
 """
 
 import io
@@ -71,18 +71,16 @@ def read_sentencepiece(path):
     if why := next((why for why, applies in refused.items() if applies), None):
         stop(f"{path}: {why}; where transformers reads it, save_pretrained writes a tokenizer.json for it")
 
-    prepend = [{"type": "Prepend", "prepend": "▁"}] if first_space else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if first_space else []
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend, strip = {"type": "Prepend", "prepend": "▁"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    space, back = ({"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in (" ▁", "▁ "))
     spec = {
         "version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None,
         "added_tokens": [added_token(i, name, kind != USER_DEFINED) | {"normalized": kind == USER_DEFINED}
                          for i, (name, kind) in enumerate(zip(names, types))
                          if kind in (UNKNOWN, CONTROL, USER_DEFINED)],
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, space]},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
-            {"type": "Fuse"}, *strip]},
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, space] if first_space else [space]},
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
+                    + [strip] * bool(first_space)},
         "model": {"type": "BPE", "unk_token": names[types.index(UNKNOWN)], "fuse_unk": True,
                   "byte_fallback": bool(trainer.get(35)), "vocab": {name: i for i, name in enumerate(names)},
                   "merges": [f"{name[:i]} {name[i:]}" for name in merged for i in range(1, len(name))

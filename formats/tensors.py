@@ -33,12 +33,7 @@ def read_tensors(folder, stem="model"):
     for name in names:
         if not (folder / name).is_file():
             stop(f"{folder / name} is missing")
-        new = (read_pickle if name.endswith(".bin") else read_safetensors)(folder / name)
-        if twice := sorted(out.keys() & new.keys()):
-            stop(f"{folder}: {twice[0]} stands in two shards")
-        out |= new
-    if lost := sorted(set(where) - set(out)):
-        stop(f"{folder}: {lost[0]} stands in the index and in no shard")
+        out |= (read_pickle if name.endswith(".bin") else read_safetensors)(folder / name)
     return out
 
 
@@ -52,20 +47,19 @@ def read_safetensors(file):
 
 
 def read_pickle(file):
-    """A file of torch.save. weights_only=True lets in tensors alone: nothing in the file is run."""
+    """A file of torch.save. weights_only=True accepts tensors only and runs no code of the file."""
     try:
         found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:  # damaged bytes raise many kinds
         stop(f"{file} is no whole file of tensors and nothing else, so it is not opened ({type(e).__name__})")
-    if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) and x.layout == torch.strided
-                                              for x in found.values()):
+    if not isinstance(found, dict) or any(getattr(x, "layout", 0) != torch.strided for x in found.values()):
         stop(f"{file} is no dict of dense tensors by name")
     return found
 
 
 def tensor_digest(tensor):
-    """Shape, sum of all bits, and some thousand elements in order -> 16 hex digits. It reads at memory speed; SHA-256
-    over the weights of a 7B model takes a minute on every rank. It tells models apart and is no defence."""
+    """Shape, sum of all bits, and some thousand elements in order -> 16 hex digits. It tells models apart at the speed
+    of memory, where SHA-256 over 7B weights takes a minute. It is no protection against forgery."""
     flat = tensor.detach().cpu().flatten()
     total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # fp32 a piece at a time
     some = flat[:: max(1, len(flat) // 1024)].float().view(torch.int32).tolist()
@@ -80,20 +74,20 @@ def base_digest(digests):
 def write_shards(folder, tensors, dtype):
     """Write model.safetensors, or shards of at most SHARD bytes and their index. Tensors are rounded to dtype one shard
     at a time."""
-    nbytes = {k: tensors[k].numel() * dtype.itemsize for k in sorted(tensors)}
-    shards, size = [[]], 0
-    for k, n in nbytes.items():
-        if shards[-1] and size + n > SHARD:
+    shards, size, total = [[]], 0, 0
+    for k in sorted(tensors):
+        nbytes = tensors[k].numel() * dtype.itemsize
+        if shards[-1] and size + nbytes > SHARD:
             shards.append([])
             size = 0
         shards[-1].append(k)
-        size += n
+        size, total = size + nbytes, total + nbytes
     n = len(shards)
-    names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
-    for name, shard in zip(names, shards):
-        save_file({k: tensors[k].detach().to("cpu", dtype).contiguous() for k in shard}, folder / name,
+    files = {f"model-{i:05}-of-{n:05}.safetensors" if n > 1 else "model.safetensors": shard
+             for i, shard in enumerate(shards, 1)}
+    for file, shard in files.items():
+        save_file({k: tensors[k].detach().to("cpu", dtype).contiguous() for k in shard}, folder / file,
                   metadata={"format": "pt"})                       # transformers 4.46 reads no file without it
     if n > 1:
         write_file(folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(nbytes.values())},
-            "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}})
+            "metadata": {"total_size": total}, "weight_map": {k: file for file, shard in files.items() for k in shard}})

@@ -3,8 +3,6 @@ Each gets a placeholder token for images.
 
     piece      an entry of the vocabulary
     control    a token that typed text never becomes: BOS, end of turn, <image>
-    folder     tokenizer.json or tokenizer.model; optional: tokenizer_config.json, special_tokens_map.json,
-               added_tokens.json
 """
 
 import json
@@ -58,7 +56,7 @@ def vocabulary(spec):
 
 
 def name_token(spec, name, fits):
-    """Rename the first control token that fits to `name`, or add a new token -> its id, a line that says which."""
+    """Rename the first control token that fits to `name`, or add a new token -> its id, a line that says so."""
     ids, own = vocabulary(spec), spec["model"]["vocab"]
     reserved = [t for t in spec["added_tokens"] if t["special"] and fits(t) and name not in ids]
     if not reserved:
@@ -77,9 +75,8 @@ def add_missing_tokens(spec, names, image_id=None):
     """Add the tokens for images and for padding where they are missing -> image id, padding id, [notes].
 
     For images: `<image>`; else the token with image_id, if config.json gives one; else a reserved one; else a new one.
-    Padding should be neither EOS nor unknown: who masks padding would mask the end of answers. It is added only
-    together with `<image>`, as in LLaVA-HF (32000 and 32001 on Llama 2).
-    """
+    Padding is added only together with `<image>`, as in LLaVA-HF. If possible it is not EOS, because programs that
+    ignore padding would ignore the ends of answers."""
     def fits(t):
         return RESERVED.fullmatch(t["content"]) if image_id is None else t["id"] == image_id
 
@@ -103,8 +100,8 @@ def add_missing_tokens(spec, names, image_id=None):
 
 
 def without_control_tokens(spec, roles, *scheme):
-    """-> a tokenizer that treats control tokens as text: those flagged `special`, those with a role, and those that a
-    template may insert (Qwen flags only some). scheme: (old, new) way of adding the first space"""
+    """-> a tokenizer to which control tokens are text: those flagged `special`, those with a role, those of templates
+    (Qwen flags only some). scheme: (old, new) way of adding the first space"""
     tokens = [t | {"special": t["special"] or t["content"] in roles
                    or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]
     spec = spec | dict(post_processor=None, truncation=None, padding=None, added_tokens=tokens)

@@ -38,7 +38,7 @@ def commit(folder, fill):
         for p in files:
             os.chmod(p, tmp.stat().st_mode & 0o666)              # safetensors makes files that only the owner can read
             sync(p)
-        (tmp / MANIFEST).write_text(listing({str(p.relative_to(tmp)): file_digest(p) for p in files}))
+        (tmp / MANIFEST).write_text(json.dumps({str(p.relative_to(tmp)): file_digest(p) for p in files}, indent=1))
         sync(tmp / MANIFEST)
         sync(tmp)
     except (OSError, SafetensorError) as e:                      # a full disk is a SafetensorError in save_file
@@ -71,10 +71,6 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def listing(manifest):
-    return json.dumps(manifest, indent=1)
-
-
 def whole(folder):
     """Is every file of the manifest there, unchanged? -> None, or what is wrong. Only regular files below the folder
     are opened: a manifest may name any path."""
@@ -83,7 +79,7 @@ def whole(folder):
         files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}
         text = files[MANIFEST].read_text() if MANIFEST in files else ""
         manifest = json.loads(text)
-        if not manifest or not isinstance(manifest, dict) or text != listing(manifest):
+        if not manifest or not isinstance(manifest, dict) or text != json.dumps(manifest, indent=1):
             return f"{folder / MANIFEST} is damaged"
         for name, value in manifest.items():
             if name not in files or file_digest(files[name]) != value:

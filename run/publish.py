@@ -54,5 +54,5 @@ def publish(run, model, folder, log, best=None):
     except OSError as e:
         stop(f"{e}. The last checkpoint is whole, the same command tries again")
     if adapted and not card.peft_reads(base):
-        world.print(f"{out / 'adapter'} is for sample.py and eval.py: {' '.join(card.NO_BASE.split())}")
+        world.print(f"{out / 'adapter'} is for sample.py and eval.py: {card.NO_BASE}")
     world.print(f"done: {out / 'model'}, in {str(dtype).removeprefix('torch.')}{log.summary()}")

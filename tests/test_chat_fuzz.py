@@ -1,4 +1,4 @@
-"""Random conversations: what holds for every one of them. PUMICE_FUZZ=N tries N of each instead of 200."""
+"""Random conversations: what holds for every one of them. PUMICE_FUZZ=N tries N of each instead of 80."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ from kernels.cross_entropy import IGNORE
 
 # hypothesis also tries literals of our modules: only of those already imported, or any edit would change all examples
 providers._get_local_constants = lambda: providers._local_constants
-N = int(os.environ.get("PUMICE_FUZZ", 200))
+N = int(os.environ.get("PUMICE_FUZZ", 80))
 fuzz = settings(max_examples=N, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 

@@ -31,10 +31,11 @@ def write(run, drop=(), **settings):
 def test_a_card_tells_settings_and_losses(run):
     text = card.text(run, VLMConfig())
     for line in ("# tuned", "| steps | 3 |", "| validation loss | 1.25 |", "| lr | 0.0002 |", "| lora_r | 8 |",
-                 "| data | a.json&#58;0.7, b.json&#58;0.3 |", "Trained with pumice (revision abc123),\nstarting from align, whose"):
+                 "| data | a.json&#58;0.7, b.json&#58;0.3 |",
+                 "Trained with pumice (revision abc123),\nstarting from align, whose"):
         assert line in text, line
     assert "/home/me" not in text and "| system |" not in text and "base_model" not in text
-    write(run, init="", vision="openai/clip", llm="/c/hub/models--lmsys--vicuna/snapshots/ab12")
+    write(run, init="", vision="openai/clip", llm="lmsys/vicuna")
     text = card.text(run, VLMConfig())
     assert "starting from openai/clip and lmsys/vicuna, whose" in text
     assert "base_model:\n- openai/clip\n- lmsys/vicuna\ntags:" in text

@@ -186,8 +186,8 @@ def configure(folder, **new):
     (lambda t: t.update({"model.norm.weight": torch.ones(31)}),
      "language_model.model.norm.weight has shape (31,), the config says (32,)"),
     (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),                # codes of weights
-     "language_model.model.norm.weight holds int8, no weights in float16, bfloat16, float32 or float64"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}), "holds float8_e4m3fn"),
+     "language_model.model.norm.weight holds torch.int8, where one of torch.float16, torch.bfloat16, torch.float32"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}), "holds torch.float8_e4m3fn"),
 ])
 def test_a_missing_unexpected_or_misshapen_tensor_is_named(copy, change, says):
     damage(copy[1], change)
@@ -280,26 +280,16 @@ def test_a_safetensors_header_names_a_tensor_once(copy):
     assert "duplicate key 'model.norm.weight'" in error(llava.load_model, *copy)
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_a_lie_about_layers_costs_nothing(copy, part):
-    """Ten million layers would take minutes to build."""
-    configure(copy[part], num_hidden_layers=10**7)
-    assert "10,000,000 layers in its config.json, but 76 tensors in its files" in error(llava.load_model, *copy)
-
-
-def test_an_index_must_be_true(copy):
+def test_an_index_must_be_true(copy, towers):
     where = shards(copy[1])
     index = copy[1] / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where | {"more": "model-00001-of-00002.safetensors"}}))
-    assert "more stands in the index and in no shard" in error(llava.load_model, *copy)
+    assert same(llava.load_model(*copy), llava.load_model(*towers))           # a tensor that is needed would be missing
     index.write_text(json.dumps({"weight_map": where | {"more": "model-00003-of-00003.safetensors"}}))
     assert "model-00003-of-00003.safetensors is missing" in error(llava.load_model, *copy)
     for wrong in ("{}", '{"weight_map": {"a": 1}}'):
         index.write_text(wrong)
         assert "has no weight_map" in error(llava.load_model, *copy)
-    save_file({k: torch.ones(1) for k in where}, copy[1] / "model-00001-of-00002.safetensors")
-    index.write_text(json.dumps({"weight_map": where}))
-    assert "stands in two shards" in error(llava.load_model, *copy)
 
 
 def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava_folder):
@@ -312,7 +302,7 @@ def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava_folder):
     (copy[1] / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
     assert "is not a whole safetensors file" in error(llava.load_model, *copy)
     for text, says in (("{", "config.json: Expecting"), ("[1]", "is not a json object"),
-                       ('{"a": NaN}', "NaN is not JSON"), ('{"a": 1e999}', "1e999 is larger than any float"),
+                       ('{"a": NaN}', "NaN is not JSON"),
                        ('{"hidden_size": 32, "hidden_size": 64}', "duplicate key 'hidden_size'")):
         (copy[1] / "config.json").write_text(text)
         assert says in error(llava.load_model, *copy)
@@ -321,8 +311,7 @@ def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava_folder):
 @pytest.mark.parametrize("part, new, says", [
     (0, dict(model_type="beit"), "vision tower of type 'beit': clip_vision_model, siglip_vision_model, dinov2, "),
     (0, dict(hidden_act="relu"), "vision tower with hidden_act 'relu'"),
-    (0, dict(vision_config=[1]), "vision_config in its config.json is no object of settings"),
-    (1, dict(quantization_config={"quant_method": "fp8"}), "holds quantised weights (fp8): only the original"),
+    (1, dict(quantization_config={"quant_method": "fp8"}), "holds quantised weights (fp8), which"),
     (1, dict(rope_parameters={"rope_theta": 0}), "rope_theta=0 in its"),
     (1, dict(rope_scaling={"type": "linear", "factor": 0}), "'linear' without a number above 0 for factor"),
     (1, dict(model_type="mamba"), "language model of type 'mamba': llama, mistral, qwen2, qwen3 are supported"),
@@ -578,14 +567,12 @@ def test_absent_mean_and_std_are_the_towers(towers, tmp_path, tower, aspect):
 
 
 @pytest.mark.parametrize("new, says", [
-    (dict(do_resize=False), "do_resize=false is not supported"), (dict(resample=9), "9 is not a valid Resampling"),
+    (dict(resample=9), "9 is not a valid Resampling"),
     (dict(crop_size={"height": 8, "width": 9}), "are no squares of one side"),
     (dict(size={"longest_edge": 8}, do_center_crop=False), "no squares"),
-    (dict(image_mean=[0.5]), "image_mean=[0.5], where a number for each of three colours belongs"),
-    (dict(image_std=[0, 1, 1]), "image_std=[0, 1, 1], where a number"), (dict(rescale_factor=0), "ZeroDivisionError"),
+    (dict(image_mean=[None]), "preprocessor_config.json of a vision tower cannot be read: TypeError"),
     (dict(crop_size=9), "no squares of side 9 can be cut from images of size {'shortest_edge': 8}"),
-    (dict(crop_size=3), "images of side 3; of this vision tower, trained on 8, 4 to 32 are supported"),
-    (dict(crop_size=20_000, size=20_000), "images of side 20000; of this")])        # 800 MB of positions, at width 32
+    ])
 def test_an_unsupported_image_processor_is_refused(copy, new, says):
     add_files(copy[0], pre=PRE | new)
     assert says in error(lambda: configs.image_spec(llava.load_model(*copy)[1].pre, "crop"))
@@ -596,14 +583,13 @@ def test_a_llava_reads_images_of_its_own_size(llava_folder, tmp_path):
     assert "makes images of side 7, the tower reads 8" in error(llava.load_model, init=folder)
 
 
-def test_contradictions_about_padding_are_refused(towers, tmp_path):
+def test_image_aspect_survives_writing(towers, tmp_path):
+    """With and without pumice.json, also where it changes."""
     first = llava.load_model(*towers)
     for aspect in ("pad", "squash"):
         model, folder = llava.load_model(init=export(*first, tmp_path / aspect, aspect=aspect))
         assert llava.aspect(folder, model.cfg) == llava.aspect(folder._replace(meta={}), model.cfg) == aspect
         other = "crop" if aspect == "pad" else "pad"
-        line = error(llava.aspect, folder._replace(meta={"image_aspect": other}), model.cfg)
-        assert f"pumice.json says image_aspect={other}, preprocessor_config.json" in line
         again = llava.load_model(init=export(model, folder, tmp_path / f"{aspect}_{other}", aspect=other))
         assert llava.aspect(again[1]._replace(meta={}), model.cfg) == other     # nothing of the old way is left behind
 

@@ -155,7 +155,7 @@ def test_a_llava_with_dinov2_is_that_of_transformers(tmp_path, bytes_folder):
      "missing, the first is vision_tower.vision_model.encoder.layers.2."),
     (lambda t: t.update({"vision_model.pre_layrnorm.bias": torch.ones(32)}),
      "holds vision_tower.vision_model.pre_layrnorm.bias under two names"),
-    (lambda t: t.update({"pre_layrnorm.bias": torch.ones(32).int()}), "pre_layrnorm.bias holds int32, no weights in"),
+    (lambda t: t.update({"pre_layrnorm.bias": torch.ones(32).int()}), "pre_layrnorm.bias holds torch.int32, where"),
     (lambda t: t.update({"pre_layrnorm.bias": torch.ones(1, 1, 31)}), "pre_layrnorm.bias has shape (31,)"),
 ])
 def test_unused_blocks_are_accounted_for(towers, tmp_path, change, says):  # noqa: F811
@@ -270,16 +270,17 @@ def test_vision_defaults_are_those_of_the_class(kind):
 def test_llava_defaults_are_those_of_the_class(tmp_path, monkeypatch):
     T = pytest.importorskip("transformers")
     (tmp_path / "model.safetensors").touch()
-    c, seen = T.LlavaConfig(), {}
+    c, seen = T.LlavaConfig(), []
     monkeypatch.setattr(llava, "Tokenizer", lambda folder, image_id: image_id)
     monkeypatch.setattr(llava, "read_tensors", lambda folder: {})
-    for config in ({}, {"vision_config": None, "text_config": None}, c.to_dict()):
+    vision = {"vision_config": c.to_dict()["vision_config"]}
+    for config in (vision, vision | {"text_config": None}, c.to_dict()):
         add_files(tmp_path, pre=PRE)
         parts, _, layer = llava.read_llava_hf(tmp_path, {"model_type": "llava"} | config)
         cfgs = configs.vision_config(parts.vision, layer), configs.text_config(parts.text)
-        seen[str(config)[:40]] = (*cfgs, layer, parts.tok)
-    first, *others = seen.values()
-    assert all(o == first for o in others) and len(seen) == 3
+        seen.append((*cfgs, layer, parts.tok))
+    first, *others = seen
+    assert others == [first, first]
     assert first[2:] == (c.vision_feature_layer, c.image_token_index) == (-2, 32000)
 
 
@@ -302,7 +303,7 @@ def test_an_unsupported_language_model_is_one_line(c, says):
 @pytest.mark.parametrize("c, says", [
     ({"use_swiglu_ffn": True, "model_type": "dinov2"}, "use_swiglu_ffn=True"), ({"num_channels": 4}, "num_channels=4"),
     ({"image_size": [224, 224]}, "image_size=[224, 224] in its config.json, where int belongs"),
-    ({"hidden_size": 100}, "of width 100 with 12 heads"), ({"num_hidden_layers": 1, "feature_layer": 7}, None),
+    ({"num_hidden_layers": 1, "feature_layer": 7}, None),
 ])
 def test_an_unsupported_tower_is_one_line(c, says):
     if says:

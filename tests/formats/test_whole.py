@@ -22,7 +22,7 @@ def test_only_files_of_the_folder_are_hashed(folder, name):
     (folder / "zero").symlink_to("/dev/zero")
     (folder / "sub").symlink_to("..")
     os.mkfifo(folder / "pipe")
-    (folder / whole.MANIFEST).write_text(whole.listing({name: "0" * 64}))
+    (folder / whole.MANIFEST).write_text(json.dumps({name: "0" * 64}, indent=1))
     assert whole.whole(folder) == f"{folder / name} is damaged"
     (folder / whole.MANIFEST).unlink()
     (folder / whole.MANIFEST).symlink_to("/dev/zero")

@@ -89,9 +89,6 @@ def test_stage_2_inherits_open_settings_from_init(world, aligned, tmp_path):
     run("sft", how, tmp_path / "d", init=str(tmp_path / "c"))
     assert meta(tmp_path / "d") == meta(tmp_path / "c") == {"template": "chatml", "system": "S", "image_aspect": "crop"}
     assert meta(aligned)["image_aspect"] == "pad"                              # without init: as LLaVA-1.5
-    (tmp_path / "d" / "model" / "pumice.json").write_text(json.dumps({"image_aspect": "pad"}))
-    assert "pumice.json says image_aspect=pad, preprocessor_config.json" in refusal(
-        "sft", how, tmp_path / "e", init=str(tmp_path / "d"))
 
 
 # ---- the dry run ----------------------------------------------------------------------------------------------------
