@@ -164,6 +164,8 @@ def image_spec(pre, aspect):
     """preprocessor_config.json and image_aspect -> ImageSpec"""
     if aspect not in ("pad", "crop", "squash"):
         stop(f"image_aspect={aspect}: pad, crop or squash")
+    if not pre.get("do_resize", True):
+        stop("preprocessor_config.json: do_resize=false is not supported: every image becomes one square")
     size = (pre.get("crop_size") if pre.get("do_center_crop", True) else None) or pre.get("size", 224)
     sides = {size.get(k) for k in ("height", "width", "shortest_edge")} if isinstance(size, dict) else {size}
     side = (sides - {None} or {None}).pop()

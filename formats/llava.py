@@ -34,6 +34,7 @@ LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistra
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
+LARGER = 4  # images of at most this many times the side that a tower was trained on: tokens grow with the square
 
 
 class Folder(NamedTuple):
@@ -134,6 +135,8 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         tensors |= renamed(read_tensors(llm_at), llm_at)
     cfg = VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector,
                     folder.tok.image)
+    if (layers := max(cfg.vision.num_hidden_layers, cfg.text.num_hidden_layers)) > len(tensors):
+        stop(f"{where}: {layers:,} layers in its config.json, but {len(tensors):,} tensors in its files")
     if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size and init:
         stop(f"{where}: preprocessor_config.json makes images of side {side}, the tower reads {cfg.vision.image_size}")
     head, embedding = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
@@ -189,6 +192,8 @@ def resampled(table, v, side):
     """Position table (first + n n, D) -> (first + m m, D) for images of another side: bicubic over the grid of patches,
     as interpolate_pos_encoding of transformers, where only DINOv2 with registers smooths while it shrinks."""
     n, m, first = v.image_size // v.patch_size, side // v.patch_size, int(v.class_token)
+    if not v.patch_size <= side <= LARGER * v.image_size:
+        stop(f"preprocessor_config.json makes images of side {side}; this vision tower was trained on {v.image_size}")
     if m == n:
         return table
     grid = table[first:].float().view(1, n, n, -1).permute(0, 3, 1, 2)                             # (1, D, n, n)

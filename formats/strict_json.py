@@ -1,6 +1,7 @@
-"""JSON as its standard has it. Python's json also accepts NaN, Infinity and duplicate keys."""
+"""JSON as its standard has it. Python's json also accepts NaN, numbers beyond any float and duplicate keys."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -14,11 +15,17 @@ def unique(items):
     return d
 
 
+def finite(text):
+    if math.isinf(x := float(text)):
+        raise ValueError(f"{text:.40} is larger than any float")
+    return x
+
+
 def constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
-STRICT = json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant)
+STRICT = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=constant)
 
 
 def strict_json(text, where):

@@ -35,6 +35,7 @@ def test_a_card_tells_settings_and_losses(run):
                  "Trained with pumice (revision abc123),\nstarting from align, whose"):
         assert line in text, line
     assert "/home/me" not in text and "| system |" not in text and "base_model" not in text
+    assert "in four bits (NF4)" in card.adapter(run, None)
     write(run, init="", vision="openai/clip", llm="lmsys/vicuna")
     text = card.text(run, VLMConfig())
     assert "starting from openai/clip and lmsys/vicuna, whose" in text

@@ -280,6 +280,13 @@ def test_a_safetensors_header_names_a_tensor_once(copy):
     assert "duplicate key 'model.norm.weight'" in error(llava.load_model, *copy)
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_lie_about_layers_costs_nothing(copy, part):
+    """Ten million layers would take minutes to build."""
+    configure(copy[part], num_hidden_layers=10**7)
+    assert "10,000,000 layers in its config.json, but 76 tensors in its files" in error(llava.load_model, *copy)
+
+
 def test_an_index_must_be_true(copy, towers):
     where = shards(copy[1])
     index = copy[1] / "model.safetensors.index.json"
@@ -302,7 +309,7 @@ def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava_folder):
     (copy[1] / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
     assert "is not a whole safetensors file" in error(llava.load_model, *copy)
     for text, says in (("{", "config.json: Expecting"), ("[1]", "is not a json object"),
-                       ('{"a": NaN}', "NaN is not JSON"),
+                       ('{"a": NaN}', "NaN is not JSON"), ('{"a": 1e999}', "1e999 is larger than any float"),
                        ('{"hidden_size": 32, "hidden_size": 64}', "duplicate key 'hidden_size'")):
         (copy[1] / "config.json").write_text(text)
         assert says in error(llava.load_model, *copy)
@@ -567,12 +574,13 @@ def test_absent_mean_and_std_are_the_towers(towers, tmp_path, tower, aspect):
 
 
 @pytest.mark.parametrize("new, says", [
-    (dict(resample=9), "9 is not a valid Resampling"),
+    (dict(do_resize=False), "do_resize=false is not supported"), (dict(resample=9), "9 is not a valid Resampling"),
     (dict(crop_size={"height": 8, "width": 9}), "are no squares of one side"),
     (dict(size={"longest_edge": 8}, do_center_crop=False), "no squares"),
     (dict(image_mean=[None]), "preprocessor_config.json of a vision tower cannot be read: TypeError"),
     (dict(crop_size=9), "no squares of side 9 can be cut from images of size {'shortest_edge': 8}"),
-    ])
+    (dict(crop_size=3), "images of side 3; this vision tower was trained on 8"),
+    (dict(crop_size=20_000, size=20_000), "images of side 20000; this")])          # 800 MB of positions, at width 32
 def test_an_unsupported_image_processor_is_refused(copy, new, says):
     add_files(copy[0], pre=PRE | new)
     assert says in error(lambda: configs.image_spec(llava.load_model(*copy)[1].pre, "crop"))

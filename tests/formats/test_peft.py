@@ -234,7 +234,7 @@ def test_a_lie_about_the_rank_costs_no_memory(base, stranger):
 
 # ---- the vision tower -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("tower, how", [("clip", "lora"), ("clip", "whole"), ("dinov2", "lora")])
+@pytest.mark.parametrize("tower, how", [("clip", "whole"), ("dinov2", "lora")])
 def test_a_trained_tower_round_trips_through_peft(tower, how, bytes_folder, tmp_path):
     """By LoRA in the tower, and by modules_to_save where all of its weights were trained."""
     peft, T = pytest.importorskip("peft"), pytest.importorskip("transformers")
@@ -313,22 +313,20 @@ def test_adapters_without_a_base_for_peft_say_so(base, world, aligned, tmp_path,
             "holds no model: there is no such folder")
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_the_card_says_how_peft_reads_it(bits, world, aligned, tmp_path, monkeypatch,
-                                                       capsys):
+def test_the_card_says_how_peft_reads_it(world, aligned, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
-    run("sft", world, tmp_path / "run", init=str(aligned), bits=bits, template="vicuna_v1", **LORA)
+    run("sft", world, tmp_path / "run", init=str(aligned), template="vicuna_v1", **LORA)
     out = tmp_path / "run" / "adapter"
     assert "is for sample.py and eval.py" not in capsys.readouterr().out
     card = (out / "README.md").read_text()
     assert "over align.\nThe template is `vicuna_v1`. " in card and "library_name: peft" in card
-    assert ("four bits" in card) == (bits == 4) and str(tmp_path) not in card
+    assert "four bits" not in card and str(tmp_path) not in card
     monkeypatch.chdir(out)
     names = {}
     exec(card.split("```python\n")[1].split("```")[0].replace('"auto"', '"float64"'), names)
     there, ours = names["model"].eval(), generate.Chat(tmp_path / "run/model", "cpu", "fp64")
     true, mine = their_logits(exact_norms(there), EXAMPLES, ours.cfg.vision), logits(ours.model, pack(EXAMPLES, 8))
-    assert (mine - true).abs().max() <= (2e-3 if bits == 16 else 1) * true.abs().max()        # model/ is in fp16
+    assert (mine - true).abs().max() <= 2e-3 * true.abs().max()               # model/ is in fp16
 
 
 def test_adapters_are_found_by_hub_names(base, tmp_path, monkeypatch, capsys):
