@@ -35,7 +35,7 @@ class Parts:
         if token is None:
             stop(f"this template needs a BOS and an EOS token; {self.tok.folder}/tokenizer_config.json names none")
         self.parts.append(("id", token if isinstance(token, int) else self.tok.id(token), supervised))
-        return self                                     # so that a template can be read as a chain
+        return self                                     # for chains: p.control(...).text(...)
 
     def text(self, s, supervised=False):
         self.parts += [("text", s, supervised)] if s else []

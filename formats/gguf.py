@@ -301,7 +301,7 @@ def export(folder, out, dtype):
     keys = text_keys(cfg.text, dtype, name)
     keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
     vision_keys = mmproj_keys(cfg, dtype, name)
-    out = Path(out or Path(folder) / "gguf")
+    out = Path(out or Path(folder if Path(folder).exists() else name, "gguf"))           # of a name of the hub: here
     out.mkdir(parents=True, exist_ok=True)
     paths = out / f"model-{dtype}.gguf", out / f"mmproj-model-{dtype}.gguf"
     write_gguf(paths[0], keys, partial(text_tensors, model.language_model, cfg.text, dtype))

@@ -12,7 +12,7 @@ from formats.gguf import export
 
 @dataclass
 class Export:
-    out: str = ""          # folder of the two files; "" = DIR/gguf
+    out: str = ""          # folder of the two files; "" = DIR/gguf, of a model org/name of the hub name/gguf
     dtype: str = "f16"     # f16, bf16, f32: of matrices; vectors and positions stay f32
 
 

@@ -355,6 +355,15 @@ def test_the_command_writes_files_and_prints_notes(llava_folder, tmp_path, monke
     assert f"{llava_folder} has no chat template: llama.cpp will use one of its own" in notes[0]
 
 
+def test_a_model_of_the_hub_is_exported_twice(llava_folder, tmp_path, monkeypatch):
+    """A folder me/tiny here would be taken for the model the second time."""
+    shutil.copytree(llava_folder, tmp_path / "hub/models--me--tiny/snapshots/abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert str(gguf_export.export("me/tiny", "", "f16")[0]) == "tiny/gguf/model-f16.gguf"
+
+
 def test_a_chat_template_is_found_in_every_file(llava_folder, tmp_path):
     folder = shutil.copytree(llava_folder, tmp_path / "theirs")
     path = folder / "tokenizer_config.json"
