@@ -48,8 +48,8 @@ def setting(default, about, least=None, most=None, choices=(), resume="same", gr
     """A field of a settings class.
 
     about     what it is, with its unit      least, most, choices    which values are valid
-    resume    what happens when a run goes on with another value. same: it is refused. say: one line says so.
-              free: nothing; the weights do not depend on it, or contents are compared instead of names (data, towers).
+    resume    may a run go on with another value? same: no. say: yes, and one line says so. free: yes; model/ does not
+              depend on it (of data, the contents are compared). A finished run allows other values of free alone.
     group     the heading of --help that begins here"""
     return dataclasses.field(default=default, metadata=dict(
         about=about, least=least, most=most, choices=choices, resume=resume, group=group))
@@ -68,9 +68,9 @@ class Common:
     max_dropped: float = setting(0.01, "share of the samples that may be unusable", 0, 1, resume="free")
 
     init: str = setting("", "a run or a LLaVA folder to start from; empty: vision and llm, and a new connector",
-                        resume="free", group="model")
-    vision: str = setting("", "where init is empty, CLIP, SigLIP or DINOv2: folder or org/name", resume="free")
-    llm: str = setting("", "where init is empty, Llama, Mistral or Qwen: folder or org/name", resume="free")
+                        resume="say", group="model")
+    vision: str = setting("", "where init is empty, CLIP, SigLIP or DINOv2: folder or org/name", resume="say")
+    llm: str = setting("", "where init is empty, Llama, Mistral or Qwen: folder or org/name", resume="say")
     connector: str = setting("mlp", "of a new model", choices=("mlp", "linear"))
 
     batch_size: int = setting(16, "samples per optimizer step, over all processes", 1, group="optimisation")
@@ -101,7 +101,7 @@ class Common:
                           resume="free")
     save_every: int = setting(200, "steps between checkpoints", 0, resume="free")
     save_dtype: str = setting("auto", "of the published weights; auto: as dtype, but fp16 for fp32",
-                              choices=("auto", "bf16", "fp16", "fp32"), resume="free")
+                              choices=("auto", "bf16", "fp16", "fp32"), resume="say")
     keep_last: int = setting(2, "checkpoints", 1, resume="free")
     keep_best: bool = setting(False, "keep the checkpoint with the lowest validation loss, too", resume="free")
     log_every: int = setting(10, "steps", 0, resume="free")

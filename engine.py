@@ -175,13 +175,13 @@ def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
          for (lr, wd), g in groups.items()], betas=betas, eps=eps, fused=True)
 
 
-def lr_at(step, steps, warmup, lr, floor=0.0):
+def lr_at(step, steps, warmup, lr):
     """Learning rate of update `step` (0 .. steps - 1): a linear rise over `warmup` updates, then half a cosine down
-    towards floor * lr, which the update after the last one would have."""
+    towards 0, which the update after the last one would have."""
     if step < warmup:
         return lr * (step + 1) / warmup
     t = (step - warmup) / max(1, steps - warmup)
-    return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * t)))
+    return lr * 0.5 * (1 + math.cos(math.pi * t))
 
 
 def set_lr(optimizer, step, steps, warmup):

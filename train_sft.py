@@ -60,8 +60,8 @@ def main(s):
         lr = engine.set_lr(optimizer, step, steps, s.warmup)
         n, = world.sum([sum(supervised(b.labels) for b in batch.micro)])   # supervised tokens of this step, all ranks
         total = 0.0
-        for i, b in enumerate(batch.micro):
-            with engine.sync_gradients(model, enabled=i == len(batch.micro) - 1):
+        for b in batch.micro:
+            with engine.sync_gradients(model, enabled=b is batch.micro[-1]):
                 with world.autocast():
                     loss = token_loss(model, b.to(world.device))           # a sum over the supervised tokens of b
                 (loss * world.size / n).backward()                         # size: DDP and FSDP average over ranks
@@ -79,7 +79,7 @@ def main(s):
             run.validation.loss(step, model, token_loss, run.log)
         if run.due(step, s.sample_every):
             run.validation.answers(step, model, folder, run.log)
-        stop = any(world.gather(len(run.signals)))                         # Ctrl-C or a scheduler, on any rank
+        stop, = world.sum([len(run.signals)])                              # Ctrl-C or a scheduler, on any rank
         if stop or run.due(step, s.save_every):
             run.folder.save(step, model, optimizer, run.log, run.validation.best)
         if stop:

@@ -28,8 +28,6 @@ OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples
 TRIES = 3      # checkpoints in a row that could not be written, before the run stops
 
 
-# ---- may we write there? --------------------------------------------------------------------------------------------
-
 def path_of(s):
     """The folder of a run; --overfit leaves the run itself as it is."""
     return Path(s.out, "overfit") if s.overfit else Path(s.out)
@@ -37,16 +35,14 @@ def path_of(s):
 
 def existing(folder):
     """The folder, or the nearest one above it that exists"""
-    at = os.path.abspath(folder)
-    while not os.path.lexists(at):
-        at = os.path.dirname(at)
-    return at
+    at = Path(os.path.abspath(folder))
+    return next(p for p in (at, *at.parents) if os.path.lexists(p))
 
 
 def unwritable(folder):
     """Why no file can be made in a folder, which need not exist yet -> a reason, or None. Nothing is written."""
     at = existing(folder)
-    if not os.path.isdir(at):
+    if not at.is_dir():
         return f"{at} is not a folder"
     return None if os.access(at, os.W_OK | os.X_OK) else f"{at} cannot be written to"
 
@@ -95,8 +91,6 @@ def versions():
             "revision": revision or None}
 
 
-# ---- one run --------------------------------------------------------------------------------------------------------
-
 def data_digest(samples):
     """Of the data files and how they are mixed, so that a run is not resumed on other data."""
     h = hashlib.sha256()
@@ -131,17 +125,16 @@ class RunFolder:
                 self.refuse(what, f"was trained with {key}={before}, not {getattr(self.s, key)}")
 
     def is_finished(self):
-        """Was this very run finished before? Other settings or data in the same folder are a mistake."""
-        file, model = self.out / "finished.json", self.out / "model/config.json"
-        if self.s.overfit or self.s.resume != "auto" or not (file.is_file() and model.is_file()):
-            return False
-        done = read_json(file)
-        if done["steps"] < self.steps:
-            return False                                         # more steps are asked for
-        self.compare(f"the finished run in {self.out}", done, ("same", "say"), but=("steps", "epochs"))
-        self.world.print(f"{self.out} is finished ({done['steps']} steps): nothing to do. "
-                         "--resume=none starts again, --out=DIR writes elsewhere")
-        return True
+        """Was this very run finished before? Rank 0 looks, for all ranks; other settings or data are a mistake."""
+        found = False
+        if self.world.rank == 0 and self.s.resume == "auto" and not self.s.overfit:
+            done = read_json(self.out / "finished.json", absent={})
+            if done.get("steps", -1) >= self.steps and (self.out / "model/config.json").is_file():     # else go on
+                self.compare(f"the finished run in {self.out}", done, ("same", "say"), but=("steps", "epochs"))
+                self.world.print(f"{self.out} is finished ({done['steps']} steps): nothing to do. "
+                                 "--resume=none starts again, --out=DIR writes elsewhere")
+                found = True
+        return self.world.gather(found)[0]
 
     def resume(self, model, optimizer):
         """Claim the folder; put weights, moments and random state of the newest checkpoint back -> its state.json, or
@@ -177,10 +170,9 @@ class RunFolder:
         if self.world.rank > 0:
             return
         try:
-            if self.s.overfit or self.s.resume == "none":
-                for name in OWN:
-                    if (self.out / name).exists():
-                        checkpoint.discard(self.out / name)
+            for name in OWN if self.s.overfit or self.s.resume == "none" else ():
+                if (self.out / name).exists():
+                    checkpoint.discard(self.out / name)
             for name in ("log.jsonl", "samples.jsonl"):
                 trim(self.out / name, start)
             write_file(self.out / "config.json", {"settings": dataclasses.asdict(self.s), "versions": versions()})
@@ -210,8 +202,3 @@ class RunFolder:
 
     def retire(self, step, best):
         checkpoint.retire(self.out, step, self.s.keep_last, (best[1],) if self.s.keep_best and best else ())
-
-    def finish(self, seen):
-        """The mark that says the run is done"""
-        write_file(self.out / "finished.json", {"steps": self.steps, **seen, "data": self.data, "base": self.base,
-                                                "settings": dataclasses.asdict(self.s)})

@@ -1,6 +1,7 @@
 """log.jsonl and the lines on the terminal; what was counted on the way; and the limits at which a run stops: too many
 samples that cannot be used, too many updates in a row without a finite gradient."""
 
+import datetime
 import json
 import math
 import os
@@ -19,8 +20,6 @@ from loss import supervised
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 PATIENCE = 10  # updates in a row whose gradient is not finite, before the run stops
 
-
-# ---- samples that cannot be used ------------------------------------------------------------------------------------
 
 def tolerated(share, n):
     """Samples of n that may be unusable: the share asked for, and three standard deviations of chance above it, so that
@@ -42,8 +41,6 @@ def check_dropped(max_dropped, dropped, samples, reasons):
         worst = "\n  ".join(f"{count} like {first}" for count, first in sorted(reasons.values(), reverse=True)[:5])
         stop(f"{dropped} of {samples} samples could not be used, over max_dropped={max_dropped}:\n  {worst}")
 
-
-# ---- the log --------------------------------------------------------------------------------------------------------
 
 class Log:
     """Rates are of real tokens over all ranks, since the line before. flops: {unit: FLOPs per unit} (run/plan.py).
@@ -112,7 +109,7 @@ class Log:
         self.world.print(f"step {done:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "
                          f"lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
                          f"{row['samples_per_s']:.1f} samples/s{mfu}  {memory / 2**20:,.0f} MiB  "
-                         f"waited {row['data_wait_s']:.1f} s  left {clock(eta)}")
+                         f"waited {row['data_wait_s']:.1f} s  left {datetime.timedelta(seconds=int(eta))}")
         self.last, self.tokens, self.samples, self.flops, self.wait = now, 0, 0, 0, 0.0
         return row
 
@@ -159,8 +156,3 @@ def resident_bytes():
     except OSError:
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def clock(seconds):
-    s = int(seconds)
-    return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"

@@ -1,5 +1,6 @@
 """The end of a run: model/, a llava-hf folder; adapter/ after LoRA; then the mark that the run is finished."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from config import stop
 from engine import unwrap, whole_tensor
 from formats import card, hub, llava, peft
+from formats.whole import write_file
 from lora import merge_state, scales
 
 SAVE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,7 +52,8 @@ def publish(run, model, folder, log, best=None):
             state = merge_state(state, adapted, dtype)
         llava.save_model(out / "model", state, model.cfg, folder, s.template, s.system, s.image_aspect, dtype,
                          card.text(out, model.cfg))
-        run.finish(seen)
+        write_file(out / "finished.json", {"steps": run.steps, **seen, "data": run.data, "base": run.base,
+                                           "settings": dataclasses.asdict(s)})
     except OSError as e:
         stop(f"{e}. The last checkpoint is whole, the same command tries again")
     if adapted and not card.peft_reads(base):

@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 import chat
 import engine
-from config import BadSample, check_ranges, stop
+from config import check_ranges, stop
 from data import Encoder, Steps, loader
 from formats import configs, llava
 from formats.whole import MANIFEST
-from images import load_image, safe_path
 from kernels import choose_kernels
+from kernels.cross_entropy import IGNORE
 from run import plan
 from run.folder import RunFolder, check_space, path_of, unwritable, would_overwrite
 from run.log import Log, check_dropped, tally
@@ -106,14 +106,6 @@ def load(s, world, template):
     return model, folder
 
 
-def open_data(s, world, model, folder):
-    """-> Steps, the number of optimizer steps of the run"""
-    cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
-    encode = Encoder(folder.tok, s.template, cfg.image_token_index, cfg.vision.patches, s.max_len, s.system)
-    samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size)
-    return samples, s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
-
-
 @dataclasses.dataclass
 class Run:
     """What the loop of a stage works with. Nothing here decides anything about learning."""
@@ -137,17 +129,20 @@ class Run:
 
 def prepare(s, world, model, folder, lrs):
     """Open the data, print the plan, rehearse or resume -> Run. folder: formats.llava.Folder; lrs: of engine.choose"""
-    samples, steps = open_data(s, world, model, folder)
+    cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
+    encode = Encoder(folder.tok, s.template, cfg.image_token_index, cfg.vision.patches, s.max_len, s.system)
+    samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size)
+    steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
     first = samples[0]
     world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
         return Run(over=True, exit_code=rehearse(s, world, samples, first))
-    if world.rank == 0:
-        check_space(path_of(s), *plan.disk(model, published_dtype(s, world)), s.keep_last, world.print)
     files = RunFolder(s, world, steps, samples, folder, lrs)
     if files.is_finished():
         return Run(over=True)
-    flops, validation = plan.flops(model, plan.rows(model.cfg)), Validation(s, world, samples)
+    if world.rank == 0 and not s.overfit:                        # which writes neither checkpoints nor a model
+        check_space(files.out, *plan.disk(model, published_dtype(s, world)), s.keep_last, world.print)
+    flops, validation = plan.flops(model, plan.rows(cfg)), Validation(s, world, samples)
     model = engine.parallelize(model, world, model.blocks, s.parallel, s.recompute, s.compile)
     optimizer = engine.adamw(model, lrs, s.weight_decay)
     state = files.resume(model, optimizer)
@@ -177,20 +172,18 @@ def rehearse(s, world, samples, first):
     """What --dry_run does after the plan: stop where the run would stop, for the samples of its first step or for its
     validation file; print the first usable sample with its loss mask -> exit code"""
     used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
-    reasons, encode = {}, samples.encode
+    reasons = {}
     tally(world, first.dropped, reasons)
     check_dropped(s.max_dropped, dropped, used + dropped, reasons)
     for count, line in reasons.values():
         world.print(f"  {count} of these samples cannot be used, as {line}")
     Validation(s, world, samples)
-    for f, i in samples.samples(0):
-        try:
-            ids, labels, names, cut = encode(samples.files[f][i])
-            for n in names:
-                load_image(safe_path(s.images, n))
-        except BadSample:
-            continue
-        world.print(f"  {samples.name(f, i)}, {len(ids)} tokens, {len(names)} image(s), its loss mask:")
-        return chat.show(encode.tok, ids, labels, encode.image_id) if world.rank == 0 else None
-    world.print("  none of the first step's samples can be used: python data.py says why")
-    return 1
+    if not used:
+        world.print("  none of the first step's samples can be used: python data.py says why")
+        return 1
+    if world.rank == 0 and first.names:
+        b, encode = next(b for b in first.micro if len(b.ids)), samples.encode
+        n = int((b.lo == 0).sum())                               # tokens of the first sample; its labels are shifted
+        images = int((b.ids[:n] == encode.image_id).sum()) // encode.image_tokens
+        print(f"  {first.names[0]}, {n} tokens, {images} image(s), its loss mask:")
+        chat.show(encode.tok, b.ids[:n].tolist(), [IGNORE, *b.labels[: n - 1].tolist()], encode.image_id)

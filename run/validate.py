@@ -106,6 +106,7 @@ def check_overfit(model, batch, world):
             labels = b.labels[b.labels >= 0]
             right, count = right + int((guess == labels).sum()), count + len(labels)
     right, count = world.sum([right, count])
-    world.print(f"overfit: {'yes' if right == count else 'no'} "
+    yes = 0 < right == count
+    world.print(f"overfit: {'yes' if yes else 'no'} "
                 f"({right:.0f} of {count:.0f} supervised tokens predicted)")
-    return 0 if right == count else 1
+    return 0 if yes else 1

@@ -11,7 +11,8 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import error
+import torch
+from conftest import error, fork
 from safetensors.torch import load_file, save_file
 from tiny_runs import LORA, SCRIPTS, files, refusal, rows, run, state, write_data
 
@@ -101,6 +102,9 @@ def test_a_disk_without_room_stops_before_anything_is_spent(world, tmp_path, mon
         free(n)
         run("align", world, tmp_path / f"{n}", steps=1)
         assert ("are free, 3 checkpoints and model/ take" in capsys.readouterr().out) == note
+    free(0)                                                                    # neither of these writes a checkpoint
+    run("align", world, tmp_path / f"{one}", steps=1)
+    assert run("align", world, tmp_path / f"{one}", steps=1, overfit=True) == 1
 
 
 # ---- which run goes on? ---------------------------------------------------------------------------------------------
@@ -172,12 +176,30 @@ def test_a_finished_run_changes_no_file_when_started_again(validated, world, ali
     for changes in ({}, {"steps": 4}, {"log_every": 5, "workers": 1, "max_tokens": 48}):
         assert run("align", validated, aligned, **changes) is None
         assert "is finished (6 steps): nothing to do" in capsys.readouterr().out
-    line = refusal("align", validated, aligned, lr=0.1)
-    assert f"the finished run in {aligned} was trained with lr=0.002, not 0.1" in line
+    other = tmp_path / "llm"
+    other.symlink_to(world["llm"])
+    for changes, words in ((dict(lr=0.1), "lr=0.002, not 0.1"), (dict(save_dtype="fp32"), "save_dtype=auto, not fp32"),
+                           (dict(llm=str(other)), f"llm={world['llm']}, not {other}")):
+        line = refusal("align", validated, aligned, **changes)
+        assert f"the finished run in {aligned} was trained with {words}" in line
     file = tmp_path / "data.jsonl"
     file.write_text(open(world["data"]).read().replace("black cat, 0", "black dog, 0"))
     assert "was trained on other data" in refusal("align", {**validated, "data": str(file)}, aligned)
     assert files(aligned) == before
+
+
+def test_rank_0_says_for_all_that_a_run_is_finished(aligned, tmp_path):
+    """The other ranks may be on a machine that does not see the folder yet."""
+    state = json.loads((aligned / "finished.json").read_text())
+
+    def rank(r):
+        s = SCRIPTS["align"].Settings(**{**state["settings"], "resume": "auto"})
+        found = RunFolder.__new__(RunFolder)
+        found.s, found.steps, found.data, found.base = s, 6, state["data"], state["base"]
+        found.world = engine.World(r, 2, torch.device("cpu"), torch.float32)
+        found.out = tmp_path / "unseen" if r else aligned
+        return found.is_finished()
+    assert fork(2, rank, tmp_path) == [True, True]
 
 
 def test_a_checkpoint_without_steps_left_is_published_elsewhere(world, aligned, tmp_path):

@@ -114,9 +114,19 @@ def test_a_dry_run_stops_where_the_run_would(world, tmp_path, capsys):
     assert "none of the first step's samples can be used" in said
     assert "  4 of these samples cannot be used, as bad.jsonl[" in said and "no conversations" in said
     run("align", world, out, images=str(tmp_path), batch_size=22, max_dropped=1.0, dry_run=True)
-    assert "0 image(s), its loss mask" in capsys.readouterr().out             # not one whose image is gone
+    said = capsys.readouterr().out                                             # not of one whose image is gone
+    assert ", 0 image(s), its loss mask" in said and said.rstrip().endswith("]]") and "a white cat, " in said
     assert not out.exists()
     assert lines == [refusal("align", world, out, **w) for w in wrong]
+
+
+def test_a_dry_run_shows_what_training_sees(world, tmp_path, capsys):
+    """The first sample of the first packed sequence, with its image placeholders and all its supervised tokens"""
+    (tmp_path / "one.jsonl").write_text(open(world["data"]).readline())
+    run("align", {**world, "data": str(tmp_path / "one.jsonl"), "batch_size": 2}, tmp_path / "run", dry_run=True)
+    name, text = capsys.readouterr().out.partition("its loss mask:\n")[::2]
+    assert "\n  one.jsonl[0] id=0, " in name and name.endswith(" tokens, 1 image(s), ")
+    assert text.startswith("<s>[4 x image]") and "[[a black cat, 0" in text and text.count("a black cat") == 1
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------

@@ -101,3 +101,6 @@ def test_overfitting_says_yes_and_leaves_the_run_alone(world, tmp_path, capsys):
     assert not (out / "overfit" / "checkpoints").exists()
     assert run("sft", world, out, steps=1, **how) == 1
     assert "overfit: no (" in capsys.readouterr().out
+    (tmp_path / "bad.jsonl").write_text("{}\n" * 9)
+    assert run("sft", world, out, data=str(tmp_path / "bad.jsonl"), max_dropped=1.0, steps=1, overfit=True) == 1
+    assert "overfit: no (0 of 0 " in capsys.readouterr().out
