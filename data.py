@@ -28,9 +28,6 @@ from formats.rows import Rows, conversation
 from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
 
-REPEATS = 1024             # a step may hold this many samples although the data hold fewer, for tests of a recipe
-
-
 # ---- rows -> samples -------------------------------------------------------------------------------------------------
 
 class Encoder:
@@ -45,16 +42,15 @@ class Encoder:
             stop(f"template {template} does not fit the tokenizer in {tok.folder}: {e}")
 
     def encode(self, turns, images, system=None):
-        system = self.system if system is None else system
-        return chat.encode(self.tok, self.template, turns, images, self.image_id, self.image_tokens, system,
-                           self.max_len)
+        return chat.encode(self.tok, self.template, turns, images, self.image_id, self.image_tokens,
+                           self.system if system is None else system, self.max_len)
 
     def __call__(self, row):
         """-> ids, labels, names of the images kept, number of tokens cut off"""
         turns, names, system = conversation(row)
         ids, labels = self.encode(turns, len(names), system)
         short, kept, images = chat.truncate(ids, labels, self.image_id, self.image_tokens, self.max_len)
-        if all(y == IGNORE for y in kept[1:]):                 # the first token has none before it to predict it
+        if all(y == IGNORE for y in kept[1:]):                 # no token predicts the first one
             if len(short) == len(ids):
                 raise BadSample("no supervised token")
             first = next((i for i, y in enumerate(labels) if i and y != IGNORE), len(ids))
@@ -82,10 +78,9 @@ def pack(samples, side):
     """[(ids, labels, images (i, 3, side, side) uint8)] -> one Batch. Labels are shifted here, within each sample, so
     the last token of one does not predict the first token of the next."""
     lengths = torch.tensor([len(ids) for ids, _, _ in samples], dtype=torch.long)
-    starts = lengths.cumsum(0) - lengths
     ids = torch.tensor([i for ids, _, _ in samples for i in ids], dtype=torch.long)
     labels = torch.tensor([y for _, labels, _ in samples for y in [*labels[1:], IGNORE]], dtype=torch.long)
-    lo = starts.repeat_interleave(lengths)
+    lo = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     at = torch.arange(len(ids))
     images = [images for _, _, images in samples if len(images)]
     images = torch.cat(images) if images else torch.zeros(0, 3, side, side, dtype=torch.uint8)
@@ -93,7 +88,7 @@ def pack(samples, side):
 
 
 def share_out(costs, n):
-    """Indices of `costs` in n groups of nearly equal sum: the largest first, each into the group with the least yet."""
+    """Indices of `costs` in n groups of nearly equal sum: the largest first, each into the group that has least."""
     groups, load = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         k = min(range(n), key=lambda k: (load[k], k))
@@ -139,21 +134,17 @@ class Steps(torch.utils.data.Dataset):
         files, _, weights = zip(*(part.partition(":") for part in spec.split(",")))
         self.files = [Rows(f) for f in files]
         self.total = sum(len(r) for r in self.files)
-        if batch_size > max(self.total, REPEATS):
-            stop(f"batch_size={batch_size}, but {spec} holds {self.total:,} samples")
-        self.counts = self.draws_per_epoch(spec, weights)                                                   # (files,)
-        self.images, self.encode, self.image_spec = images, encode, image_spec
-        self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
-        self._epoch = (None, None)
-
-    def draws_per_epoch(self, spec, weights):
         try:
             weights = np.array([float(w) for w in weights] if any(weights) else [len(r) for r in self.files])
         except ValueError:
             weights = np.array([math.nan])
         if not (weights.min() >= 0 and 0 < weights.sum() < math.inf):
             stop(f"data={spec}: each file needs a weight after a colon, as in a.json:0.7,b.json:0.3, or none does")
-        return np.diff(np.round(np.cumsum([0, *weights]) / weights.sum() * self.total)).astype(int)
+        ends = np.cumsum([0, *weights]) / weights.sum() * self.total
+        self.counts = np.diff(np.round(ends)).astype(int)                              # (files,) draws per epoch
+        self.images, self.encode, self.image_spec = images, encode, image_spec
+        self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
+        self._epoch = (None, None)
 
     def epoch(self, e):
         """(total, 2): file and sample of every draw of epoch e."""
@@ -219,7 +210,7 @@ class Steps(torch.utils.data.Dataset):
 
 def loader(steps, order, workers):
     """StepData for the steps in `order`. A worker prepares whole steps, so their number changes no result."""
-    own = torch.Generator()    # or the loader draws a seed from dropout's generator, and a resumed run differs
+    own = torch.Generator()    # otherwise a seed is drawn from dropout's generator, and a resumed run differs
     ended, open_end = multiprocessing.Pipe(duplex=False)
     atexit.register(open_end.close)                            # runs before multiprocessing waits for the loaders
     try:

@@ -57,19 +57,16 @@ class Settings:
 
 # ---- questions ------------------------------------------------------------------------------------------------------
 
-def toy_questions(world, task):
+def toy_questions(world):
     """The toy world's held-out questions, drawn if they are missing -> question file, folder of images"""
     from demo import toy
-    file, yes_or_no = Path("runs/toy/questions.jsonl"), Path("runs/toy/questions_pope.jsonl")
     if world.rank == 0:
         try:
             toy.write_world("runs/toy", "test")
-            lines = file.read_text("utf-8").splitlines(keepends=True)
-            write_file(yes_or_no, "".join(q for q in lines if json.loads(q)["answer"] in ("yes", "no")))
         except OSError as e:
             config.stop(f"the toy world cannot be drawn in runs/toy: {e.strerror or e}")
     world.gather(None)                                           # a barrier: no rank reads before all is written
-    return str(yes_or_no if task == "pope" else file), "runs/toy/images"
+    return "runs/toy/questions.jsonl", "runs/toy/images"
 
 
 def other_images(rows):
@@ -106,7 +103,7 @@ def answers_file(s, name):
     run = Path(s.model)
     run = run.parent if run.name in ("model", "adapter") else run
     here = Path("answers", run.resolve().name)
-    out = Path(s.answers or (run if run.exists() else here) / f"answers_{name}.jsonl")         # a name of the hub: here
+    out = Path(s.answers or (run if run.exists() else here) / f"answers_{name}.jsonl")     # org/name has no folder
     problem = f"{out} is not a file" if out.exists() and not out.is_file() else unwritable(out.parent)
     if problem and not s.answers:
         print(f"{problem}; the answers go to {here}", file=sys.stderr)
@@ -121,8 +118,11 @@ def main(s):
     if s.blind and s.shuffled:
         config.stop("--blind and --shuffled are two different controls: choose one")
     world = engine.start(s.device, s.dtype)
-    data, images = (s.data, s.images or str(Path(s.data).parent)) if s.data else toy_questions(world, s.task)
-    rows = read_questions(data, s.task)[: s.limit or None]
+    data, images = (s.data, s.images or str(Path(s.data).parent)) if s.data else toy_questions(world)
+    rows = read_questions(data, s.task if s.data else "exact")
+    if s.task == "pope":
+        rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # the toy world has others, too
+    rows = rows[: s.limit or None]
     image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"
     names = other_images(rows) if s.shuffled else [r["image"] for r in rows]

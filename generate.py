@@ -107,21 +107,19 @@ class Chat:
             template = "vicuna_v1"
             world.print(f"note: {path} does not say with which template it was trained: {template} is used; "
                         f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout: answers alone
-        self.hold(model.to(world.device), source, template, source.meta.get("system") if system is None else system,
-                  llava.aspect(source, model.cfg))
+        system = source.meta.get("system") if system is None else system
+        vars(self).update(vars(Chat.of(model.to(world.device), source, template, system,
+                                       llava.aspect(source, model.cfg))))
 
     @classmethod
     def of(cls, model, folder, template, system, aspect):
         """The same for a model in memory. folder: formats.llava.Folder. aspect: pad, crop or squash."""
         self = cls.__new__(cls)
-        self.hold(model, folder, template, system, aspect)
-        return self
-
-    def hold(self, model, folder, template, system, aspect):
         self.model, self.tok, self.template, self.system = model, folder.tok, template, system
         self.cfg, self.spec = model.cfg, configs.image_spec(folder.pre, aspect)
         self.stop_ids = chat.stop_ids(self.tok, template)
         self.banned = {self.cfg.image_token_index, *range(len(self.tok), self.cfg.text.vocab_size)}
+        return self
 
     def ask(self, images, text, max_new_tokens=256, temperature=0.0, seed=0):
         """One question -> the answer. images: a path, a PIL image, a list of these, or None for text alone."""

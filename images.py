@@ -1,7 +1,4 @@
-"""Image files to pixels: paths, decoding, preprocessing.
-
-    S side in pixels
-"""
+"""Image files to pixels: paths, decoding, preprocessing. S: side of a preprocessed image in pixels."""
 
 import contextlib
 import math
@@ -49,7 +46,7 @@ def safe_path(root, name):
 
 
 def image_folder(path):
-    """Stop if the folder that image names are relative to does not exist: sooner than after a step without images."""
+    """Stop if there is no folder of images, before a first step in which every image is missing."""
     if not os.path.isdir(path or "."):
         stop(f"images={path} is no folder")
 
@@ -57,9 +54,8 @@ def image_folder(path):
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 def load_image(source):
-    """A path or a PIL image -> PIL image, RGB, upright; its info says whether it is animated. Transparency becomes
-    white, 16 bits are scaled to 8, an animation is its first frame. BadSample if it cannot be read. Memory: 8 bytes a
-    pixel, 16 with alpha."""
+    """A path or a PIL image -> PIL image: RGB, upright, white where it was transparent, 16 bits scaled to 8, only the
+    first frame; info["animated"]: there were more. Else BadSample. Memory: 8 bytes a pixel, 16 with alpha."""
     name = repr(os.path.basename(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
     try:
         given = isinstance(source, Image.Image)
@@ -67,7 +63,7 @@ def load_image(source):
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             image.load()
-            moving = True                                      # where Pillow fails: the first frame is whole
+            moving = True                                      # stays so if Pillow fails at a later, broken frame
             with contextlib.suppress(Exception):
                 moving = getattr(image, "is_animated", False)
             image = rgb(upright(image))
@@ -93,7 +89,7 @@ def rgb(image):
     """A PIL image of any mode -> RGB, over white where it is transparent. BadSample for floats outside 0..255."""
     if image.mode.startswith("I"):                             # 16 or 32 bits: convert("RGB") would cut at 255
         a = np.asarray(image).astype(np.int64).clip(0, 65535)
-        if image.mode != "I" or a.max() > 255:                 # 32 bits may also hold 8
+        if image.mode != "I" or a.max() > 255:                 # some store 8 bits in 32
             a = a // 257
         image = Image.fromarray(a.astype(np.uint8))
     elif image.mode == "F":

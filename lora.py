@@ -5,8 +5,8 @@ lora_A.weight (r, in) and lora_B.weight (out, r), the names of a PEFT adapter. B
 not change the output. merge_state() adds s B A to W again, s = alpha / r.
 
 QLoRA (Dettmers et al. 2023) is LoRA over a W of 4 bits per weight (kernels/nf4.py): quantize_base() comes first. W is
-then buffers instead of a parameter, and each product dequantizes it. No checkpoint holds it, because it follows from
-the model that the run starts from. The published model is merged with the dequantized W.
+then buffers, which each product dequantizes, and which no checkpoint holds: they follow from the model that the run
+starts from.
 
     N tokens   C input width   O output width, one per layer   r rank, one per layer   s = alpha / r
 """

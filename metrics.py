@@ -73,11 +73,9 @@ def pope(answers, truth):
     positive. A ratio with nothing below the line is 0."""
     pairs = [(pope_answer(a), t) for a, t in zip(answers, truth, strict=True)]
     tp, fp, fn, tn = (pairs.count(p) for p in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")))
-
-    def ratio(a, b):
-        return a / b if b else 0.0
-    return {"accuracy": ratio(tp + tn, len(pairs)), "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
-            "f1": ratio(2 * tp, 2 * tp + fp + fn), "yes_ratio": ratio(tp + fp, len(pairs))}
+    n = max(1, len(pairs))
+    return {"accuracy": (tp + tn) / n, "precision": tp / max(1, tp + fp), "recall": tp / max(1, tp + fn),
+            "f1": 2 * tp / max(1, 2 * tp + fp + fn), "yes_ratio": (tp + fp) / n}
 
 
 def pope_by_type(answers, truth, types):

@@ -35,17 +35,12 @@ def main(s):
     turns = []
     try:
         pixels = [chat.pixels(file) for file in s.image.split(",") if file]
-        while True:
-            text = s.prompt or input("you: " if sys.stdin.isatty() else "").strip()
-            if not text:
-                return
+        for text in [s.prompt] if s.prompt else iter(lambda: input("you: " * sys.stdin.isatty()).strip(), ""):
             turns.append((text if turns else with_marker(text, len(pixels)), None))
             prompt = chat.prompt(turns, len(pixels))
             answer = chat.answers([prompt], pixels, s.max_new_tokens, s.temperature, s.seed)[0]
             print(answer, flush=True)
             turns[-1] = (turns[-1][0], answer)
-            if s.prompt:
-                return
     except BadSample as e:
         config.stop(str(e))
     except (EOFError, KeyboardInterrupt):                # the end of the chat

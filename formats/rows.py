@@ -16,7 +16,7 @@ from config import BadSample, stop
 from formats.strict_json import STRICT, strict_json
 
 SPACE = r"[ \t\n\r]*"
-FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")   # beside the values
+FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")   # around values
 MAX_BYTES = 8_000_000      # of one row; chat.encode refuses long texts by their characters
 MAX_IMAGES = 256           # of one row
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # LLaVA's names, OpenAI's names
@@ -36,7 +36,7 @@ def elements(blob):
             b = STRICT.raw_decode(text, a)[1]
         except json.JSONDecodeError:
             raise
-        except (ValueError, RecursionError) as e:              # these messages name no place
+        except (ValueError, RecursionError) as e:              # these do not say where
             raise ValueError(f"sample {len(spans)}: {e}") from None
         begin = at + len(text[i:a].encode())
         at, i = begin + len(text[a:b].encode()), b
@@ -160,7 +160,7 @@ def read_content(content, turn):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
-        elif kind == "image":                                  # its file is named here, or in the row's list
+        elif kind == "image":                                  # the part names its file, or the row does
             text += IMAGE + "\n"
             names += [name for name in (part.get("image"), part.get("path")) if name]
         elif kind in UNSUPPORTED:
@@ -174,24 +174,19 @@ def read_content(content, turn):
 
 def read_questions(file, task):
     """A data file of questions for eval.py -> rows with question_id, text, answers (a list), image (or None), type"""
-    def wrong(what):
-        stop(f"{file}, question {len(questions)} (counted from 0): {what}")
-
     questions, rows = [], Rows(file)
     for i in range(len(rows)):
         try:
             row = rows[i]
+            answers = next((row[k] for k in ("answers", "answer", "label") if k in row), None)
+            answers = [answers] if isinstance(answers, str) else answers
+            strings = [row.get("text"), row.get("image") or "", *(answers if isinstance(answers, list) else [None])]
+            if "question_id" not in row or not answers or not all(isinstance(t, str) for t in strings):
+                raise BadSample("it needs question_id, text, image (one name or none), answer or a list of answers")
+            if task == "pope" and (answers := [a.strip().lower() for a in answers]) not in (["yes"], ["no"]):
+                raise BadSample(f"POPE's answer is yes or no, not {answers[0]!r}")
         except BadSample as e:
-            wrong(e)
-        answers = next((row[k] for k in ("answers", "answer", "label") if k in row), None)
-        answers = [answers] if isinstance(answers, str) else answers
-        strings = [row.get("text"), *answers] if isinstance(answers, list) and answers else [None]
-        if "question_id" not in row or not all(isinstance(t, str) for t in strings):
-            wrong("it needs question_id, text, and answer or a list of answers, all strings")
-        if not isinstance(row.get("image"), str | None):
-            wrong(f"image is the name of one file, not {row['image']!r}")
-        if task == "pope" and (answers := [a.strip().lower() for a in answers]) not in (["yes"], ["no"]):
-            wrong(f"POPE's answer is yes or no, not {answers[0]!r}")
+            stop(f"{file}, question {i} (counted from 0): {e}")
         kind = str(row.get("type") or row.get("category") or "all")
         questions.append(dict(question_id=row["question_id"], text=row["text"], answers=answers, type=kind,
                               image=row.get("image") or None))

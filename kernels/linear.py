@@ -46,7 +46,7 @@ class LoRALinears(torch.autograd.Function):
         A, B = AB[: len(bases)], AB[len(bases) :]
         with torch.autocast(x.device.type, enabled=False):
             xa = (x if keep is None else x * keep) @ torch.cat(A).to(x.dtype).T                        # (N, sum of r)
-            # in place, except when compiled: torch 2.11 turns a changed result of forward into zero gradients
+            # in place, but not in compiled code: torch 2.11 then makes the gradients zero
             addmm, out = torch.addmm if torch.compiler.is_compiling() else torch.Tensor.addmm_, []
             for (W, b, s), B_i, xa_i in zip(bases, B, xa.split([a.shape[0] for a in A], 1)):
                 out.append(addmm(base_linear(x, W, b), xa_i, (s * B_i).to(x.dtype).T))                  # (N, O)

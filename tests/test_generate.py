@@ -144,7 +144,8 @@ def folder(tmp_path_factory):
     pre = {"crop_size": {"height": 8, "width": 8}, "size": {"shortest_edge": 8}, "image_mean": [0.5] * 3}
     vision, text = {"model_type": "clip_vision_model", "hidden_size": 32}, {"model_type": "llama"}
     source = llava.Folder(tok, vision, text, pre, {}, {})
-    llava.save_model(root / "model", model.state_dict(), model.cfg, source, "chatml", "Be brief.", "pad", torch.float64, "")
+    llava.save_model(root / "model", model.state_dict(), model.cfg, source, "chatml", "Be brief.", "pad",
+                     torch.float64, "")
     noise = np.random.default_rng(0).integers(0, 256, (3, 14, 9, 3), dtype=np.uint8)
     for name, pixels in zip("abc", noise):
         Image.fromarray(pixels).save(root / f"{name}.png")

@@ -18,7 +18,6 @@ CURVES = {"loss": "training loss (nats per supervised token)", "val_loss": "vali
 @dataclasses.dataclass
 class Settings:
     out: str = setting("curves.png", "file to write; its name ends in .png, .svg or .pdf")
-    smooth: int = setting(1, "each point of the training loss is the mean of so many logged steps", 1)
 
 
 def read_log(run):
@@ -34,17 +33,11 @@ def read_log(run):
     return curves if any(curves.values()) else config.stop(f"{file} has no curve yet")
 
 
-def moving_mean(values, n):
-    """Each value -> the mean of it and of the n - 1 values before it, or of as many as there are"""
-    return [sum(values[max(0, i - n + 1) : i + 1]) / min(n, i + 1) for i in range(len(values))]
-
-
 def main(argv):
     runs = [a for a in argv if not a.startswith("-")]
     s = config.parse(Settings, [a for a in argv if a.startswith("-")], __doc__)
     if not runs:
         config.stop("which run? python -m tools.plot RUN [RUN ...] [--out=FILE.png]")
-    config.check_ranges(s)
     logs = [(run, read_log(run)) for run in runs]
     try:
         import matplotlib
@@ -56,7 +49,6 @@ def main(argv):
     for ax, (curve, title) in zip(axes.flat, CURVES.items()):
         for i, (run, log) in enumerate(logs):
             steps, values = zip(*log[curve]) if log[curve] else ((), ())
-            values = moving_mean(values, s.smooth) if curve == "loss" else values
             ax.plot(steps, values, color=f"C{i}", label=run, marker="." if len(steps) < 30 else None)
         ax.set_title(title, loc="left", fontsize=11)
         ax.set_xlabel("step")

@@ -81,16 +81,16 @@ def main(argv):
         stop("usage: python -m tools.report ANSWERS.jsonl --images=DIR")
     config.check_ranges(s)
     image_folder(s.images)
-    file, target = Path(files[0]), Path(files[0]).with_suffix(".html")
+    file = Path(files[0])
     try:
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        text = page(rows, str(file.with_suffix("")), s)
-        target.write_text(text, "utf-8", "backslashreplace")      # json may hold a lone surrogate, utf-8 may not
+        text = page(rows, str(file.with_suffix("")), s).encode("utf-8", "backslashreplace")   # of a lone surrogate
+        file.with_suffix(".html").write_bytes(text)
     except OSError as e:
         stop(f"{e.filename}: {e.strerror}")
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         stop(f"{file} is not a file of answers that eval.py wrote: {type(e).__name__} {e}")
-    print(target)
+    print(file.with_suffix(".html"))
 
 
 if __name__ == "__main__":

@@ -27,10 +27,6 @@ def test_each_curve_holds_the_steps_that_logged_it(runs):
     assert plot.read_log(runs[0] + "/log.jsonl") == log
 
 
-def test_smoothing_is_a_moving_mean():
-    assert plot.moving_mean([4, 2, 6, 0], 2) == [4, 3, 4, 3] and plot.moving_mean([4, 2], 1) == [4, 2]
-
-
 def test_two_runs_make_one_figure(runs, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from PIL import Image
