@@ -5,13 +5,13 @@
 
     out[i, h] = sum_j softmax_j(q[i, h] . k[j, h // g] / sqrt(K)) v[j, h // g],  lo[i] <= j < hi[i];  empty span: zeros
 
-The argument in bytes. A packed sequence of N tokens holds documents of length L << N. An N x N mask would be true for
-only a share L / N of its entries. Spans say the same in 2 N integers. Because they never move backwards, the queries
-split into segments whose key ranges do not overlap. Work and memory are then sum(L^2), not N^2.
+The argument in bytes. A packed sequence of N tokens holds documents of length L << N. In an N x N mask only a share
+L / N of the entries would be true. Spans say the same in 2 N integers. They never move backwards, so the queries split
+into segments whose key ranges do not overlap. Work and memory are sum(L^2), not N^2.
 
-On a GPU the scores are never written to memory either. A program holds a tile of queries and loops over the keys that
-its tile can read, one block at a time (Dao et al. 2022), so keys are read once per tile, not once per query. Saved
-for backward are q, k, v, out and one value per row, the logarithm of the softmax sum (LSE).
+On a GPU the scores are never written to memory. A program holds a tile of queries and loops over the keys of this tile
+in blocks (Dao et al. 2022). So keys are read once per tile, not once per query. Saved for backward are q, k, v, out and
+one value per row: the logarithm of the softmax sum (LSE).
 """
 
 import functools
@@ -38,11 +38,10 @@ def attention_ref(q, k, v, lo, hi):
 
 
 def segments(lo, hi):
-    """Split the queries into segments that share no key -> list of (n, a, b, c, d, kind).
-
-    Queries [a, b) read only keys in [c, d), and no other query reads these. kind is "full" (each query reads all of
-    [c, d)), "causal" (query a + t reads keys up to c + t), "mask" (see lo and hi) or "empty". n > 1: n adjacent
-    segments of identical shape, computed by one bmm (the images of a ViT)."""
+    """Split the queries into segments that share no key -> list of (n, a, b, c, d, kind). Queries [a, b) read keys in
+    [c, d), which no other query reads. kind is "full" (each query reads all of [c, d)), "causal" (query a + t reads
+    keys up to c + t), "mask" (lo and hi decide) or "empty". n > 1: n adjacent segments of the same shape, computed by
+    one bmm (the images of a ViT)."""
     N = lo.shape[0]
     if N == 0:
         return []
@@ -91,9 +90,8 @@ def _chunks(lo, hi):
 
 
 def chunks(lo, hi):
-    """The segments that are not empty; long ones are cut into chunks of CHUNK_QUERIES queries. In a chunk, "causal"
-    means that the mask of the last b - a keys is a triangle. All layers and the backward pass use the same spans, so
-    the last few results are cached, by the values of the spans."""
+    """The segments that are not empty; long ones are cut into chunks of CHUNK_QUERIES queries. A "causal" chunk masks
+    a triangle of its last b - a keys. All layers and backward use the same spans: the last few results are cached."""
     return _chunks(*(t.to("cpu", torch.int32).numpy().tobytes() for t in (lo, hi))) if lo.shape[0] else []
 
 
@@ -103,8 +101,7 @@ def by_head(t, n, a, L, G):
 
 
 def probabilities(q, k, v, lo, hi):
-    """For each chunk: its place (n, a, Lq, c, Lk), q / sqrt(K) (n G, g Lq, K), k and v (n G, Lk, K), and the softmax
-    probabilities (n G, g Lq, Lk)."""
+    """For each chunk -> (n, a, Lq, c, Lk), q / sqrt(K) (n G, g Lq, K), k and v (n G, Lk, K), softmax (n G, g Lq, Lk)"""
     G, K, todo = k.shape[1], k.shape[2], chunks(lo, hi)
     q = q * K**-0.5
     widest = max((b - a for n, a, b, c, d, kind in todo if kind == "causal"), default=0)
@@ -126,8 +123,8 @@ def probabilities(q, k, v, lo, hi):
 @torch.library.custom_op("pumice::attention_torch", mutates_args=())
 def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
                     ) -> torch.Tensor:
-    """The same, chunk by chunk: no (N, M) tensor ever exists, and only q, k, v and the spans are saved. Backward
-    recomputes the scores. Autograd spends as much time on saving them: the two passes together take as long."""
+    """The same, chunk by chunk: no (N, M) tensor exists. Only q, k, v and the spans are saved; backward recomputes the
+    scores, which takes no longer than saving them."""
     out, G = q.new_zeros(q.shape), k.shape[1]
     for (n, a, Lq, _, _), _, _, z, p in probabilities(q, k, v, lo, hi):
         o = by_head(out, n, a, Lq, G)
@@ -169,14 +166,13 @@ attention_torch.register_autograd(_torch_gradients,
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 #
-# Spans never move backwards, so the first and last row of a tile of queries bound its keys: no query of the tile reads
-# a key before lo[first] or from hi[last] on, and every query reads all of [lo[last], hi[first]). Key blocks inside the
-# inner bounds need no mask. In a long document that is almost every block.
+# Spans never move backwards, so the first and the last query of a tile bound its keys. No query of the tile reads a key
+# outside [lo[first], hi[last]). Every query reads all of [lo[last], hi[first]): blocks inside need no mask. In a long
+# document that is almost every block.
 #
-# New here: a two-dimensional grid, tiles x heads; tl.dot, the product of two tiles on the tensor cores ("ieee": fp32
-# inputs avoid them, because TF32 keeps only 10 bits); and do_not_specialize. By default Triton compiles a separate
-# kernel for an integer argument that is 1 or divisible by 16, because this tells it more about addresses. The arguments
-# named in do_not_specialize are excepted.
+# New here: a grid with two dimensions, tiles x heads; tl.dot, the product of two tiles on the tensor cores ("ieee":
+# fp32 inputs avoid them, because TF32 keeps only 10 bits); do_not_specialize. By default Triton compiles another kernel
+# if an integer argument is 1 or divisible by 16. For the arguments named in do_not_specialize it does not.
 
 
 @triton.jit
@@ -204,8 +200,8 @@ def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
     """Load rows `start` to start + B of X, which has row stride `stride`; rows (B,) = 0 ... B - 1 -> (B, D). Rows from
-    `count` on and columns from K on are zero. The offset of the first row is int64, because N H K can exceed 2**31;
-    offsets inside a tile cannot. The compiler sees that count = B or K = D masks nothing, which saves 20 registers."""
+    `count` on and columns from K on are zero. The offset of the first row is int64: N H K can exceed 2**31. If count is
+    B and K is D, the compiler removes the mask, which saves 20 registers."""
     d = tl.arange(0, D)
     X += tl.cast(start, tl.int64) * stride
     return tl.load(X + rows[:, None] * stride + d[None, :],
@@ -369,10 +365,8 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
 
 def query_ranges(lo, hi, M, block):
     """Which queries read a tile of `block` keys, by binary search in the sorted spans, on the device -> by_hi, by_lo,
-    both (2, tiles) int32:
-
-        by_hi   how many queries have hi <= first key, and hi <= last key (too early for any of the tile; for all of it)
-        by_lo   how many queries have lo <= first key, and lo <= last key (all later queries start too late)"""
+    both (2, tiles) int32. by_hi: how many queries have hi <= the first key of the tile (they read none of it), and hi
+    <= the last key. by_lo: how many have lo <= the first key, and lo <= the last key (later ones read none of it)."""
     first = torch.arange(0, M, block, dtype=torch.int32, device=lo.device)
     ends = torch.stack([first + 1, (first + block).clamp_(max=M)])
     return torch.searchsorted(hi, ends, out_int32=True), torch.searchsorted(lo, ends, out_int32=True)
@@ -380,10 +374,9 @@ def query_ranges(lo, hi, M, block):
 
 # ---- tile sizes -----------------------------------------------------------------------------------------------------
 
-# (architecture, padded head dim) -> per kernel: queries, keys, warps, pipeline stages. All compile without spills in
-# Triton 3.6 and 3.7 (tests/kernels/test_attention_triton.py). None has been timed yet. 128 also serves head dims of 72,
-# 80 and 96: tiles are powers of two, so products with the padding cost as much as any others (there dk and dv spill two
-# registers on Hopper in Triton 3.6).
+# (architecture, padded head dim) -> per kernel: queries, keys, warps, pipeline stages. None has been timed yet. All
+# compile without spills in Triton 3.6 and 3.7 (tests/kernels/test_attention.py), but heads of 72: there backward_kv
+# spills two registers on Hopper in Triton 3.6. Heads of 72, 80 and 96 are padded to 128 and cost as much.
 ATTENTION_TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
@@ -405,21 +398,16 @@ def tile_sizes(q, kernel):
 
 # ---- the operators registered with torch ----------------------------------------------------------------------------
 
-
 def heads_adjacent(*tensors):
-    """Copy tensors (N, H, K) whose heads are not adjacent in memory. The kernels take K as the head stride, known at
-    compile time. Of a stride given at run time Triton knows only whether 16 divides it, and heads with stride 72 would
-    be loaded one element at a time. A row stride may have any value, as long as a tile of 128 rows fits in int32."""
+    """Copy tensors (N, H, K) whose heads are not adjacent in memory: for the kernels the head stride is K, known at
+    compile time. With a stride of 72 given at run time, each element would be loaded by itself, because 16 does not
+    divide 72. A row stride may have any value for which a tile of 128 rows fits in int32."""
     return [t if t.stride()[1:] == (t.shape[2], 1) and t.stride(0) < 2**24 else t.contiguous() for t in tensors]
 
 
 def scale_and_group(q, k):
     """scale: exp(s / sqrt(K)) = exp2(s * scale), scale = log2(e) / sqrt(K); g: query heads per key head"""
     return dict(scale=q.shape[2]**-0.5 * 1.4426950408889634, g=q.shape[1] // k.shape[1])
-
-
-def row_strides(*tensors):
-    return [t.stride(0) for t in tensors]
 
 
 @torch.library.custom_op("pumice::attention", mutates_args=())
@@ -433,7 +421,7 @@ def attention_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torc
     how = tile_sizes(q, "forward")
     if N:
         _forward[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo.contiguous(), hi.contiguous(), out, lse, N, k.shape[0],
-                                                 *row_strides(q, k, v), **scale_and_group(q, k), **how)
+                                                 q.stride(0), k.stride(0), v.stride(0), **scale_and_group(q, k), **how)
     return out, lse
 
 
@@ -452,17 +440,16 @@ def attention_triton_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     do, q, k, v = heads_adjacent(do, q, k, v)
     lo, hi, out, lse = (t.contiguous() for t in (lo, hi, out, lse))
     dq, dk, dv = _fake_backward(do, q, k, v, lo, hi, out, lse)
-    delta, norm = torch.empty_like(lse), K**-0.5
+    delta, norm, strides = torch.empty_like(lse), K**-0.5, [t.stride(0) for t in (q, k, v, do)]
     if N:
         how = tile_sizes(q, "backward_q")
         _backward_q[(triton.cdiv(N, how["BM"]), H)](q, k, v, lo, hi, out, lse, do, delta, dq, N, M,
-                                                    *row_strides(q, k, v, do), norm=norm, **scale_and_group(q, k),
-                                                    **how)
+                                                    *strides, norm=norm, **scale_and_group(q, k), **how)
     if M:
         how = tile_sizes(q, "backward_kv")
         by_hi, by_lo = query_ranges(lo, hi, M, how["BN"])
         _backward_kv[(by_hi.shape[1], G)](q, k, v, lo, hi, lse, do, delta, by_hi, by_lo, dk, dv, N, M,
-                                          *row_strides(q, k, v, do), norm=norm, **scale_and_group(q, k), **how)
+                                          *strides, norm=norm, **scale_and_group(q, k), **how)
     return dq, dk, dv
 
 

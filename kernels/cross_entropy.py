@@ -3,17 +3,14 @@
     R supervised rows   C width   V vocabulary entries   n rows of a chunk
     hidden (R, C)   weight (V, C)   labels (R,) int64, -100 = ignored   ->   scalar, fp32 (fp64 for fp64)
 
-The argument in bytes. Logits are R x V: 4 GiB in fp32 for 8,192 rows and 128k entries, and autograd would save them,
-their softmax and their gradient. But the gradient of a summed loss with respect to the logits is softmax - onehot,
-times one scalar that is known later. So it is computed in the forward pass, chunk by chunk: form the logits of a chunk,
-overwrite them with their gradient, multiply that into the gradients of hidden and weight. Peak memory is one chunk.
-Logits -> gradient reads each row twice and writes it once (3 V elements): the first gradient of a row needs the sum
-over the whole row. The second read hits the L2 cache if the row is still in it. At 32,000 entries the rows in flight
-are about as large as the cache, at 128k several times larger. Not measured yet.
+The argument in bytes. Logits are R x V: 4 GiB in fp32 for 8,192 rows and 128k entries. Autograd would save them, their
+softmax and their gradient. But the gradient of a summed loss with respect to the logits is softmax - onehot, times one
+scalar that is known later. So the forward pass computes it, chunk by chunk: form the logits of a chunk, overwrite them
+with their gradient, multiply it into the gradients of hidden and weight. Peak memory is one chunk. Each row of logits
+is read twice and written once (3 V elements): its gradient needs the sum over the whole row first.
 
-A chunk should have many rows: its products do 6 V C flops per row, while adding to the weight's gradient in fp32 moves
-10 V C bytes per chunk, however many rows it has. At 790 TFLOP/s and 4.3 TB/s the two balance near 300 rows, so chunks
-of 2,048 rows spend seven eighths of their time on products.
+A chunk should have many rows. Its products do 6 V C flops per row. Adding to the weight's gradient in fp32 moves 10 V C
+bytes per chunk, for any number of rows. At 790 TFLOP/s and 4.3 TB/s both take the same time at 300 rows.
 """
 
 import torch
@@ -46,18 +43,14 @@ def logits_bytes(R, V, like):
     return min(R, chunk_rows(V, like.dtype)) * V * each
 
 
-# ---- the definition -------------------------------------------------------------------------------------------------
-
-
 def linear_cross_entropy_ref(hidden, weight, labels):
-    """The definition."""
+    """The definition; all logits exist at once."""
     logits = hidden @ weight.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
 # ---- one chunk: logits -> loss and gradient -------------------------------------------------------------------------
-
 
 def logits_to_gradient_torch(logits, labels, gradient):
     """logits (n, V), labels (n,) -> summed loss (), softmax - onehot (n, V), in place where no cast is needed.
@@ -119,12 +112,11 @@ def logits_to_gradient_triton(logits, labels, gradient):
 
 # ---- the operator registered with torch -----------------------------------------------------------------------------
 
-
 @on_its_device
 def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int, dtype: torch.dtype,
                        need_h: bool, need_w: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> summed loss (), its gradient for hidden (R, C) in `dtype`, and for weight (V, C) in fp32, in which chunks are
-    summed. A gradient that is not needed is an empty tensor."""
+    """-> summed loss (), its gradients for hidden (R, C) in `dtype` and for weight (V, C) in fp32. Chunks are summed in
+    fp32. A gradient that is not needed is an empty tensor."""
     R, V = hidden.shape[0], weight.shape[0]
     hidden, weight, labels = hidden.to(dtype), weight.to(dtype), labels.contiguous()
     loss, dh, dw = _outputs(hidden, weight, dtype, need_h, need_w)
@@ -168,8 +160,8 @@ def _setup(ctx, inputs, output):
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
-    """Multiply by the incoming scalar before rounding: a scalar rounded to bf16 would change all gradients by up to one
-    part in 500. Two (V, C) exist here: a compiled graph may not overwrite a saved tensor."""
+    """Multiply by the incoming scalar before rounding: a scalar in bf16 would change all gradients by up to 1/500. Two
+    (V, C) exist here, because a compiled graph may not overwrite a saved tensor."""
     (dh, dw), (hidden, weight), (need_h, need_w, *_) = ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad
     if grad is None:
         return (None,) * 7
@@ -182,9 +174,9 @@ linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 
 def linear_cross_entropy(hidden, weight, labels, chunk=None):
-    """Sum of losses over rows whose label is not -100; shapes at the top of this file. `chunk`: rows of logits that
-    exist at the same time. Labels are in [0, V) or -100. For other labels the kernel returns nan, because a check
-    would cost a host-device sync; plain torch raises RuntimeError."""
+    """Sum of losses over rows whose label is not -100; shapes at the top of this file. chunk: rows of logits that exist
+    at the same time. For labels outside [0, V) plain torch raises RuntimeError. The kernel returns nan, because a check
+    would cost a host-device sync."""
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

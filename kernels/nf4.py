@@ -11,9 +11,8 @@ the nearest of the 256 values in DYNAMIC_MAP. Blocks follow the memory order and
 width works.
 
 The argument in bytes. An element takes 1/2 + 1/64 + 4 / (64 * 256) = 0.516 bytes; in bf16 it takes 2. So 6.5 billion
-weights fit in 3.4 GB. Tensor cores cannot multiply codes: the matrix is decoded to bf16 before each product. That reads
-n / 2 bytes and writes 2 n. At 4 TB/s that is 1/35 of the time of the product itself for 8,192 tokens. So the decoding
-kernel is separate and the product is left to cuBLAS. Plain torch would also write the codes as int64.
+weights fit in 3.4 GB. Tensor cores cannot multiply codes, so the matrix is decoded to bf16 before each product: n / 2
+bytes read, 2 n written. At 4 TB/s that takes 1/35 of the time of the product for 8,192 tokens (by cuBLAS).
 """
 
 import functools
@@ -45,8 +44,7 @@ DYNAMIC_MAP = dynamic_map()
 
 @functools.cache
 def tables(device):
-    """LEVELS (16,) and DYNAMIC_MAP (256,) on `device`, copied once: a copy from the host in each of a step's hundreds
-    of calls would be a host-device sync."""
+    """LEVELS (16,) and DYNAMIC_MAP (256,) on `device`, copied once: each copy is a host-device sync."""
     return torch.tensor(LEVELS).to(device), DYNAMIC_MAP.to(device)
 
 
@@ -114,8 +112,6 @@ def nf4_op(codes: torch.Tensor, absmax: torch.Tensor, nested: torch.Tensor, offs
 nf4_op.register_fake(lambda codes, absmax, nested, offset, dtype:
                      codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype))
 
-
-# ---- the function that lora.py calls --------------------------------------------------------------------------------
 
 def dequantize(codes, absmax, nested, offset, dtype):
     """codes (O, C/2), absmax (m,) uint8, nested (m / 256,), offset () fp32 -> W (O, C) in dtype, without a gradient"""

@@ -4,16 +4,15 @@ dimension. With `add`, x + add is the new residual, and the same pass normalises
     N tokens   C width        x, add (N, C)   w, b (C,)   ->   y (N, C), or (x + add, y)
 
 The argument in bytes. Plain torch reads and writes the whole tensor once per operator: cast, square, mean, multiply,
-cast, multiply. A row of 4,096 elements fits in the registers of one program, so each element needs one read and one
-write: 2 N C elements forward; 4 N C with the addition, where separate kernels need 3 for the sum and 2 for the norm;
-3 N C backward, or 4 N C if the residual has a gradient of its own. Backward recomputes the row sums, which costs no
-traffic because the row is in registers anyway, so only the input is saved for backward.
+cast, multiply. A row of 4,096 elements fits in the registers of one program. So the kernel moves 2 N C elements forward
+(4 N C with the addition) and 3 N C backward (4 N C if the residual has a gradient of its own). Only the input is saved:
+backward recomputes the row sums from the row, which is in registers.
 
-A first kernel in Triton. `norm_forward[programs,](...)` starts that many programs; each runs on num_warps x 32 threads,
-which the code never mentions. A program asks for its index, computes addresses as integer tensors, loads a whole tile,
-works on it in registers and stores a tile. Tile sizes are powers of two; a mask disables the lanes beyond the edge:
-tl.load(addresses, mask, value for masked lanes). A tensor argument arrives as a pointer X to its first element, whose
-type is X.dtype.element_ty. A tl.constexpr argument is known at compile time: Triton compiles one kernel per value.
+A first kernel in Triton. `norm_forward[programs,](...)` starts that many programs, each on num_warps x 32 threads. A
+program asks for its index, computes addresses as integer tensors, loads a tile, works on it in registers and stores it.
+Tile sizes are powers of two; a mask disables the lanes beyond the edge: tl.load(addresses, mask, value for masked
+lanes). A tensor argument is a pointer X to its first element, of type X.dtype.element_ty. Triton compiles one kernel
+for each value of a tl.constexpr argument.
 """
 
 import torch
@@ -27,7 +26,7 @@ NORM_PROGRAMS = 256  # in backward: two per multiprocessor of an H100; fixed, so
 
 def rms_norm_ref(x, w, eps):
     """The definition. x (..., C), w (C,). The normalised x is cast back to x's dtype before the product with w, as in
-    the published Llamas: the other order moved the bf16 logits of a two-layer toy model by 0.09."""
+    the published Llamas. The other order changed the bf16 logits of a toy model by 0.09."""
     wide = x if x.dtype == torch.float64 else x.float()
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * r).to(x.dtype) * w.to(x.dtype)
@@ -37,8 +36,7 @@ layer_norm_ref = F.layer_norm  # already saves only its input and two values per
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """The definition; x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1) are saved for backward. Plain autograd also saves
-    x r, and for bf16 an fp32 copy of x."""
+    """The definition; saved are x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1). Autograd also saves x r."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -89,9 +87,9 @@ def norm_forward(X, ADD, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS
 @triton.jit
 def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexpr, LAYER: tl.constexpr,
                   ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The gradient of w is a sum over all rows. One program per tile would leave as many partial sums as tiles. So a
-    fixed number of programs loops over the tiles, and each writes one row of DW (programs, C) at the end. The caller
-    adds these rows in a fixed order, so the result is deterministic; atomic additions would not be."""
+    """The gradient of w is a sum over all rows. A fixed number of programs loops over the tiles; each writes its part
+    of the sum to one row of DW (programs, C). The caller adds these rows in a fixed order: the result is deterministic,
+    as it would not be with atomic additions."""
     c = tl.arange(0, BLOCK)[None, :]
     wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     w = tl.load(W + c, c < C, 0).to(wide)
@@ -127,8 +125,7 @@ def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexp
 
 
 def norm_tile(C, element_size):
-    """For rows of C elements of `element_size` bytes -> tile sizes, launch options, pipeline stages of backward.
-    tests/kernels/test_norm.py compiles the kernels with these values."""
+    """For rows of C elements of `element_size` bytes -> tile sizes, launch options, pipeline stages of backward"""
     block = triton.next_power_of_2(C)
     assert block <= 8192, f"rows of {C} elements exceed the registers of a program"
     rows = max(1, NORM_TILE // block)
@@ -203,31 +200,24 @@ def norm_gradients(ctx, ds, dy):
 norm_op.register_autograd(norm_gradients, setup_context=norm_context)
 
 
-# ---- the functions that model.py calls ------------------------------------------------------------------------------
-
-def check_norm_shapes(x, w, add):
-    """A kernel would read beyond the end of a tensor that is too small."""
+def norm(x, w, b, eps, add, plain):
+    """plain: the same norm in plain torch, a function of x or x + add -> y, or (x + add, y)"""
     assert w.shape == x.shape[-1:] and (add is None or add.shape == x.shape), \
         f"x {tuple(x.shape)}, weight {tuple(w.shape)}, add {None if add is None else tuple(add.shape)}"
-
-
-def rms_norm(x, w, eps, add=None):
-    """x, add (..., C), w (C,) -> y (..., C); with add: (x + add, its norm)"""
-    check_norm_shapes(x, w, add)
-    if use_triton(x):
-        s, y = norm_op(x, add, w, None, eps)
-    else:
-        s = x if add is None else x + add
-        y = RMSNormFunction.apply(s, w, eps) if torch.is_grad_enabled() else rms_norm_ref(s, w, eps)  # same bits
-    return y if add is None else (s, y)
-
-
-def layer_norm(x, w, b, eps, add=None):
-    """x, add (..., C), w, b (C,) -> y (..., C); with add: (x + add, its norm)"""
-    check_norm_shapes(x, w, add)
     if use_triton(x):
         s, y = norm_op(x, add, w, b, eps)
     else:
         s = x if add is None else x + add
-        y = layer_norm_ref(s, w.shape, w, b, eps)
+        y = plain(s)
     return y if add is None else (s, y)
+
+
+def rms_norm(x, w, eps, add=None):
+    """x, add (..., C), w (C,) -> y (..., C); with add: (x + add, its norm)"""
+    return norm(x, w, None, eps, add, lambda s: RMSNormFunction.apply(s, w, eps) if torch.is_grad_enabled() else
+                rms_norm_ref(s, w, eps))  # the same bits
+
+
+def layer_norm(x, w, b, eps, add=None):
+    """x, add (..., C), w, b (C,) -> y (..., C); with add: (x + add, its norm)"""
+    return norm(x, w, b, eps, add, lambda s: layer_norm_ref(s, w.shape, w, b, eps))

@@ -7,14 +7,10 @@ the two halves of a head.
 The published checkpoints of the Llama family are permuted for halves. Meta's original checkpoints and GGUF files rotate
 neighbouring pairs instead.
 
-The argument in bytes. Each element of q and k is read once and written once, in one launch for both. With 32 heads of
-128 in bf16 that is 16 KB read and 16 KB written per token; the 512 bytes of cosines and sines are negligible. Plain
-torch forms four products, two sums and a concatenation: 4.5 times the traffic. The inverse of a rotation is the
-rotation by the negative angle, so backward is the same kernel with sin negated, and neither q nor k is saved.
-
-The kernel does not work in place. Nobody saves the unrotated q and k (a linear layer saves its input, not its output),
-so they are freed at once, and in-place would save neither traffic nor lasting memory. And q and k are views, for which
-autograd would have to copy gradients.
+The argument in bytes. One launch reads each element of q and k once and writes it once: with 32 heads of 128 in bf16,
+16 KB read and 16 KB written per token. Plain torch forms four products, two sums and a concatenation: 4.5 times the
+traffic. The inverse of a rotation is the rotation by the negative angle. So backward is the same kernel with sin
+negated, and neither q nor k is saved. The kernel does not work in place: the unrotated q and k are freed anyway.
 """
 
 import torch
@@ -102,8 +98,6 @@ def rope_gradients(ctx, dq, dk):
 rope_op.register_fake(lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)))
 rope_op.register_autograd(rope_gradients, setup_context=rope_context)
 
-
-# ---- the function that model.py calls -------------------------------------------------------------------------------
 
 def rope_qk(q, k, cos, sin, rows=None):
     """Rotate q and k. q (R, H, K) of the tokens `rows` (R,), or of all tokens if rows is None; k (N, G, K);

@@ -2,12 +2,10 @@
 
     N tokens   F width of the MLP        gate, up (N, F)   ->   (N, F)
 
-The argument in bytes. The operation is elementwise. Its minimum memory traffic is 3 N F elements in the forward pass
-(two reads, one write) and 5 N F in the backward pass (three reads, two writes). Plain torch writes silu(gate), reads it
-back and saves it for backward: 5 N F forward, and half as much memory again for the widest activations of the layer.
-The kernel recomputes one sigmoid in the backward pass instead.
-
-The kernels ignore the shape: each tensor is one long array, and each program takes SWIGLU_TILE elements of it.
+The argument in bytes. The kernels move 3 N F elements forward (two reads, one write) and 5 N F backward (three reads,
+two writes). Plain torch writes silu(gate), reads it again and saves it for backward: 5 N F forward, and three saved
+tensors instead of two. The kernel recomputes the sigmoid in backward. It ignores the shape: each tensor is one long
+array, and each program takes SWIGLU_TILE elements of it.
 """
 
 import torch
@@ -87,8 +85,6 @@ swiglu_backward_op.register_fake(lambda gate, up, dy: (gate.new_empty(gate.shape
 swiglu_op.register_autograd(lambda ctx, dy: swiglu_backward_op(*ctx.saved_tensors, dy),
                             setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-
-# ---- the function that model.py calls -------------------------------------------------------------------------------
 
 def swiglu(gate, up):
     """gate, up (N, F) of one dtype -> (N, F)"""

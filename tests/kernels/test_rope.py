@@ -49,8 +49,8 @@ def test_wrong_shapes_are_refused():
         rope_qk(q, k, torch.ones(17, 6), torch.ones(17, 6), torch.tensor([0, 1]))
 
 
-@pytest.mark.parametrize("arch, dtype, rows, H, G, K", [(80, "*fp32", None, 64, 8, 128), (80, "*bf16", "*i64", 15, 5, 64),
-                                                        (90, "*bf16", "*i64", 16, 16, 72)])
+@pytest.mark.parametrize("arch, dtype, rows, H, G, K", [
+    (80, "*fp32", None, 64, 8, 128), (80, "*bf16", "*i64", 15, 5, 64), (90, "*bf16", "*i64", 16, 16, 72)])
 def test_the_kernel_fits_every_gpu(arch, dtype, rows, H, G, K):
     """70B, 0.5B, and heads of 72, whose halves are no power of two"""
     import triton

@@ -153,7 +153,7 @@ def test_query_ranges_equal_a_loop():
 
 def test_operators_pass_opcheck():
     spans, M = CASES["image blocks"]
-    q, k, v = qkv(spans, M, dtype=torch.float32)
+    q, k, v = qkv(spans, M, H=2, G=1, dtype=torch.float32)
     opcheck(attention_triton, (q, k, v, *spans))
     q, k, v = (t.detach() for t in (q, k, v))
     out, lse = attention_triton(q, k, v, *spans)

@@ -3,6 +3,7 @@
 import pytest
 import test_gpu
 import torch
+from conftest import tiny_config
 from span_cases import documents
 from test_gpu import full_precision_products  # noqa: F401  (a fixture of all GPU tests)
 
@@ -49,6 +50,7 @@ def test_the_largest_tests_run(monkeypatch):
 
 
 def test_the_model_tests_run(monkeypatch):
+    monkeypatch.setattr(test_gpu, "tiny_config", lambda **text: tiny_config(num_hidden_layers=1, **text))
     test_gpu.test_a_batch_without_images_or_labels()
     test_gpu.test_a_whole_model_equals_plain_torch(torch.float32, monkeypatch)
 
