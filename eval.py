@@ -101,9 +101,9 @@ def answers_file(s, name):
     """The file for the answers: the one given, or one in the run, or one in answers/ here if the run is read-only.
     A file that cannot be written stops the script before the first question."""
     run = Path(s.model)
-    run = run.parent if run.name in ("model", "adapter") else run
+    run = run.parent if run.exists() and run.name in ("model", "adapter") else run
     here = Path("answers", run.resolve().name)
-    out = Path(s.answers or (run if run.exists() else here) / f"answers_{name}.jsonl")     # org/name has no folder
+    out = Path(s.answers or (run if run.exists() else here) / f"answers_{name}.jsonl")
     problem = f"{out} is not a file" if out.exists() and not out.is_file() else unwritable(out.parent)
     if problem and not s.answers:
         print(f"{problem}; the answers go to {here}", file=sys.stderr)
