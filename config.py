@@ -73,7 +73,7 @@ class Common:
     llm: str = setting("", "where init is empty, Llama, Mistral or Qwen: folder or org/name", resume="say")
     connector: str = setting("mlp", "of a new model", choices=("mlp", "linear"))
 
-    batch_size: int = setting(16, "samples per optimizer step, over all processes", 1, group="optimisation")
+    batch_size: int = setting(16, "samples per optimizer step, over all processes", 1, 2**20, group="optimisation")
     max_tokens: int = setting(4096, "tokens of one packed sequence: less needs less memory, the gradient is the same",
                               1, resume="free")
     max_len: int = setting(512, "tokens of one sample; the rest is cut, never inside an image, and counted", 1)
