@@ -87,8 +87,7 @@ def start(device="auto", dtype="auto", seed=0):
         torch.backends.cuda.matmul.allow_tf32 = True
     if dtype == "auto":
         dtype = "bf16" if dev.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-    if dtype not in dtypes:
+    if dtype not in (dtypes := {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}):
         stop(f"dtype={dtype}: auto, {', '.join(dtypes)}")
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -244,12 +243,9 @@ def whole_tensor(t):
 @contextlib.contextmanager
 def sync_gradients(model, enabled):
     """Around forward and backward: all-reduce the gradients only where enabled, in the last micro-batch of a step."""
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        with contextlib.nullcontext() if enabled else model.no_sync():
-            yield
-    else:
-        if hasattr(model, "set_requires_gradient_sync"):
-            model.set_requires_gradient_sync(enabled)
+    if hasattr(model, "set_requires_gradient_sync"):       # FSDP
+        model.set_requires_gradient_sync(enabled)
+    with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():      # DDP
         yield
 
 

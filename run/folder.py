@@ -6,6 +6,7 @@
     finished.json    at the very end: what the finished run was made of
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -81,12 +82,10 @@ def check_space(folder, checkpoint_bytes, model_bytes, keep_last, say=print):
 
 def versions():
     """What made a run: written into its config.json."""
-    try:
-        here = Path(__file__).resolve().parent.parent
-        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-        revision = git.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = ""
+    here, revision = Path(__file__).resolve().parent.parent, ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        revision = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True,
+                                  timeout=5).stdout.strip()
     return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
             "revision": revision or None}
 

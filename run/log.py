@@ -1,6 +1,7 @@
 """log.jsonl and the lines on the terminal; what was counted on the way; and the limits at which a run stops: too many
 samples that cannot be used, too many updates in a row without a finite gradient."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -141,11 +142,9 @@ def trim(file, step):
         return
     kept = []
     for line in file.read_text("utf-8", "replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):         # the last line may be cut off by a kill
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            pass                                                 # the last line of a killed run may be cut off
     write_file(file, "".join(line + "\n" for line in kept))
 
 

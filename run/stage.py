@@ -119,8 +119,7 @@ class Run:
     log: Log = None
     validation: Validation = None
     signals: list = None                         # those received so far
-    over: bool = False                           # a dry run, or a finished one: no step to do, nothing to publish
-    exit_code: int | None = None
+    exit_code: int | None = None                 # of a dry run; that and a finished one have only this
 
     def due(self, step, every):
         """Is something done after step `step` (from 0) that is done every so many steps, and after the last one?"""
@@ -136,10 +135,10 @@ def prepare(s, world, model, folder, lrs):
     first = samples[0]
     world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
-        return Run(over=True, exit_code=rehearse(s, world, samples, first))
+        return Run(exit_code=rehearse(s, world, samples, first))
     files = RunFolder(s, world, steps, samples, folder, lrs)
     if files.is_finished():
-        return Run(over=True)
+        return Run()
     if world.rank == 0 and not s.overfit:                        # which writes neither checkpoints nor a model
         check_space(files.out, *plan.disk(model, published_dtype(s, world)), s.keep_last, world.print)
     flops, validation = plan.flops(model, plan.rows(cfg)), Validation(s, world, samples)
@@ -161,7 +160,7 @@ def stopped(run, step, world):
 
 def finish(run, s, world, folder):
     """After the last step: publish the model; of --overfit say whether it worked -> exit code"""
-    if run.over:
+    if run.folder is None:                                       # a dry run, or a finished one
         return run.exit_code
     if s.overfit:
         return check_overfit(run.model, run.first, world)

@@ -107,6 +107,5 @@ def check_overfit(model, batch, world):
             right, count = right + int((guess == labels).sum()), count + len(labels)
     right, count = world.sum([right, count])
     yes = 0 < right == count
-    world.print(f"overfit: {'yes' if yes else 'no'} "
-                f"({right:.0f} of {count:.0f} supervised tokens predicted)")
+    world.print(f"overfit: {'yes' if yes else 'no'} ({right:.0f} of {count:.0f} supervised tokens predicted)")
     return 0 if yes else 1

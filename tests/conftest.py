@@ -79,6 +79,14 @@ def validated(world):
     return {**world, "val_data": str(val_data), "eval_every": 3, "sample_every": 3}
 
 
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Questions are asked as ever, and answered with two tokens."""
+    from generate import Chat
+    answers = Chat.answers
+    monkeypatch.setattr(Chat, "answers", lambda self, prompts, pixels: answers(self, prompts, pixels, 2))
+
+
 @pytest.fixture(scope="session")
 def aligned(validated, tmp_path_factory):
     """The folder of a finished stage 1, with validation, to be read only"""

@@ -124,12 +124,15 @@ def test_two_processes_train_what_one_does(validated, tmp_path, monkeypatch):
     monkeypatch.setattr(train_sft.stage.Validation, "answers", lambda *a: None)
     settings = {**validated, "dtype": "fp64", "steps": 3, "save_every": 3}
     run("sft", settings, tmp_path / "one")
+    published = load_file(tmp_path / "one/model/model.safetensors")
     for parallel in ("ddp", "fsdp"):
         (tmp_path / parallel).mkdir()
         out = tmp_path / parallel / "run"
         fork(2, lambda rank: run("sft", settings, out, parallel=parallel), tmp_path / parallel)
         one, two = (load_file(p / "checkpoints/step_0000003/trained.safetensors") for p in (tmp_path / "one", out))
         assert max(((one[k] - two[k]).norm() / one[k].norm()).item() for k in one) < 1e-10
+        for k, v in load_file(out / "model/model.safetensors").items():
+            torch.testing.assert_close(v, published[k], rtol=1e-10, atol=1e-12)
         for x, y in zip(*(rows(p / "log.jsonl") for p in (tmp_path / "one", out)), strict=True):
             for key in ("loss", "val_loss", "grad_norm", "tokens", "supervised_tokens"):
                 assert x.get(key, 0) == pytest.approx(y.get(key, 0), rel=1e-9)
@@ -138,10 +141,9 @@ def test_two_processes_train_what_one_does(validated, tmp_path, monkeypatch):
 # ---- other ways to the same weights ---------------------------------------------------------------------------------
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-def test_compiled_blocks_train_what_plain_ones_do(validated, tmp_path, monkeypatch):
+def test_compiled_blocks_train_what_plain_ones_do(validated, tmp_path, monkeypatch, short_answers):
     """Each block in one graph, for packed sequences of several lengths, below the limit on compilations, after which
-    torch goes on uncompiled. Generation with its cache stays out of it. test_engine.py tests the backend that writes
-    C++."""
+    torch goes on uncompiled. Generation with its cache stays out of it."""
     compiled, plain = [], torch.compile
 
     def in_one_graph(forward):
@@ -150,7 +152,7 @@ def test_compiled_blocks_train_what_plain_ones_do(validated, tmp_path, monkeypat
     monkeypatch.setattr(torch, "compile", in_one_graph)
     torch._dynamo.reset()
     for compile in (False, True):
-        run("sft", validated, tmp_path / str(compile), compile=compile, steps=2, dtype="fp64", eval_every=1)
+        run("sft", validated, tmp_path / str(compile), compile=compile, steps=2, dtype="fp64")
     assert sorted(compiled) == ["LlamaLayer"] * 2 + ["ViTBlock"] * 2
     a, b = ([r[k] for r in rows(tmp_path / name / "log.jsonl") for k in ("loss", "grad_norm") if k in r]
             for name in ("False", "True"))

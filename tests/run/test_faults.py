@@ -132,12 +132,12 @@ def half_written(out):
 def test_killed_at_random_moments_it_ends_bit_equal(settings, undisturbed, tmp_path):
     truth, seconds = undisturbed
     rng, kills, in_writes, runs = random.Random(0), 0, 0, 0
-    while kills < 8:
+    while kills < 6:
         out, code = tmp_path / f"{runs}" / "run", None
         while code != 0:
             ahead = {**settings, "workers": runs % 2}  # what a loader had prepared dies too
             how = {"syncs": rng.randrange(1, 40)} if kills % 2 == 0 else {"killed": rng.uniform(0.02, 0.6 * seconds)}
-            code = ended(life(ahead, out, **how if kills < 8 else {}))
+            code = ended(life(ahead, out, **how if kills < 6 else {}))
             assert code in (0, -signal.SIGKILL, -signal.SIGPROF), (out / "said.txt").read_text()
             kills += code != 0
             in_writes += bool(half_written(out))
@@ -145,7 +145,7 @@ def test_killed_at_random_moments_it_ends_bit_equal(settings, undisturbed, tmp_p
         assert not half_written(out)
         runs += 1
     print(f"{kills} kills, {in_writes} of them in a write, in {runs} runs")
-    assert in_writes >= 4, "the harness does not test what it claims"
+    assert in_writes >= 3, "the harness does not test what it claims"
 
 
 def test_killed_within_a_save_a_whole_checkpoint_remains(tmp_path, monkeypatch):

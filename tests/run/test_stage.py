@@ -33,7 +33,7 @@ from run import stage
     ("align", dict(lr=0.0), "nothing would be trained"), ("align", dict(lr=-1.0), "lr=-1.0: expected at least 0"),
     ("align", dict(lr=math.inf), "lr=inf: expected at least 0"), ("align", dict(seed=2**70), "seed="),
     ("align", dict(warmup=100.0), "warmup=100.0: expected between 0 and 0.99 (share of the steps with a rising"),
-    ("align", dict(batch_size=0), "batch_size=0: expected at least 1"), ("align", dict(out=""), "out is empty"),
+    ("align", dict(batch_size=0), "batch_size=0: expected between 1 and"), ("align", dict(out=""), "out is empty"),
     ("align", dict(steps=0, epochs=0.0), "nothing to do"),
     ("align", dict(steps=0, epochs=1e300), "epochs=1e+300: expected between 0 and"),
     ("align", dict(keep_best=True), "keep_best needs val_data"),

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import LORA, files, refusal, rows, run, state
@@ -13,14 +12,6 @@ import data
 from formats import configs, llava
 from loss import supervised, token_loss
 from run.log import Log
-
-
-@pytest.fixture
-def short_answers(monkeypatch):
-    """Questions are asked as ever, and answered with two tokens."""
-    from generate import Chat
-    answers = Chat.answers
-    monkeypatch.setattr(Chat, "answers", lambda self, prompts, pixels: answers(self, prompts, pixels, 2))
 
 
 def test_looking_leaves_the_weights_bit_equal(world, validated, tmp_path, short_answers):
