@@ -139,13 +139,12 @@ class RunFolder:
         """Claim the folder; put weights, moments and random state of the newest checkpoint back -> its state.json, or
         {"step": 0}"""
         s, world = self.s, self.world
-        how = "none" if s.overfit else s.resume
         if world.rank == 0:
             try:
                 self.lock = claim(self.out, world.print)
             except OSError as e:                                 # only the attempt shows that a file system refuses
                 stop(f"out={self.out}: {e.strerror}")
-        path = checkpoint.find_checkpoint(self.out, how, world.print) if world.rank == 0 else None
+        path = world.rank == 0 and checkpoint.find_checkpoint(self.out, "none" if s.overfit else s.resume, world.print)
         path = world.gather(str(path) if path else None)[0]      # rank 0 looks and cleans up for all
         if not path:
             return {"step": 0}

@@ -129,10 +129,9 @@ class Log:
     def summary(self):
         """What the reader of the last line must know about the data -> text, empty where all was used"""
         seen = self.seen
-        return "".join([f"; {seen['dropped']} of {seen['samples']} samples dropped, {seen['truncated']} truncated"
-                        if seen["dropped"] + seen["truncated"] else "",
-                        f"; {seen['animated']} images are animated, only the first frame was used"
-                        if seen["animated"] else ""])
+        lost = f"; {seen['dropped']} of {seen['samples']} samples dropped, {seen['truncated']} truncated"
+        moving = f"; {seen['animated']} images are animated, only the first frame was used"
+        return lost * (seen["dropped"] + seen["truncated"] > 0) + moving * (seen["animated"] > 0)
 
 
 def trim(file, step):

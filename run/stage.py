@@ -10,7 +10,6 @@ import signal
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import chat
 import engine
@@ -79,8 +78,7 @@ def toy_world(s, world, split):
                 world.print(f"drew the toy world's images for {split} in {place}")
         except OSError as e:
             stop(f"the toy world cannot be drawn in {place}: {e.strerror or e}")
-    if world.size > 1:
-        dist.barrier()
+    world.gather("drawn")                                        # the other ranks wait for rank 0
     s.data, s.images, s.val_data = (str(place / n) for n in (f"{split}.json", "images", f"val_{split}.json"))
     s.system = s.system or ""                                    # the toy's LLM was trained without a system text
 

@@ -27,8 +27,8 @@ class Once(Steps):
 class Validation:
     """best: (loss, step) of the lowest loss so far, or None"""
 
-    def __init__(self, s, world, samples, best=None):
-        self.s, self.world, self.best, self.questions = s, world, best and tuple(best), []
+    def __init__(self, s, world, samples):
+        self.s, self.world, self.best, self.questions = s, world, None, []
         self.steps = Once(s.val_data, s.images, samples.encode, samples.image_spec, min(s.batch_size, 32), s.max_tokens,
                           0, world.rank, world.size) if s.val_data else []
         if not s.val_data:
