@@ -1,13 +1,13 @@
 """Span attention: query i reads the keys lo[i] <= j < hi[i]. There is no other mask.
 
     N queries   M keys   H query heads   G key/value heads (H = g * G)   K head dim
-    q (N, H, K)   k, v (M, G, K)   lo, hi (N,) int32 in [0, M], neither ever decreases   ->   out (N, H, K)
+    q (N, H, K)   k, v (M, G, K)   lo, hi (N,) int32 in [0, M], both non-decreasing   ->   out (N, H, K)
 
     out[i, h] = sum_j softmax_j(q[i, h] . k[j, h // g] / sqrt(K)) v[j, h // g],  lo[i] <= j < hi[i];  empty span: zeros
 
-The argument in bytes. A packed sequence of N tokens holds documents of length L << N. In an N x N mask only a share
-L / N of the entries would be true. Spans say the same in 2 N integers. They never move backwards, so the queries split
-into segments whose key ranges do not overlap. Work and memory are sum(L^2), not N^2.
+The cost in bytes. A packed sequence of N tokens holds documents of length L << N. In an N x N mask only a share
+L / N of the entries would be true. Spans hold the same information in 2 N integers. lo and hi never decrease, so the
+queries split into segments whose key ranges do not overlap. Work and memory are sum(L^2), not N^2.
 
 On a GPU the scores are never written to memory. A program holds a tile of queries and loops over the keys of this tile
 in blocks (Dao et al. 2022). So keys are read once per tile, not once per query. Saved for backward are q, k, v, out and
@@ -22,8 +22,8 @@ from kernels import architecture, on_its_device, tl, triton, use_triton
 
 # ---- the definition, and what a CPU runs ----------------------------------------------------------------------------
 
-WHOLE_SEGMENT = 512  # a segment of at most this many keys is computed at once; a longer one in chunks of
-CHUNK_QUERIES = 64   # this many queries, which bounds the wasted (masked) products by CHUNK_QUERIES / L
+WHOLE_SEGMENT = 512  # a segment of at most this many keys is computed at once
+CHUNK_QUERIES = 64   # queries per chunk of a longer segment: at most CHUNK_QUERIES / L of its products are masked
 
 
 def attention_ref(q, k, v, lo, hi):
@@ -33,7 +33,7 @@ def attention_ref(q, k, v, lo, hi):
     j = torch.arange(k.shape[0], device=q.device)
     mask = (lo[:, None] <= j) & (j < hi[:, None])                         # (N, M)
     s = torch.einsum("nhk,mhk->hnm", q, k) * K**-0.5
-    p = s.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)  # the last fill: empty rows are nan
+    p = s.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)  # 0 replaces the nan of empty rows
     return torch.einsum("hnm,mhk->nhk", p, v)
 
 
@@ -49,7 +49,7 @@ def segments(lo, hi):
     assert (lo[1:] >= lo[:-1]).all() and (hi[1:] >= hi[:-1]).all(), "spans may not move backwards"
     at, empty = torch.arange(N), hi <= lo
     start = torch.ones(N, dtype=torch.bool)
-    start[1:] = lo[1:] >= hi[:-1]                     # all keys of this query follow those of all earlier queries
+    start[1:] = lo[1:] >= hi[:-1]                     # all keys of this query come after the keys of earlier queries
     start[1:] &= ~(empty[1:] & empty[:-1])            # adjacent empty spans form one segment
     start[1:] |= empty[1:] != empty[:-1]
     a = start.nonzero()[:, 0]
@@ -90,8 +90,8 @@ def _chunks(lo, hi):
 
 
 def chunks(lo, hi):
-    """The segments that are not empty; long ones are cut into chunks of CHUNK_QUERIES queries. A "causal" chunk masks
-    a triangle of its last b - a keys. All layers and backward use the same spans: the last few results are cached."""
+    """The segments that are not empty; long ones are cut into chunks of CHUNK_QUERIES queries. In a "causal" chunk
+    a triangle over the last b - a keys is masked. All layers use the same spans, so the last 8 results are cached."""
     return _chunks(*(t.to("cpu", torch.int32).numpy().tobytes() for t in (lo, hi))) if lo.shape[0] else []
 
 
@@ -123,8 +123,8 @@ def probabilities(q, k, v, lo, hi):
 @torch.library.custom_op("pumice::attention_torch", mutates_args=())
 def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
                     ) -> torch.Tensor:
-    """The same, chunk by chunk: no (N, M) tensor exists. Only q, k, v and the spans are saved; backward recomputes the
-    scores, which takes no longer than saving them."""
+    """attention_ref chunk by chunk, without an (N, M) tensor. Only q, k, v and the spans are saved. Backward recomputes
+    the scores, which takes no longer than saving them."""
     out, G = q.new_zeros(q.shape), k.shape[1]
     for (n, a, Lq, _, _), _, _, z, p in probabilities(q, k, v, lo, hi):
         o = by_head(out, n, a, Lq, G)
@@ -170,15 +170,15 @@ attention_torch.register_autograd(_torch_gradients,
 # outside [lo[first], hi[last]). Every query reads all of [lo[last], hi[first]): blocks inside need no mask. In a long
 # document that is almost every block.
 #
-# New here: a grid with two dimensions, tiles x heads; tl.dot, the product of two tiles on the tensor cores ("ieee":
-# fp32 inputs avoid them, because TF32 keeps only 10 bits); do_not_specialize. By default Triton compiles another kernel
-# if an integer argument is 1 or divisible by 16. For the arguments named in do_not_specialize it does not.
+# New here: a grid with two dimensions, tiles x heads; tl.dot, the product of two tiles on the tensor cores (with
+# "ieee", fp32 inputs do not use them, because TF32 keeps only 10 bits); do_not_specialize. By default Triton compiles
+# another kernel if an integer argument is 1 or divisible by 16, but not for arguments named in do_not_specialize.
 
 
 @triton.jit
 def _cut(begin, end, lo, hi, B: tl.constexpr):
-    """Blocks of B from `begin` to `end`. Those in [a, b) lie inside [lo, hi) and need no mask; the others lie before a
-    or from b on -> a, b, and the end of the others if [a, b) is skipped when counting from `begin`."""
+    """Split [begin, end) into blocks of B. Blocks in [a, b) lie inside [lo, hi) and need no mask; blocks outside [a, b)
+    need one -> a, b, end - (b - a): a loop from `begin` to this number counts the blocks outside [a, b)."""
     a = begin + (lo - begin + B - 1) // B * B
     b = a + tl.maximum(hi - a, 0) // B * B
     return a, b, end - (b - a)
@@ -186,10 +186,10 @@ def _cut(begin, end, lo, hi, B: tl.constexpr):
 
 @triton.jit
 def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
-    """For a tile of BM queries -> lo, hi (BM,), begin and end of its keys, and their _cut. Keys outside [0, M) are
-    never read, whatever the spans say."""
+    """For a tile of BM queries -> lo, hi (BM,), begin and end of its keys, and the results of _cut. Keys outside
+    [0, M) are never read, even if a span contains them."""
     at = start + tl.arange(0, BM)
-    lo = tl.load(LO + at, mask=at < N, other=0)                              # rows beyond the last: empty spans
+    lo = tl.load(LO + at, mask=at < N, other=0)                              # rows from N on: empty spans
     hi = tl.minimum(tl.load(HI + at, mask=at < N, other=0), M)
     last = tl.minimum(start + BM, N) - 1
     begin, end = tl.maximum(tl.load(LO + start), 0), tl.minimum(tl.load(HI + last), M)
@@ -215,11 +215,11 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
     c = tl.arange(0, BN)
     k = _tile(KEYS, j, c, count, stride_k, K, D)                               # (BN, D)
     v = _tile(VALUES, j, c, count, stride_v, K, D)
-    s = tl.dot(q, k.T, input_precision="ieee") * scale                       # (BM, BN), in base 2
+    s = tl.dot(q, k.T, input_precision="ieee") * scale                       # (BM, BN), times log2(e)
     if MASK:
         s = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), s, -float("inf"))
     higher = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # no key so far: avoid nan
+    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # no key so far: -inf - -inf = nan
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(m - base)
     l = l * shrink + tl.sum(p, 1)
@@ -251,7 +251,7 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride
     n = start.to(tl.int64) + r
     inside = n < N
     out = acc / tl.where(l == 0, 1.0, l)[:, None]                            # empty span: zeros
-    lse = tl.where(l == 0, float("inf"), m + tl.log2(l))                     # then p = exp2(s - inf) = 0 in backward
+    lse = tl.where(l == 0, float("inf"), m + tl.log2(l))                 # empty span: p = exp2(s - inf) = 0 in backward
     tl.store(LSE + h * N + n, lse, mask=inside)
     tl.store(OUT + (n[:, None] * H + h) * K + d[None, :], out.to(OUT.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < K))
@@ -264,8 +264,8 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride
 #     dv = p^T do      dp = do v^T      ds = p (dp - delta)   where delta_i = sum_j p_ij dp_ij = do_i . out_i
 #     dq = ds k / sqrt(K)      dk = ds^T q / sqrt(K)
 #
-# Two kernels: one owns tiles of queries (dq), the other tiles of keys (dk, dv). Each adds in a fixed order. That takes
-# seven products; one kernel with atomic additions takes five, but its result is not deterministic.
+# Two kernels: a program takes a tile of queries (dq) or a tile of keys (dk, dv) and adds in a fixed order. They compute
+# seven products; one kernel with atomic additions needs five, but its result is not deterministic.
 
 
 @triton.jit
@@ -284,7 +284,7 @@ def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, s
 @triton.jit(do_not_specialize=["N", "M", "g"])
 def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q, stride_k, stride_v, stride_d,
                 scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """One tile of queries of one head, as in _forward -> its dq, and delta (H, N) for the other kernel."""
+    """One tile of queries of one head, as in _forward -> its dq, and delta (H, N) for _backward_kv."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     n = start.to(tl.int64) + r
@@ -318,7 +318,7 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, 
     r = tl.arange(0, BM)
     q = _tile(Q, i, r, count, stride_q, K, D)                                  # (BM, D)
     do = _tile(DO, i, r, count, stride_d, K, D)
-    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))         # rows beyond the last: p = 0
+    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))         # rows from `count` on: p = 0
     delta = tl.load(DELTA + i + r, mask=r < count, other=0.0)
     p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])  # (BN, BM)
     if MASK:
@@ -334,8 +334,8 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, 
 def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_q, stride_k,
                  stride_v, stride_d, scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                  BN: tl.constexpr):
-    """One tile of BN keys of one group -> its dk and dv, summed over the g query heads that read it. The queries that
-    read any key of the tile are [BY_HI[0], BY_LO[1]), those that read all [BY_HI[1], BY_LO[0]): see query_ranges."""
+    """One tile of BN keys of one group -> its dk and dv, summed over the g query heads of the group. Queries in
+    [BY_HI[0], BY_LO[1]) read some key of the tile, queries in [BY_HI[1], BY_LO[0]) read all: see query_ranges."""
     tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     start = tile * BN
     c, d = tl.arange(0, BN), tl.arange(0, D)
@@ -352,7 +352,7 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
         for i in range(a, b, BM):
             dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, BM, start + c, dk, dv,
                                  stride_q, stride_d, scale, K, D, BM, False)
-        for i in tl.range(begin, reach, BM, num_stages=1):  # a pipeline of four row vectors spills in Triton 3.6
+        for i in tl.range(begin, reach, BM, num_stages=1):  # more stages, for four vectors, spill in Triton 3.6
             i = tl.where(i < a, i, i + (b - a))
             dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, end - i, start + c, dk, dv,
                                  stride_q, stride_d, scale, K, D, BM, True)
@@ -364,9 +364,9 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
 
 
 def query_ranges(lo, hi, M, block):
-    """Which queries read a tile of `block` keys, by binary search in the sorted spans, on the device -> by_hi, by_lo,
-    both (2, tiles) int32. by_hi: how many queries have hi <= the first key of the tile (they read none of it), and hi
-    <= the last key. by_lo: how many have lo <= the first key, and lo <= the last key (later ones read none of it)."""
+    """The queries that read a tile of `block` keys, by binary search on the device -> by_hi, by_lo, both (2, tiles)
+    int32. by_hi: number of queries with hi <= the first key of the tile, and with hi <= its last key. by_lo: the same
+    with lo. Queries before by_hi[0] and queries from by_lo[1] on read no key of the tile."""
     first = torch.arange(0, M, block, dtype=torch.int32, device=lo.device)
     ends = torch.stack([first + 1, (first + block).clamp_(max=M)])
     return torch.searchsorted(hi, ends, out_int32=True), torch.searchsorted(lo, ends, out_int32=True)
@@ -374,9 +374,9 @@ def query_ranges(lo, hi, M, block):
 
 # ---- tile sizes -----------------------------------------------------------------------------------------------------
 
-# (architecture, padded head dim) -> per kernel: queries, keys, warps, pipeline stages. None has been timed yet. All
-# compile without spills in Triton 3.6 and 3.7 (tests/kernels/test_attention.py), but heads of 72: there backward_kv
-# spills two registers on Hopper in Triton 3.6. Heads of 72, 80 and 96 are padded to 128 and cost as much.
+# (architecture, padded head dim) -> for each kernel: queries, keys, warps, pipeline stages. None has been timed yet.
+# In Triton 3.6 and 3.7 no kernel spills registers (tests/kernels/test_attention.py), except one: backward_kv for heads
+# of 72 spills two on Hopper in Triton 3.6. Heads of 72, 80 and 96 are padded to 128 and cost as much as 128.
 ATTENTION_TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
@@ -385,7 +385,7 @@ ATTENTION_TILES = {
     (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
     (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
 }
-FP32_TILE = 32, 32, 8, 1  # tensor cores do not keep 24 bits; without them small tiles that spill: correct, but slow
+FP32_TILE = 32, 32, 8, 1  # no tensor cores, which do not keep 24 bits; even small tiles spill: correct, but slow
 
 
 def tile_sizes(q, kernel):
@@ -399,7 +399,7 @@ def tile_sizes(q, kernel):
 # ---- the operators registered with torch ----------------------------------------------------------------------------
 
 def heads_adjacent(*tensors):
-    """Copy tensors (N, H, K) whose heads are not adjacent in memory: for the kernels the head stride is K, known at
+    """Copy tensors (N, H, K) whose heads are not adjacent in memory: the kernels assume a head stride of K, known at
     compile time. With a stride of 72 given at run time, each element would be loaded by itself, because 16 does not
     divide 72. A row stride may have any value for which a tile of 128 rows fits in int32."""
     return [t if t.stride()[1:] == (t.shape[2], 1) and t.stride(0) < 2**24 else t.contiguous() for t in tensors]
@@ -460,7 +460,7 @@ def _fake_backward(do, q, k, v, lo, hi, out, lse):
 
 def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)                                         # else zeros are allocated for lse
+    ctx.set_materialize_grads(False)                                         # otherwise zeros are allocated for lse
     ctx.save_for_backward(*inputs, *output)
 
 
@@ -475,7 +475,7 @@ attention_triton.register_autograd(_gradients, setup_context=_setup)
 
 
 def attention(q, k, v, lo, hi):
-    """Span attention; shapes at the top of this file. fp64 and heads of more than 128 always use plain torch."""
+    """Span attention; for shapes see the top of this file. fp64 and heads of more than 128 always use plain torch."""
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
     assert k.shape == v.shape and q.shape[2] == k.shape[2], \
         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

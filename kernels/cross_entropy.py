@@ -3,11 +3,11 @@
     R supervised rows   C width   V vocabulary entries   n rows of a chunk
     hidden (R, C)   weight (V, C)   labels (R,) int64, -100 = ignored   ->   scalar, fp32 (fp64 for fp64)
 
-The argument in bytes. Logits are R x V: 4 GiB in fp32 for 8,192 rows and 128k entries. Autograd would save them, their
+The cost in bytes. Logits are R x V: 4 GiB in fp32 for 8,192 rows and 128k entries. Autograd would save them, their
 softmax and their gradient. But the gradient of a summed loss with respect to the logits is softmax - onehot, times one
-scalar that is known later. So the forward pass computes it, chunk by chunk: form the logits of a chunk, overwrite them
-with their gradient, multiply it into the gradients of hidden and weight. Peak memory is one chunk. Each row of logits
-is read twice and written once (3 V elements): its gradient needs the sum over the whole row first.
+scalar that is given in backward. So the forward pass computes softmax - onehot, chunk by chunk: form the logits of a
+chunk, overwrite them with their gradient, then compute the gradients of hidden and weight. Peak memory is one
+chunk. Each row of logits is read twice and written once (3 V elements): its gradient needs the sum over the row first.
 
 A chunk should have many rows. Its products do 6 V C flops per row. Adding to the weight's gradient in fp32 moves 10 V C
 bytes per chunk, for any number of rows. At 790 TFLOP/s and 4.3 TB/s both take the same time at 300 rows.
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from kernels import architecture, on_its_device, tl, triton, use_triton
 
 IGNORE = -100            # the label of a token that is not supervised
-CHUNK_BYTES = 256 << 20  # size of a chunk of logits,
-CHUNK_ROWS = 2048        # but at least this many rows
-SLICE = 8192             # vocabulary entries per product where the weight's gradient needs a second buffer
+CHUNK_BYTES = 256 << 20  # size of a chunk of logits
+CHUNK_ROWS = 2048        # minimum of rows in a chunk
+SLICE = 8192             # vocabulary entries per product, if the weight's gradient has another dtype than the product
 
 
 def chunk_rows(V, dtype):
@@ -30,13 +30,13 @@ def chunk_rows(V, dtype):
 
 
 def kernel_applies(x):
-    """Does the kernel compute the gradient of logits like x? It has no fp64."""
+    """Is the kernel used for logits like x? It does not support fp64."""
     return use_triton(x) and x.dtype != torch.float64
 
 
 def logits_bytes(R, V, like):
-    """Peak bytes for the logits of R rows, in dtype and on device of `like`. The kernel works in place: one chunk.
-    Plain torch casts a low-precision chunk to fp32 and allocates its exponentials once (run/plan.py reads this)."""
+    """Peak bytes for the logits of R rows, with the dtype and device of `like`. The kernel works in place: one
+    chunk. Plain torch also holds its exponentials and, if it is in low precision, a copy in fp32 (for run/plan.py)."""
     each, wide = like.dtype.itemsize, max(4, like.dtype.itemsize)
     if not kernel_applies(like):
         each = 2 * wide + (each if each < wide else 0)
@@ -54,7 +54,7 @@ def linear_cross_entropy_ref(hidden, weight, labels):
 
 def logits_to_gradient_torch(logits, labels, gradient):
     """logits (n, V), labels (n,) -> summed loss (), softmax - onehot (n, V), in place where no cast is needed.
-    With gradient=False the second is None."""
+    With gradient=False the second result is None."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     keep = labels != IGNORE
     at = labels.where(keep, 0)[:, None]
@@ -67,7 +67,7 @@ def logits_to_gradient_torch(logits, labels, gradient):
     return loss, g.mul_(keep[:, None]).to(logits.dtype)
 
 
-# architecture -> (logits that a program holds at a time, warps): compiled without spills (tests), not timed yet
+# architecture -> (logits that a program holds at a time, warps): no register spills (tests), not timed yet
 LOGITS_TILES = {80: (4096, 8), 90: (4096, 8)}
 
 
@@ -80,7 +80,7 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
     c = tl.arange(0, BLOCK)                  # (BLOCK,); the tail of the last block is masked
     y = tl.load(LABELS + row)
     keep = y != IGNORE
-    valid = (0 <= y) & (y < V)               # another label makes the loss nan; nothing out of bounds is read
+    valid = (0 <= y) & (y < V)               # a wrong label makes the loss nan; nothing out of bounds is read
     xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)        # read before it is overwritten
 
     m, l = -float("inf"), 0.0                # running maximum, running sum of exp(x - m)
@@ -95,12 +95,12 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
         scale = tl.where(keep, 1.0 / l, 0.0)
         for i in range(0, V, BLOCK):
             x = tl.load(X + i + c, mask=i + c < V, other=-float("inf")).to(tl.float32)
-            g = tl.exp2((x - m) * LOG2E) * scale - tl.where(i + c == y, 1.0, 0.0)  # IGNORE is never a column
+            g = tl.exp2((x - m) * LOG2E) * scale - tl.where(i + c == y, 1.0, 0.0)  # i + c is never IGNORE
             tl.store(X + i + c, g.to(X.dtype.element_ty), mask=i + c < V)
 
 
 def logits_to_gradient_triton(logits, labels, gradient):
-    """The same by the kernel: one program per row, always in place."""
+    """logits_to_gradient_torch by the kernel: one program per row, always in place."""
     n, V = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n:
@@ -133,14 +133,14 @@ def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
                 torch.mm(g, weight, out=dh[i : i + chunk])
             if need_w and dw.dtype == dtype:
                 dw.addmm_(g.T, h)
-            elif need_w:                                                      # slices avoid a second (V, C)
+            elif need_w:                                                      # slices avoid a second (V, C) tensor
                 for j in range(0, V, SLICE):
                     dw[j : j + SLICE] += g[:, j : j + SLICE].T @ h
     return loss, dh, dw
 
 
 def _outputs(hidden, weight, dtype, need_h, need_w, *_):
-    """Uninitialised results of the right shapes and dtypes; torch.compile traces with them."""
+    """Uninitialised results of the right shapes and dtypes; torch.compile traces with these."""
     wide = torch.promote_types(torch.float32, dtype)
     return (hidden.new_empty((), dtype=wide), hidden.new_empty(hidden.shape if need_h else (0,), dtype=dtype),
             weight.new_empty(weight.shape if need_w else (0,), dtype=wide))
@@ -154,19 +154,19 @@ def _setup(ctx, inputs, output):
     _, dh, dw = output
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.mark_non_differentiable(dh, dw)
-    ctx.set_materialize_grads(False)                                          # else zeros are allocated for dh and dw
+    ctx.set_materialize_grads(False)                                          # otherwise autograd allocates zeros
     ctx.save_for_backward(dh, dw)
 
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
     """Multiply by the incoming scalar before rounding: a scalar in bf16 would change all gradients by up to 1/500. Two
-    (V, C) exist here, because a compiled graph may not overwrite a saved tensor."""
+    (V, C) tensors exist here, because a compiled graph may not overwrite a saved tensor."""
     (dh, dw), (hidden, weight), (need_h, need_w, *_) = ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad
     if grad is None:
         return (None,) * 7
     dh = (dh.to(grad.dtype) * grad).to(hidden) if need_h else None
-    dw = torch.mul(dw, grad, out=dw.new_empty(dw.shape, dtype=weight)) if need_w else None  # no third for the cast
+    dw = torch.mul(dw, grad, out=dw.new_empty(dw.shape, dtype=weight)) if need_w else None  # `out` avoids a copy
     return dh, dw if need_w else None, None, None, None, None, None
 
 
@@ -174,9 +174,9 @@ linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 
 def linear_cross_entropy(hidden, weight, labels, chunk=None):
-    """Sum of losses over rows whose label is not -100; shapes at the top of this file. chunk: rows of logits that exist
-    at the same time. For labels outside [0, V) plain torch raises RuntimeError. The kernel returns nan, because a check
-    would cost a host-device sync."""
+    """Sum of losses over rows whose label is not -100; for shapes see the top of this file. chunk: rows of
+    logits that exist at the same time. For labels outside [0, V) plain torch raises RuntimeError. The kernel returns
+    nan, because a check would cost a host-device sync."""
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

@@ -2,11 +2,11 @@
 
     N tokens   C input width   O output width, one per layer   r rank, one per layer   s = alpha / r
     x (N, C)   W (O, C) or its NF4 tensors   b (O,) or None   A (r, C)   B (O, r)   ->   y = x W^T + b + s (d A^T) B^T
-    d = dropout(x): x * keep with a mask keep (N, C) bool, whose 1 / (1 - p) is part of s; without dropout d = x
+    d = dropout(x) = x * keep with a mask keep (N, C) bool; its factor 1 / (1 - p) is part of s; without dropout d = x
 
-The argument in bytes, for layers that read the same x (q, k and v; gate and up). Plain autograd adds each adapter's
-output to the base output, and each gradient of x to the others, in passes of their own: 3 N O and 6 N C elements per
-layer. Here the matrix products add (addmm). One product serves all A, one mask serves all layers, and x is stored once.
+The cost in bytes, for layers that read the same x (q, k and v; gate and up). Plain autograd adds each adapter's
+output to the base output, and each gradient of x to the others, in separate passes: 3 N O and 6 N C elements per layer.
+Here the matrix products add (addmm). One product multiplies x by all A, all layers share a mask, x is stored once.
 A dequantized W is not stored; backward dequantizes it again.
 """
 
@@ -39,14 +39,14 @@ class FrozenLinear(torch.autograd.Function):
 
 
 class LoRALinears(torch.autograd.Function):
-    """AB: A of each layer, then B of each layer"""
+    """AB: the A of all layers, then the B of all layers"""
 
     @staticmethod
     def forward(ctx, x, keep, bases, *AB):
         A, B = AB[: len(bases)], AB[len(bases) :]
         with torch.autocast(x.device.type, enabled=False):
             xa = (x if keep is None else x * keep) @ torch.cat(A).to(x.dtype).T                        # (N, sum of r)
-            # in place, but not in compiled code: torch 2.11 then makes the gradients zero
+            # in place, except in compiled code, where torch 2.11 would make the gradients zero
             addmm, out = torch.addmm if torch.compiler.is_compiling() else torch.Tensor.addmm_, []
             for (W, b, s), B_i, xa_i in zip(bases, B, xa.split([a.shape[0] for a in A], 1)):
                 out.append(addmm(base_linear(x, W, b), xa_i, (s * B_i).to(x.dtype).T))                  # (N, O)
@@ -87,7 +87,7 @@ def frozen_linear(x, W, b):
 
 
 def lora_linears(x, p, bases, A, B):
-    """x (..., C), p: probability of dropout, bases: (W, b, s) of each layer, A, B: of each layer -> [y (..., O)].
+    """x (..., C), p: probability of dropout, bases: [(W, b, s)], A, B: one item per layer -> [y (..., O)].
     Gradients go to x, A and B."""
     z, keep = autocasted(x).flatten(0, -2), None                               # (N, C)
     if p:

@@ -10,9 +10,9 @@ mean `offset` is subtracted, blocks of 256 are divided by their largest absolute
 the nearest of the 256 values in DYNAMIC_MAP. Blocks follow the memory order and may cross the end of a row, so any even
 width works.
 
-The argument in bytes. An element takes 1/2 + 1/64 + 4 / (64 * 256) = 0.516 bytes; in bf16 it takes 2. So 6.5 billion
+The cost in bytes. An element takes 1/2 + 1/64 + 4 / (64 * 256) = 0.516 bytes; in bf16 it takes 2. So 6.5 billion
 weights fit in 3.4 GB. Tensor cores cannot multiply codes, so the matrix is decoded to bf16 before each product: n / 2
-bytes read, 2 n written. At 4 TB/s that takes 1/35 of the time of the product for 8,192 tokens (by cuBLAS).
+bytes read, 2 n written. At 4 TB/s decoding takes 1/35 of the time of the product for 8,192 tokens (cuBLAS).
 """
 
 import functools
@@ -25,7 +25,7 @@ BLOCK, NESTED = 64, 256
 LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
           -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
           0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-PARTS = "weight", "absmax", "nested", "offset"  # buffers of a quantised layer, in this order; weight: the codes
+PARTS = "weight", "absmax", "nested", "offset"  # buffers of a quantised layer, in this order; "weight" holds codes
 NF4_ROWS, NF4_WARPS = 64, 4                     # blocks of 64 that a program decodes: 32 elements per thread
 
 
@@ -83,7 +83,7 @@ def dequantize_ref(codes, absmax, nested, offset, dtype):
 @triton.jit
 def nf4_dequantize(CODES, ABSMAX, NESTED_, OFFSET, LEVELS_, VALUES, W, n, m, BLOCK: tl.constexpr,
                    NESTED: tl.constexpr, ROWS: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)                          # (ROWS,) blocks
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)                          # (ROWS,) block indices
     scale = tl.load(VALUES + tl.load(ABSMAX + r, r < m, 0).to(tl.int32)) * tl.load(NESTED_ + r // NESTED, r < m, 0)
     scale = (scale + tl.load(OFFSET))[:, None]
     at = r[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]                     # (ROWS, 32) bytes

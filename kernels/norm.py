@@ -3,13 +3,13 @@ dimension. With `add`, x + add is the new residual, and the same pass normalises
 
     N tokens   C width        x, add (N, C)   w, b (C,)   ->   y (N, C), or (x + add, y)
 
-The argument in bytes. Plain torch reads and writes the whole tensor once per operator: cast, square, mean, multiply,
+The cost in bytes. Plain torch reads and writes the whole tensor once per operator: cast, square, mean, multiply,
 cast, multiply. A row of 4,096 elements fits in the registers of one program. So the kernel moves 2 N C elements forward
 (4 N C with the addition) and 3 N C backward (4 N C if the residual has a gradient of its own). Only the input is saved:
 backward recomputes the row sums from the row, which is in registers.
 
-A first kernel in Triton. `norm_forward[programs,](...)` starts that many programs, each on num_warps x 32 threads. A
-program asks for its index, computes addresses as integer tensors, loads a tile, works on it in registers and stores it.
+A first kernel in Triton. `norm_forward[p,](...)` starts p programs, each on num_warps x 32 threads. A program
+reads its index, computes addresses as integer tensors, loads a tile, works on it in registers and stores it.
 Tile sizes are powers of two; a mask disables the lanes beyond the edge: tl.load(addresses, mask, value for masked
 lanes). A tensor argument is a pointer X to its first element, of type X.dtype.element_ty. Triton compiles one kernel
 for each value of a tl.constexpr argument.
@@ -20,23 +20,23 @@ import torch.nn.functional as F
 
 from kernels import on_its_device, tl, triton, use_triton
 
-NORM_TILE = 4096     # elements a program holds at once, 16 per thread; a longer row has its own program
-NORM_PROGRAMS = 256  # in backward: two per multiprocessor of an H100; fixed, so that every GPU sums in the same order
+NORM_TILE = 4096     # elements of a tile, 16 per thread; a longer row is a tile of its own
+NORM_PROGRAMS = 256  # of backward: two per multiprocessor of an H100; fixed, so that every GPU sums in the same order
 
 
 def rms_norm_ref(x, w, eps):
-    """The definition. x (..., C), w (C,). The normalised x is cast back to x's dtype before the product with w, as in
-    the published Llamas. The other order changed the bf16 logits of a toy model by 0.09."""
+    """The definition. x (..., C), w (C,). The normalised x is cast back to x's dtype before the product with w, as the
+    published Llamas do. The other order changed the bf16 logits of a toy model by 0.09."""
     wide = x if x.dtype == torch.float64 else x.float()
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * r).to(x.dtype) * w.to(x.dtype)
 
 
-layer_norm_ref = F.layer_norm  # already saves only its input and two values per row
+layer_norm_ref = F.layer_norm  # for backward it saves only its input and two values per row
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """The definition; saved are x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1). Autograd also saves x r."""
+    """rms_norm_ref, saving only x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1). Autograd would also save x r."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -53,7 +53,7 @@ class RMSNormFunction(torch.autograd.Function):
         xhat, dy, dx, dw = x * r, dy.to(r.dtype), None, None
         if need_w:
             dw = (dy * xhat).flatten(0, -2).sum(0).to(w.dtype)
-        if need_x:  # scaling x does not change y, so the gradient has no component along x: remove it
+        if need_x:  # scaling x does not change y, so dx has no component along x: remove it from g
             g = dy * w
             dx = g.addcmul_(xhat, (g * xhat).mean(-1, keepdim=True), value=-1).mul_(r).to(x.dtype)
         return dx, dw, None
@@ -72,7 +72,7 @@ def norm_forward(X, ADD, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS
     if ADD is not None:  # decided at compile time: one kernel with the addition, one without
         s = (x + tl.load(ADD + at, mask, 0).to(wide)).to(S.dtype.element_ty)
         tl.store(S + at, s, mask)
-        x = s.to(wide)  # normalise the residual as stored, rounding included
+        x = s.to(wide)  # normalise the residual as it is stored, after rounding
     if B is not None:
         x = tl.where(c < C, x - tl.sum(x, 1)[:, None] / C, 0)  # masked lanes must stay 0, not become -mean
     x *= tl.rsqrt(tl.sum(x * x, 1)[:, None] / C + eps)
@@ -88,8 +88,8 @@ def norm_forward(X, ADD, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS
 def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexpr, LAYER: tl.constexpr,
                   ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """The gradient of w is a sum over all rows. A fixed number of programs loops over the tiles; each writes its part
-    of the sum to one row of DW (programs, C). The caller adds these rows in a fixed order: the result is deterministic,
-    as it would not be with atomic additions."""
+    of the sum to one row of DW (programs, C). The caller adds these rows in a fixed order: the result is deterministic.
+    With atomic additions it would not be."""
     c = tl.arange(0, BLOCK)[None, :]
     wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     w = tl.load(W + c, c < C, 0).to(wide)
@@ -129,7 +129,7 @@ def norm_tile(C, element_size):
     block = triton.next_power_of_2(C)
     assert block <= 8192, f"rows of {C} elements exceed the registers of a program"
     rows = max(1, NORM_TILE // block)
-    stages = 2 if block * element_size <= 16384 else 1  # a longer row fills its multiprocessor without a pipeline
+    stages = 2 if block * element_size <= 16384 else 1  # longer rows occupy a multiprocessor without a pipeline
     return dict(ROWS=rows, BLOCK=block), dict(num_warps=rows * block // 512), stages
 
 
@@ -201,7 +201,7 @@ norm_op.register_autograd(norm_gradients, setup_context=norm_context)
 
 
 def norm(x, w, b, eps, add, plain):
-    """plain: the same norm in plain torch, a function of x or x + add -> y, or (x + add, y)"""
+    """plain: this norm in plain torch -> y, the norm of x; with add: (x + add, the norm of x + add)"""
     assert w.shape == x.shape[-1:] and (add is None or add.shape == x.shape), \
         f"x {tuple(x.shape)}, weight {tuple(w.shape)}, add {None if add is None else tuple(add.shape)}"
     if use_triton(x):
@@ -215,7 +215,7 @@ def norm(x, w, b, eps, add, plain):
 def rms_norm(x, w, eps, add=None):
     """x, add (..., C), w (C,) -> y (..., C); with add: (x + add, its norm)"""
     return norm(x, w, None, eps, add, lambda s: RMSNormFunction.apply(s, w, eps) if torch.is_grad_enabled() else
-                rms_norm_ref(s, w, eps))  # the same bits
+                rms_norm_ref(s, w, eps))  # both give the same bits
 
 
 def layer_norm(x, w, b, eps, add=None):

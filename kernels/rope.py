@@ -1,16 +1,16 @@
 """Rotary positions (Su et al. 2021), halves layout: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are
 the two halves of a head.
 
-    N tokens   R of them with a query   H query heads   G key heads   K head dim
+    N tokens   R tokens with a query   H query heads   G key heads   K head dim
     q (R, H, K)   k (N, G, K)   cos, sin (N, K/2)   rows (R,): the token of each query   ->   rotated q, k
 
 The published checkpoints of the Llama family are permuted for halves. Meta's original checkpoints and GGUF files rotate
 neighbouring pairs instead.
 
-The argument in bytes. One launch reads each element of q and k once and writes it once: with 32 heads of 128 in bf16,
+The cost in bytes. One launch reads each element of q and k once and writes it once: with 32 heads of 128 in bf16,
 16 KB read and 16 KB written per token. Plain torch forms four products, two sums and a concatenation: 4.5 times the
 traffic. The inverse of a rotation is the rotation by the negative angle. So backward is the same kernel with sin
-negated, and neither q nor k is saved. The kernel does not work in place: the unrotated q and k are freed anyway.
+negated, and neither q nor k is saved. The kernel does not work in place, because q and k are freed after it.
 """
 
 import torch
@@ -26,7 +26,7 @@ def rope_ref(x, cos, sin):
 
 
 class RopeFunction(torch.autograd.Function):
-    """The definition, for q and k; only cos, sin and rows are saved for backward."""
+    """rope_ref for q and k; only cos, sin and rows are saved for backward."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, rows):
@@ -47,7 +47,7 @@ class RopeFunction(torch.autograd.Function):
 @triton.jit
 def rotate(X, Y, COS, SIN, n, at, H: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr, HEADS: tl.constexpr,
            BLOCK: tl.constexpr):
-    """Rotate all heads of row n by the angles of token `at`. Kernels call it; Triton inlines it."""
+    """Rotate all heads of row n by the angles of token `at`. The kernel calls this function; Triton inlines it."""
     h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]  # a tile: heads x pairs
     mask = (h < H) & (i < HALF)
     wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
@@ -100,7 +100,7 @@ rope_op.register_autograd(rope_gradients, setup_context=rope_context)
 
 
 def rope_qk(q, k, cos, sin, rows=None):
-    """Rotate q and k. q (R, H, K) of the tokens `rows` (R,), or of all tokens if rows is None; k (N, G, K);
+    """Rotate q and k. q (R, H, K): of the tokens `rows` (R,), or of all tokens if rows is None; k (N, G, K);
     cos and sin (N, K/2) -> q, k of the same shapes"""
     queries = k.shape[0] if rows is None else rows.shape[0]
     assert q.shape[0] == queries <= k.shape[0] == cos.shape[0], \

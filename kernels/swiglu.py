@@ -2,10 +2,10 @@
 
     N tokens   F width of the MLP        gate, up (N, F)   ->   (N, F)
 
-The argument in bytes. The kernels move 3 N F elements forward (two reads, one write) and 5 N F backward (three reads,
+The cost in bytes. The kernels move 3 N F elements forward (two reads, one write) and 5 N F backward (three reads,
 two writes). Plain torch writes silu(gate), reads it again and saves it for backward: 5 N F forward, and three saved
-tensors instead of two. The kernel recomputes the sigmoid in backward. It ignores the shape: each tensor is one long
-array, and each program takes SWIGLU_TILE elements of it.
+tensors instead of two. The kernel recomputes the sigmoid in backward. The kernels ignore the shape: a tensor is one
+long array, and each program takes SWIGLU_TILE elements.
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from kernels import on_its_device, tl, triton, use_triton
 
-SWIGLU_TILE, SWIGLU_WARPS = 4096, 8  # 16 elements per thread: two 16-byte loads from each tensor in flight at once
+SWIGLU_TILE, SWIGLU_WARPS = 4096, 8  # 16 elements per thread: two loads of 16 bytes from each tensor at a time
 
 
 def swiglu_ref(gate, up):
@@ -22,7 +22,7 @@ def swiglu_ref(gate, up):
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """The definition; only gate and up are saved for backward."""
+    """swiglu_ref; only gate and up are saved for backward."""
 
     @staticmethod
     def forward(ctx, gate, up):
