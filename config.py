@@ -57,25 +57,21 @@ def setting(default, about, least=None, most=None, choices=(), resume="same", gr
 
 @dataclasses.dataclass
 class Common:
-    data: str = setting("toy", "LLaVA json or jsonl; a.json:0.7,b.json:0.3 mixes by weight; toy = the toy world",
-                        resume="free", group="data")
+    data: str = setting("toy", "LLaVA json or jsonl; a.json:0.7,b.json:0.3 mixes; or toy", resume="free", group="data")
     images: str = setting(".", "folder that image names are relative to", resume="say")
     val_data: str = setting("", "validation data in the same form; empty: no validation, no samples", resume="free")
-    template: str = setting("", "plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral; empty: as init was trained,"
-                                " or vicuna_v1 after stage 1")
+    template: str = setting("", "plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral; empty: as init was trained")
     system: str | None = setting(None, "system text; none: as init was trained, else the template's own")
     image_aspect: str = setting("", "pad (LLaVA-1.5), crop (CLIP), squash (SigLIP); empty: as init, else pad")
     max_dropped: float = setting(0.01, "share of the samples that may be unusable", 0, 1, resume="free")
 
-    init: str = setting("", "a run or a LLaVA folder to start from; empty: vision and llm, and a new connector",
-                        resume="say", group="model")
+    init: str = setting("", "a run or a LLaVA folder to start from; empty: vision and llm", resume="say", group="model")
     vision: str = setting("", "where init is empty, CLIP, SigLIP or DINOv2: folder or org/name", resume="say")
     llm: str = setting("", "where init is empty, Llama, Mistral or Qwen: folder or org/name", resume="say")
     connector: str = setting("mlp", "of a new model", choices=("mlp", "linear"))
 
     batch_size: int = setting(16, "samples per optimizer step, over all processes", 1, 2**20, group="optimisation")
-    max_tokens: int = setting(4096, "tokens of one packed sequence: less needs less memory, the gradient is the same",
-                              1, resume="free")
+    max_tokens: int = setting(4096, "tokens of one packed sequence; the gradient stays the same", 1, resume="free")
     max_len: int = setting(512, "tokens of one sample; the rest is cut, never inside an image, and counted", 1)
     epochs: float = setting(2.0, "passes over the data, where steps is 0", 0, 1e9, resume="say")
     steps: int = setting(0, "optimizer steps", 0, resume="say")
@@ -87,29 +83,24 @@ class Common:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1", resume="free", group="machine")
     dtype: str = setting("auto", "of the computation; auto: bf16 where the GPU has it, else fp32; fp64 is for tests",
                          choices=("auto", "bf16", "fp32", "fp64"), resume="say")
-    parallel: str = setting("auto", "replicas or shards on several GPUs", choices=("auto", "ddp", "fsdp"),
-                            resume="free")
-    recompute: str = setting("none", "block: the backward pass computes the activations of each block again",
-                             choices=("none", "block"), resume="free")
+    parallel: str = setting("auto", "replicas or shards on GPUs", choices=("auto", "ddp", "fsdp"), resume="free")
+    recompute: str = setting("none", "block: activations are computed again", choices=("none", "block"), resume="free")
     compile: bool = setting(False, "torch.compile, block by block", resume="free")
     kernels: str = setting("auto", "auto: Triton on a GPU", choices=("auto", "torch", "triton"), resume="free")
     workers: int = setting(0, "loader processes", 0, resume="free")
     seed: int = setting(0, "of new weights, order of the data, dropout", 0, 2**32)
 
     out: str = setting("", "folder of the run", resume="free", group="the run")
-    resume: str = setting("auto", "auto: go on where this folder stopped; none; or the path of a checkpoint",
-                          resume="free")
+    resume: str = setting("auto", "auto: go on where this folder stopped; none; a checkpoint's path", resume="free")
     save_every: int = setting(200, "steps between checkpoints", 0, resume="free")
     save_dtype: str = setting("auto", "of the published weights; auto: as dtype, but fp16 for fp32",
                               choices=("auto", "bf16", "fp16", "fp32"), resume="say")
     keep_last: int = setting(2, "checkpoints", 1, resume="free")
-    keep_best: bool = setting(False, "keep the checkpoint with the lowest validation loss, too", resume="free")
     log_every: int = setting(10, "steps", 0, resume="free")
     eval_every: int = setting(100, "steps between validation losses", 0, resume="free")
     sample_every: int = setting(100, "steps between answers to fixed questions, in samples.jsonl", 0, resume="free")
     dry_run: bool = setting(False, "print the plan and one sample, and stop", resume="free")
-    overfit: bool = setting(False, "train on the first batch only, and say whether the model predicts all of it",
-                            resume="free")
+    overfit: bool = setting(False, "train on the first batch only, and check that the model predicts it", resume="free")
 
 
 def setting_facts(Settings):

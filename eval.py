@@ -70,7 +70,7 @@ def toy_questions(world):
 
 
 def other_images(rows):
-    """For every question the image of another one, never its own. A question without an image gets none."""
+    """For every question the image of another question, never the same image. A question without an image gets None."""
     images = sorted({r["image"] for r in rows} - {None})
     if len(images) < 2:
         config.stop("--shuffled needs at least two different images")
@@ -98,7 +98,7 @@ def ask(chat, rows, names, images, max_new_tokens):
 
 
 def answers_file(s, name):
-    """The file for the answers: the one given, or one in the run, or one in answers/ here if the run is read-only.
+    """The file for the answers: s.answers, else a file in the run, or in ./answers/ if the run is read-only.
     A file that cannot be written stops the script before the first question."""
     run = Path(s.model)
     run = run.parent if run.exists() and run.name in ("model", "adapter") else run
@@ -121,7 +121,7 @@ def main(s):
     data, images = (s.data, s.images or str(Path(s.data).parent)) if s.data else toy_questions(world)
     rows = read_questions(data, s.task if s.data else "exact")
     if s.task == "pope":
-        rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # the toy world has others, too
+        rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # the toy world has other answers, too
     rows = rows[: s.limit or None]
     image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"
@@ -159,7 +159,7 @@ def main(s):
     except OSError as e:
         config.stop(f"{e.filename or out} could not be written: {e.strerror}")
     finally:
-        print(json.dumps(result), flush=True)                     # a full disk does not cost the score
+        print(json.dumps(result), flush=True)                     # the score is printed even if the disk is full
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def main(s):
             run.validation.answers(step, model, folder, run.log)
         stop, = world.sum([len(run.signals)])                              # Ctrl-C or a scheduler, on any rank
         if stop or run.due(step, s.save_every):
-            run.folder.save(step, model, optimizer, run.log, run.validation.best)
+            run.folder.save(step, model, optimizer, run.log)
         if stop:
             return stage.stopped(run, step, world)
     # ------------------------------------------------------------------------------------------------------------------

@@ -75,11 +75,11 @@ def save_checkpoint(out, step, model, optimizer, world, state):
     commit(Path(out, "checkpoints", f"step_{step:07}"), fill)
 
 
-def retire(out, step, keep_last, keep=()):
-    """Delete all checkpoints but the newest keep_last and the steps in `keep`. Those beyond `step` belong to an
-    abandoned continuation (they are damaged, or an older one was named to go on from) and go too."""
+def retire(out, step, keep_last):
+    """Delete all checkpoints but the newest keep_last. Checkpoints after `step` (damaged, or left from before the run
+    was resumed at an older one) are deleted too."""
     steps = steps_in(out)
-    kept = {*keep, *[s for s, _ in steps if s <= step][-max(1, keep_last):]}
+    kept = [s for s, _ in steps if s <= step][-keep_last:]
     for s, path in steps:
         if s not in kept:
             discard(path)

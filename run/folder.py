@@ -177,18 +177,18 @@ class RunFolder:
         except OSError as e:
             stop(f"out={self.out}: {e.strerror}")
 
-    def save(self, step, model, optimizer, log, best):
+    def save(self, step, model, optimizer, log):
         """Write the checkpoint after step `step` (from 0). One that cannot be written is reported and training goes on,
-        TRIES times in a row. best: (validation loss, step) or None."""
+        TRIES times in a row."""
         if self.s.overfit:
             return
-        state = dict(settings=dataclasses.asdict(self.s), steps=self.steps, data=self.data, base=self.base, best=best,
+        state = dict(settings=dataclasses.asdict(self.s), steps=self.steps, data=self.data, base=self.base,
                      **log.state())
         problem = ""
         try:
             checkpoint.save_checkpoint(self.out, step + 1, model, optimizer, self.world, state)
             if self.world.rank == 0:
-                self.retire(step + 1, best)
+                checkpoint.retire(self.out, step + 1, self.s.keep_last)
         except OSError as e:
             problem = str(e)
         problem = next(filter(None, self.world.gather(problem)), "")
@@ -197,6 +197,3 @@ class RunFolder:
             stop(f"{TRIES} checkpoints in a row could not be written: {problem}")
         if problem:
             self.world.print(f"step {step + 1}: {problem}; training goes on from memory")
-
-    def retire(self, step, best):
-        checkpoint.retire(self.out, step, self.s.keep_last, (best[1],) if self.s.keep_best and best else ())

@@ -10,6 +10,7 @@ from engine import unwrap, whole_tensor
 from formats import card, hub, llava, peft
 from formats.whole import write_file
 from lora import merge_state, scales
+from run.checkpoint import retire
 
 SAVE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -24,7 +25,7 @@ def full_path(name):
     return str((hub.model_in(Path(name)) or Path(name)).resolve()) if Path(name).exists() else name
 
 
-def publish(run, model, folder, log, best=None):
+def publish(run, model, folder, log):
     """run: RunFolder; folder: formats.llava.Folder. All ranks take part in gathering the weights, rank 0 writes."""
     s, world, out = run.s, run.world, run.out
     model, state, seen = unwrap(model), {}, log.seen
@@ -41,7 +42,7 @@ def publish(run, model, folder, log, best=None):
     if world.rank > 0:
         return
     try:
-        run.retire(max(run.steps, log.start), best)              # killed in its last save?
+        retire(out, max(run.steps, log.start), s.keep_last)      # killed in its last save?
         base = full_path(s.init) if s.init else None
         if adapted:
             trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}

@@ -56,10 +56,6 @@ def check(s):
             stop(f"{key}={getattr(s, key)} means nothing while lora_r is 0: the whole language model would train")
     if s.resume not in ("auto", "none") and not Path(s.resume, MANIFEST).is_file():
         stop(f"resume={s.resume} is no checkpoint: those of a run are called checkpoints/step_*")
-    if s.keep_best and not (s.val_data or s.data == "toy"):
-        stop("keep_best needs val_data")
-    if s.keep_best and (not s.save_every or s.eval_every % s.save_every):
-        stop("keep_best: eval_every must be a multiple of save_every, for only what is written can be kept")
 
 
 def default(s, key):
@@ -143,7 +139,7 @@ def prepare(s, world, model, folder, lrs):
     model = engine.parallelize(model, world, model.blocks, s.parallel, s.recompute, s.compile)
     optimizer = engine.adamw(model, lrs, s.weight_decay)
     state = files.resume(model, optimizer)
-    start, validation.best = state["step"], state.get("best")
+    start = state["step"]
     log = Log(files.out, world, steps, start, flops, s.max_dropped, state)
     order = [0] * steps if s.overfit else range(start, steps)
     return Run(model, optimizer, start, steps, log.timed(loader(samples, order, s.workers)), first, files, log,
@@ -162,7 +158,7 @@ def finish(run, s, world, folder):
         return run.exit_code
     if s.overfit:
         return check_overfit(run.model, run.first, world)
-    publish(run.folder, run.model, folder, run.log, run.validation.best)
+    publish(run.folder, run.model, folder, run.log)
 
 
 def rehearse(s, world, samples, first):

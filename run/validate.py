@@ -28,7 +28,7 @@ class Validation:
     """best: (loss, step) of the lowest loss so far, or None"""
 
     def __init__(self, s, world, samples):
-        self.s, self.world, self.best, self.questions = s, world, None, []
+        self.s, self.world, self.questions = s, world, []
         self.steps = Once(s.val_data, s.images, samples.encode, samples.image_spec, min(s.batch_size, 32), s.max_tokens,
                           0, world.rank, world.size) if s.val_data else []
         if not s.val_data:
@@ -57,8 +57,6 @@ class Validation:
         log.append({"step": step + 1, "val_loss": loss, "val_dropped": int(bad)})
         self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}"
                          + (f" ({bad:.0f} of {self.steps.total} samples could not be used)" if bad else ""))
-        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
-            self.best = (loss, step + 1)
 
     def first_questions(self, n=4):
         """[(id of the sample, question, true answer, prompt (n,), images)] from first turns of the validation file"""

@@ -18,7 +18,7 @@ from tiny_runs import LORA, SCRIPTS, files, refusal, rows, run, state, write_dat
 
 import engine
 from config import setting_facts
-from run import checkpoint, folder
+from run import folder
 from run.folder import RunFolder
 
 # ---- may we write there? --------------------------------------------------------------------------------------------
@@ -220,27 +220,6 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_counts(world, tmp_path):
     assert one["seen"]["samples"] == 24 and one["reasons"]["no conversations"][0] == 2
     del one["settings"], other["settings"]
     assert one == other
-
-
-def test_the_best_checkpoint_survives_a_restart(validated, tmp_path, monkeypatch):
-    """Validation losses 5, 1 and 3 after steps 2, 4 and 6, of which the last two are made after a restart"""
-    script, means = SCRIPTS["align"], iter((5.0, 1.0, 3.0))
-    real = script.token_loss
-
-    def loss(model, batch):
-        return real(model, batch) if model.training else mean[0] * (batch.labels >= 0).sum()
-    mean, validate = [0.0], script.stage.Validation.loss
-
-    def next_mean(self, *args):
-        mean[0] = next(means)
-        validate(self, *args)
-    monkeypatch.setattr(script, "token_loss", loss)
-    monkeypatch.setattr(script.stage.Validation, "loss", next_mean)
-    monkeypatch.setattr(script.stage.Validation, "answers", lambda *a: None)
-    for steps in (4, 6):
-        run("align", validated, tmp_path / "run", steps=steps, eval_every=2, keep_best=True, keep_last=1)
-    assert [r["val_loss"] for r in rows(tmp_path / "run" / "log.jsonl") if "val_loss" in r] == [5, 1, 3]
-    assert [step for step, _ in checkpoint.steps_in(tmp_path / "run")] == [4, 6]
 
 
 def test_other_data_and_another_mixture_are_refused(world, tmp_path):

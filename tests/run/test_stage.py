@@ -36,8 +36,6 @@ from run import stage
     ("align", dict(batch_size=0), "batch_size=0: expected between 1 and"), ("align", dict(out=""), "out is empty"),
     ("align", dict(steps=0, epochs=0.0), "nothing to do"),
     ("align", dict(steps=0, epochs=1e300), "epochs=1e+300: expected between 0 and"),
-    ("align", dict(keep_best=True), "keep_best needs val_data"),
-    ("align", dict(keep_best=True, val_data="x", save_every=0), "keep_best: eval_every must be a multiple of"),
     ("align", dict(resume="runs/never"), "resume=runs/never is no checkpoint: those of a run are called checkpoints/"),
     ("align", dict(max_len=4097, max_tokens=5000), "max_len=4097, but the language model was made for 4,096 positions"),
     ("align", dict(data="toy"), "data=toy brings its own images and val_data"),
