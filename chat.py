@@ -1,11 +1,11 @@
 """Conversations to token ids and labels, built together, turn by turn.
 
 A template writes a conversation as a list of parts: control tokens (BOS, headers, end of turn), images (Q placeholders
-each), and text. Control tokens are inserted as ids. The text between two of them is tokenised in one piece, by a
-tokenizer that knows no control tokens, so nobody can type one. Answers and the tokens that end them are supervised.
-Rendered text is never searched, and the prompt at inference is an exact prefix of the training ids.
+each), and text. Control tokens are inserted as ids. Text between two control tokens is tokenised in one piece, by a
+tokenizer without control tokens, so no user can type one. Answers and the tokens that end them are supervised.
+Labels never come from a search in the rendered text. The prompt at inference is an exact prefix of the training ids.
 
-    turns    [(user, assistant)]; assistant None in the last turn: write the prompt that asks for its answer
+    turns    [(user, assistant)]; if the last assistant is None, the ids end where its answer begins
     ids      list of token ids
     labels   list of the same length: labels[i] is ids[i] where token i is supervised, else IGNORE; not yet shifted
     Q        tokens per image
@@ -22,7 +22,7 @@ from config import BadSample, stop
 from kernels.cross_entropy import IGNORE
 
 IMAGE = "<image>"  # the marker in LLaVA's data files; the placeholder token has the same name
-LONGEST = 64       # characters per token: an average that no real text reaches
+LONGEST = 64       # characters per token, on average: no real text has so many
 
 
 class Parts:
@@ -42,7 +42,7 @@ class Parts:
         return self
 
     def tag(self, s):
-        """[INST] and [/INST]: control tokens since Mistral's third version, text before."""
+        """[INST] and [/INST]: control tokens since Mistral's third version, ordinary text in older ones."""
         return self.control(s) if s in self.tok.specials else self.text(s)
 
     def image(self, n=1):
@@ -50,8 +50,8 @@ class Parts:
         return self
 
     def user(self, s):
-        """A question. Markers stand for images only in a sample that has images. A single marker moves to the front of
-        its turn, as in LLaVA; several stay where they are."""
+        """Write a question. Markers stand for images only in a sample that has images. A single marker moves to the
+        front of its turn, as in LLaVA; several markers stay where they are."""
         if not self.images or IMAGE not in s:
             return self.text(s.strip())
         if s.count(IMAGE) == 1:
@@ -93,8 +93,8 @@ class Parts:
 # ---- templates: each writes turns as its language models expect them ------------------------------------------------
 
 def plain(p, system, turns):
-    """Stage 1: image, caption, newline. Of the question only the images are used."""
-    if p.tok.bos is not None:                           # Qwen has none
+    """Stage 1: image, caption, newline. The text of the question is not used, only its images."""
+    if p.tok.bos is not None:                           # Qwen has no BOS
         p.control(p.tok.bos)
     for user, answer in turns:
         p.image(user.count(IMAGE) if p.images else 0)
@@ -155,8 +155,8 @@ _LLAVA = ("You are a helpful language and vision assistant. You are able to unde
 
 class Template(NamedTuple):
     write: callable
-    system: str           # the default
-    stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token that holds one
+    system: str           # the default system text
+    stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token with a newline
 
 
 TEMPLATES = {
@@ -176,8 +176,8 @@ def template(name):
 
 def encode(tok, name, turns, images, image_id, image_tokens, system=None, max_len=None):
     """One conversation -> ids, labels, not truncated. The users' texts hold one marker for each of the `images` images;
-    without images a marker is text. system: None = the template's default, "" = none. max_len: of a far longer text
-    the tokens would only cost memory. Raises BadSample."""
+    without images a marker is text. system: None = the template's default, "" = none. max_len: a far longer
+    text is refused before it is tokenised, to save memory. Raises BadSample."""
     t = template(name)
     if images:
         markers = sum(user.count(IMAGE) for user, _ in turns)
@@ -205,19 +205,19 @@ def stop_ids(tok, name):
 
 
 def truncate(ids, labels, image_id, image_tokens, max_len):
-    """Keep at most max_len tokens, and no part of an image -> ids, labels, number of images kept."""
+    """Keep at most max_len tokens, and only whole images -> ids, labels, number of images kept."""
     n = max_len
     if n < len(ids) and ids[n] == image_id:                            # the cut may lie inside an image
         while n and ids[n - 1] == image_id:
             n -= 1
-        n += (max_len - n) // image_tokens * image_tokens              # images may be adjacent: keep the whole ones
+        n += (max_len - n) // image_tokens * image_tokens              # of adjacent images keep the whole ones
     return ids[:n], labels[:n], ids[:n].count(image_id) // image_tokens
 
 
 # ---- looking at the loss mask ---------------------------------------------------------------------------------------
 
 def printable(s):
-    """Text from data for a terminal: control characters and changes of writing direction are escaped."""
+    """Make text safe to print on a terminal: control characters and changes of writing direction are escaped."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: repr(m[0])[1:-1], s)
 
 

@@ -2,7 +2,7 @@
 
     python data.py FILE --images=DIR --model=DIR [--template=NAME --max_len=N --show=N --bad=FILE]   # check a file
 
-    row      one object of a data file           sample   its ids, labels and images          step   batch_size samples
+    row      one object of a data file           sample   ids, labels and images of a row     step   batch_size samples
     stream   the samples of one micro-batch, packed into one sequence without padding
 
     N tokens of a stream   I images   S side in pixels   Q tokens per image
@@ -50,7 +50,7 @@ class Encoder:
         turns, names, system = conversation(row)
         ids, labels = self.encode(turns, len(names), system)
         short, kept, images = chat.truncate(ids, labels, self.image_id, self.image_tokens, self.max_len)
-        if all(y == IGNORE for y in kept[1:]):                 # no token predicts the first one
+        if all(y == IGNORE for y in kept[1:]):                 # the first token is never predicted
             if len(short) == len(ids):
                 raise BadSample("no supervised token")
             first = next((i for i, y in enumerate(labels) if i and y != IGNORE), len(ids))
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
     """One stream of N tokens from many samples; I images, in the order of their placeholders."""
     ids: torch.Tensor     # (N,) int64
     labels: torch.Tensor  # (N,) int64: the id that this position must predict, or -100
-    pos: torch.Tensor     # (N,) int64, from 0 in every sample
+    pos: torch.Tensor     # (N,) int64, counted from 0 in every sample
     lo: torch.Tensor      # (N,) int32: a token reads the keys lo <= j < hi of the stream
     hi: torch.Tensor      # (N,) int32
     images: torch.Tensor  # (I, 3, S, S) uint8
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 
 def pack(samples, side):
     """[(ids, labels, images (i, 3, side, side) uint8)] -> one Batch. Labels are shifted here, within each sample, so
-    the last token of one does not predict the first token of the next."""
+    the last token of a sample does not predict the first token of the next sample."""
     lengths = torch.tensor([len(ids) for ids, _, _ in samples], dtype=torch.long)
     ids = torch.tensor([i for ids, _, _ in samples for i in ids], dtype=torch.long)
     labels = torch.tensor([y for _, labels, _ in samples for y in [*labels[1:], IGNORE]], dtype=torch.long)
@@ -88,7 +88,7 @@ def pack(samples, side):
 
 
 def share_out(costs, n):
-    """Indices of `costs` in n groups of nearly equal sum: the largest first, each into the group that has least."""
+    """Indices of `costs` in n groups of nearly equal cost: the most expensive first, each into the cheapest group."""
     groups, load = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         k = min(range(n), key=lambda k: (load[k], k))
@@ -98,8 +98,8 @@ def share_out(costs, n):
 
 
 def best_fit(indices, lengths, room):
-    """`indices` into few streams of at most `room` tokens: the longest first, each into the fullest stream that has
-    room for it. One longer than `room` gets its own."""
+    """Divide the samples `indices` into few streams of at most `room` tokens: the longest first, each into the fullest
+    stream that has room for it. A sample longer than `room` gets its own stream."""
     streams = []                                                  # [room left, indices]
     for i in sorted(indices, key=lambda i: (-lengths[i], i)):
         fit = min((s for s in streams if s[0] >= lengths[i]), key=lambda s: s[0], default=None)
@@ -114,7 +114,7 @@ def best_fit(indices, lengths, room):
 
 class StepData(NamedTuple):
     """The work of one rank in one optimizer step."""
-    micro: list       # Batches: as many on every rank; a rank with less work gets empty ones
+    micro: list       # of Batch; the same number on every rank: a rank with less work gets empty ones
     names: list       # the samples of this rank
     dropped: list     # (sample, reason) on this rank
     truncated: int    # samples that lost tokens at their end
@@ -151,7 +151,7 @@ class Steps(torch.utils.data.Dataset):
         if self._epoch[0] != e:
             draws = []
             for f, (rows, count) in enumerate(zip(self.files, self.counts)):
-                first, end = e * count, (e + 1) * count        # a file's endless order, cut into epochs
+                first, end = e * count, (e + 1) * count        # numbers of these draws, over all epochs
                 laps = range(first // len(rows), -(-end // len(rows)))
                 order = [np.random.default_rng([self.seed, f, lap]).permutation(len(rows)) for lap in laps]
                 picked = np.concatenate([[], *order]).astype(int)[first % len(rows):][:count]
@@ -171,7 +171,7 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         encoded, dropped, truncated, animated = [], [], 0, 0
-        for n, (f, i) in enumerate(self.samples(step)):        # every rank encodes all: who works on what needs lengths
+        for n, (f, i) in enumerate(self.samples(step)):        # each rank encodes all: share_out() needs all lengths
             name, mine = self.name(f, i), n % self.world == self.rank
             try:
                 row = self.files[f][i]
@@ -179,11 +179,11 @@ class Steps(torch.utils.data.Dataset):
                 ids, labels, names, cut = self.encode(row)
                 encoded.append((name, ids, labels, names))
                 truncated += mine and cut > 0
-            except BadSample as e:                             # every rank meets it; one of them reports it
+            except BadSample as e:                             # all ranks find it, one rank reports it
                 if mine:
                     dropped.append((name, str(e)))
         lengths = [len(ids) for _, ids, _, _ in encoded]
-        costs = [len(ids) + self.encode.image_tokens * len(files) for _, ids, _, files in encoded]  # the ViT's as well
+        costs = [len(ids) + self.encode.image_tokens * len(files) for _, ids, _, files in encoded]  # LLM + ViT tokens
         streams = [best_fit(group, lengths, self.max_tokens) for group in share_out(costs, self.world)]
         mine, micro, names = streams[self.rank], [], []
         for stream in mine + [[]] * (max(map(len, streams)) - len(mine)):
@@ -201,7 +201,7 @@ class Steps(torch.utils.data.Dataset):
         return StepData(micro, names, dropped, truncated, animated)
 
     def pixels(self, file):
-        """-> (3, S, S) uint8, whether it is an animation. A large image is freed before the next one is decoded."""
+        """-> pixels (3, S, S) uint8, whether it is an animation. A large image is freed before the next is decoded."""
         image = load_image(safe_path(self.images, file))
         return preprocess(image, self.image_spec), image.info["animated"]
 
@@ -209,8 +209,8 @@ class Steps(torch.utils.data.Dataset):
 # ---- loader processes -----------------------------------------------------------------------------------------------
 
 def loader(steps, order, workers):
-    """StepData for the steps in `order`. A worker prepares whole steps, so their number changes no result."""
-    own = torch.Generator()    # otherwise a seed is drawn from dropout's generator, and a resumed run differs
+    """StepData for the steps in `order`. A worker prepares whole steps, so the number of workers changes no result."""
+    own = torch.Generator()    # without it, torch draws a seed from dropout's generator, and a resumed run differs
     ended, open_end = multiprocessing.Pipe(duplex=False)
     atexit.register(open_end.close)                            # runs before multiprocessing waits for the loaders
     try:
@@ -226,7 +226,7 @@ def outlive_signals(ended, open_end, worker):
     needs data until its step is done. The loader ends when the trainer has closed its end of the pipe, or has died."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    open_end.close()                                           # the loader's copy
+    open_end.close()                                           # the loader's copy of the trainer's end
     threading.Thread(target=lambda: ended.poll(None) and os._exit(0), daemon=True).start()
 
 

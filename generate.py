@@ -1,10 +1,10 @@
-"""Generation: answers to questions about images. sample.py, eval.py and the samples during training share this path.
+"""Generation: answers to questions about images. sample.py, eval.py and the samples during training use this code.
 
     from generate import Chat
     chat = Chat("runs/sft")                                  # a run, any LLaVA folder, or a PEFT adapter
     print(chat.ask("cat.jpg", "What is this?"))
 
-    B prompts   L most tokens of one conversation   I images   Q placeholders per image   V vocabulary   S image side
+    B prompts   L maximum tokens per conversation   I images   Q placeholders per image   V vocabulary   S image side
 """
 
 import sys
@@ -22,11 +22,11 @@ from model import logits_head
 
 
 class Cache:
-    """Keys and values of B conversations of at most L tokens. Conversation b owns the slots [b L, (b + 1) L). So a span
-    [lo, hi) of slots says what a query reads, in the prompt and afterwards."""
+    """Keys and values of B conversations of at most L tokens. Conversation b owns the slots [b L, (b + 1) L). So a
+    query reads the slots [lo, hi) of its conversation, in the prompt and afterwards."""
 
     def __init__(self, B, L):
-        self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): where the tokens of the next forward pass go
+        self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): slots of the tokens of the next forward pass
 
     def append(self, layer, k, v):
         """k, v (N, G, K) of the new tokens -> keys and values of all slots (B L, G, K)"""
@@ -43,7 +43,7 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
 
     prompts: list of (n_b,) id tensors with Q placeholders per image. images: (I, 3, S, S) uint8, in the order of the
     placeholders. An answer ends before an id in `stop_ids`. Ids in `banned` and the placeholder are never generated.
-    Greedy at temperature 0. Modules keep their mode, and the global random state does not change."""
+    Temperature 0 is greedy decoding. Train/eval modes and the global random state do not change."""
     if not prompts:
         return []
     device = images.device
@@ -54,11 +54,11 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
     B, L = len(prompts), int(lengths.max()) + max_new_tokens
     cache = Cache(B, L)
     start = torch.arange(B) * L                               # first slot of each conversation
-    ids = torch.cat([p.to(device) for p in prompts])          # (N,) the new tokens: first the prompts, then one each
+    ids = torch.cat([p.to(device) for p in prompts])          # (N,) new tokens: first the prompts, then one per answer
     pos = torch.cat([torch.arange(n) for n in lengths])       # (N,)
     lo = start.repeat_interleave(lengths)                     # (N,)
-    labels = torch.full((len(pos),), IGNORE)                  # (N,) a label other than IGNORE asks for logits
-    labels[lengths.cumsum(0) - 1] = 0                         # of the last token of each prompt
+    labels = torch.full((len(pos),), IGNORE)                  # (N,) logits are computed where a label is not IGNORE
+    labels[lengths.cumsum(0) - 1] = 0                         # at the last token of each prompt
     answers, alive = [[] for _ in prompts], list(range(B))
     banned = torch.tensor(sorted({*banned, model.cfg.image_token_index}), device=device)
     try:
@@ -92,8 +92,8 @@ class Chat:
     """A model with its tokenizer, chat template and image preprocessing.
 
     folder: a run, its model/ or adapter/, any LLaVA folder, a PEFT adapter, or org/name of the hub. device: auto, cpu,
-    cuda, cuda:N. dtype: auto, bf16, fp32, fp64. template and system: empty and None = as the model was trained. What
-    cannot be loaded is a config.Error of one line; an image or a question that cannot be used is a config.BadSample."""
+    cuda, cuda:N. dtype: auto, bf16, fp32, fp64. template "" and system None: as the model was trained. A model
+    that cannot be loaded raises config.Error; an unusable image or question raises config.BadSample."""
 
     def __init__(self, folder, device="auto", dtype="auto", template="", system=None, kernels="auto"):
         if not folder:
@@ -106,14 +106,14 @@ class Chat:
         if not template:
             template = "vicuna_v1"
             world.print(f"note: {path} does not say with which template it was trained: {template} is used; "
-                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout: answers alone
+                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout: answers only
         system = source.meta.get("system") if system is None else system
         vars(self).update(vars(Chat.of(model.to(world.device), source, template, system,
                                        llava.aspect(source, model.cfg))))
 
     @classmethod
     def of(cls, model, folder, template, system, aspect):
-        """The same for a model in memory. folder: formats.llava.Folder. aspect: pad, crop or squash."""
+        """A Chat for a model in memory. folder: formats.llava.Folder. aspect: pad, crop or squash."""
         self = cls.__new__(cls)
         self.model, self.tok, self.template, self.system = model, folder.tok, template, system
         self.cfg, self.spec = model.cfg, configs.image_spec(folder.pre, aspect)
@@ -133,13 +133,13 @@ class Chat:
         return preprocess(load_image(image), self.spec)
 
     def prompt(self, turns, n_images):
-        """turns [(user, assistant)], the last assistant None -> (n,) ids, Q placeholders for each of n_images images"""
+        """turns [(user, assistant)]; the last assistant is None -> (n,) ids with Q placeholders per image"""
         Q = self.cfg.vision.patches
         ids, _ = chat.encode(self.tok, self.template, turns, n_images, self.cfg.image_token_index, Q, self.system)
         return torch.tensor(ids)
 
     def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0):
-        """Prompts (n_b,) of different lengths, and the images of all of them in order, each (3, S, S) -> strings"""
+        """prompts [(n_b,) ids], pixels [(3, S, S)]: the images of all prompts, in order -> one string per prompt"""
         S = self.cfg.vision.image_size
         images = torch.stack(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
         answers = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop_ids,
@@ -149,5 +149,5 @@ class Chat:
 
 
 def with_marker(text, images=1):
-    """A question without <image> gets one in front for each of its images."""
+    """-> text; if it has no <image> marker, one marker per image is put in front of it"""
     return text if chat.IMAGE in text or not images else f"{chat.IMAGE}\n" * images + text

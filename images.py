@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 from config import BadSample, stop
 
-MAX_PIXELS = 64_000_000    # of one file; a header may promise more than memory holds, so it is checked before decoding
-MAX_SIDE = 8_000           # a thin image padded to a square could need more than memory holds: it is reduced first
+MAX_PIXELS = 64_000_000    # per image; checked in the header, because decoding a larger image may need too much memory
+MAX_SIDE = 8_000           # a longer side is reduced first: a thin image padded to a square may need too much memory
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]        # EPS would start Ghostscript
 
 
@@ -23,18 +23,18 @@ class ImageSpec(NamedTuple):
     aspect: str = "pad"
     resample: int = Image.BICUBIC
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)
-    short: int = 0             # crop: the shorter side before the cut, where it is not S (DINOv2: 256, then 224)
+    short: int = 0             # crop: shorter side before the cut; 0 = S (DINOv2: resized to 256, then cut to 224)
 
 
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
 def safe_path(root, name):
-    """The path of a file below root, whatever the name says and wherever links lead; BadSample otherwise."""
-    shown = f"{name!r:.200}"                                   # repr: a name may hold what no terminal can print
+    """-> real path of the file `name` below root. BadSample if it is no file, or outside root (also by links)."""
+    shown = f"{name!r:.200}"                                   # repr escapes unprintable characters
     root = os.path.realpath(root)
     try:
         path = os.path.realpath(os.path.join(root, name))
-    except (TypeError, ValueError):                            # not a string; a NUL or a lone surrogate in it
+    except (TypeError, ValueError):                            # no string, or it has a NUL or a lone surrogate
         raise BadSample("image name is not a path", shown) from None
     if os.path.commonpath([root, path]) != root:
         raise BadSample("image lies outside the image folder", shown)
@@ -46,7 +46,7 @@ def safe_path(root, name):
 
 
 def image_folder(path):
-    """Stop if there is no folder of images, before a first step in which every image is missing."""
+    """Stop if `path` is no folder: otherwise every image would be reported as missing."""
     if not os.path.isdir(path or "."):
         stop(f"images={path} is no folder")
 
@@ -55,7 +55,7 @@ def image_folder(path):
 
 def load_image(source):
     """A path or a PIL image -> PIL image: RGB, upright, white where it was transparent, 16 bits scaled to 8, only the
-    first frame; info["animated"]: there were more. Else BadSample. Memory: 8 bytes a pixel, 16 with alpha."""
+    first frame; info["animated"]: it has more frames. Raises BadSample. Memory: 8 bytes per pixel, 16 with alpha."""
     name = repr(os.path.basename(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
     try:
         given = isinstance(source, Image.Image)
@@ -63,7 +63,7 @@ def load_image(source):
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             image.load()
-            moving = True                                      # stays so if Pillow fails at a later, broken frame
+            moving = True                                      # stays True if Pillow fails at a later, broken frame
             with contextlib.suppress(Exception):
                 moving = getattr(image, "is_animated", False)
             image = rgb(upright(image))
@@ -73,7 +73,7 @@ def load_image(source):
         raise BadSample(e.reason, name) from None
     except Image.DecompressionBombError as e:
         raise BadSample("image is too large", f"{name}, {e} pixels; the limit is {MAX_PIXELS:,}") from None
-    except Exception as e:                                     # Pillow raises almost anything on a broken file
+    except Exception as e:                                     # Pillow raises many exception types on a broken file
         raise BadSample("image cannot be read", f"{name} ({type(e).__name__})") from None
 
 
@@ -81,7 +81,7 @@ def upright(image):
     """A PIL image turned as its EXIF orientation says; always a copy."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:                                          # broken EXIF does not say what is up
+    except Exception:                                          # broken EXIF: the orientation is unknown
         return image.copy()
 
 
@@ -89,12 +89,12 @@ def rgb(image):
     """A PIL image of any mode -> RGB, over white where it is transparent. BadSample for floats outside 0..255."""
     if image.mode.startswith("I"):                             # 16 or 32 bits: convert("RGB") would cut at 255
         a = np.asarray(image).astype(np.int64).clip(0, 65535)
-        if image.mode != "I" or a.max() > 255:                 # some store 8 bits in 32
+        if image.mode != "I" or a.max() > 255:                 # some files store 8 bits in 32
             a = a // 257
         image = Image.fromarray(a.astype(np.uint8))
     elif image.mode == "F":
         a = np.asarray(image)
-        if not (a.min() >= 0 and a.max() <= 255):              # written so because NaN compares false
+        if not (a.min() >= 0 and a.max() <= 255):              # `not` also finds NaN
             raise BadSample("image holds floats outside 0..255")
         image = Image.fromarray((a * (255 if a.max() <= 1 else 1)).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -106,8 +106,8 @@ def rgb(image):
 # ---- preprocessing --------------------------------------------------------------------------------------------------
 
 def preprocess(image, spec):
-    """PIL RGB -> (3, S, S) uint8. Equal to the pixels of transformers' Pillow processors before they normalise, for
-    sides of at most MAX_SIDE."""
+    """PIL RGB -> (3, S, S) uint8. The pixels equal those of transformers' Pillow processors before normalisation,
+    for sides of at most MAX_SIDE."""
     S = spec.side
     if max(image.size) > MAX_SIDE:
         image = image.reduce(math.ceil(max(image.size) / MAX_SIDE))
@@ -123,7 +123,7 @@ def preprocess(image, spec):
     left, top = (W - S) // 2, (H - S) // 2
     if W * H <= MAX_PIXELS:
         image = image.resize((W, H), spec.resample).crop((left, top, left + S, top + S))
-    else:                                                      # very thin: resize only what the crop will keep
+    else:                                                      # very thin: resize only the part that the crop keeps
         box = (left * w / W, top * h / H, (left + S) * w / W, (top + S) * h / H)
         image = image.resize((S, S), spec.resample, box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -4,9 +4,9 @@ add_adapters() replaces linear layers of a model. A wrapped layer keeps its weig
 lora_A.weight (r, in) and lora_B.weight (out, r), the names of a PEFT adapter. B starts at zero, so a new adapter does
 not change the output. merge_state() adds s B A to W again, s = alpha / r.
 
-QLoRA (Dettmers et al. 2023) is LoRA over a W of 4 bits per weight (kernels/nf4.py): quantize_base() comes first. W is
-then buffers, which each product dequantizes, and which no checkpoint holds: they follow from the model that the run
-starts from.
+QLoRA (Dettmers et al. 2023) is LoRA over a W of 4 bits per weight (kernels/nf4.py): quantize_base() comes first. It
+stores W in buffers. Each product dequantizes them. No checkpoint holds them, because they can be computed from the
+model that the run starts from.
 
     N tokens   C input width   O output width, one per layer   r rank, one per layer   s = alpha / r
 """
@@ -58,7 +58,7 @@ class LoRALinear(nn.Linear):
 
 
 class DoRALinear(LoRALinear):
-    """DoRA (Liu et al. 2024): each row of W + s B A is scaled to a given length. Published adapters can be merged."""
+    """DoRA (Liu et al. 2024): each row of W + s B A is scaled to a stored length. It is merged here, not trained."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -69,10 +69,10 @@ class DoRALinear(LoRALinear):
 
 
 def apply_shared_input(x, *layers):
-    """x (..., C) -> [layer(x) (..., O)] of layers of which some are LoRALinear. These share one dropout mask; PEFT
-    draws one for each layer."""
+    """x (..., C) -> [layer(x) (..., O)] for each of `layers`. The LoRALinear layers share one dropout mask;
+    PEFT draws one mask for each layer."""
     adapters = [f for f in layers if type(f) is LoRALinear]
-    if len({f.dropout for f in adapters}) != 1:                    # no adapter, or no mask that is right for all
+    if len({f.dropout for f in adapters}) != 1:                    # no adapter, or different dropout rates
         return [f(x) for f in layers]
     ys = lora_linears(x, adapters[0].dropout if adapters[0].training else 0.0,
                       [(base_weight(f), f.bias, f.scale) for f in adapters],
@@ -82,7 +82,7 @@ def apply_shared_input(x, *layers):
 
 
 def qkv(attention, x, rows=None):
-    """Replaces model.LlamaAttention.qkv: the same projections, those of the same input together"""
+    """Replaces model.LlamaAttention.qkv: projections of the same input are computed together"""
     if rows is None:
         return apply_shared_input(x, attention.q_proj, attention.k_proj, attention.v_proj)
     return attention.q_proj(x[rows]), *apply_shared_input(x, attention.k_proj, attention.v_proj)
@@ -96,7 +96,7 @@ def gate_up(mlp, x):
 def targets(model, pattern):
     """Names of the linear layers that a pattern selects: `all-linear` = all of the language model; otherwise names
     separated by commas, each the last part of a name in the language model (q_proj) or a glob over whole names
-    (vision_tower.*.q_proj). Never the head, which is used as a matrix and not called."""
+    (vision_tower.*.q_proj). The head is never selected: it is used as a matrix and not called."""
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search("lora_|lm_head", n)]
     if pattern == "all-linear":
         return [n for n in linears if n.startswith("language_model.model.")]
@@ -148,7 +148,7 @@ def scales(model):
 
 
 def merged(W, A, B, scale, lengths=None):
-    """Base weight W -> W + scale B A (O, C) in fp32 (fp64 for fp64). With DoRA's lengths (O,): of its rows."""
+    """Base weight W -> W + scale B A (O, C) in fp32 (fp64 for fp64). DoRA: lengths (O,) of the new rows."""
     wide = torch.promote_types(torch.float32, A.dtype if isinstance(W, tuple) else W.dtype)
     V = dense(W, wide) + B.to(wide) @ A.to(wide) * scale
     return V if lengths is None else V * (lengths.to(wide) / V.norm(dim=1))[:, None]
@@ -156,9 +156,9 @@ def merged(W, A, B, scale, lengths=None):
 
 @torch.no_grad()
 def merge_state(state, scales, dtype=None):
-    """State dict of a wrapped model -> that of the plain, merged model. scales: alpha / r of the wrapped layers, by
-    name. One matrix after the other is computed in fp32 (fp64 for fp64) and rounded to dtype, if given: so a 7B model
-    is never in memory in fp32. The given tensors stay unchanged."""
+    """State dict of a model with adapters -> state dict of the merged model. scales: alpha / r of the wrapped
+    layers, by name. The matrices are computed one after another in fp32 (fp64 for fp64) and rounded to dtype, if given,
+    so a 7B model is never in memory in fp32. The tensors of `state` do not change."""
     out, packed = {k: v for k, v in state.items() if ".lora_" not in k}, {}
     for name in [k.removesuffix(".absmax") for k in out if k.endswith(".absmax")]:
         packed[name] = tuple(out.pop(f"{name}.{part}") for part in nf4.PARTS)

@@ -1,12 +1,12 @@
 """Scores as pure functions on strings. The rules are those of the VQA evaluation script, of its EvalAI variant and of
-POPE's evaluation, quirks included; tests/test_metrics.py pins them to values that those programs gave."""
+POPE's evaluation, including their errors; tests/test_metrics.py compares the scores with outputs of those programs."""
 
 import re
 
 # ---- exact match ----------------------------------------------------------------------------------------------------
 
 def exact(answer, truth):
-    """1.0 if the answer is one of `truth`, whatever the case, the spaces and a final period; else 0.0."""
+    """1.0 if the answer is one of `truth`, else 0.0. Case, extra spaces and a final period are ignored."""
     def bare(s):
         return " ".join(s.lower().split()).removesuffix(".").rstrip()
     return float(bare(answer) in {bare(t) for t in truth})
@@ -32,7 +32,7 @@ _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
 def vqa_normalise(s, evalai=True):
-    """An answer as VQA's scorers compare it: EvalAI's (also LLaVA's and lmms-eval's) or the official script's. Both
+    """Normalise an answer as a VQA scorer does: EvalAI (as LLaVA and lmms-eval do) or the official script. Both
     change punctuation, number words, articles and contractions."""
     if evalai:
         s = s.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
@@ -42,15 +42,15 @@ def vqa_normalise(s, evalai=True):
             out = out.replace(p, "")
         else:
             out = out.replace(p, " ")
-    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)        # the look-behind is mistyped upstream, so it is here
+    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)        # the look-behind has the official script's error
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
 
 def vqa_accuracy(answer, truth, evalai=True):
-    """Mean over the humans of min(1, number of others who gave this answer / 3): 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 of
-    ten. A lone true answer stands for ten humans who agree. Where all agree letter for letter, the official script
-    normalises nothing."""
+    """Mean over the annotators of min(1, number of other annotators who gave `answer` / 3): 0.3, 0.6, 0.9, 1 if 1, 2,
+    3, 4 of ten gave it. A single true answer counts as ten equal ones. If all true answers are identical, the official
+    script normalises nothing."""
     truth = truth * 10 if len(truth) == 1 else truth
     if evalai or len(set(truth)) > 1:
         answer, truth = vqa_normalise(answer, evalai), [vqa_normalise(t, evalai) for t in truth]
@@ -63,14 +63,14 @@ def vqa_accuracy(answer, truth, evalai=True):
 # ---- POPE -----------------------------------------------------------------------------------------------------------
 
 def pope_answer(answer):
-    """yes or no, by POPE's rule: before the first period, without commas, a word exactly No, no or not makes a no."""
+    """POPE's rule: no, if the text before the first period, without commas, has the word No, no or not; else yes."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if any(w in ("No", "no", "not") for w in words) else "yes"
 
 
 def pope(answers, truth):
-    """Answers, and yes or no for each -> accuracy, precision, recall, f1 and yes_ratio (of the answers). yes is
-    positive. A ratio with nothing below the line is 0."""
+    """answers, truth (yes or no for each) -> accuracy, precision, recall, f1 and yes_ratio (share of yes answers). yes
+    is the positive class. A ratio whose denominator is 0 is 0."""
     pairs = [(pope_answer(a), t) for a, t in zip(answers, truth, strict=True)]
     tp, fp, fn, tn = (pairs.count(p) for p in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")))
     n = max(1, len(pairs))
@@ -79,8 +79,8 @@ def pope(answers, truth):
 
 
 def pope_by_type(answers, truth, types):
-    """The same, and the f1 of each of `types` {type: indices}, whose mean is what papers quote. An answer of None (the
-    question could not be asked) counts as wrong."""
+    """pope() of all answers, the f1 of each of `types` {type: indices}, and the mean of these f1, which papers report.
+    An answer None (the question could not be asked) counts as wrong."""
     answers = [{"yes": "no", "no": "yes"}[t] if a is None else a for a, t in zip(answers, truth)]
     f1 = {k: pope([answers[i] for i in at], [truth[i] for i in at])["f1"] for k, at in types.items()}
     return pope(answers, truth) | {"f1_types": f1, "f1_mean": sum(f1.values()) / len(f1)}

@@ -2,11 +2,11 @@
 embeddings of a Llama decoder, and the decoder reads them with the text.
 
 All tokens are in one packed sequence (stream), without padding and without a batch dimension. Query n sees the keys
-[lo[n], hi[n]) (kernels/attention.py). The state dict is that of the published llava-hf checkpoints. The model knows no
-tokenizer, no data set and no rank. LoRA, sharding, recomputation and compilation are applied from outside.
+[lo[n], hi[n]) (kernels/attention.py). The state dict is that of the published llava-hf checkpoints. The model does not
+depend on tokenizer, data set or rank. LoRA, sharding, recomputation and compilation are applied from outside.
 
     N tokens of the stream   R tokens with a label   C LLM width   H heads   G key-value heads   K head width
-    I images   P patches of each   T = P + class and register tokens   Q tokens of each after the connector (Q = P)
+    I images   P patches per image   T = P + class and register tokens   Q tokens per image after the connector (= P)
     V vocabulary size   D ViT width   S image side in pixels
 """
 
@@ -29,7 +29,7 @@ class VisionConfig:
     model_type: str = "clip_vision_model"    # clip_vision_model, siglip_vision_model, dinov2, dinov2_with_registers
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12              # as published; `depth` of them are built
+    num_hidden_layers: int = 12              # as published; only the first `depth` are built
     num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 32
@@ -37,7 +37,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
     num_register_tokens: int = 0             # DINOv2 with registers: 4
     feature_layer: int = -2                  # index into [embeddings, block 1 ... L]: -2 is the output of block L - 1
-    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # pixels are uint8 and normalised here
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # ViTEmbeddings normalises pixels
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
     @property
@@ -50,7 +50,7 @@ class VisionConfig:
 
     @property
     def depth(self):
-        """Number of blocks up to the feature layer: only these are built"""
+        """Number of blocks up to the feature layer; later blocks are not built"""
         L, layer = self.num_hidden_layers, self.feature_layer
         assert -L - 1 <= layer <= L, f"feature layer {layer} of a ViT of {L} blocks"
         return layer % (L + 1)
@@ -68,11 +68,11 @@ class TextConfig:
     head_dim: int = 128
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None         # None, or rope_type llama3 or linear, and its values
+    rope_scaling: dict | None = None         # None, or a dict with rope_type: llama3 or linear
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
     qkv_bias: bool = False                   # Qwen2
-    o_bias: bool = False                     # Llama's attention_bias: q, k, v and o
+    o_bias: bool = False                     # with qkv_bias: Llama's attention_bias
     mlp_bias: bool = False
     qk_norm: bool = False                    # Qwen3
     sliding_window: int | None = None        # Mistral 7B v0.1
@@ -167,7 +167,7 @@ class ViTEmbeddings(nn.Module):
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)            # (I, T, D)
         x = x + self.position_embedding.weight.to(x.dtype)
-        if self.register_tokens is not None:  # these have no position
+        if self.register_tokens is not None:  # register tokens have no position
             x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return x
 
@@ -179,7 +179,7 @@ class VisionModel(nn.Module):
         super().__init__()
         clip = cfg.model_type == "clip_vision_model"
         self.embeddings = ViTEmbeddings(cfg)
-        self.pre_layrnorm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # published so
+        self.pre_layrnorm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # published name
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth))
 
@@ -189,7 +189,7 @@ class VisionModel(nn.Module):
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         lo = torch.arange(0, I * T, T, dtype=torch.int32, device=x.device).repeat_interleave(T)            # (I T,)
-        hi = lo + T                                                                        # a patch sees its own image
+        hi = lo + T                                                                        # a token sees its own image
         x = x.reshape(I * T, D)
         for block in self.encoder.layers:
             x = block(x, lo, hi)
@@ -252,14 +252,14 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(cfg, device=None):
-    """(K/2,) fp32 angles per position. Not a buffer, which a cast of the model to bf16 would round."""
+    """(K/2,) angles per position, in fp32. It is no buffer, because model.to(bf16) would round a buffer."""
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.int64, device=device).float()
     f = 1.0 / cfg.rope_theta ** (i / cfg.head_dim)
     s = cfg.rope_scaling or {}
     kind = s.get("rope_type", s.get("type", "default"))
     if kind == "linear":
         f = f / s["factor"]
-    elif kind == "llama3":  # long waves are slowed down, short ones stay, those between are interpolated
+    elif kind == "llama3":  # low frequencies are divided by `factor`, high ones stay, others are interpolated
         old = s["original_max_position_embeddings"]
         wave = 2 * torch.pi / f
         blend = (old / wave - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
@@ -271,7 +271,7 @@ def rope_frequencies(cfg, device=None):
 
 
 def take(x, rows):
-    """x (N, ...) -> x (N, ...) if rows is None, else its rows (R, ...)"""
+    """x (N, ...) -> x (N, ...) if rows is None, else x[rows] (R, ...)"""
     return x if rows is None else x[rows]
 
 
@@ -287,17 +287,17 @@ class LlamaAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(K, cfg.rms_norm_eps) if cfg.qk_norm else None for _ in range(2))
 
     def qkv(self, x, rows=None):
-        """A method of its own, because LoRA replaces it"""
+        """A separate method, because LoRA replaces it"""
         return self.q_proj(take(x, rows)), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
-        """x (N, C) -> (N, C). With rows (R,), only these tokens are queries -> (R, C)."""
+        """x (N, C) -> (N, C). If rows (R,) is given, only the tokens at `rows` are queries -> (R, C)."""
         q, k, v = (t.unflatten(-1, (-1, self.K)) for t in self.qkv(x, rows))   # (N or R, H, K), (N, G, K), (N, G, K)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope_qk(q, k, cos, sin, rows)
         if cache is not None:
-            k, v = cache.append(self, k, v)                                    # of all slots of generate.Cache
+            k, v = cache.append(self, k, v)                                    # k, v of all slots of generate.Cache
         return self.o_proj(attention(q, k, v, take(lo, rows), take(hi, rows)).flatten(1))
 
 
@@ -309,7 +309,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
     def gate_up(self, x):
-        """A method of its own, because LoRA replaces it"""
+        """A separate method, because LoRA replaces it"""
         return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x):
@@ -325,7 +325,7 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
-        """x (N, C) -> (N, C), or (R, C) for the tokens `rows`, which alone enter the MLP"""
+        """x (N, C) -> (N, C). If rows (R,) is given, only the tokens at `rows` pass the MLP -> (R, C)."""
         h = self.self_attn(self.input_layernorm(x), cos, sin, lo, hi, rows, cache)
         x, y = self.post_attention_layernorm.add(take(x, rows), h)
         return x + self.mlp(y)
@@ -349,13 +349,13 @@ class Llama(nn.Module):
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def forward(self, x, pos, lo, hi, rows=None, cache=None):
-        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)   # (N, K/2), fp32: bf16 has no 257
+        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)   # (N, K/2), fp32: bf16 rounds 257
         cos, sin = angles.cos(), angles.sin()
         if self.cfg.sliding_window:
             lo = torch.maximum(lo, hi - self.cfg.sliding_window)
         for layer in self.model.layers[:-1]:
             x = layer(x, cos, sin, lo, hi, cache=cache)
-        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)           # other tokens only give keys and values
+        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)           # tokens not in rows: only k and v
         return self.model.norm(x)
 
 
@@ -377,7 +377,7 @@ class VLM(nn.Module):
 
     @property
     def blocks(self):
-        """The modules worth recomputing, compiling and sharding one by one"""
+        """The transformer blocks: each is recomputed, compiled and sharded separately"""
         return [*self.vision_tower.vision_model.encoder.layers, *self.language_model.model.layers]
 
     def train(self, mode=True):
@@ -388,7 +388,7 @@ class VLM(nn.Module):
         return self
 
     def image_features(self, images):
-        """images (I, 3, S, S) uint8 -> (I, Q, C). A frozen vision tower builds no graph."""
+        """images (I, 3, S, S) uint8 -> (I, Q, C). No autograd graph is built for a frozen tower."""
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             features = self.vision_tower(images)                               # (I, P, D)
@@ -399,12 +399,12 @@ class VLM(nn.Module):
 
         Only tokens with a label pass the whole last layer. The result is head(hidden (R, C), weight (V, C), labels
         (R,)), by default the summed loss."""
-        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,), first of all, because it is the only host-device sync
+        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). The only host-device sync, so it comes first
         x = self.language_model.model.embed_tokens(ids)                        # (N, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would keep it fp32
+            x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would keep x in fp32
         z = self.image_features(images).flatten(0, 1)                          # (I Q, C)
-        # positions of the image placeholders. The extra slot must stay -1: so the GPU checks the count without a sync
+        # at: positions of the image placeholders. at[-1] must stay -1: the GPU checks their number without a sync
         at = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]                 # (I Q + 1,)
         torch._assert_async(at[-1] < 0, "there are more image placeholders than image features")
         torch._assert_async((at[:-1] >= 0).all(), "there are more image features than image placeholders")
@@ -425,7 +425,7 @@ def init_weights(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     params = dict(sorted(model.named_parameters()))
     for name, p in params.items():
-        if "linear_" in name:  # the connector, in a whole model or alone
+        if "linear_" in name:  # the connector, in a VLM or alone
             fan_in = params[name.replace("bias", "weight")].shape[1]
             value = (2 * torch.rand(p.shape, generator=g) - 1) * fan_in**-0.5
         elif "norm" in name or "layer_scale" in name:
@@ -434,6 +434,6 @@ def init_weights(model, seed=0):
             value = torch.zeros(p.shape)
         elif "embed" in name and "patch" not in name or "register_tokens" in name:
             value = torch.randn(p.shape, generator=g) * 0.02
-        else:  # the usual 0.02 is 1/sqrt(fan in) of width 2,500; it is far too small for the toy's 128
+        else:  # 1/sqrt(fan in). The usual 0.02 fits a width of 2,500; it is far too small for the toy's width of 128
             value = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5
         p.copy_(value)

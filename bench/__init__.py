@@ -1,4 +1,4 @@
-"""What the two benchmarks share: lengths of conversations, timing, measured ceilings, child processes, reports."""
+"""Functions of both benchmarks: lengths of conversations, timing, measured ceilings, child processes, reports."""
 
 import importlib.metadata
 import json
@@ -20,8 +20,8 @@ import config
 ROOT = Path(__file__).resolve().parent.parent
 LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # dtype of the measurements
 
-# A model of LLaVA's mixture of 665k conversations. Each part: thousands of conversations, mean and relative spread of
-# their text tokens (log-normal), share of these that is supervised, images. Only the thousands are published.
+# LLaVA's 665k conversations, simulated. Each part: thousands of them, mean and std / mean of their text tokens
+# (log-normal), supervised share of these, images. Only the first number is published; the others are assumed.
 MIX = [(58, 290, .35, .62, 1), (23, 160, .30, .68, 1), (77, 215, .30, .75, 1),    # conversation, detail, reasoning
        (40, 1150, .55, .65, 0), (83, 150, .25, .14, 1), (72, 285, .60, .15, 1),   # ShareGPT, VQAv2, GQA
        (9, 75, .10, .05, 1), (80, 160, .20, .25, 1), (66, 105, .15, .02, 1),      # OKVQA, OCR-VQA, A-OKVQA
@@ -51,7 +51,7 @@ def pick_device(device):
 
 
 def pick_rows(names, usual, known):
-    """"all" or "A3,C1" -> list of names: the usual ones, or those given, which must be known"""
+    """"all" -> the names `usual`; "A3,C1" -> ["A3", "C1"], which must be in `known`"""
     names = [*usual] if names == "all" else names.split(",")
     if unknown := [n for n in names if n not in known]:
         config.stop(f"rows={unknown[0]}: all, or some of {','.join(known)}")
@@ -66,8 +66,8 @@ def sync(device):
 
 
 def timed(f, device, ms):
-    """Median milliseconds of a call, over about `ms` of calls. On a GPU between two events; before each call 1 GiB is
-    overwritten, so that the L2 cache is cold and the host has time to queue the call, as in a model."""
+    """Median milliseconds of f(); all calls together take about `ms`. On a GPU: time between two events. Before each
+    call 1 GiB is overwritten, so that the L2 cache is cold and the host has time to queue the call, as in a model."""
     f()
     sync(device)
     began = time.perf_counter()
@@ -93,8 +93,8 @@ def timed(f, device, ms):
 
 
 def ceilings(device, ms=200):
-    """The best of this device -> FLOP/s of a large matrix product, bytes/s (read + written) of a large copy. On random
-    values: a product of zeros ran 13 % faster."""
+    """Limits of this device -> FLOP/s of a large matrix product, bytes/s (read + written) of a large copy. The values
+    are random, because a product of zeros ran 13 % faster."""
     n, size = (8192, 1 << 30) if device == "cuda" else (512, 1 << 24)
     a, b = (torch.randn(n, n, device=device).to(LOW[device]) for _ in range(2))
     x = torch.randn(size // 4, device=device)
@@ -105,7 +105,7 @@ def ceilings(device, ms=200):
 
 def child(command, args, seconds):
     """Run `python -m bench command args` in its own process (it may run out of memory, hang or lose the GPU); kill
-    it after `seconds` -> the JSON objects it prints, and at last {"ended": exit code, "because": end of its stderr}"""
+    it after `seconds` -> the JSON objects it prints, and finally {"ended": exit code, "because": end of its stderr}"""
     with tempfile.TemporaryFile("w+") as errors:
         p = subprocess.Popen([sys.executable, "-m", "bench", command, *args], stdout=subprocess.PIPE, stderr=errors,
                              text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -159,7 +159,7 @@ def table(names, rows):
 
 
 def write_page(page, out):
-    """-> page; writes it to the file `out`, if one is given"""
+    """Write the page to the file `out`, if out is not empty -> page"""
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(page, "utf-8")

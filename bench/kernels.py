@@ -1,8 +1,8 @@
 """Each kernel beside its alternatives, in one process, on the same values (the rows: bench/rows.py).
 
 A contender is built, run once for its error against the definition in float64 and once for its memory. Then all
-contenders are timed in turns. One that cannot run is named with its reason. Rows run in a child process, the most
-important first; if it dies, a new child continues with the next row.
+contenders are timed in turns. A contender that cannot run is listed with the reason. Rows run in a child process, the
+most important first; if this process dies, a new one continues with the next row.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ def relative_errors(tensors, truth):
 
 
 def poison(device):
-    """Fill memory with nan and free it: the next results are allocated there, so an element that a kernel forgets to
-    write shows."""
+    """Fill memory with nan and free it: the next results are allocated there, so an element that a kernel does not
+    write stays nan."""
     torch.full((1 << (30 if device == "cuda" else 16),), math.nan, device=device)
 
 
@@ -59,7 +59,7 @@ def measure(name, row, device, ms, rounds):
     failed, found, built = {}, {}, {}
 
     def attempt(who, f, *args):
-        """f(*args), or None and the reason noted. If the device itself no longer works, this process ends."""
+        """-> f(*args), or None if it fails (reason: failed[who]). If the device no longer works, this process ends."""
         try:
             return f(*args)
         except Exception as e:
@@ -71,7 +71,7 @@ def measure(name, row, device, ms, rounds):
         except Exception as e:
             raise SystemExit(f"the device is lost: {reason(e)}") from None
 
-    truth = attempt("truth", row.truth)                          # fails on a small card: then times without errors
+    truth = attempt("truth", row.truth)                          # fails on a small GPU: then errors are not measured
     plain = attempt("truth", lambda: relative_errors(row.plain(), truth)) if row.plain and truth else None
 
     def first(who):
@@ -94,10 +94,9 @@ def measure(name, row, device, ms, rounds):
 
 
 def judge(r):
-    """Adds two entries to a row. right: each error of ours is at most twice that of plain torch. beside, for forward
+    """Add two entries to a row. right: each error of ours is at most twice that of plain torch. beside, for forward
     and backward: [time of the best alternative / ours, its name]. An alternative counts if its errors are at most four
-    times those of plain torch. 2^-22 is added to each budget: the error of a single value, a loss, is a matter of
-    luck."""
+    times those of plain torch. 2^-22 is added to each limit: the error of a single value, a loss, is random."""
     def exact(who, factor):
         e = r["found"][who]["error"]
         return not e or not r["plain"] or all(a <= factor * b + 2**-22 for a, b in zip(e, r["plain"]))
@@ -150,14 +149,14 @@ class Settings:
 
 
 def measure_rows(s, names):
-    """In the child: ceilings, then row by row."""
+    """In the child process: print the ceilings, then measure one row after another."""
     low = bench.LOW[s.device]
     torch._functorch.config.donated_buffer = False     # else torch.compile's result refuses a second backward pass
     if s.device == "cpu":
         torch.set_num_threads(1)
     bench.print_json({"ceilings": bench.ceilings(s.device)})
     for name in names:
-        faulthandler.dump_traceback_later(s.row_seconds, exit=True)     # from a thread: works when the GPU hangs
+        faulthandler.dump_traceback_later(s.row_seconds, exit=True)     # uses a thread: works if the GPU hangs
         torch.manual_seed(0)
         bench.print_json({"began": name})
         make, *sizes = ROWS[name] if s.size == "full" else shrink(*ROWS[name])

@@ -1,6 +1,6 @@
 """The rows of `python -m bench kernels`: sizes, random inputs, and the contenders. bench/kernels.py measures them.
 
-    N tokens   H, G heads of queries and of keys   K head size   C, O input and output width   V vocabulary   r rank
+    N tokens   H, G query heads and key heads   K head size   C, O input and output width   V vocabulary   r rank
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Contender:
     forward: object                # () -> tuple of outputs
     leaves: list                   # tensors that get gradients
     ups: list                      # gradients of the outputs
-    common: object = list          # [outputs..., gradients...] -> the same in the layout in which errors are taken
+    common: object = list          # [outputs..., gradients...] -> the same in the layout in which errors are measured
     note: str = ""
 
     def run(self):
@@ -34,11 +34,11 @@ class Contender:
 @dataclasses.dataclass
 class Row:
     what: str
-    contenders: dict               # name -> () -> Contender; ours first, and "torch" is the definition as torch runs it
+    contenders: dict               # name -> function that builds a Contender; first "ours"; "torch": the definition
     truth: object                  # () -> outputs and gradients in float64, in the common layout
-    plain: object = None           # () -> the same at low precision, where "torch" is no contender
-    flops: tuple = (0, 0)          # needed forward, backward
-    bytes: tuple = (0, 0)          # that must move at least once
+    plain: object = None           # () -> as truth, at low precision; needed if "torch" is no contender
+    flops: tuple = (0, 0)          # needed in forward, in backward
+    bytes: tuple = (0, 0)          # that forward, backward must read or write
     together: bool = False         # forward and backward are one measurement
 
 
@@ -158,7 +158,7 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
     R, some = rows.numel(), share < 1
 
     def contender(f, gathered=True):
-        """f(hidden, weight, labels) -> summed loss; gathered: f gets the supervised rows alone"""
+        """f(hidden, weight, labels) -> summed loss; gathered: f gets only the supervised rows"""
         def loss(h, head=w):
             return f(h[rows], head, y[rows]) if gathered and some else f(h, head, y)
         return simple(loss, [h, w][: 1 + trained], [torch.ones((), device=device)])
@@ -220,7 +220,7 @@ def norm_row(N, C, residual, device, dtype):
 
         def forward():
             out = layer(*tensors[:-1])
-            return out[::-1] if residual else (out,)                            # theirs: y first, then the sum
+            return out[::-1] if residual else (out,)                            # Liger: y first, then the sum
         return Contender(forward, tensors, ups)
 
     def ours(*t):
@@ -256,7 +256,7 @@ def rope_row(N, H, G, K, device, dtype):
         from liger_kernel.ops.rope import LigerRopeFunction
         both = [torch.cat([t, t], -1).to(dtype)[None] for t in (cos, sin)]      # (1, N, K)
         args, ups = ([t.transpose(0, 1)[None] for t in ts] for ts in (args, ups))
-        # it works in place, which autograd allows on a view of a leaf but not on the leaf
+        # Liger works in place; autograd allows this on a view of a leaf, not on the leaf
         return simple(lambda *ts: LigerRopeFunction.apply(*(t.view_as(t) for t in ts), *both), args, ups,
                       common=lambda ts: [t[0].transpose(0, 1) for t in ts])
     unit = N * (H + G) * K * dtype.itemsize
@@ -266,7 +266,7 @@ def rope_row(N, H, G, K, device, dtype):
 
 
 def lora_row(N, C, O, layers, r, device, dtype):
-    """Layers that share the input x, each with an adapter in fp32, which is trained; under autocast, as in training"""
+    """Layers that share the input x, each with a trained adapter in fp32; under autocast, as in training"""
     import lora
     x, *ups = normal((N, C), *[(N, O)] * layers, device=device, dtype=dtype)
     weights = [w * C**-0.5 for w in normal(*[(O, C)] * layers, device=device, dtype=dtype)]
@@ -338,7 +338,7 @@ def nf4_row(O, C, device, dtype):
 
 
 def packed(tokens, scale=1.0):
-    """Lengths of documents of the mixture, 576 tokens for an image, that fill a packed sequence of `tokens`"""
+    """Lengths of documents from the mixture that fill a packed sequence of `tokens` tokens; an image has 576"""
     out, g = [], torch.Generator().manual_seed(0)
     while sum(out) < tokens:
         for text, _, images in bench.draw_lengths(64, g):
@@ -348,7 +348,7 @@ def packed(tokens, scale=1.0):
     return [*out[:-1], tokens - sum(out[:-1])]
 
 
-# the most important first, for runs that are cut short
+# the most important rows first, because a run may be interrupted
 ROWS = {
     "A3": (attention_row, packed(8192), 32, 32, 128, True),
     "A1": (attention_row, [577] * 64, 16, 16, 64, False),

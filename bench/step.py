@@ -2,12 +2,12 @@
 (the rows: bench/systems.py).
 
 The vision tower is frozen and builds no graph on either side. Ours packs the conversations and runs the loop of the
-training scripts. transformers takes them padded, with a mask, in a loop of the same steps: sdpa, fused AdamW, tower in
-no_grad, pixels normalised before the clock starts. theirs+liger uses Liger's kernels, theirs+ckpt recomputes its
-layers, theirs+sorted puts conversations of similar length together, because packing must beat that too.
+training scripts. transformers gets them padded, with a mask. Its loop does the same steps: sdpa, fused AdamW, tower in
+no_grad, pixels normalised before timing starts. theirs+liger uses Liger's kernels, theirs+ckpt recomputes its
+layers, theirs+sorted puts conversations of similar length together, because packing must be faster than sorting, too.
 
 Every measurement has its own process; ours and theirs alternate. On a CPU the time is CPU time (user + system) of one
-thread, which depends little on the load; on a GPU it is the time between two events. Ratios are of neighbouring runs.
+thread, which depends little on the load; on a GPU it is the time between two events. Ratios compare neighbouring runs.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from bench.systems import NAMES, conversations, fill, pad, system, work
 from config import setting
 
 LR, CLIP = 1e-3, 1.0
-AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest difference of the first losses: bf16, fp32
+AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest allowed difference of the first losses: bf16, fp32
 MEMORY = 0.6                                # goal: peak memory of ours / theirs
 
 
 # ---- the two sides --------------------------------------------------------------------------------------------------
-# Each gives prepare(samples, part), before the clock starts -> micro-batches of `part` of the usual size, and
-# step(micro-batches) -> mean loss before the update
+# Each returns prepare(samples, part) -> micro-batches of `part` (0 to 1) times the usual size, not timed;
+# step(micro-batches) -> mean loss before the update; and the optimizer
 
 def ours(s, device):
     import data
@@ -91,8 +91,8 @@ def theirs(s, device, *how):
 
     def names(k):
         k = "lm_head.weight" if "lm_head" in k else "model." + k.replace("language_model.model.", "language_model.")
-        return k.replace("vision_tower.vision_model.", "vision_tower."), k    # transformers 5.20 and before it
-    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."      # transformers computes it, its output is unused
+        return k.replace("vision_tower.vision_model.", "vision_tower."), k    # transformers 5.20; older versions
+    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."      # transformers runs it, the output is unused
     besides = fill(s.cfg, model, device, names)
     assert all(re.search(re.escape(last) + r"|post_layernorm|vision_tower.*\.head\.", k) for k in besides), besides
 
@@ -124,7 +124,7 @@ def theirs(s, device, *how):
         return [pad(s.cfg, made[i : i + n]) for i in range(0, len(made), n)]
 
     def step(micro):
-        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)         # the first token has no label
+        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)         # the label shift drops none
         total = 0.0
         for batch in micro:
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -142,7 +142,7 @@ def theirs(s, device, *how):
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 def memory(key):
-    """Bytes of this process: VmRSS now, VmHWM at most. getrusage would include the maximum of the parent."""
+    """Bytes of this process. VmRSS: now; VmHWM: peak. getrusage would include the peak of the parent process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
@@ -176,7 +176,7 @@ def measure(name, side, steps, size="full", device="cpu"):
     prepare, step, optimizer = ours(s, device) if side == "ours" else theirs(s, device, *how)
     if device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()                  # models are created in fp32
+        torch.cuda.reset_peak_memory_stats()                  # creating the model in fp32 does not count
     warm, losses, seconds, part = 1 if device == "cpu" else 2, [], [], 1.0
     while len(seconds) < warm + steps:
         batch = prepare(conversations(s, len(seconds)), part)
@@ -213,7 +213,7 @@ def compare(name, pairs, steps, size, device, ceilings, peer):
            "supervised": supervised / real, "ms": [1e3 * t for t in seconds],
            "samples_per_s": [s.samples / t for t in seconds],
            "mib": [mid(p["peak"] for p in side) / 2**20 for side in sides], "part": [side[0]["part"] for side in sides]}
-    if ceilings:                           # attention at its published best, for a product of 790 TFLOP/s: 600 and 500
+    if ceilings:                           # best published attention: 600 and 500 TFLOP/s, if a matrix product has 790
         rate = ceilings["matmul"]
         floor = products / rate + forward / (rate * 600 / 790) + backward / (rate * 500 / 790)
         flops = products + forward + backward
@@ -251,7 +251,7 @@ Memory: peak of {of}. Apart: difference of the first losses.
 
 
 def cells(r):
-    """One line of the table: a row beside one peer, or alone"""
+    """One line of the table: a row and one peer, or no peer"""
     halved = "".join(f" (micro-batch x {p:g})" if p < 1 else "" for p in r["part"][1:])
     ms, mib = (" / ".join(f"{x:.0f}" for x in r[key]) for key in ("ms", "mib"))
     faster = memory = apart = None
@@ -324,12 +324,12 @@ def main(s, args):
     ceilings = once(names[0], "ceilings") if s.device == "cuda" else None
     plan = [(name, n, side) for name in names for n in range(s.repeats)
             for side in ["ours", *system(name).peers][:: (1, -1)[n % 2]]]
-    if s.device == "cuda":                 # if time is short: first every row beside its first peer
+    if s.device == "cuda":                 # time may be short: first compare every row with its first peer
         plan.sort(key=lambda p: (p[1], system(p[0]).peers[1:].index(p[2]) + 1 if p[2] in system(p[0]).peers[1:] else 0))
     got = {}
 
     def report():
-        """Write the page after every process, so that a run that is cut off leaves one"""
+        """Write the page after every process, so that an interrupted run leaves a page"""
         rows.clear()
         for name in names:
             ours, peers = got.get((name, "ours"), []), [p for p in system(name).peers if (name, p) in got]

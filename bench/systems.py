@@ -18,13 +18,13 @@ import bench
 @dataclasses.dataclass
 class System:
     cfg: object                    # model.VLMConfig
-    stage: str                     # align: trains the connector; sft: and the language model; lora: and adapters
+    stage: str                     # trained part: align: connector; sft: connector, LLM; lora: connector, adapters
     samples: int                   # conversations per step
     peers: tuple                   # sides that are compared with ours
     goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs / time of ours
     spread: float | None = None    # text tokens are log-normal around 90 with this sigma; None: LLaVA's mixture
-    room: int = 1 << 30            # tokens in one of our streams
-    micro: int = 1 << 30           # conversations in one of their batches
+    room: int = 1 << 30            # maximum tokens per packed sequence (ours)
+    micro: int = 1 << 30           # maximum conversations per batch (theirs)
     r: int = 0                     # rank of the adapters
 
 
@@ -32,7 +32,7 @@ NAMES = {"cpu": ("step_align", "step_sft", "toy_align", "toy_sft"), "cuda": ("S1
 
 
 def system(name, size="full"):
-    """A row's name -> System. `tiny`: with a model of a few thousand parameters, to check that it runs."""
+    """A row's name -> System. size tiny: a model of a few thousand parameters, to check that the row runs."""
     from model import TextConfig, VisionConfig, VLMConfig
 
     def vision(D, F, L, H, side, patch, **more):
@@ -82,8 +82,8 @@ def system(name, size="full"):
 
 def conversations(s, step, mean=90, asked=10, answered=3):
     """The samples of one step, as data.pack takes them: BOS, an image, turns. On a CPU lengths are log-normal around
-    `mean`; padding a batch to its longest then costs what it costs with real conversations, 1.3 to 1.75 times the
-    tokens. On a GPU they are drawn from LLaVA's mixture, or are captions of about 18 tokens, all supervised."""
+    `mean`, so a padded batch has 1.3 to 1.75 times the tokens, as with real conversations. On a GPU lengths are drawn
+    from LLaVA's mixture; stage align has captions of about 18 tokens, all supervised."""
     g = torch.Generator().manual_seed(1000 + step)
     if s.spread is not None:
         lengths = (mean * (s.spread * torch.randn(s.samples, generator=g)).exp()).long().clamp(8, 5 * mean).tolist()
@@ -118,8 +118,8 @@ def pad(cfg, made):
 
 
 def fill(cfg, model, device, names=lambda k: [k]):
-    """Fill the parameters of a model that model.VLM has too, under one of their `names`, always with the same values
-    -> names of its other parameters."""
+    """Set the parameters that `model` shares with model.VLM to fixed random values. names(k): where VLM's k may be
+    -> names of the other parameters."""
     from model import VLM
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in VLM(cfg).state_dict().items()}
@@ -136,9 +136,9 @@ def fill(cfg, model, device, names=lambda k: [k]):
 # ---- FLOPs ---------------------------------------------------------------------------------------------------------
 
 def work(s, made):
-    """FLOPs that a step needs -> matrix products, attention forward, attention backward. A weight costs 2 per row
-    forward, 2 for the gradient of its input, 2 more if it is trained. No padding, no recomputation. Tokens without a
-    label end at the keys of the last layer. Attention counts pairs that see each other, backward 5/2 of forward."""
+    """FLOPs that a step needs -> matrix products, attention forward, attention backward. A weight costs 2 per row in
+    forward, 2 for the gradient of its input, 2 more if it is trained. Padding and recomputation do not count. In the
+    last layer, tokens without a label only need k, v. Attention counts token pairs that see each other; backward 5/2."""
     v, t = s.cfg.vision, s.cfg.text
     N = sum(len(ids) for ids, _, _ in made)
     R = sum(i >= 0 for _, labels, _ in made for i in labels[1:])
@@ -147,7 +147,7 @@ def work(s, made):
     C, F, L, A, kv = (t.hidden_size, t.intermediate_size, t.num_hidden_layers, t.num_attention_heads * t.head_dim,
                       t.num_key_value_heads * t.head_dim)
     layer, keys = 2 * C * A + 2 * C * kv + 3 * C * F, 2 * C * kv
-    adapters = 7 * C + 2 * A + 2 * kv + 3 * F                                  # in + out of all seven layers
+    adapters = 7 * C + 2 * A + 2 * kv + 3 * F                                  # input + output width of 7 linear layers
     rows = (L - 1) * layer * N + keys * N + (layer - keys) * R + t.vocab_size * C * R
     T, D = v.patches + v.class_token, v.hidden_size
     tower = 2 * I * (v.depth * T * (4 * D * D + 2 * D * v.intermediate_size) + v.patches * 3 * v.patch_size**2 * D)

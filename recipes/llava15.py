@@ -4,7 +4,7 @@ lr 2e-5, batch 128, one epoch, warm-up 3 %. The paper's LoRA variant: --lora_r=1
 
     torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py --init=runs/align --data=FILE --images=DIR
 
-Not run here, for lack of the data and the weights. The values are those of the paper and its scripts.
+Not run in this project, because it has neither the data nor the weights. The values are from the paper and its scripts.
 """
 
 template = "vicuna_v1"

@@ -4,7 +4,7 @@ one epoch, warm-up 3 %. vision: CLIP-L/14-336, llm: Vicuna-7B v1.5; names or loc
     torchrun --nproc_per_node=8 train_align.py recipes/llava15_align.py --vision=openai/clip-vit-large-patch14-336 \\
         --llm=lmsys/vicuna-7b-v1.5 --data=FILE --images=DIR
 
-Not run here, for lack of the data and the weights. The values are those of the paper and its scripts.
+Not run in this project, because it has neither the data nor the weights. The values are from the paper and its scripts.
 """
 
 template = "plain"

@@ -1,1 +1,1 @@
-"""Programs beside training: python -m tools.NAME --help, and python data.py for check_data"""
+"""Programs for data, curves and results: python -m tools.NAME --help; check_data also runs as python data.py"""

@@ -36,7 +36,7 @@ class Settings:
 
 
 def encoder(s):
-    """The settings -> Encoder, the one that training would use."""
+    """The settings -> the Encoder that training would use."""
     folder = Path(s.model)
     run = folder.parent if folder.name == "model" else folder
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder

@@ -12,8 +12,8 @@ from formats.gguf import export
 
 @dataclass
 class Export:
-    out: str = ""          # folder of the two files; "" = DIR/gguf, of a model org/name of the hub name/gguf
-    dtype: str = "f16"     # f16, bf16, f32: of matrices; vectors and positions stay f32
+    out: str = ""          # folder of the two files; "" = DIR/gguf, or name/gguf if DIR is org/name of the hub
+    dtype: str = "f16"     # of matrices: f16, bf16, f32; vectors and position embeddings stay f32
 
 
 def main(argv):
