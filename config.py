@@ -1,8 +1,8 @@
-"""Settings: the defaults of a script <- recipe files, in order <- --key=value.
+"""Settings: the defaults of a script, then recipe files in order, then --key=value; the last value counts.
 
-A script's settings are a dataclass. A recipe is plain Python whose module-level names are settings; a name that begins
-with _ is its own. Values are read by the annotated type: 1 is a good float, yes is not a bool, none is None only where
-the annotation allows it."""
+A script's settings are a dataclass. A recipe is plain Python whose module-level names are settings; names that begin
+with _ are ignored. A value must have the annotated type: 1 is a valid float, yes is no bool, none is None only if the
+annotation allows None."""
 
 import contextlib
 import dataclasses
@@ -48,8 +48,8 @@ def setting(default, about, least=None, most=None, choices=(), resume="same", gr
     """A field of a settings class.
 
     about     what it is, with its unit      least, most, choices    which values are valid
-    resume    may a run go on with another value? same: no. say: yes, and one line says so. free: yes; model/ does not
-              depend on it (of data, the contents are compared). A finished run allows other values of free alone.
+    resume    may a run be resumed with another value? same: no. say: yes, and the change is printed. free: yes, model/
+              does not depend on it (the contents of data are compared). In a finished run only free may differ.
     group     the heading of --help that begins here"""
     return dataclasses.field(default=default, metadata=dict(
         about=about, least=least, most=most, choices=choices, resume=resume, group=group))
@@ -104,7 +104,7 @@ class Common:
 
 
 def setting_facts(Settings):
-    """-> {name: metadata of setting()}; a subclass that changes a default alone keeps the rest."""
+    """-> {name: metadata of setting()}; a subclass that only changes a default keeps the metadata."""
     found = {}
     for cls in reversed(Settings.__mro__):
         for f in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
@@ -126,7 +126,7 @@ def check_ranges(s):
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-ALIASES = {  # what people type who come from LLaVA's scripts, transformers' Trainer or PEFT
+ALIASES = {  # names in LLaVA's scripts, transformers' Trainer and PEFT
     "model_name_or_path": "llm", "data_path": "data", "image_folder": "images", "vision_tower": "vision",
     "output_dir": "out", "pretrain_mm_mlp_adapter": "init", "mm_projector_type": "connector",
     "image_aspect_ratio": "image_aspect", "version": "template", "model_max_length": "max_len", "max_length": "max_len",
@@ -166,7 +166,7 @@ def read_value(text, annotation, key):
 
 
 def checked(value, annotation, where):
-    """A value from a recipe, if it has the annotated type; an int is a good float."""
+    """A value from a recipe, if it has the annotated type; an int is a valid float."""
     if type(value) is int and int not in kinds(annotation) and float in kinds(annotation):
         return float(value)
     if type(value) not in kinds(annotation) or value != value:
@@ -199,8 +199,8 @@ def show_help(Settings, doc):
 
 def parse(Settings, argv, doc=""):
     """argv without the script's name -> an instance of Settings."""
-    for stream in (sys.stdout, sys.stderr):                # what a terminal cannot show is escaped and ends nothing
-        if hasattr(stream, "reconfigure"):                 # a notebook's has none
+    for stream in (sys.stdout, sys.stderr):                # characters that cannot be printed are escaped
+        if hasattr(stream, "reconfigure"):                 # a notebook's stream has no such method
             stream.reconfigure(errors="backslashreplace")
     hints = typing.get_type_hints(Settings)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(Settings)}

@@ -1,5 +1,5 @@
-"""The verbs of training: start, choose, adamw, parallelize, sync_gradients, update, leave. They know nothing of images
-or conversations.
+"""The operations of training: start, choose, adamw, parallelize, sync_gradients, update, leave. They do not depend on
+images or conversations.
 
 The arithmetic of one step stands in the loop of each script. A loss is a sum over supervised tokens; n is their count
 over all micro-batches of all ranks, known before the first backward pass:
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from config import one_line_errors, parse, stop
 
-TIMEOUT = datetime.timedelta(minutes=30)   # of a collective: one rank may read a slow disk for long
+TIMEOUT = datetime.timedelta(minutes=30)   # of a collective operation: one rank may read a slow disk for a long time
 PARAMETERS_PER_THREAD = 10_000_000         # on a CPU; a smaller model is faster on one thread (set_threads)
 
 
@@ -62,12 +62,12 @@ class World:
         return torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext()
 
     def print(self, *lines, **how):
-        """Rank 0 prints. After the terminal was closed, or its disk is full, training goes on in silence."""
+        """Rank 0 prints. If the terminal is closed or its disk is full, training goes on without output."""
         if self.rank == 0:
             try:
                 print(*lines, flush=True, **how)
             except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # else Python reports it again at exit
 
 
 def start(device="auto", dtype="auto", seed=0):
@@ -96,8 +96,8 @@ def start(device="auto", dtype="auto", seed=0):
 
 
 def set_threads(model, world):
-    """On a CPU, as many threads as the model is worth: on a busy machine two threads, which wait for each other, made a
-    toy model 12 times slower. Where OMP_NUM_THREADS is set, it decides."""
+    """On a CPU, more threads for a larger model: on a busy machine two threads, which wait for each other, made a
+    toy model 12 times slower. If OMP_NUM_THREADS is set, its value is used."""
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         worth = sum(p.numel() for p in model.parameters()) // PARAMETERS_PER_THREAD
         torch.set_num_threads(max(1, min(worth, torch.get_num_threads())))
@@ -119,7 +119,7 @@ def record_signals():
 
 
 def leave(code=0):
-    """End in an order that lets gloo end quietly: main has returned, so its wrappers are garbage; then the group."""
+    """Exit without an error message of gloo: first free the wrapped model of main(), then the process group."""
     World(0, 1, None, None).print(end="")
     gc.collect()
     if dist.is_initialized():
@@ -129,7 +129,7 @@ def leave(code=0):
 
 
 def run_script(main, Settings, doc):
-    """main(settings) of a script, with the settings of its command line; a mistake of the user's ends in one line."""
+    """main(settings) of a script, with the settings of its command line. A config.Error is printed as one line."""
     with one_line_errors():
         leave(main(parse(Settings, sys.argv[1:], doc)))
 
@@ -137,9 +137,9 @@ def run_script(main, Settings, doc):
 # ---- who trains -----------------------------------------------------------------------------------------------------
 
 def choose(model, table, dtype=torch.bfloat16, device=None):
-    """table: name glob -> learning rate; the last glob that fits a parameter decides, a parameter that none fits is
-    frozen. Frozen weights get dtype, that of the computation, trained ones at least fp32. They move to the device one
-    tensor at a time: what load_model returns is mapped from files, so the host holds no copy of all weights per rank.
+    """table: name glob -> learning rate; the last matching glob decides; a parameter without a match is frozen.
+    Frozen weights get `dtype`, the dtype of the computation, trained weights at least fp32. Weights move to the device
+    one at a time: load_model maps them from files, so the host never holds a copy of all weights per rank.
     -> {name: lr} of the trained parameters"""
     lrs, used = {}, set()
     for name, p in model.named_parameters():
@@ -157,13 +157,13 @@ def choose(model, table, dtype=torch.bfloat16, device=None):
         stop(f"nothing would be trained: the learning rate of {', '.join(table) or 'everything'} is 0")
     if device:
         model.to(device)                   # buffers
-    model.train()                          # the model itself leaves in eval mode what is frozen as a whole
+    model.train()                          # VLM.train() leaves a frozen part in eval mode
     return lrs
 
 
 def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
     """AdamW over the trained parameters, one group per (lr, decay). Only matrices decay: no norm, bias, embedding,
-    position table or single vector. Each group knows the names of its parameters."""
+    position table or single vector. Each group stores the names of its parameters."""
     groups = {}
     for name, p in unwrap(model).named_parameters():
         if p.requires_grad:
@@ -175,8 +175,8 @@ def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
 
 
 def lr_at(step, steps, warmup, lr):
-    """Learning rate of update `step` (0 .. steps - 1): a linear rise over `warmup` updates, then half a cosine down
-    towards 0, which the update after the last one would have."""
+    """Learning rate of update `step` (0 .. steps - 1): a linear rise over `warmup` updates, then half a cosine,
+    which would reach 0 at update `steps`."""
     if step < warmup:
         return lr * (step + 1) / warmup
     t = (step - warmup) / max(1, steps - warmup)
@@ -193,25 +193,25 @@ def set_lr(optimizer, step, steps, warmup):
 # ---- applied from outside -------------------------------------------------------------------------------------------
 
 def is_sharded(model, world, parallel):
-    """Will parameters be sharded? auto: where more than half of them train on several GPUs."""
+    """Will parameters be sharded? auto: if more than half of them train, on several GPUs."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     most = 2 * sum(n for n, trains in sizes if trains) > sum(n for n, _ in sizes)
     return world.size > 1 and (parallel == "fsdp" or (parallel == "auto" and most and world.device.type == "cuda"))
 
 
 def parallelize(model, world, blocks, parallel="auto", recompute="none", compile=False):
-    """Recompute, compile and shard `blocks` (the modules worth doing so one by one), then wrap the model for `world`.
+    """Recompute, compile and shard `blocks` (VLM.blocks), one by one, then wrap the model for `world`.
 
-    ddp replicates: right for stage 1 and LoRA, where gathering a frozen model in every step would move bytes for
-    nothing. fsdp shards everything (FSDP2)."""
+    ddp replicates the model: better for stage 1 and LoRA, where FSDP would gather the frozen weights in every step.
+    fsdp shards everything (FSDP2)."""
     sharded = is_sharded(model, world, parallel)
     if compile:
-        for b in blocks:                                   # before recomputation: torch.compile gives up silently on
+        for b in blocks:                                   # before recomputation: torch.compile silently ignores
             b.forward = torch.compile(b.forward)           # a checkpointed block
     if recompute == "block":
         from torch.utils.checkpoint import checkpoint
-        for b in blocks:                                   # the reentrant form gives adapters behind frozen
-            b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False)     # embeddings no gradient
+        for b in blocks:                                   # use_reentrant=True: no gradient for adapters
+            b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False)     # behind frozen embeddings
     if world.size == 1:
         return model
     sums = [t.sum(dtype=torch.float64).item() for t in (*model.parameters(), *model.buffers())]
@@ -227,7 +227,7 @@ def parallelize(model, world, blocks, parallel="auto", recompute="none", compile
     from torch.nn.parallel import DistributedDataParallel
     ids = [world.device.index] if world.device.type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    model.broadcast_buffers = False                        # weights in four bits, which never change
+    model.broadcast_buffers = False                        # buffers are 4-bit weights, which never change
     return model
 
 

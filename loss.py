@@ -1,10 +1,10 @@
-"""What is minimised. A loss is a sum over supervised tokens; the loop divides it once by their count over all ranks."""
+"""The training loss: a sum over supervised tokens. The training loop divides it once by their number over all ranks."""
 
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 
 
 def supervised(labels):
-    """labels (N,): -> how many tokens of the packed sequence are supervised"""
+    """labels (N,) -> number of supervised tokens in the packed sequence"""
     return int((labels != IGNORE).sum())
 
 

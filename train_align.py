@@ -46,9 +46,9 @@ def main(s):
             with engine.sync_gradients(model, enabled=b is batch.micro[-1]):
                 with world.autocast():
                     loss = token_loss(model, b.to(world.device))           # a sum over the supervised tokens of b
-                (loss * world.size / n).backward()                         # size: DDP and FSDP average over ranks
+                (loss * world.size / n).backward()                         # world.size: DDP and FSDP average over ranks
             total += loss.detach()
-        if step == start and batch.micro:                                  # else no sample could be used
+        if step == start and batch.micro:                                  # micro is empty if no sample is usable
             engine.check_gradients(model)
         result = engine.update(model, optimizer, total, n, world, s.grad_clip)
 

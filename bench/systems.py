@@ -138,7 +138,7 @@ def fill(cfg, model, device, names=lambda k: [k]):
 def work(s, made):
     """FLOPs that a step needs -> matrix products, attention forward, attention backward. A weight costs 2 per row in
     forward, 2 for the gradient of its input, 2 more if it is trained. Padding and recomputation do not count. In the
-    last layer, tokens without a label only need k, v. Attention counts token pairs that see each other; backward 5/2."""
+    last layer, tokens without a label only need k, v. Attention counts pairs that see each other, in backward x 5/2."""
     v, t = s.cfg.vision, s.cfg.text
     N = sum(len(ids) for ids, _, _ in made)
     R = sum(i >= 0 for _, labels, _ in made for i in labels[1:])

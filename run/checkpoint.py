@@ -21,7 +21,7 @@ from formats.whole import commit, remove, whole
 
 
 def discard(folder):
-    """Delete a checkpoint so that no moment leaves half of one under its name."""
+    """Delete a checkpoint. It is renamed first, so a kill never leaves a part of it under its name."""
     tmp = folder.parent / f".tmp-{folder.name}"
     remove(tmp)
     os.rename(folder, tmp)
@@ -29,7 +29,7 @@ def discard(folder):
 
 
 def sweep(folder):
-    """Remove what a killed run left half-written; bring back what it had just moved aside."""
+    """After a killed run: delete incomplete folders (.tmp-*); rename a whole .old-* back if its name is free."""
     folder = Path(folder)
     for p in folder.glob(".old-*"):
         place = folder / p.name.removeprefix(".old-")
@@ -48,7 +48,7 @@ def steps_in(folder):
 
 
 def save_checkpoint(out, step, model, optimizer, world, state):
-    """Write out/checkpoints/step_<step>. All ranks call it; rank 0 writes, and alone holds a copy of everything."""
+    """Write out/checkpoints/step_<step>. All ranks call it. Only rank 0 writes and holds a copy of everything."""
     trained, moments = {}, {}
     for n, p in unwrap(model).named_parameters():
         if p.requires_grad:
@@ -86,7 +86,7 @@ def retire(out, step, keep_last):
 
 
 def find_checkpoint(out, resume, say=print):
-    """The checkpoint to go on from, or None. resume: auto = the newest whole one of a run; none; or the path of one."""
+    """The checkpoint to resume from, or None. resume: auto = the newest whole checkpoint of a run; none; or a path."""
     if resume == "none":
         return None
     if resume != "auto":
@@ -107,7 +107,7 @@ def find_checkpoint(out, resume, say=print):
 
 
 def restore(path, model, optimizer, world):
-    """Put weights, optimizer state and random state back, by name. A missing, unexpected or misshapen tensor is an
+    """Load weights, optimizer state and random state, by name. A missing, unexpected or misshapen tensor is an
     error, and so is another kind of optimizer."""
     named = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
     before, now = read_json(path / "state.json").get("optimizer", "AdamW"), type(optimizer).__name__
@@ -127,7 +127,7 @@ def restore(path, model, optimizer, world):
             if (value.shape, value.dtype) != (like.shape, like.dtype):
                 want = f"{like.dtype} {tuple(like.shape)}"
                 stop(f"{path}: {name} is {value.dtype} {tuple(value.shape)}, the model's is {want}")
-            value = value.to(like.device, copy=True)             # what was read may be a view of the file
+            value = value.to(like.device, copy=True)             # `value` may be a view of the file
             if hasattr(like, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
                 value = distribute_tensor(value, like.device_mesh, like.placements)

@@ -1,9 +1,9 @@
-"""The folder of a run: which files are its own, may this run write there, where does it go on, and its checkpoints.
+"""The folder of a run: its files, whether this run may write there, where it is resumed, and its checkpoints.
 
     config.json      settings, versions, code revision          log.jsonl        one object per logged step
     samples.jsonl    answers to fixed questions on the way      checkpoints/     each whole or absent
     model/           at the end: a complete llava-hf folder     adapter/         after LoRA, in PEFT form
-    finished.json    at the very end: what the finished run was made of
+    finished.json    written last: settings and digests of the finished run
 """
 
 import contextlib
@@ -30,7 +30,7 @@ TRIES = 3      # checkpoints in a row that could not be written, before the run 
 
 
 def path_of(s):
-    """The folder of a run; --overfit leaves the run itself as it is."""
+    """The folder of a run; --overfit writes into a subfolder."""
     return Path(s.out, "overfit") if s.overfit else Path(s.out)
 
 
@@ -41,7 +41,7 @@ def existing(folder):
 
 
 def unwritable(folder):
-    """Why no file can be made in a folder, which need not exist yet -> a reason, or None. Nothing is written."""
+    """Why no file can be created in `folder`, which may not exist yet -> a reason, or None. Nothing is written."""
     at = existing(folder)
     if not at.is_dir():
         return f"{at} is not a folder"
@@ -49,29 +49,29 @@ def unwritable(folder):
 
 
 def would_overwrite(folder):
-    """What a run would overwrite in a folder that no run has made -> a reason, or None"""
+    """What a run would overwrite in a folder that is not a run folder -> a reason, or None"""
     about, there = Path(folder, "config.json"), [n for n in (*OWN, "config.json") if os.path.lexists(Path(folder, n))]
     if there and not (about.is_file() and "settings" in read_json(about)):
         return f"it is no run, and its {there[0]} would be lost"
 
 
 def claim(folder, say=print):
-    """Lock a folder for this process -> an open file, to be held; a second run in the same folder stops. The lock ends
-    with the process, however that ends, and loader processes do not inherit it."""
+    """Lock a folder for this process -> an open file, which holds the lock. A second run in the same folder stops. The
+    lock ends with the process, also if it is killed; loader processes do not inherit the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         stop(f"out={folder}: another run is writing there; --out=DIR writes elsewhere")
-    except OSError as e:                                         # a file system that knows no locks
+    except OSError as e:                                         # a file system without locks
         say(f"{folder} cannot be locked ({e.strerror}): a second run that writes there would not be noticed")
     return file
 
 
 def check_space(folder, checkpoint_bytes, model_bytes, keep_last, say=print):
-    """Before the first step: stop if the disk has no room for one checkpoint; say so if it has no room for the model
-    and all checkpoints, of which one more than keep_last exists while it is written."""
+    """Before the first step: stop if the disk has no room for one checkpoint; print a note if it has no room for
+    model/ and keep_last + 1 checkpoints (a new one is written before an old one is deleted)."""
     at = existing(folder)
     free, least, most = shutil.disk_usage(at).free, checkpoint_bytes, (keep_last + 1) * checkpoint_bytes + model_bytes
     if free < least:
@@ -81,7 +81,7 @@ def check_space(folder, checkpoint_bytes, model_bytes, keep_last, say=print):
 
 
 def versions():
-    """What made a run: written into its config.json."""
+    """Versions of the software, for the config.json of a run."""
     here, revision = Path(__file__).resolve().parent.parent, ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         revision = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True,
@@ -91,7 +91,7 @@ def versions():
 
 
 def data_digest(samples):
-    """Of the data files and how they are mixed, so that a run is not resumed on other data."""
+    """Digest of the data files and their mixture, so that a run is not resumed on other data."""
     h = hashlib.sha256()
     for rows, draws in zip(samples.files, samples.counts):
         h.update(b"%d of %d bytes" % (draws, len(rows.blob)))
@@ -113,7 +113,7 @@ class RunFolder:
         stop(f"{what} {made}; --resume=none starts again, --out=DIR writes elsewhere")
 
     def compare(self, what, old, kinds, but=()):
-        """Stop where a finished run or a checkpoint (`what`, made of `old`) is of another run than this one."""
+        """Stop if `old`, the record of a finished run or a checkpoint (named `what`), belongs to another run."""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
         if old.get("base") != self.base:
@@ -124,7 +124,7 @@ class RunFolder:
                 self.refuse(what, f"was trained with {key}={before}, not {getattr(self.s, key)}")
 
     def is_finished(self):
-        """Was this very run finished before? Rank 0 looks, for all ranks; other settings or data are a mistake."""
+        """Is this run already finished? Rank 0 checks for all ranks. Other settings or data are an error."""
         found = False
         if self.world.rank == 0 and self.s.resume == "auto" and not self.s.overfit:
             done = read_json(self.out / "finished.json", absent={})
@@ -136,16 +136,16 @@ class RunFolder:
         return self.world.gather(found)[0]
 
     def resume(self, model, optimizer):
-        """Claim the folder; put weights, moments and random state of the newest checkpoint back -> its state.json, or
+        """Lock the folder; load weights, moments and random state of the newest checkpoint -> its state.json, or
         {"step": 0}"""
         s, world = self.s, self.world
         if world.rank == 0:
             try:
                 self.lock = claim(self.out, world.print)
-            except OSError as e:                                 # only the attempt shows that a file system refuses
+            except OSError as e:                                 # some errors only occur on writing
                 stop(f"out={self.out}: {e.strerror}")
         path = world.rank == 0 and checkpoint.find_checkpoint(self.out, "none" if s.overfit else s.resume, world.print)
-        path = world.gather(str(path) if path else None)[0]      # rank 0 looks and cleans up for all
+        path = world.gather(str(path) if path else None)[0]      # rank 0 finds it for all ranks
         if not path:
             return {"step": 0}
         state = read_json(Path(path, "state.json"))
@@ -163,8 +163,8 @@ class RunFolder:
         return state
 
     def begin(self, start):
-        """After the first step, whose gradients are checked: the folder is this run's from here on. Files of an older
-        run go now and not before, so that a mistake in the new run does not cost the old one."""
+        """After the first step, whose gradients are checked: write config.json. Files of an older run are deleted
+        only now, so that a mistake in the settings of the new run does not destroy the old one."""
         if self.world.rank > 0:
             return
         try:
@@ -178,8 +178,8 @@ class RunFolder:
             stop(f"out={self.out}: {e.strerror}")
 
     def save(self, step, model, optimizer, log):
-        """Write the checkpoint after step `step` (from 0). One that cannot be written is reported and training goes on,
-        TRIES times in a row."""
+        """Write the checkpoint after step `step` (from 0). If it cannot be written, training goes
+        on; after TRIES failures in a row the run stops."""
         if self.s.overfit:
             return
         state = dict(settings=dataclasses.asdict(self.s), steps=self.steps, data=self.data, base=self.base,

@@ -1,4 +1,4 @@
-"""log.jsonl and the lines on the terminal; what was counted on the way; and the limits at which a run stops: too many
+"""log.jsonl and the lines on the terminal; counts of samples; and the limits at which a run stops: too many
 samples that cannot be used, too many updates in a row without a finite gradient."""
 
 import contextlib
@@ -23,13 +23,13 @@ PATIENCE = 10  # updates in a row whose gradient is not finite, before the run s
 
 
 def tolerated(share, n):
-    """Samples of n that may be unusable: the share asked for, and three standard deviations of chance above it, so that
-    one bad sample among the first few does not stop a run. A share of 0 means none."""
+    """Samples of n that may be unusable: share * n plus three standard deviations, so that one bad sample among
+    the first few does not stop a run. A share of 0 allows none."""
     return share * n + (3 * math.sqrt(max(1, share * n)) if share else 0)
 
 
 def tally(world, dropped, reasons):
-    """Add what a step dropped, [(sample, reason)] on each rank, to {reason: (count, first line)}."""
+    """Add the dropped samples of a step, [(sample, reason)] on each rank, to {reason: (count, first line)}."""
     names = [[why.split(": ")[0], f"{name}: {why}"] for name, why in dropped]
     for reason, line in (pair for rank in world.gather(names) for pair in rank):
         count, first = reasons.get(reason, (0, line))
@@ -37,15 +37,15 @@ def tally(world, dropped, reasons):
 
 
 def check_dropped(max_dropped, dropped, samples, reasons):
-    """Stop where more samples could not be used than max_dropped allows, with the commonest reasons."""
+    """Stop if more samples were dropped than max_dropped allows, and print the most frequent reasons."""
     if dropped > tolerated(max_dropped, samples):
         worst = "\n  ".join(f"{count} like {first}" for count, first in sorted(reasons.values(), reverse=True)[:5])
         stop(f"{dropped} of {samples} samples could not be used, over max_dropped={max_dropped}:\n  {worst}")
 
 
 class Log:
-    """Rates are of real tokens over all ranks, since the line before. flops: {unit: FLOPs per unit} (run/plan.py).
-    state: what state() gave when the checkpoint was written that the run goes on from."""
+    """Rates count real tokens over all ranks since the previous line. flops: {unit: FLOPs per unit} (run/plan.py).
+    state: the result of state() in the checkpoint from which the run is resumed."""
 
     def __init__(self, out, world, steps, start=0, flops={}, max_dropped=0.01, state=None):
         self.file, self.world, self.steps, self.start = Path(out, "log.jsonl"), world, steps, start
@@ -60,7 +60,7 @@ class Log:
         return dict(seen=self.seen, reasons=self.reasons)
 
     def timed(self, batches):
-        """The same batches; the time that the loop waits for them is counted."""
+        """Yield the same batches, and add up the time that the loop waits for them."""
         batches, end = iter(batches), object()
         while True:
             began = time.time()
@@ -71,7 +71,7 @@ class Log:
             yield batch
 
     def count(self, step, batch, result):
-        """Every step, logged or not. batch: data.StepData; result: what engine.update gave."""
+        """Called after every step, logged or not. batch: data.StepData; result: of engine.update."""
         micro = batch.micro
         used, dropped, cut, animated, tokens, labels, images = (int(v) for v in self.world.sum([
             len(batch.names), len(batch.dropped), batch.truncated, batch.animated, sum(len(b.ids) for b in micro),
@@ -95,7 +95,7 @@ class Log:
                  f"used {', '.join(names[:8])} ...")
 
     def write(self, step, lr):
-        """Step `step` (from 0) is done."""
+        """Called after step `step` (from 0): one line in log.jsonl and on the terminal."""
         now, done = time.time(), step + 1
         rate = 1 / max(1e-9, now - self.last)
         eta = (now - self.began) / (done - self.start) * (self.steps - done)
@@ -115,7 +115,7 @@ class Log:
         return row
 
     def append(self, row, file=None):
-        """One more line of json, where nan is null. A full disk costs the line, not the run."""
+        """Append one line of json, with null for nan. If the disk is full, only this line is lost."""
         if self.world.rank > 0:
             return
         file = file or self.file
@@ -127,7 +127,7 @@ class Log:
             self.world.print(f"a line of {file} is lost: {e.strerror}")
 
     def summary(self):
-        """What the reader of the last line must know about the data -> text, empty where all was used"""
+        """Samples that were not used, or not completely -> text for the last line; empty if there are none"""
         seen = self.seen
         lost = f"; {seen['dropped']} of {seen['samples']} samples dropped, {seen['truncated']} truncated"
         moving = f"; {seen['animated']} images are animated, only the first frame was used"
@@ -135,7 +135,7 @@ class Log:
 
 
 def trim(file, step):
-    """Remove the lines that a killed run wrote after the checkpoint it is resumed from: each step appears once."""
+    """Remove the lines after `step`, the checkpoint from which a killed run is resumed: each step appears once."""
     file = Path(file)
     if not file.is_file():
         return

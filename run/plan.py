@@ -1,7 +1,7 @@
-"""The plan of a run, before anything is spent: what trains, and what a step costs in bytes and operations.
+"""The plan of a run, printed before training: what trains, and what a step costs in bytes and operations.
 
     N tokens of a packed sequence   R of them supervised   C, V, F: width, vocabulary, MLP width of the LLM
-    q, kv: width of all its queries, of all its keys
+    q, kv: width of all queries, of all keys of the LLM
 """
 
 import fnmatch
@@ -30,7 +30,7 @@ def rows(cfg):
 
 
 def disk(model, dtype):
-    """Bytes of a checkpoint (weights and two moments of what is trained) and of model/ in dtype"""
+    """Bytes of a checkpoint (trained weights and their two moments) and of model/ in dtype"""
     sizes = [(p.numel(), p.requires_grad * p.element_size()) for p in model.parameters()]
     return 3 * sum(n * size for n, size in sizes), sum(n for n, _ in sizes) * dtype.itemsize
 
@@ -39,17 +39,17 @@ def memory(model, world, micro, s):
     """Bytes, roughly -> (weights, gradients and moments; activations of the largest micro-batch)."""
     cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
     states = sum(p.numel() * (4 * p.element_size() + 2 * low if p.requires_grad else p.element_size())
-                 for p in model.parameters())                       # 2 * low: the low copy that autocast caches
+                 for p in model.parameters())                       # 2 * low: the bf16 copy that autocast caches
     if engine.is_sharded(model, world, s.parallel):
         states /= world.size
     states += sum(b.nbytes for b in model.buffers())                # NF4 weights are whole on every rank
     t, size, like = cfg.text, torch.finfo(world.dtype).bits // 8, torch.empty(0, dtype=world.dtype, device=world.device)
     C, F = t.hidden_size, t.intermediate_size
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    block = 2 * C + q + 2 * kv + 2 * F                              # elements that a layer saves per token, and more
+    block = 2 * C + q + 2 * kv + 2 * F                              # elements that a layer saves per token; more
     if any(p.requires_grad for p in model.language_model.parameters()):
         block += 2 * C + q + F                                      # if its matrices or adapters train (test_model.py)
-    backward, again = 4 * C + 4 * F, s.recompute == "block"         # of one layer; recomputation: one layer at a time
+    backward, again = 4 * C + 4 * F, s.recompute == "block"         # backward: of one layer; again: layers recomputed
     most = 0
     for b in micro:
         saved = t.num_hidden_layers * C + block if again else t.num_hidden_layers * block
@@ -87,7 +87,7 @@ def lines(model, lrs, world, micro, steps, s):
 
 def count_parameters(model):
     """-> (name, tensor, number of weights) in the order in which data passes them: parameters, and buffers that are
-    matrices, which hold two weights of four bits in each byte"""
+    matrices: each byte holds two 4-bit weights"""
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(prefix, recurse=False):
             yield name, p, p.numel()
@@ -99,7 +99,7 @@ def count_parameters(model):
 def flops(model, table):
     """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}. table: name glob -> (unit, rows per unit);
     the last glob that fits decides. A weight costs 2 per row in the forward pass, 2 more if it trains, and 2 more if
-    something before it trains. Attention products and recomputation are not counted."""
+    an earlier parameter trains. Attention products and recomputation are not counted."""
     out, below = Counter(), False
     for name, p, count in count_parameters(unwrap(model)):
         fits = [table[g] for g in table if fnmatch.fnmatchcase(name, g)]

@@ -1,4 +1,4 @@
-"""The end of a run: model/, a llava-hf folder; adapter/ after LoRA; then the mark that the run is finished."""
+"""The end of a run: model/, a llava-hf folder; adapter/ after LoRA; then finished.json."""
 
 import dataclasses
 from pathlib import Path
@@ -16,12 +16,12 @@ SAVE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def published_dtype(s, world):
-    """save_dtype=auto: as the computation, but fp16 for fp32, as LLaVA's weights are published"""
+    """save_dtype=auto: dtype of the computation, but fp16 instead of fp32, as in LLaVA's published weights"""
     return SAVE_DTYPES.get(s.save_dtype) or (torch.float16 if world.dtype == torch.float32 else world.dtype)
 
 
 def full_path(name):
-    """A folder in full, of a run its model/; a name of the hub as it is"""
+    """-> the absolute path of a folder (for a run: of its model/); a name of the hub stays as it is"""
     return str((hub.model_in(Path(name)) or Path(name)).resolve()) if Path(name).exists() else name
 
 
@@ -34,15 +34,15 @@ def publish(run, model, folder, log):
         stop(f"no update was made in {run.steps} steps ({seen['dropped']} of {seen['samples']} samples dropped), so no "
              "model is written")
     if log.start >= run.steps:
-        run.begin(log.start)                                     # no step was left to do
+        run.begin(log.start)                                     # no step was left to train
     for k, v in model.state_dict().items():
         v = whole_tensor(v.detach())
-        if world.rank == 0:                                      # merging is in fp32
+        if world.rank == 0:                                      # merge_state() works in fp32
             state[k] = (v if adapted or v.device.type == "cpu" else v.to(dtype)).cpu()
     if world.rank > 0:
         return
     try:
-        retire(out, max(run.steps, log.start), s.keep_last)      # killed in its last save?
+        retire(out, max(run.steps, log.start), s.keep_last)      # after a kill during the last save
         base = full_path(s.init) if s.init else None
         if adapted:
             trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}

@@ -1,7 +1,7 @@
 """What every stage does around its loop:
 
     begin      settings and ranks -> World              prepare    data, plan, optimizer, resume -> Run
-    load       model and folder, open settings filled   finish     publish
+    load       model and folder, empty settings filled  finish     publish
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from run.validate import Validation, check_overfit
 
 
 def begin(s, split):
-    """Settings that contradict each other end here, in one line, before any file is read. split: which part of the toy
-    world this stage trains on -> World"""
+    """Stop if settings contradict each other, before any file is read. split: the part of the toy world that
+    this stage trains on -> World"""
     check(s)
     world = engine.start(s.device, s.dtype, s.seed)
     choose_kernels(s.kernels, world.device)
@@ -80,8 +80,8 @@ def toy_world(s, world, split):
 
 
 def load(s, world, template):
-    """-> VLM, Folder. Settings that are left open are filled from init, those of a new model as in LLaVA-1.5. template:
-    for a model that knows none but `plain`, which has no questions and is not inherited."""
+    """-> VLM, Folder. Empty settings are filled from init, or for a new model as in LLaVA-1.5. template: used if
+    init has no template, or `plain`, which is only for captions."""
     model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
     engine.set_threads(model, world)
     cfg = model.cfg
@@ -102,21 +102,21 @@ def load(s, world, template):
 
 @dataclasses.dataclass
 class Run:
-    """What the loop of a stage works with. Nothing here decides anything about learning."""
+    """The objects that the training loop of a stage uses."""
     model: torch.nn.Module = None                # wrapped for the ranks
     optimizer: torch.optim.Optimizer = None
-    start: int = 0                               # the first step to do: 0, or where the run goes on
+    start: int = 0                               # the first step to train; not 0 in a resumed run
     steps: int = 0
     batches: object = ()                         # data.StepData of the steps from `start` on
-    first: object = None                         # that of step 0
+    first: object = None                         # data.StepData of step 0
     folder: RunFolder = None                     # checkpoints
     log: Log = None
     validation: Validation = None
-    signals: list = None                         # those received so far
-    exit_code: int | None = None                 # of a dry run; that and a finished one have only this
+    signals: list = None                         # received since the start
+    exit_code: int | None = None                 # of a dry run; then no other field is set
 
     def due(self, step, every):
-        """Is something done after step `step` (from 0) that is done every so many steps, and after the last one?"""
+        """True after the last step; if `every` > 0, also when step + 1 is a multiple of it. step counts from 0."""
         return every > 0 and (step + 1) % every == 0 or step + 1 == self.steps
 
 
@@ -133,7 +133,7 @@ def prepare(s, world, model, folder, lrs):
     files = RunFolder(s, world, steps, samples, folder, lrs)
     if files.is_finished():
         return Run()
-    if world.rank == 0 and not s.overfit:                        # which writes neither checkpoints nor a model
+    if world.rank == 0 and not s.overfit:                        # --overfit writes no checkpoint and no model
         check_space(files.out, *plan.disk(model, published_dtype(s, world)), s.keep_last, world.print)
     flops, validation = plan.flops(model, plan.rows(cfg)), Validation(s, world, samples)
     model = engine.parallelize(model, world, model.blocks, s.parallel, s.recompute, s.compile)
@@ -153,8 +153,8 @@ def stopped(run, step, world):
 
 
 def finish(run, s, world, folder):
-    """After the last step: publish the model; of --overfit say whether it worked -> exit code"""
-    if run.folder is None:                                       # a dry run, or a finished one
+    """After the last step: publish the model; or report whether --overfit worked -> exit code"""
+    if run.folder is None:                                       # a dry run, or the run was already finished
         return run.exit_code
     if s.overfit:
         return check_overfit(run.model, run.first, world)
