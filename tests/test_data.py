@@ -608,7 +608,7 @@ def test_no_worker_holds_a_copy_of_the_data(bytes_folder, tmp_path):
     mapped, = fork(1, lambda _: held_alone("mapped", bytes_folder, tmp_path), tmp_path)
     (tmp_path / "store").unlink()
     objects, = fork(1, lambda _: held_alone("objects", bytes_folder, tmp_path), tmp_path)
-    assert mapped < objects / 2 and objects > 0.3, (mapped, objects)     # a fork of a large process copies other pages, too
+    assert mapped < objects / 2 and objects > 0.3, (mapped, objects) # a fork copies other pages, too
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
