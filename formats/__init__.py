@@ -1,4 +1,4 @@
-"""Published folders in and out. The rest of the repository enters by these functions:
+"""Read and write published model folders. The rest of the repository uses these functions:
 
     llava.load_model, save_model, aspect     two towers or a LLaVA -> VLM, Folder; a complete llava-hf folder
     peft.save_adapter, load_merged           a LoRA as a PEFT folder; an adapter merged with its base -> VLM, Folder

@@ -9,7 +9,7 @@ from formats.strict_json import read_json
 # PEFT options that change the forward pass and are refused
 REFUSED = ("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
            "kasa_config", "monteclora_config", "layer_replication", "target_parameters")
-# initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA ...) change it as well and are refused
+# initialisations that do not change the base; others (PiSSA, OLoRA, CorDA ...) change its weights and are refused
 INIT = (None, True, False, "gaussian", "eva", "orthogonal")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -31,15 +31,15 @@ def read_adapter_config(folder):
 
 
 def matches(pattern, name):
-    """Does the name of a layer end in a pattern of PEFT, from its beginning or from a dot on? PEFT runs the regular
-    expression (.*\\.)?(pattern)$, which some patterns keep busy for ever. fnmatch never goes back."""
+    """Does a pattern of PEFT match the whole name of a layer, or the end of the name after a dot? PEFT uses the regular
+    expression (.*\\.)?(pattern)$, which takes for ever with some patterns. fnmatch does not backtrack."""
     glob = pattern.removesuffix("$").replace("\\.", ".").replace(".*", "*")
     return fnmatchcase(name, glob[1:]) if glob[:1] == "^" else fnmatchcase(f".{name}", f"*.{glob}")
 
 
 def rank_and_alpha(folder, c, name=""):
-    """The r of a layer, and its alpha such that the adapter is B A times alpha / r. name: of the layer when it was
-    trained; the first pattern that matches decides, as in PEFT. rsLoRA means alpha / sqrt(r)."""
+    """-> r and alpha of a layer; the adapter is B A times alpha / r (with rsLoRA, alpha is multiplied by sqrt(r)).
+    name: of the layer in the PEFT file; the first pattern that matches it is used, as in PEFT."""
     r, alpha = (next((v for p, v in (c.get(patterns) or {}).items() if matches(p, name)), c.get(key))
                 for key, patterns in zip(("r", "lora_alpha"), PATTERNS))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float):

@@ -1,5 +1,5 @@
-"""Model cards: README.md of model/ and adapter/, from the settings and the log of a run. A card never ends a run: what
-cannot be read is left out. Text that others wrote (names, a system text) is escaped."""
+"""Model cards: README.md of model/ and adapter/, from the settings and the log of a run. A card never stops a run:
+values that cannot be read are left out. Text that others wrote (names, a system text) is escaped."""
 
 import json
 import re
@@ -38,7 +38,7 @@ NO_BASE = "PEFT needs a LLaVA folder of transformers as the base, which this ada
 
 
 def escaped(x):
-    """Anything -> one line of Markdown. What could be markup, HTML or a link is written as &#N;"""
+    """Anything -> one line of Markdown. Characters of markup, HTML or a link are written as &#N;"""
     return re.sub(r"[^\w .,;/%+=-]|(?<=www)\.", lambda m: f"&#{ord(m[0])};", " ".join(str(x).split()), flags=re.I)
 
 
@@ -62,7 +62,7 @@ def facts(run):
     try:
         c = read_json(Path(run, "config.json"))
         for line in Path(run, "log.jsonl").read_text("utf-8", "replace").splitlines():
-            row = json.loads(line)                                            # a killed run leaves a torn last line
+            row = json.loads(line)                                            # the last line may be cut off
             steps, loss = max(steps, row.get("step", 0)), row.get("val_loss", loss)
     except (Error, OSError, ValueError):
         pass
@@ -70,14 +70,14 @@ def facts(run):
 
 
 def head(library, title, more, s, base=None):
-    """The first lines of a card, and the names of what the run started from. A card must not show paths: a name of the
-    hub stays as it is, of a path only the last part is told."""
+    """-> the first lines of a card, names of the models that the run started from. A card must not show paths: a hub
+    name is shown as it is; of a path, only the last part is shown."""
     given = next((x for x in ([base], [s.get("init")], [s.get("vision"), s.get("llm")]) if any(x)), ["unknown"])
     names, hub = [], ""
     for name in map(str, given):
         if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(name).exists():
             hub += f"- {name}\n"
-        else:                                                                           # of a run its model/
+        else:                                                                 # runs/sft/model: sft
             name = Path(name).parent.name if Path(name).name == "model" else Path(name).name
         names.append(escaped(name))
     hub = f"base_model:\n{hub}" if hub else ""
@@ -112,16 +112,16 @@ Limits:
 
 
 def peft_reads(base):
-    """Is the base of an adapter, a folder or a name of the hub, a LLaVA as transformers has them?"""
+    """Is the base of an adapter (a folder or a hub name) a llava-hf model?"""
     try:
         c = read_json(find_model(base) / "config.json") if base else {}
     except Error:
         return False
-    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # a key of the LLaVA repository
+    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # key of the LLaVA repository's configs
 
 
 def adapter(run, base):
-    """The card of adapter/. base: the LLaVA that it was trained on, or None where it was two towers"""
+    """The card of adapter/. base: the LLaVA that the adapter was trained on; None: it was trained on two towers"""
     s, *_ = facts(run)
     first, names = head("peft", f"{Path(run).resolve().name}: adapter", "", s, base)
     bits = "The language model was in four bits (NF4) while it was trained.\n" if s.get("bits") == 4 else ""

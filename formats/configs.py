@@ -11,7 +11,7 @@ from formats.strict_json import read_json
 from images import ImageSpec
 from model import ACTIVATIONS, TextConfig, VisionConfig
 
-# defaults of the transformers classes, where they are not those of VisionConfig and TextConfig
+# defaults of the transformers classes, where they differ from those of VisionConfig and TextConfig
 DINO = dict(hidden_act="gelu", layer_norm_eps=1e-6, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 VISION = {"clip_vision_model": {},
           "siglip_vision_model": dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, patch_size=16,
@@ -37,7 +37,7 @@ def read_config(folder):
 
 @contextlib.contextmanager
 def one_line(what):
-    """Python's errors about odd values (a text for a number ...) become one line."""
+    """Turn Python's errors about wrong values (text instead of a number ...) into one line."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -45,7 +45,7 @@ def one_line(what):
 
 
 def typed(Config, what, d):
-    """The values of d that Config has a field for -> Config. Stops at a wrong type or a number below its range."""
+    """Build Config from the values of d that are its fields. Stops at a wrong type or a number below its range."""
     fields = {f.name: f.type for f in dataclasses.fields(Config)}
     for k, x in d.items():
         kind = fields.get(k)
@@ -80,7 +80,7 @@ def vision_config(c, feature_layer=-2, pre={}):
         stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
     if not pre.get("do_normalize", True):
         cfg.image_mean, cfg.image_std = (0.0,) * 3, (1.0,) * 3
-    # of a byte x the image processor makes (factor x - mean) / std, the model (x / 255 - mean) / std
+    # the image processor turns a byte x into (rescale_factor x - mean) / std, our model into (x / 255 - mean) / std
     factor = 255 * (pre.get("rescale_factor", 1 / 255) if pre.get("do_rescale", True) else 1)
     cfg.image_mean, cfg.image_std = (tuple(v / factor for v in t) for t in (cfg.image_mean, cfg.image_std))
     if cfg.hidden_act not in ACTIVATIONS:
@@ -96,7 +96,7 @@ def text_config(c):
         stop(f"language model of type {kind!r}: {', '.join(TEXT)} are supported")
     if (act := c.get("hidden_act", "silu")) != "silu":
         stop(f"language model with hidden_act {act!r}: silu is supported")
-    null = ("num_key_value_heads", "head_dim", "sliding_window")              # null is a value of these
+    null = ("num_key_value_heads", "head_dim", "sliding_window")              # here null does not mean the default
     d = TEXT[kind] | {k: x for k, x in c.items() if x is not None or k in null}
     plain = typed(TextConfig, "language model", {k: x for k, x in d.items() if x is not None})
     heads, L = plain.num_attention_heads, plain.num_hidden_layers
@@ -106,7 +106,7 @@ def text_config(c):
         stop(f"language model with {heads} heads for {d['num_key_value_heads']} keys and values")
     d |= rope_settings(d, plain.max_position_embeddings)
     window = d.get("sliding_window") if kind != "llama" else None
-    if kind in ("qwen2", "qwen3"):                                            # slides in none, some or all layers
+    if kind in ("qwen2", "qwen3"):                                            # a window in none, some or all layers
         first, kinds = d.get("max_window_layers", 28), d.get("layer_types")
         slides = max(0, L - first) if d.get("use_sliding_window") else 0
         slides = kinds.count("sliding_attention") if kinds else min(slides, L)
@@ -120,7 +120,7 @@ def text_config(c):
 
 
 def rope_settings(c, length):
-    """-> rope_theta and rope_scaling, which are flat until transformers 4 and in one dict in transformers 5"""
+    """-> rope_theta and rope_scaling; they are two keys until transformers 4 and one dict in transformers 5"""
     d = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
     theta, kind = d.pop("rope_theta", c.get("rope_theta", 1e4)), d.get("rope_type", d.get("type", "default"))
     need = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -137,8 +137,8 @@ def rope_settings(c, length):
 
 
 def positions(cfg):
-    """The longest document in tokens that an LLM was trained for: max_position_embeddings, which a linear scaling
-    multiplies (vicuna-7b-v1.5-16k: 4096, factor 4)."""
+    """The longest document in tokens that an LLM was trained for: max_position_embeddings, times the
+    factor of a linear scaling (vicuna-7b-v1.5-16k: 4096, factor 4)."""
     scaling = cfg.rope_scaling or {}
     linear = scaling.get("rope_type", scaling.get("type")) == "linear"
     return int(cfg.max_position_embeddings * (scaling["factor"] if linear else 1))
@@ -151,7 +151,7 @@ def strategy(vision):
 
 def read_pre(folder, kind):
     """preprocessor_config.json, or the part of processor_config.json that replaces it in transformers 5. An absent mean
-    or std is filled in from the class of the vision tower (`kind`): image processors have other defaults."""
+    or std gets the default of the vision tower (`kind`), because image processors have other defaults."""
     file, both = folder / "preprocessor_config.json", folder / "processor_config.json"
     pre = read_json(both).get("image_processor") if both.is_file() and not file.is_file() else None
     pre = pre if isinstance(pre, dict) else read_json(file)
@@ -173,7 +173,7 @@ def image_spec(pre, aspect):
         stop(f"preprocessor_config.json: images of size {size} are no squares of one side")
     mean = tuple(pre.get("image_mean") or ImageSpec(0).mean)
     whole = pre.get("size") or side if aspect == "crop" and pre.get("do_center_crop", True) else side
-    short = whole.get("shortest_edge", side) if isinstance(whole, dict) else whole       # of a crop: resized to this
+    short = whole.get("shortest_edge", side) if isinstance(whole, dict) else whole       # side before a crop
     if short < side:
         stop(f"preprocessor_config.json: no squares of side {side} can be cut from images of size {whole}")
     return ImageSpec(side, aspect, Image.Resampling(pre.get("resample", 3)), mean, short if short > side else 0)

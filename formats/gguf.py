@@ -2,8 +2,8 @@
 
 Keys and tensor names are those that llama.cpp's converter writes (conversion/llama.py, qwen.py) and its loaders read
 (src/llama-vocab.cpp, tools/mtmd/clip.cpp; at 0c1e570, October 2026). That converter does not read the vision tower of
-our folders, and it knows published tokenizers only, by a hash of their ids for one test string. Here the rules of a
-tokenizer are compared with those of llama.cpp. A tokenizer that llama.cpp would apply differently is refused.
+our folders, and it recognises only published tokenizers, by a hash of their ids for one test string. This file compares
+the rules of a tokenizer with those of llama.cpp and refuses a tokenizer that llama.cpp would apply differently.
 
     V vocabulary size   H heads, of queries or of keys   K head dim
 """
@@ -27,7 +27,7 @@ ALIGN = 32
 DTYPES = {"f32": (torch.float32, 0, 0), "f16": (torch.float16, 1, 1), "bf16": (torch.bfloat16, 30, 32)}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 
-# our name -> llama.cpp's
+# our name -> name in llama.cpp
 TEXT = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
          "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
@@ -39,14 +39,14 @@ BLOCK = {"layer_norm1": "ln1", "self_attn.q_proj": "attn_q", "self_attn.k_proj":
          "self_attn.out_proj": "attn_out", "layer_norm2": "ln2", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 CONNECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
-# pre-tokenizer of a byte-level tokenizer -> llama.cpp's name for it
+# pre-tokenizer of a byte-level tokenizer -> its name in llama.cpp
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTE_LEVEL = {
     (("Split", _SPLIT % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
     (("Split", _SPLIT % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
     (("Digits", True), ("ByteLevel", False, True)): "smollm",
     (("ByteLevel", False, True),): "gpt-2"}
-# normalizers and pre-tokenizers of a SentencePiece tokenizer, which splits nothing -> does it add a first space?
+# (normalizers, pre-tokenizers) of a SentencePiece tokenizer, which does not split -> does it add a first space?
 SENTENCEPIECE = {
     (("Prepend", "Replace"), ()): True, (("Replace",), ()): False, ((), (("Metaspace", "always", False),)): True,
     ((), (("Metaspace", "first", False),)): True, ((), (("Metaspace", "never", False),)): False}
@@ -79,7 +79,7 @@ def write_gguf(path, keys, tensors):
         kind, raw = packed(value)
         head += [packed(name)[1], struct.pack("<I", kind), raw]
     for name, shape, dtype in table:
-        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),   # fastest axis first
+        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),   # last axis first
                  struct.pack("<IQ", DTYPES[dtype][1], at)]
         at += padded(shape.numel() * DTYPES[dtype][0].itemsize)
     tmp = path.with_name(f".tmp-{path.name}")
@@ -112,8 +112,8 @@ def interleaved(x, heads):
 
 
 def gguf_name(name, table, block={}, prefix=""):
-    """A parameter's name -> llama.cpp's. table, block: module or parameter, outside and inside the blocks -> its name
-    there. prefix: of the blocks there"""
+    """Our name of a parameter -> its name in llama.cpp. table: {our name: name in llama.cpp} outside the blocks; block:
+    the same inside a block; prefix: of the blocks in llama.cpp"""
     stem, _, last = name.rpartition(".")
     if layer := re.match(r"(?:model|encoder)\.layers\.(\d+)\.(.*)", stem):
         return f"{prefix}.{layer[1]}.{block[layer[2]]}.{last}"
@@ -124,7 +124,7 @@ def text_tensors(language_model, cfg, dtype):
     heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}
     for k, x in language_model.state_dict().items():
         layer = k.split(".")[-2]
-        if layer in heads and cfg.model_type in ("llama", "mistral"):         # Qwen's graphs rotate as ours do
+        if layer in heads and cfg.model_type in ("llama", "mistral"):         # Qwen: the same pairs in llama.cpp
             x = interleaved(x, heads[layer])
         yield gguf_name(k, TEXT, LAYER, "blk"), x, dtype if x.ndim > 1 else "f32"
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
@@ -142,7 +142,7 @@ def text_keys(cfg, dtype, name):
             "general.file_type": DTYPES[dtype][2]}
     keys |= {f"{arch}.{k}": v for k, v in {
         "vocab_size": cfg.vocab_size, "block_count": cfg.num_hidden_layers, "embedding_length": cfg.hidden_size,
-        # llama.cpp has no window for these: a context of its length needs none
+        # llama.cpp has no sliding window for these models, so the context may not be longer than the window
         "context_length": min(cfg.max_position_embeddings, cfg.sliding_window or cfg.max_position_embeddings),
         "feed_forward_length": cfg.intermediate_size, "attention.head_count": cfg.num_attention_heads,
         "attention.head_count_kv": cfg.num_key_value_heads, "attention.key_length": cfg.head_dim,
@@ -157,7 +157,7 @@ def text_keys(cfg, dtype, name):
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
 def steps_of(part, key):
-    """A normalizer or pre-tokenizer of tokenizer.json -> its steps. key: where a sequence lists them."""
+    """A normalizer or pre-tokenizer of tokenizer.json -> its steps. key: of the steps in a sequence."""
     return [] if part is None else part[key] if part["type"] == "Sequence" else [part]
 
 
@@ -170,9 +170,9 @@ def pre_tokenizer(spec, where):
     norms = tuple(n["type"] for n in steps_of(spec.get("normalizer"), "normalizers"))
     steps = tuple((s["type"], *options.get(s["type"], lambda s: ())(s))
                   for s in steps_of(spec.get("pre_tokenizer"), "pretokenizers"))
-    ignore_merges = bool(spec["model"].get("ignore_merges"))            # a word that is a piece is not built by merges
+    ignore_merges = bool(spec["model"].get("ignore_merges"))            # a word that is a piece needs no merges
     if steps in BYTE_LEVEL and norms in ((), ("NFC",)) and ignore_merges == (BYTE_LEVEL[steps] == "llama-bpe"):
-        return BYTE_LEVEL[steps], False                                 # llama.cpp does not normalise to Qwen's NFC
+        return BYTE_LEVEL[steps], False                                 # Qwen's normalizer is NFC; llama.cpp has none
     if (norms, steps) not in SENTENCEPIECE or ignore_merges or not spec["model"].get("byte_fallback"):
         stop(f"{where}: llama.cpp has no such pre-tokenizer: {[*norms, *(s[0] for s in steps)]}")
     return None, SENTENCEPIECE[norms, steps]
@@ -180,7 +180,7 @@ def pre_tokenizer(spec, where):
 
 def scores(vocab, merges, where):
     """{piece: id}, [(left, right)] best first -> {piece: score}. SentencePiece has scores instead of merges: any two
-    neighbours whose union is a piece may merge, and the union with the highest score comes first."""
+    neighbours whose union is a piece may merge, and the pair whose union has the highest score merges first."""
     out, last = {}, None
     for rank, (a, b) in enumerate(merges):
         if a + b != last and a + b in out:
@@ -195,7 +195,7 @@ def scores(vocab, merges, where):
 
 
 def tokenizer_keys(tok, V, template, system=None):
-    """A tokenizer -> its keys. V: rows of the embedding. template: a name in chat.py; None: the folder's own jinja."""
+    """A tokenizer -> its GGUF keys. V: rows of the embedding. template: a name in chat.py; None: the folder's own."""
     where, spec = f"the tokenizer in {tok.folder}", tok.spec
     if (kind := spec["model"].get("type")) != "BPE":
         stop(f"{where}: a tokenizer of type {kind!r} is not exported: BPE")
@@ -203,7 +203,7 @@ def tokenizer_keys(tok, V, template, system=None):
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
     added = {t["content"]: t for t in spec["added_tokens"]}
     pre, space = pre_tokenizer(spec, where)
-    names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # as if no row had a token
+    names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # default: a row without a token
     for piece, i in {**vocab, **{c: t["id"] for c, t in added.items()}}.items():
         names[i], types[i] = piece, NORMAL
         if piece in added:
@@ -237,9 +237,9 @@ def own_template(folder):
 
 
 def with_media_marker(text):
-    """Our jinja template for llama.cpp, which replaces an image by a marker of its own, <__media…__>, without a
-    newline. As <image> in training, the marker moves to the front of its turn and a newline follows."""
-    text = text.replace(jinja.BEGIN, "").replace(jinja.END, "")               # not all readers know these tags
+    """Adapt our jinja template to llama.cpp, which writes the marker <__media…__> for an image, without a newline. The
+    template puts the marker and a newline at the beginning of its turn, as <image> in training."""
+    text = text.replace(jinja.BEGIN, "").replace(jinja.END, "")               # not all programs know these tags
     marker = ("{% set mark = '<__media' + said.split('<__media')[1].split('__>')[0] + '__>' if '<__media' in said "
               "else '<image>' %}")
     head, turns = text.split(jinja.CONTENT)
@@ -250,7 +250,7 @@ def with_media_marker(text):
 
 def mmproj_tensors(model, dtype):
     for k, x in model.vision_tower.vision_model.state_dict().items():
-        fp32 = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"      # convolutions read f32 or f16
+        fp32 = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"      # convolutions need f32 or f16
         yield gguf_name(k, VISION, BLOCK, "v.blk"), x, "f32" if fp32 else dtype
     for k, x in model.multi_modal_projector.state_dict().items():
         yield gguf_name(k, CONNECTOR), x, "f32" if x.ndim == 1 else dtype
@@ -270,7 +270,7 @@ def mmproj_keys(cfg, dtype, name):
         "vision.embedding_length": v.hidden_size, "vision.feed_forward_length": v.intermediate_size,
         "vision.projection_dim": cfg.text.hidden_size, "vision.attention.head_count": v.num_attention_heads,
         "vision.attention.layer_norm_epsilon": float(v.layer_norm_eps), "vision.block_count": v.depth,
-        "vision.feature_layer": [v.depth],                                    # without it, the last block is skipped
+        "vision.feature_layer": [v.depth],                                    # if absent, the last block is skipped
         "vision.image_mean": [float(m) for m in v.image_mean],
         "vision.image_std": [float(s) for s in v.image_std]}.items()}
 
@@ -301,7 +301,7 @@ def export(folder, out, dtype):
     keys = text_keys(cfg.text, dtype, name)
     keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
     vision_keys = mmproj_keys(cfg, dtype, name)
-    out = Path(out or Path(folder if Path(folder).exists() else name, "gguf"))           # of a name of the hub: here
+    out = Path(out or Path(folder if Path(folder).exists() else name, "gguf"))           # hub name: ./NAME/gguf
     out.mkdir(parents=True, exist_ok=True)
     paths = out / f"model-{dtype}.gguf", out / f"mmproj-model-{dtype}.gguf"
     write_gguf(paths[0], keys, partial(text_tensors, model.language_model, cfg.text, dtype))

@@ -13,7 +13,7 @@ def find_folder(name):
     """A folder, or `org/name` of a model or an adapter -> Path of a folder on this machine"""
     if Path(name).exists():
         return Path(name)
-    # ./out, /out and runs/sft are paths, and so is whatever begins with an existing folder
+    # ./out, /out, runs/sft and any name that begins with an existing folder are paths, not hub names
     if not re.fullmatch(r"(?!runs/)[\w.-]*\w/[\w.-]+", str(name)) or Path(name).parent.exists():
         stop(f"{name} holds no model: there is no such folder")
     env = os.environ
@@ -29,17 +29,17 @@ def find_folder(name):
     if env.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "true", "yes"):
         stop(f"{absent}; HF_HUB_OFFLINE forbids a download")
     try:
-        import huggingface_hub as hub  # only here: everything else works without it and without a network
+        import huggingface_hub as hub  # imported here: the rest works without it and without a network
 
-        # model_info asks once; list_repo_files prints six retries in half a minute where there is no network
+        # without a network, model_info fails at once, and list_repo_files prints six retries in half a minute
         names = [f.rfilename for f in hub.HfApi().model_info(name).siblings]
         kind = "*.safetensors" if any(re.fullmatch(r"[^/]+\.safetensors", n) for n in names) else "*.bin"
         wanted = ["*.json", "*.jinja", "*.model", "mm_projector.bin", "non_lora_trainables.bin", kind]
         return Path(hub.snapshot_download(name, allow_patterns=wanted,
-                                          ignore_patterns=["*/*", "consolidated*"]))   # second copies of all weights
+                                          ignore_patterns=["*/*", "consolidated*"]))   # copies of the weights
     except ImportError:
         stop(f"{absent}; pip install huggingface_hub would let it be downloaded")
-    except Exception as e:  # a network fails in many ways
+    except Exception as e:  # network errors have many types
         stop(f"{absent}, and the download failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
 
 

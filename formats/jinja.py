@@ -1,16 +1,16 @@
-"""Chat templates as transformers, vLLM and llama.cpp read them: chat.py's templates in jinja."""
+"""The chat templates of chat.py in jinja, which transformers, vLLM and llama.cpp read."""
 
 import json
 
 from chat import template
 
-# transformers builds return_assistant_tokens_mask from these tags: the supervised tokens of chat.encode
+# transformers finds the supervised tokens by these tags (return_assistant_tokens_mask), the same as chat.encode
 BEGIN, END = "{% generation %}", "{% endgeneration %}"
 
 _INST = "[INST] {% if system and ns.first %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ user }} [/INST]"
 _SYSTEM, _USER, _ASSISTANT = (f"<|start_header_id|>{r}<|end_header_id|>\n\n" for r in ("system", "user", "assistant"))
 
-# template -> what it writes at the beginning, for a question, for an answer, and to ask for an answer
+# template -> its text at the beginning, for a question, for an answer, and before an answer is generated
 _PARTS = {
     "plain": ("{{ bos_token }}", "{{ '<image>' * images }}", BEGIN + "{{ answer }}\n" + END, ""),
     "vicuna_v1": (
@@ -27,8 +27,8 @@ _PARTS = {
         "<|im_start|>assistant\n"),
     "mistral": ("{{ bos_token }}", _INST, BEGIN + " {{ answer }} {{ eos_token }}" + END, "")}
 
-# What surrounds the four parts. A message's content is a string with markers or a list of parts; markers move as in
-# chat.Parts.user. It is one line, because readers treat a line break after a tag differently
+# The template around the four parts. A message's content is a string with markers or a list of parts; markers move as
+# in chat.Parts.user. It is one line, because programs treat a line break after a tag differently
 CONTENT = "{% set said = words(message['content']) %}"
 _FRAME = (
     "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
@@ -43,8 +43,8 @@ _FRAME = (
 
 
 def jinja(name, system=None):
-    """The jinja form of a template. It renders the text whose ids chat.encode gives, with one difference: a string does
-    not tell typed control tokens from real ones, so with jinja a user can type them."""
+    """The jinja form of a template. It renders the text whose ids chat.encode returns, with one difference: control
+    tokens that a user types become real control tokens."""
     out, t = _FRAME, template(name)
     for place, part in zip(("@begin@", "@user@", "@assistant@", "@prompt@"), _PARTS[name]):
         out = out.replace(place, part)

@@ -1,13 +1,12 @@
-"""LLaVA folders in and out. The state dict of model.VLM has the names of a llava-hf checkpoint already, so that writing
-renames nothing (names.py renames the other spellings).
+"""Read and write LLaVA folders. Tensors of model.VLM have the names of a llava-hf checkpoint; names.py renames others.
 
     folder        a path, or a name `org/name` of the hub
     vision        config.json (CLIP or SigLIP, with or without its text half; DINOv2), preprocessor_config.json, weights
     llm           config.json (Llama, Mistral, Qwen2, Qwen3), tokenizer, weights
-    init          all of that: a run; a llava-hf folder; one of the LLaVA repository: a whole model, mm_projector.bin
-                  alone, or a LoRA beside non_lora_trainables.bin
+    init          a LLaVA: a run; a llava-hf folder; a folder of the LLaVA repository with all weights, with only
+                  mm_projector.bin, or with a LoRA and non_lora_trainables.bin
 
-    V vocabulary   D ViT width   n, m patches along a side, before and after
+    V vocabulary   D ViT width   n, m patches along a side, before and after resampling
 """
 
 import re
@@ -29,30 +28,30 @@ from formats.tokenizer import Tokenizer
 from formats.whole import commit, write_file
 from model import VLM, VLMConfig, init_weights
 
-# config.json of the LLaVA repository: the LLMs it knows, and the values of its other keys that are supported
+# config.json of the LLaVA repository: model_type -> type of the LLM; supported values of other keys
 LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
-LARGER = 4  # images of at most this many times the side that a tower was trained on: tokens grow with the square
+LARGER = 4  # limit of image side / image side in training: the number of tokens grows with its square
 
 
 class Folder(NamedTuple):
-    """What a model came with beside its weights, for writing it out again."""
+    """The parts of a model folder beside its weights; saving writes them again."""
     tok: Tokenizer
     vision: dict                # config of the vision tower, as published
     text: dict                  # config of the LLM, as published
     pre: dict                   # preprocessor_config.json
-    unused: dict                # {name: tensor} of blocks behind the feature layer: not built, and written out again
+    unused: dict                # {name: tensor} of blocks behind the feature layer: not in the VLM, saved unchanged
     meta: dict                  # template, system text and image_aspect of a model that was trained here
-    digests: dict = {}          # {name: tensor_digest} of what was read
+    digests: dict = {}          # {name: tensor_digest} of the tensors that were read
     notes: list = []            # lines about tokens that were added and positions that were resampled
 
 
 def read_tower(folder):
     """-> config, preprocessor_config, {our name: tensor} of a vision tower"""
     v = read_config(folder)
-    if nested := v.get("vision_config_dict") or v.get("vision_config"):       # a CLIP or SigLIP with both its halves
+    if nested := v.get("vision_config_dict") or v.get("vision_config"):       # a CLIP or SigLIP with its text half
         v = {"model_type": f"{v.get('model_type')}_vision_model", **nested}
     pre = read_pre(folder, vision_kind(v))                                    # stops here if it is no vision tower
     return v, pre, renamed({f"vision_tower.{k}": x for k, x in read_tensors(folder).items()}, folder)
@@ -105,7 +104,7 @@ def read_llava_repository(folder, c):
         stop(f"{folder} does not say in its configs which models it was trained on")
     base = find_folder(base)
     v, pre, tensors = read_tower(find_folder(c["mm_vision_tower"]))
-    tensors |= renamed(read_tensors(base), base) | renamed(extra, folder)     # what was trained replaces the base
+    tensors |= renamed(read_tensors(base), base) | renamed(extra, folder)     # trained tensors replace the base's
     for k in [k for k in tensors if k.endswith(".lora_A.weight")]:
         name = k.removesuffix(".lora_A.weight")
         A, B, W = (tensors.pop(k, None) for k in (k, f"{name}.lora_B.weight", f"{name}.weight"))
@@ -120,8 +119,8 @@ def read_llava_repository(folder, c):
 
 
 def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float32):
-    """-> VLM, Folder. From two towers with a new connector, or from `init`. With dtype=None each tensor stays as it is
-    in its file and memory-mapped, until engine.choose copies it."""
+    """Load two towers and create a connector, or load `init` -> VLM, Folder. With dtype=None tensors keep their dtype
+    and stay memory-mapped, until engine.choose copies them."""
     where, layer = init or f"{vision} + {llm}", -2
     if init:
         at = find_model(init)
@@ -140,7 +139,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
     if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size and init:
         stop(f"{where}: preprocessor_config.json makes images of side {side}, the tower reads {cfg.vision.image_size}")
     head, embedding = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
-    if cfg.text.tie_word_embeddings and head is not None:                     # as transformers 5 has it
+    if cfg.text.tie_word_embeddings and head is not None:                     # as in transformers 5
         cfg.text.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
     with torch.device("meta"):
@@ -159,7 +158,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
             model = VLM(cfg)
     digests = {k: tensor_digest(x) for k, x in tensors.items()}
     for k in tensors if dtype else ():                                        # one at a time: no second model in memory
-        tensors[k] = tensors[k].to(dtype, copy=True)                          # no view: the file may change later
+        tensors[k] = tensors[k].to(dtype, copy=True)                          # a copy: the file may change later
     model.load_state_dict(tensors, strict=False, assign=True)
     if not init:
         init_weights(model.multi_modal_projector.to_empty(device="cpu"), seed)
@@ -167,11 +166,11 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
 
 
 def add_token_rows(tensors, cfg, tok, where):
-    """Give new tokens of the tokenizer their rows in the embedding and the head, up to a multiple of 64 as in LLaVA-HF
-    -> lines that say so. `tensors` and cfg.vocab_size change.
+    """Add rows to the embedding and the head for new tokens of the tokenizer, up to a multiple of 64 as in LLaVA-HF
+    -> notes about this. It changes `tensors` and cfg.vocab_size.
 
-    A new row is the mean of the old ones, as in LLaVA. In the head a new logit is then the mean of the old ones, which
-    (Jensen) is at most their log-sum-exp - log V: n new rows raise no loss by more than log(1 + n/V).
+    A new row is the mean of the old rows, as in LLaVA. So a new logit is the mean of the old logits. This mean is at
+    most their log-sum-exp - log V (Jensen): n new rows raise no loss by more than log(1 + n/V).
     """
     V = cfg.vocab_size
     if tok.published > V:
@@ -181,8 +180,8 @@ def add_token_rows(tensors, cfg, tok, where):
     cfg.vocab_size = -(-len(tok) // 64) * 64
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         x = tensors.get(name)
-        if x is not None and x.shape[:1] == (V,):                             # of another shape: `account` reports it
-            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # the same on any machine
+        if x is not None and x.shape[:1] == (V,):                             # `account` reports another shape
+            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # equal on all machines
             tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
     return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
             f"{cfg.vocab_size:,}"]
@@ -190,7 +189,7 @@ def add_token_rows(tensors, cfg, tok, where):
 
 def resampled(table, v, side):
     """Position table (first + n n, D) -> (first + m m, D) for images of another side: bicubic over the grid of patches,
-    as interpolate_pos_encoding of transformers, where only DINOv2 with registers smooths while it shrinks."""
+    as interpolate_pos_encoding of transformers; only DINOv2 with registers has antialiasing there."""
     n, m, first = v.image_size // v.patch_size, side // v.patch_size, int(v.class_token)
     if not v.patch_size <= side <= LARGER * v.image_size:
         stop(f"preprocessor_config.json makes images of side {side}; this vision tower was trained on {v.image_size}")
@@ -202,7 +201,7 @@ def resampled(table, v, side):
 
 
 def aspect(folder, cfg):
-    """How a LLaVA folder makes images square: pumice.json of our folders says so, else the image processor."""
+    """-> image_aspect of a LLaVA folder: from pumice.json if it has one, else from its image processor."""
     crops = folder.pre.get("do_center_crop", cfg.vision.class_token)
     does = "pad" if folder.pre.get("do_pad") else "crop" if crops else "squash"
     return folder.meta.get("image_aspect") or does

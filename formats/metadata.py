@@ -1,11 +1,11 @@
-"""The files of a published LLaVA folder beside its weights: configs, tokenizer, chat template, image processor. They
-are written so that transformers reads the same from them in every version since 4.46."""
+"""The files of a published LLaVA folder beside its weights: configs, tokenizer, chat template, image processor. All
+versions of transformers since 4.46 read the same settings from them."""
 
 import chat
 from formats.configs import TEXT, image_spec, positions, strategy
 from formats.jinja import jinja
 
-# settings of transformers' image processors that do what image_aspect says: images of side S, cut from `short`
+# image_aspect -> settings of the image processor that does the same: images of side S, cropped from side `short`
 PROCESSORS = {
     "pad": lambda S, short: {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": True,
                              "size": {"shortest_edge": S}, "crop_size": {"height": S, "width": S}},
@@ -17,8 +17,8 @@ SIZES = "model_type hidden_size intermediate_size num_hidden_layers num_attentio
 
 
 def tokenizer_files(tok, template, system, length):
-    """-> {file name: content}. length: tokens of one document that the LLM was made for. EOS is the token that ends an
-    answer, which need not be the base model's: programs stop at tokenizer.eos_token_id."""
+    """-> {file name: content}. length: the longest document of the LLM, in tokens. eos_token is the token that ends an
+    answer, even if the base model had another EOS: programs stop at tokenizer.eos_token_id."""
     names = {i: name for name, i in tok.specials.items()}
     talk = jinja(template, system)
     return {
@@ -47,7 +47,7 @@ def metadata(folder, cfg, template, system, aspect, dtype):
                    "rope_scaling max_position_embeddings tie_word_embeddings")
     text["architectures"] = [TEXT[t.model_type]["architecture"]]
     vision = updated(folder.vision, v, SIZES + "image_size patch_size hidden_act layer_norm_eps") | {"num_channels": 3}
-    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):    # the folder had no more
+    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):    # not in the folder
         vision["num_hidden_layers"], layer = v.depth, -1
     if v.model_type.startswith("dinov2"):
         vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
@@ -67,13 +67,13 @@ def metadata(folder, cfg, template, system, aspect, dtype):
             "text_config": text, "vision_config": vision},
         "generation_config.json": {
             "bos_token_id": tok.bos, "eos_token_id": chat.end_of_turn(tok, template), "pad_token_id": tok.pad,
-            "do_sample": False,                           # the image token and rows without a token are never generated
+            "do_sample": False,                           # never generate the image token and rows without a token:
             "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},
         "preprocessor_config.json":
             pre | {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size, short),
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "patch_size": v.patch_size,
             "image_token": files["tokenizer_config.json"]["image_token"],
-            # a processor only counts with these: P + 1 - 1 for every tower, because 4.46 always adds the 1
+            # a processor uses these only to count an image's tokens: P + 1 - 1 for every tower; 4.46 always adds 1
             "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
         "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}

@@ -1,5 +1,5 @@
-"""Names of a LLaVA's tensors. Ours are those of llava-hf checkpoints; others are renamed when they are read, and every
-tensor is accounted for: a missing, unexpected or misshapen one is an error that names it."""
+"""Names of a LLaVA's tensors. We use those of llava-hf checkpoints and rename others when a file is read. Every tensor
+is checked: a missing tensor, an unexpected one or a wrong shape is an error with the name of the tensor."""
 
 import dataclasses
 import re
@@ -14,18 +14,18 @@ IGNORED = re.compile(r"vision_tower\.vision_model\.(embeddings\.(position_ids|ma
                      r"|(visual|text)_projection\.|logit_(scale|bias)$)|language_model\..*rotary_emb\.inv_freq$")
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-# rename() applies these one after the other: any known spelling of a name becomes ours
+# rename() applies these in order: any known name of a tensor becomes our name
 SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
     (r"^base_model\.model\.", ""),                                                            # PEFT
     (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),   # the LLaVA repository
     (r"^(model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
-    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),                   # and an LLM alone
+    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),                   # also an LLM alone
     (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # in memory of transformers since 4.52
+    (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # in memory, transformers since 4.52
     (r"^model\.language_model\.", "language_model.model."),
-    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # files of transformers since 5
-# ours -> DINOv2's
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # in files, transformers since 5
+# our name -> name in DINOv2
 DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "position_embeddings"),
               ("patch_embedding.", "patch_embeddings.projection."), ("encoder.layers.", "encoder.layer."),
               ("self_attn.q_proj", "attention.attention.query"), ("self_attn.k_proj", "attention.attention.key"),
@@ -50,7 +50,7 @@ def renamed(tensors, where, spell=rename):
 
 
 def dino_name(name, in_memory=False):
-    """Our name of a tensor of a DINOv2 -> the published one, or the one in memory in transformers 5, without prefix"""
+    """Our name of a DINOv2 tensor -> its name in published files, or in memory in transformers 5; without prefix"""
     if in_memory:
         name = name.replace("self_attn.out_proj", "attention.o_proj").replace("self_attn.", "attention.")
     for ours, theirs in DINO_NAMES:
@@ -59,7 +59,7 @@ def dino_name(name, in_memory=False):
 
 
 def spelling(model):
-    """-> a function: any known spelling of a model's tensor, or of an adapter's beside it -> ours"""
+    """-> a function: any known name of a tensor of the model or of an adapter -> our name"""
     ours = {}
     if model.cfg.vision.model_type.startswith("dinov2"):
         names = {**dict(model.named_modules()), **dict(model.named_parameters())}
@@ -72,7 +72,7 @@ def spelling(model):
 
 
 def name_in_transformers(name, dino=False):
-    """Our name -> the one that PEFT uses: that in memory in transformers 5 (LLM and connector: since 4.52)"""
+    """Our name -> the name in PEFT, which is the name in memory in transformers 5 (LLM, connector: since 4.52)"""
     name = dino_name(name, in_memory=True) if dino and name.startswith("vision_tower.") else name
     for ours, theirs in (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
                          ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_", "model.multi_modal_")):
@@ -82,8 +82,8 @@ def name_in_transformers(name, dino=False):
 
 
 def account(model, tensors, where, new=()):
-    """{our name: tensor} of a folder -> the model's parameters; unused tensors: the blocks behind the feature layer and
-    the norm behind them, all or none. Parameters whose names begin with `new` are not expected."""
+    """{our name: tensor} of a folder -> the model's parameters; unused tensors: all or none of the blocks behind the
+    feature layer and the last norm. Parameters whose names begin with `new` are not expected."""
     cfg = model.cfg
     with torch.device("meta"):
         tower = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))
@@ -102,8 +102,8 @@ def account(model, tensors, where, new=()):
         stop(f"{where}: {len(extra)} unexpected tensor(s), the first is {extra[0]}")
     for k, shape in known.items():
         while tensors[k].ndim > len(shape) and len(tensors[k]) == 1 and k.startswith("vision_tower."):
-            tensors[k] = tensors[k][0]                                        # DINOv2's tokens are batches of one
-        if tensors[k].dtype not in FLOATS:                                    # quantised; the scales are elsewhere
+            tensors[k] = tensors[k][0]                                        # DINOv2: batch dimension of size 1
+        if tensors[k].dtype not in FLOATS:                                    # quantised, without its scales
             stop(f"{where}: {k} holds {tensors[k].dtype}, where one of {', '.join(map(str, FLOATS))} is supported")
         if tensors[k].shape != shape:
             stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(shape)}")
@@ -111,10 +111,10 @@ def account(model, tensors, where, new=()):
 
 
 def published_tensors(state, cfg):
-    """The tensors of a VLM as transformers' LLaVA names and shapes them. A connector of one matrix is written as two:
+    """The tensors of a VLM, named and shaped as in transformers' LLaVA. A connector of one matrix is written as two:
     the second is the identity with no activation before it, so the result is exactly the same."""
     D, norm = cfg.vision.hidden_size, "vision_tower.vision_model.post_layernorm."
-    out = {f"{norm}weight": torch.ones(D), f"{norm}bias": torch.zeros(D)} | state      # expected there, never read
+    out = {f"{norm}weight": torch.ones(D), f"{norm}bias": torch.zeros(D)} | state      # must exist, is never used
     if cfg.connector == "linear":
         C = cfg.text.hidden_size
         out["multi_modal_projector.linear_2.weight"] = torch.eye(C)
@@ -126,5 +126,5 @@ def published_tensors(state, cfg):
         k = dino_name(k.replace(".vision_model.", "."))
         tokens = re.search("cls_token|register_tokens|position_embeddings", k)
         out[k] = x.reshape(1, -1, x.shape[-1]) if tokens else x
-    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, D))            # expected there, never read
+    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, D))            # must exist, is never used
     return out

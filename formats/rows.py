@@ -1,4 +1,4 @@
-"""Data files, json or jsonl: where their rows are, and what a row says.
+"""Data files, json or jsonl: where their rows are, and what a row contains.
 
 A row is LLaVA's {"image": name, "conversations": [{"from": "human", "value": text}, {"from": "gpt", ...}]}, or the
 same as OpenAI's {"images": [name], "messages": [{"role": "user", "content": text or parts}, ...]}.
@@ -16,8 +16,8 @@ from config import BadSample, stop
 from formats.strict_json import STRICT, strict_json
 
 SPACE = r"[ \t\n\r]*"
-FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")   # around values
-MAX_BYTES = 8_000_000      # of one row; chat.encode refuses long texts by their characters
+FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")   # around a value
+MAX_BYTES = 8_000_000      # of one row; chat.encode limits the characters of a text
 MAX_IMAGES = 256           # of one row
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # LLaVA's names, OpenAI's names
 UNSUPPORTED = ("video", "audio")
@@ -26,8 +26,8 @@ UNSUPPORTED = ("video", "audio")
 # ---- where the rows are ---------------------------------------------------------------------------------------------
 
 def elements(blob):
-    """The bytes of a json list -> [(begin, end)] of its values. Each value is parsed once and freed: the memory needed
-    is the text of the file, for a moment, and never all of its values."""
+    """The bytes of a json list -> [(begin, end)] of its values. Each value is parsed once and freed: memory holds the
+    text of the file for a moment, but never all parsed values."""
     text, spans, i, at = str(blob, "utf-8"), [], 0, 0          # i counts characters, at counts bytes
     between = FIRST.match(text)
     while between[1] != "]":
@@ -36,7 +36,7 @@ def elements(blob):
             b = STRICT.raw_decode(text, a)[1]
         except json.JSONDecodeError:
             raise
-        except (ValueError, RecursionError) as e:              # these do not say where
+        except (ValueError, RecursionError) as e:              # these errors have no position
             raise ValueError(f"sample {len(spans)}: {e}") from None
         begin = at + len(text[i:a].encode())
         at, i = begin + len(text[a:b].encode()), b
@@ -50,8 +50,8 @@ def elements(blob):
 
 
 class Rows:
-    """The rows of one file, parsed when asked for. Only their places are stored, beside a memory map of the file, which
-    all processes of a machine share."""
+    """The rows of one file; a row is parsed when it is read. Rows stores their positions and a memory map of the file,
+    which all processes of a machine share."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -67,7 +67,7 @@ class Rows:
                 spans = elements(self.blob)
             except ValueError as e:
                 stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
-        elif first[:1] != b"{" or first == b"{":               # a { alone opens one object over several lines
+        elif first[:1] != b"{" or first == b"{":               # a { alone in a line: one object in several lines
             stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line (pandas converts tables: "
                  "read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True))")
         else:
@@ -104,7 +104,7 @@ def conversation(row):
     messages = row.get("conversations", row.get("messages"))
     if not isinstance(messages, list) or not messages:
         raise BadSample("no conversations")
-    system, turns = row.get("system") or None, []              # "system": "" means none, as tables write it
+    system, turns = row.get("system") or None, []              # "" means no system text, as in tables
     if not isinstance(system, str | None):
         raise BadSample("the system text is not a string", f"{system!r:.80}")
     names = row.get("image", row.get("images"))
@@ -147,7 +147,7 @@ def conversation(row):
 
 
 def at_an_edge(turns, marker):
-    """The number of questions that begin or end with a marker. There LLaVA writes it; elsewhere it is text."""
+    """The number of questions that begin or end with a marker. LLaVA writes it there; a marker elsewhere is text."""
     return sum(user.strip().startswith(marker) or user.strip().endswith(marker) for user, _ in turns)
 
 
@@ -160,7 +160,7 @@ def read_content(content, turn):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
-        elif kind == "image":                                  # the part names its file, or the row does
+        elif kind == "image":                                  # the file name is in the part or in the row
             text += IMAGE + "\n"
             names += [name for name in (part.get("image"), part.get("path")) if name]
         elif kind in UNSUPPORTED:

@@ -1,7 +1,7 @@
-"""SentencePiece's tokenizer.model (Llama 1 and 2, Vicuna, Mistral, TinyLlama) -> what tokenizer.json would say.
+"""SentencePiece's tokenizer.model (Llama 1 and 2, Vicuna, Mistral, TinyLlama) -> the content of a tokenizer.json.
 
-SentencePiece merges the adjacent pair whose union has the highest score, the leftmost first. tokenizer.json has a
-ranked list of merges: here every way to split a piece in two, the piece with the highest score first. Both give the
+SentencePiece merges the adjacent pair whose union has the highest score; of equal pairs, the leftmost. tokenizer.json
+has a ranked list of merges: here every way to split a piece in two, ordered by the score of the piece. Both give the
 same ids if no two pieces of several characters have equal scores, and every character of a piece is a piece itself.
 Other models are refused. Field numbers: sentencepiece_model.proto.
 """
@@ -18,7 +18,7 @@ def protobuf_fields(blob):
     """A protobuf message -> [(field number, value)]: an int of up to 64 bits, or the bytes of any other type."""
     file, out = io.BytesIO(blob), []
 
-    def varint():                                              # seven bits per byte, low ones first; bit eight: go on
+    def varint():                                              # 7 bits per byte, lowest first; bit 8 set: more bytes follow
         n = 0
         for shift in range(0, 70, 7):
             byte, = file.read(1)
@@ -31,7 +31,7 @@ def protobuf_fields(blob):
         number, wire = divmod(varint(), 8)
         if wire not in (0, 1, 2, 5):
             raise ValueError(f"wire type {wire}")
-        size = {1: 8, 5: 4}.get(wire, 0) or varint()           # of wire type 0: the value itself
+        size = {1: 8, 5: 4}.get(wire, 0) or varint()           # wire type 0: this is the value
         if wire and file.tell() + size > len(blob):
             raise ValueError("the last field is cut off")
         out.append((number, file.read(size) if wire else size))
@@ -39,7 +39,7 @@ def protobuf_fields(blob):
 
 
 def read_sentencepiece(path):
-    """tokenizer.model -> (what tokenizer.json would say, {role: token})."""
+    """tokenizer.model -> (content of a tokenizer.json, {role: token})."""
     try:
         model = protobuf_fields(path.read_bytes())
         pieces = [dict(protobuf_fields(value)) for number, value in model if number == 1]

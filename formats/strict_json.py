@@ -1,4 +1,4 @@
-"""JSON as its standard has it. Python's json also accepts NaN, numbers beyond any float and duplicate keys."""
+"""JSON as in its standard. Python's json also accepts NaN, numbers beyond any float and duplicate keys."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def strict_json(text, where):
 
 
 def read_json(path, absent=None):
-    """A file that holds one JSON object -> dict. absent: the result for a missing file; None: stop."""
+    """A file that holds one JSON object -> dict. absent: the result for a missing file; None: an error."""
     if absent is not None and not Path(path).is_file():
         return absent
     try:

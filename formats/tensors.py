@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors, whole or in shards, and .bin files of torch.save, of which only tensors are read."""
+"""Tensors in files: safetensors in one file or shards, and .bin files of torch.save, of which only tensors are read."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def read_tensors(folder, stem="model"):
 def read_safetensors(file):
     try:
         with safe_open(file, "pt") as f, open(file, "rb") as raw:
-            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")     # no name twice
+            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")    # no duplicates
             return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError) as e:
         stop(f"{file} is not a whole safetensors file: {e}")
@@ -50,7 +50,7 @@ def read_pickle(file):
     """A file of torch.save. weights_only=True accepts tensors only and runs no code of the file."""
     try:
         found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as e:  # damaged bytes raise many kinds
+    except Exception as e:  # damaged files raise many types of errors
         stop(f"{file} is no whole file of tensors and nothing else, so it is not opened ({type(e).__name__})")
     if not isinstance(found, dict) or any(getattr(x, "layout", 0) != torch.strided for x in found.values()):
         stop(f"{file} is no dict of dense tensors by name")
@@ -58,10 +58,10 @@ def read_pickle(file):
 
 
 def tensor_digest(tensor):
-    """Shape, sum of all bits, and some thousand elements in order -> 16 hex digits. It tells models apart at the speed
-    of memory, where SHA-256 over 7B weights takes a minute. It is no protection against forgery."""
+    """Shape, sum of all bits, and some thousand elements in order -> 16 hex digits. It distinguishes models at the
+    speed of memory; SHA-256 over 7B weights takes a minute. It does not protect against forgery."""
     flat = tensor.detach().cpu().flatten()
-    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # fp32 a piece at a time
+    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # only one part in fp32
     some = flat[:: max(1, len(flat) // 1024)].float().view(torch.int32).tolist()
     return hashlib.sha256(repr((tuple(tensor.shape), total, some)).encode()).hexdigest()[:16]
 
@@ -87,7 +87,7 @@ def write_shards(folder, tensors, dtype):
              for i, shard in enumerate(shards, 1)}
     for file, shard in files.items():
         save_file({k: tensors[k].detach().to("cpu", dtype).contiguous() for k in shard}, folder / file,
-                  metadata={"format": "pt"})                       # transformers 4.46 reads no file without it
+                  metadata={"format": "pt"})                       # transformers 4.46 needs this entry
     if n > 1:
         write_file(folder / "model.safetensors.index.json", {
             "metadata": {"total_size": total}, "weight_map": {k: file for file, shard in files.items() for k in shard}})

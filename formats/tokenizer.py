@@ -1,5 +1,5 @@
-"""Published tokenizers -> text to ids. tokenizer.json is read as it is, SentencePiece's tokenizer.model is translated.
-Each gets a placeholder token for images.
+"""Published tokenizers: text to ids. tokenizer.json is read as it is, SentencePiece's tokenizer.model is translated.
+Each tokenizer gets a placeholder token for images.
 
     piece      an entry of the vocabulary
     control    a token that typed text never becomes: BOS, end of turn, <image>
@@ -17,13 +17,13 @@ from formats.sentencepiece import added_token, read_sentencepiece
 from formats.strict_json import read_json
 
 PAD = "<pad>"
-RESERVED = re.compile(r"<\|(image_pad|reserved_special_token_\d+)\|>")  # Qwen and Llama 3 reserve these for such uses
+RESERVED = re.compile(r"<\|(image_pad|reserved_special_token_\d+)\|>")  # Qwen and Llama 3 reserve these tokens
 
 
 def read_spec(folder):
-    """-> (what tokenizer.json says or would say, {role: token})"""
+    """-> (content of tokenizer.json, read or translated; {role: token})"""
     names = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):              # the later one overrides
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):              # the second file has priority
         names |= {k: v for k, v in read_json(folder / file, {}).items() if v}
     if (folder / "tokenizer.json").is_file():
         return read_json(folder / "tokenizer.json"), names
@@ -56,7 +56,7 @@ def vocabulary(spec):
 
 
 def name_token(spec, name, fits):
-    """Rename the first control token that fits to `name`, or add a new token -> its id, a line that says so."""
+    """Rename the first control token t with fits(t) to `name`, or add a new token -> its id, a note about it."""
     ids, own = vocabulary(spec), spec["model"]["vocab"]
     reserved = [t for t in spec["added_tokens"] if t["special"] and fits(t) and name not in ids]
     if not reserved:
@@ -66,7 +66,7 @@ def name_token(spec, name, fits):
     token = min(reserved, key=lambda t: t["id"])
     old, i = token["content"], token["id"]
     token.update(added_token(i, name))
-    if old in own:                                             # some list their control tokens in both places
+    if old in own:                                             # some files list control tokens in the vocabulary, too
         own[name] = own.pop(old)
     return i, f"the tokenizer has no {name}: {old}, id {i}, is renamed to it"
 
@@ -74,9 +74,9 @@ def name_token(spec, name, fits):
 def add_missing_tokens(spec, names, image_id=None):
     """Add the tokens for images and for padding where they are missing -> image id, padding id, [notes].
 
-    For images: `<image>`; else the token with image_id, if config.json gives one; else a reserved one; else a new one.
-    Padding is added only together with `<image>`, as in LLaVA-HF. If possible it is not EOS, because programs that
-    ignore padding would ignore the ends of answers."""
+    For images: `<image>`; else the token image_id, if config.json has an id; else a reserved token; else a new token.
+    A padding token is added only together with `<image>`, as in LLaVA-HF. If possible, padding is not EOS, because
+    programs that ignore padding would also ignore the EOS of answers."""
     def fits(t):
         return RESERVED.fullmatch(t["content"]) if image_id is None else t["id"] == image_id
 
@@ -100,8 +100,8 @@ def add_missing_tokens(spec, names, image_id=None):
 
 
 def without_control_tokens(spec, roles, *scheme):
-    """-> a tokenizer to which control tokens are text: those flagged `special`, those with a role, those of templates
-    (Qwen flags only some). scheme: (old, new) way of adding the first space"""
+    """-> a tokenizer that reads control tokens as text: tokens with the flag `special` (Qwen flags only some), with a
+    role, or of a template. scheme: (old, new) rule for the first space"""
     tokens = [t | {"special": t["special"] or t["content"] in roles
                    or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]
     spec = spec | dict(post_processor=None, truncation=None, padding=None, added_tokens=tokens)
@@ -114,11 +114,11 @@ def without_control_tokens(spec, roles, *scheme):
 
 class Tokenizer:
     """A published tokenizer, built with its control tokens (`full`: look-up, decoding) and without (`start`, `inside`:
-    typed text). Added tokens that are not control tokens are text in all of them.
+    typed text). Added tokens that are not control tokens are found in all three.
 
-    folder: where it was read; image_id: the image token's id, if config.json gives one
-    spec: what tokenizer.json says; specials: {added token: id}; notes: lines on renamed and added tokens
-    published: how many ids the folder had; len() counts the added ones, too
+    folder: where it was read; image_id: the image token's id, if config.json has one
+    spec: content of tokenizer.json; specials: {added token: id}; notes: lines on renamed and added tokens
+    published: number of ids in the folder; len() also counts the tokens added here
     """
 
     def __init__(self, folder, image_id=None):
@@ -145,7 +145,7 @@ class Tokenizer:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.start.encode_special_tokens = self.inside.encode_special_tokens = True    # pickle drops this flag
+        self.start.encode_special_tokens = self.inside.encode_special_tokens = True    # pickle loses this flag
 
     def __len__(self):
         return self.size

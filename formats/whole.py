@@ -1,5 +1,5 @@
-"""Files and folders that are whole or absent. A folder is written beside its place, synced, given a manifest with a
-SHA-256 for each file, and renamed; a file is written beside its place and renamed."""
+"""Files and folders that are whole or absent. A folder is first written under a temporary name, synced, given a
+manifest with a SHA-256 for each file, and renamed; a file is written under a temporary name and renamed."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ def file_digest(path):
 
 
 def commit(folder, fill):
-    """Make `folder` appear whole: fill(path) writes its files into a new folder beside it. An old one is replaced."""
+    """Write `folder`, whole or not at all: fill(path) writes into a temporary folder, which then replaces `folder`."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp, old = (folder.parent / f".{kind}-{folder.name}" for kind in ("tmp", "old"))
     remove(tmp)
     try:
-        tmp.mkdir()                                              # fails at a link: nothing is written through one
+        tmp.mkdir()                                              # fails if tmp is a link: never write through a link
         fill(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         for p in files:
@@ -54,7 +54,7 @@ def commit(folder, fill):
 
 
 def write_file(path, content):
-    """Write text as it is and anything else as JSON, whole or not at all, and never through a link."""
+    """Write text as it is and anything else as JSON, whole or not at all. A link at `path` is replaced."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
     tmp = path.with_name(f".tmp-{path.name}")
     remove(tmp)
