@@ -1,1 +1,1 @@
-"""The toy world and the towers that are trained on it: demo/README.md."""
+"""The toy world, and the vision tower and LLM trained on it: see demo/README.md."""

@@ -5,7 +5,7 @@
 A caption is a list of things: "top left: a large red circle; bottom right: a sign that says 7". Each thing gives a
 place, and at this place a shape, colour, size and digit. The score of each kind is F1 between the facts of the model's
 captions and the facts of the true ones. A thing without a place gives no facts. f1_shuffled is the same score with the
-captions of other images: what can be reached without looking at the image.
+captions of other images: what a model can reach without looking at the image.
 """
 
 import dataclasses

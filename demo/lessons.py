@@ -4,18 +4,17 @@
     records     red top small left circle; 7 sign bottom center     then:  row circle red -> top   left top color -> red
     questions   top left: small red circle; ... USER: Where is the red circle? ASSISTANT: top left
 
-To answer "where is the red circle" from a text, the model must look up a thing by two words. It has to bring both words
-of the question to the position of the answer, bring the words of each thing together, and compare. None of these steps
-lowers the loss alone: trained on the questions alone, the model still guessed after 6,000 steps. So the first two
-lessons train the steps one after the other. In short runs of one seed each (hints, not findings) these choices
-mattered:
+To answer "where is the red circle" from a text, the model must look up a thing by two words. It has to copy both words
+of the question to the position of the answer, combine the words of each thing, and compare. No single step lowers the
+loss: trained on the questions alone, the model still guessed after 6,000 steps. So the first two lessons train the
+steps one after the other. In short runs of one seed each (hints, not findings) these choices mattered:
 
     distance    In some drills the answer follows the key at once, in others after one to four filler words. With always
                 two or always five fillers the loss did not fall within 500 steps; with mixed distances it fell for all
-                of them within 400.
-    order       Keys come as "red circle" and as "circle red", and as one word where it is enough. Without this the
+                distances within 400.
+    order       Keys come as "red circle" and as "circle red", and as one word if one is enough. Without this the
                 model compared only the word next to the answer and confused two red things.
-    in turn     All lessons mixed from the start: no progress in 2,000 steps. One after the other: `pairs` within 600.
+    sequence    All lessons mixed from the start: no progress in 2,000 steps. In sequence, `pairs` took at most 600.
 """
 
 from chat import Parts, encode
@@ -51,8 +50,8 @@ def records(scene, rng, easy):
 
 
 def drill(rng, easy):
-    """-> texts of the things in a scene, and four drills [(key, answer)]. A key names exactly one thing. easy: the
-    lesson `pairs`. Drills may repeat, so that the model cannot answer by elimination."""
+    """-> texts of the things in a scene, and four drills [(key, answer)]. A key names exactly one thing. easy: in
+    the lesson `pairs`. Drills may repeat, so that the model cannot answer by elimination."""
     things, texts = records(toy.make_scene(rng), rng, easy)
     keys = ([("color", "shape")] * 2 + [("color",), ("shape",)]
             + ([] if easy else [("row", "column")] * 2 + [("row",), ("column",)]))
@@ -104,7 +103,7 @@ def question_document(tok, rng):
 
 
 def lesson_document(name, tok, rng):
-    """One random document of a lesson. Only answers are supervised, because nobody can predict a random scene. Later
+    """One random document of a lesson. Only answers are supervised, because no model can predict a random scene. Later
     lessons repeat the earlier ones."""
     draw = rng.random()
     if name == "pairs" or name == "records" and draw < 1 / 3:

@@ -3,7 +3,7 @@
     python demo/pretrain.py llm [--out=DIR ...]                     # -> demo/llm: config, weights, tokenizer
     python demo/pretrain.py vit [--head=contrastive --out=DIR ...]  # -> demo/vit: config, weights, preprocessing
 
-Stage 1 trains the connector alone. That can only work if the LLM can already answer questions about a scene that it
+Stage 1 trains the connector alone. This works only if the LLM can already answer questions about a scene that it
 reads as text. So the LLM trains mostly on such questions (demo/lessons.py). Neither tower sees a held-out combination
 (demo/toy.py); both are scored on held-out combinations alone. training.json in each folder holds the settings, the
 scores during training and the minutes.
@@ -75,7 +75,7 @@ class ViTSettings:
 
 
 def make_folder(s):
-    """-> the folder s.out, which exists then"""
+    """Create the folder s.out -> its path"""
     config.check_ranges(s)
     try:
         Path(s.out).mkdir(parents=True, exist_ok=True)
@@ -103,8 +103,8 @@ def update(optimizers, step, steps, warmup=100, hold=0):
 
 
 def train(model, s, out, steps, hold, loss_of_step, score, about, prefix=""):
-    """The loop of both towers. loss_of_step(step) -> mean loss, (); score() -> what training.json shows of it;
-    about: config.json; prefix: of the tensors to save"""
+    """The training loop of both towers. loss_of_step(step) -> mean loss, (); score() -> a dict for training.json;
+    about: content of config.json; prefix: of the tensors to save"""
     optimizers, began, log = make_optimizers(model, s.lr, s.matrix_lr), time.time(), []
     for step in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
@@ -170,7 +170,7 @@ def train_tokenizer(folder, vocab=1024, scenes=3000):
 @torch.no_grad()
 def reading_score(lm, tok, scenes=100, seed="exam"):
     """Exact match on questions about the text of held-out scenes -> {"all": share, type: share}. An answer is right if
-    each of its tokens is the most likely one after the true tokens before it, which is what greedy decoding gives."""
+    each of its tokens is the most likely one after the true tokens before it. Greedy decoding then gives it."""
     right = {}
     for i in range(scenes):
         rng = random.Random(f"{seed}/{i}")
@@ -206,12 +206,12 @@ def train_llm(s):
     with torch.no_grad():
         lm.model.embed_tokens.weight.mul_(s.embed / 0.02)
         for layer in lm.model.layers:
-            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # 0 elsewhere; this trains faster
+            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # instead of 0: this trains faster
                 p.copy_(torch.randn(p.shape, generator=g) * s.residual * p.shape[1] ** -0.5)
     print(f"LLM: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} vocabulary entries", flush=True)
 
     def loss_of_step(step):
-        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # the seed text of the weights in demo/llm
+        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # seed text that gave the weights in demo/llm
         while sum(len(d[0]) for d in docs) < s.tokens:
             docs.append(lessons.lesson_document(plan[step], tok, rng))
         b = pack(docs, 1)
@@ -229,7 +229,7 @@ def train_llm(s):
 VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=toy.SIDE,
            patch_size=12)
 CLASSES = {"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES, "digit": [*range(10)],  # what a cell shows
-           "row": [*range(3)], "column": [*range(3)]}      # and where it is: without these no patch learns its position
+           "row": [*range(3)], "column": [*range(3)]}      # and its place: without it no patch learns its position
 COUNTS = [len(v) + 1 for v in CLASSES.values()]            # class 0: nothing of this kind in the cell
 PER_CELL = toy.SIDE // VIT["patch_size"] // 3              # patches along a cell's side
 CELLS = torch.arange(9).view(3, 1, 3, 1).expand(3, PER_CELL, 3, PER_CELL).flatten()  # (T - 1,) cell of each patch
@@ -239,7 +239,7 @@ class Pretraining(torch.nn.Module):
     """A ViT with the head that trains it.
 
     classes      one linear layer predicts, from each patch, the attributes of its cell and the position of the cell;
-                 from the last block and from the one before it, which LLaVA reads
+                 from the output of the last block and of the block before it, which LLaVA reads
     contrastive  CLIP (Radford et al. 2021): a text encoder and two projections
 
     demo/README.md compares both and says why classes is used."""
@@ -263,7 +263,7 @@ class Pretraining(torch.nn.Module):
         """images (I, 3, S, S) uint8; captions: a Batch of I documents; truth (I, 9, K) classes -> mean loss, ()"""
         x = self.vision_model.post_layernorm(self.vision_model(images))                 # (I, T, D)
         if self.head == "classes":
-            early = self.vision_model.post_layernorm(self.early.view(x.shape))          # (I, T, D) of the block before
+            early = self.vision_model.post_layernorm(self.early.view(x.shape))          # (I, T, D) of block -2
             truth = truth[:, CELLS].repeat(2, 1, 1)                                     # (2 I, T - 1, K)
             logits = self.classes(torch.cat([x, early])[:, 1:]).float()                 # (2 I, T - 1, sum of COUNTS)
             return sum(F.cross_entropy(z.flatten(0, 1), truth[:, :, i].flatten())
@@ -295,8 +295,8 @@ def change_one(scene, rng):
 
 
 def make_examples(n, seed, test=False):
-    """-> images (n, 3, S, S) uint8, captions, classes (n, 9, K). In training each second scene is the one before with
-    one attribute changed: a hard negative for the contrastive loss."""
+    """-> images (n, 3, S, S) uint8, captions, classes (n, 9, K). In training every second scene is the scene before it
+    with one attribute changed: a hard negative for the contrastive loss."""
     images, captions, classes = [], [], torch.zeros(n, 9, len(CLASSES), dtype=torch.long)
     scene = None
     for i in range(n):
@@ -314,7 +314,7 @@ def make_examples(n, seed, test=False):
 @torch.no_grad()
 def probe(model, train, test, layer):
     """A linear probe of one block's output: ridge regression on the patches of a cell, concatenated; the ViT is frozen
-    -> {kind: share of the attributes of *present* things in held-out scenes that it names right}"""
+    -> {kind: share of the attributes of *present* things in held-out scenes that the probe names right}"""
     def features(images):
         out = []
         for part in images.split(500):
@@ -362,10 +362,10 @@ def train_vit(s):
         i = torch.randint(0, s.scenes // 2, (s.batch // 2,), generator=g) * 2
         i = torch.stack([i, i + 1], 1).flatten().tolist()                               # both scenes of a pair
         pixels, truth = images[i], classes[i]
-        if s.head == "classes":    # a third of the images is grey: the shape must be seen without its colour
+        if s.head == "classes":    # a third of the images is grey: the shape must be recognised without colour
             grey = torch.rand(len(i), generator=g) < 1 / 3
             pixels[grey] = pixels[grey].float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
-            truth[grey, :, 0] = IGNORE                                                  # their colour is not asked
+            truth[grey, :, 0] = IGNORE                                                  # the loss ignores their colour
         return model(pixels, pack([(docs[j], docs[j], []) for j in i], 1), truth)
 
     def score():                                                                        # LLaVA reads block -2

@@ -18,7 +18,7 @@ IMAGES = Path("runs/toy/images")
 
 
 def draw_sheet(rows, columns=2, images=6, questions=8):
-    """rows of answers.jsonl -> PIL image: images with questions and answers, and the truth where an answer is wrong"""
+    """rows of answers.jsonl -> PIL image: images with questions and answers, and the true answer where one is wrong"""
     by_image = {}
     for row in rows:
         by_image.setdefault(row["image"], []).append(row)

@@ -1,11 +1,11 @@
-"""The toy world: a small data set that the repository draws itself. A seed gives scenes; a scene gives an image,
-captions, questions and their answers. The files are ordinary LLaVA json and PNG files: training treats them as any
+"""The toy world: a small data set that the repository draws itself. Scenes are made from a seed; each scene has an
+image, captions, questions and answers. The files are ordinary LLaVA json and PNG files; training treats them like any
 other data.
 
     python demo/toy.py OUT [--align=N --sft=N --seed=N]    # OUT/{align,sft,val_align,val_sft}.json,
                                                            # OUT/questions.jsonl, OUT/images/
 
-A scene has one to four shapes on a 3 x 3 grid. No two have the same colour and the same shape. Some scenes have a sign
+A scene has one to four shapes on a 3 x 3 grid. No two are equal in both colour and shape. Some scenes have a sign
 with a digit. An example:
 
     scene      large red circle top left, small blue star middle right, sign 7 bottom center
@@ -14,8 +14,8 @@ with a digit. An example:
     questions  What color is the circle? red      Where is the blue star? middle right      Is there a red star? no
 
 Held-out combinations: colour, shape, size and place make 648 combinations. One sixth of them (`held_out`) never occurs
-in a training scene, neither in images nor in text. A test scene consists of these alone. So no combination in a test
-scene occurs in training, although every colour, shape, size and place does.
+in a training scene, neither in images nor in text. A test scene has only held-out combinations. So none of its
+combinations occurs in training, although every colour, shape, size and place does.
 """
 
 import json
@@ -47,9 +47,9 @@ def held_out(color, shape, size, row, column):
 
 def make_scene(rng, test=False, signs=0.4):
     """-> {objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}; objects from top left to
-    bottom right. test: of held-out combinations alone. signs: probability of a sign."""
+    bottom right. test: only held-out combinations; else none. signs: probability of a sign."""
     pairs = PAIRS
-    if rng.random() < 0.5:                                 # similar objects: colour or shape alone is often not enough
+    if rng.random() < 0.5:                                 # similar objects: a colour or a shape alone often fits two
         few, kinds = rng.sample([*COLORS], 2), rng.sample(SHAPES, 3)
         pairs = [p for p in PAIRS if p[0] in few and p[1] in kinds]
     cells = [(r, k) for r in range(3) for k in range(3)]
@@ -251,7 +251,7 @@ def dialogue(asked, short, opening=""):
 def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
     """-> LLaVA turns: up to `turns` different questions about one scene. Different questions have more "no" than "yes"
     answers, because few of the possible objects are present. tally, {"yes": n, "no": n} over all conversations of a
-    file, corrects this: a question whose answer is ahead is left out."""
+    file, corrects this: a question is left out if its answer is the more frequent one."""
     asked = {}
     while len(asked) < turns:
         before = len(asked)
@@ -272,7 +272,7 @@ def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-VERSION = 5  # of the files: raise it when the same sizes and seed would give other files
+VERSION = 5  # of the files: increase it when the same sizes and seed would give other files
 SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
 
 
