@@ -125,7 +125,7 @@ class Steps(torch.utils.data.Dataset):
     """steps[s] -> StepData of this rank. The samples of step s depend on (seed, s) alone; ranks divide them by cost.
 
     spec: "a.json:0.7,b.json:0.3" mixes files by weight; "a.json,b.json" takes every sample once. An epoch has as many
-    samples as the files together; a file is shuffled anew whenever all its samples have been drawn."""
+    samples as the files together; a file is shuffled again when all its samples have been drawn."""
 
     def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1):
         if max_tokens < encode.max_len:

@@ -1,5 +1,5 @@
 """A vision-language model: a vision transformer turns images into patch features, a connector maps these to token
-embeddings of a Llama decoder, and the decoder reads them with the text.
+embeddings of a Llama decoder, and the decoder processes them with the text.
 
 All tokens are in one packed sequence (stream), without padding and without a batch dimension. Query n sees the keys
 [lo[n], hi[n]) (kernels/attention.py). The state dict is that of the published llava-hf checkpoints. The model does not

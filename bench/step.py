@@ -1,4 +1,4 @@
-"""Whole training steps beside transformers' LLaVA: same weights, same ragged conversations, same parameters trained
+"""Whole training steps compared with transformers' LLaVA: same weights, same ragged conversations, same parameters trained
 (the rows: bench/systems.py).
 
 The vision tower is frozen and builds no graph on either side. Ours packs the conversations and runs the loop of the

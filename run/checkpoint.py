@@ -1,5 +1,5 @@
-"""Checkpoints: a folder that is whole or absent (formats/whole.py), safetensors and json only. A kill or a full disk at
-any moment leaves the older ones untouched.
+"""Checkpoints: a folder that is whole or absent (formats/whole.py), safetensors and json only. A kill or a full disk
+never damages older checkpoints.
 
     trained.safetensors      trained weights by name, fp32       optimizer.safetensors    the optimizer's state, by name
     rng.safetensors          torch's random state of each rank   state.json               step, counters, settings, base

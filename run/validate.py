@@ -15,7 +15,7 @@ from loss import supervised
 
 
 class Once(Steps):
-    """Every sample once, in one epoch whose last step may be short."""
+    """Every sample once, in one epoch; its last step may have fewer samples."""
 
     def samples(self, step):
         return super().samples(step)[: max(0, self.total - step * self.batch_size)]
@@ -65,7 +65,7 @@ class Validation:
             try:
                 turns, names, system = conversation(row)
                 if names and turns[0][0].count(chat.IMAGE) == len(names):
-                    encode(row)                                          # raises BadSample where training would drop it
+                    encode(row)                                          # raises BadSample if training would drop `row`
                     prompt, _ = encode.encode([(turns[0][0], None)], len(names), system)
                     files = [safe_path(self.s.images, f) for f in names]
                     pixels = [preprocess(load_image(f), self.steps.image_spec) for f in files]
@@ -94,7 +94,7 @@ class Validation:
 
 @torch.no_grad()
 def check_overfit(model, batch, world):
-    """After --overfit: is every supervised token of the batch the model's first choice? -> exit code"""
+    """After --overfit: does the model predict every supervised token of the batch? -> exit code"""
     right = count = 0
     model.eval()
     with world.autocast():
