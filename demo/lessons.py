@@ -85,7 +85,7 @@ def drill_document(tok, rng, easy):
 
 
 def caption_document(tok, rng):
-    """A caption, most often after the text of its scene"""
+    """A caption; in 80 % of the documents it follows the text of its scene"""
     scene, p = toy.make_scene(rng), Parts(tok, 0)
     p.control(tok.bos)
     p.text(toy.scene_text(scene) + "\n" if rng.random() < 0.8 else "")

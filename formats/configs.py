@@ -57,7 +57,7 @@ def typed(Config, what, d):
 
 
 def vision_kind(c):
-    """config.json of a vision tower -> its model_type, a supported one"""
+    """config.json of a vision tower -> its model_type. Stops if this is not supported."""
     kind = c.get("model_type", "clip_vision_model")
     if kind not in list(VISION):
         stop(f"vision tower of type {kind!r}: {', '.join(VISION)} are supported")

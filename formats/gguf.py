@@ -95,7 +95,7 @@ def write_gguf(path, keys, tensors):
                 f.write(bytes(padded(x.nbytes) - x.nbytes))
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, path)                                                 # whole or absent
+        os.replace(tmp, path)                                                 # the file is whole or absent
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -229,7 +229,7 @@ def tokenizer_keys(tok, V, template, system=None):
 
 
 def own_template(folder):
-    """The chat template of a folder, in any of the places that transformers has used -> str or None."""
+    """The chat template of a folder, from any file that transformers has used for it -> str or None."""
     if (file := folder / "chat_template.jinja").is_file():
         return file.read_text("utf-8")
     found = [read_json(folder / f, {}).get("chat_template") for f in ("chat_template.json", "tokenizer_config.json")]
@@ -276,7 +276,7 @@ def mmproj_keys(cfg, dtype, name):
 
 
 def differences(cfg, folder):
-    """What llama.cpp does to images and text that differs from training, one line each."""
+    """-> lines; each says how llama.cpp treats images or text differently than training."""
     aspect, spec = llava.aspect(folder, cfg), configs.image_spec(folder.pre, "pad")
     if aspect != "pad":
         yield f"this model was trained with image_aspect={aspect}; llama.cpp pads images that are not square"

@@ -45,7 +45,7 @@ class Folder(NamedTuple):
     unused: dict                # {name: tensor} of blocks behind the feature layer: not in the VLM, saved unchanged
     meta: dict                  # template, system text and image_aspect of a model that was trained here
     digests: dict = {}          # {name: tensor_digest} of the tensors that were read
-    notes: list = []            # lines about tokens that were added and positions that were resampled
+    notes: list = []            # lines about added tokens and resampled positions
 
 
 def read_tower(folder):
@@ -71,7 +71,7 @@ def read_llava_hf(folder, c):
         stop(f"{folder}: vision_feature_select_strategy {how!r} with {v.get('model_type')} is not supported")
     meta = read_json(folder / "pumice.json", {})
     tensors = renamed(read_tensors(folder), folder)
-    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # as published_tensors writes one matrix
+    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # our form of a connector of one matrix
         unit, bias = (tensors.pop(f"multi_modal_projector.linear_2.{k}", None) for k in ("weight", "bias"))
         if unit is None or bias is None or bias.any() or not unit.equal(torch.eye(*unit.shape, dtype=unit.dtype)):
             stop(f"{folder}: a linear connector of two matrices is not supported")

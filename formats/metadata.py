@@ -35,7 +35,7 @@ def tokenizer_files(tok, template, system, length):
 
 
 def updated(published, cfg, keys):
-    """A config.json as it was published, with `keys` as they are in cfg"""
+    """A published config.json -> the same, but `keys` have their values in cfg"""
     kept = {k: x for k, x in published.items() if k not in ("rope_parameters", "dtype", "torch_dtype")}
     return kept | {k: getattr(cfg, k) for k in keys.split()}
 
@@ -52,7 +52,7 @@ def metadata(folder, cfg, template, system, aspect, dtype):
     if v.model_type.startswith("dinov2"):
         vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
     if v.model_type == "siglip_vision_model":
-        vision["vision_use_head"] = False                                     # the pooling head was not read
+        vision["vision_use_head"] = False                                     # no tensors of the pooling head
     pre = {k: x for k, x in folder.pre.items() if k != "do_pad"}
     short = image_spec(folder.pre, aspect).short or v.image_size
     files = tokenizer_files(tok, template, system, positions(t))

@@ -20,7 +20,7 @@ from formats.whole import commit, write_file
 from lora import DoRALinear, LoRALinear, add_adapters, merge_state, quantize_base, scales, targets
 from model import VLM
 
-PREFIX = "base_model.model."  # of every name in a PEFT file
+PREFIX = "base_model.model."  # begins every name in a PEFT file
 # tensors of the vision tower behind the feature layer: PEFT adds adapters there, too, but nothing uses them
 BEHIND = re.compile(r"vision_tower\.vision_model\.(?:post_layernorm|layernorm|encoder\.layers?\.(\d+))\.")
 

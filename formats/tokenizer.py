@@ -51,7 +51,7 @@ def token_text(token):
 def vocabulary(spec):
     """-> {piece: id}, added tokens included"""
     own = spec["model"]["vocab"]
-    own = own if isinstance(own, dict) else {piece: i for i, (piece, _) in enumerate(own)}      # a list: Unigram
+    own = own if isinstance(own, dict) else {piece: i for i, (piece, _) in enumerate(own)}      # Unigram: a list
     return own | {t["content"]: t["id"] for t in spec["added_tokens"]}
 
 
@@ -139,7 +139,7 @@ class Tokenizer:
                 self.inside = without_control_tokens(self.spec, roles, '"first"', '"never"')
         except Error:
             raise
-        except Exception as e:  # tokenizers raises bare Exception
+        except Exception as e:  # the package tokenizers raises no subclass
             stop(f"the tokenizer in {folder} cannot be read: {(str(e).splitlines() or [type(e).__name__])[0]}")
         self.bos, self.eos = (self.id(token_text(names[k])) if k in names else None for k in ("bos_token", "eos_token"))
 
@@ -158,10 +158,10 @@ class Tokenizer:
 
     def text(self, s, first=True):
         """Plain text -> ids, [(first character, end)]; nothing in it becomes a control token. first: the text begins
-        the sequence; some tokenizers add a space there and nowhere else."""
+        the sequence; some tokenizers add a space only there."""
         try:
             e = (self.start if first else self.inside).encode(s, add_special_tokens=False)
-        except BaseException as e:  # a panic in Rust is no Exception, and its class cannot be imported
+        except BaseException as e:  # a panic in Rust is not an Exception, and its class cannot be imported
             if type(e).__name__ != "PanicException":
                 raise
             raise BadSample("the tokenizer failed on a text", str(e).partition("\n")[0]) from None

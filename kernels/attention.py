@@ -27,7 +27,7 @@ CHUNK_QUERIES = 64   # queries per chunk of a longer segment: at most CHUNK_QUER
 
 
 def attention_ref(q, k, v, lo, hi):
-    """The definition, with the full (N, M) mask: for reading and for tests. Shapes as above."""
+    """The definition, with the full (N, M) mask, for readers and tests. For shapes see the top of this file."""
     N, H, K = q.shape
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (M, H, K): query head h reads h // g
     j = torch.arange(k.shape[0], device=q.device)
@@ -144,7 +144,7 @@ def attention_torch_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
         o = by_head(dq, n, a, Lq, G)
         o.copy_(torch.bmm(ds, y).view(o.shape))
         for grad, left, right in ((dk, ds, x), (dv, p, w)):
-            if n == 1:                                            # chunks of a long segment share keys: add
+            if n == 1:                                            # chunks of a segment share keys: add
                 grad[c : c + Lk].transpose(0, 1).baddbmm_(left.mT, right)
             else:
                 by_head(grad, n, c, Lk, G).copy_(torch.bmm(left.mT, right).view(n, G, 1, Lk, K))
@@ -166,9 +166,9 @@ attention_torch.register_autograd(_torch_gradients,
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 #
-# Spans never move backwards, so the first and the last query of a tile bound its keys. No query of the tile reads a key
+# lo and hi never decrease, so the first and the last query of a tile bound its keys. No query of the tile reads a key
 # outside [lo[first], hi[last]). Every query reads all of [lo[last], hi[first]): blocks inside need no mask. In a long
-# document that is almost every block.
+# document almost every block is inside.
 #
 # New here: a grid with two dimensions, tiles x heads; tl.dot, the product of two tiles on the tensor cores (with
 # "ieee", fp32 inputs do not use them, because TF32 keeps only 10 bits); do_not_specialize. By default Triton compiles

@@ -62,7 +62,7 @@ def logits_to_gradient_torch(logits, labels, gradient):
     loss = ((lse - wide.gather(1, at)).squeeze(1) * keep).sum()
     if not gradient:
         return loss, None
-    g = wide.sub_(lse).exp_()                                                 # softmax, in place of the logits
+    g = wide.sub_(lse).exp_()                                                 # softmax overwrites the logits
     g.scatter_add_(1, at, torch.full_like(at, -1, dtype=g.dtype))             # minus onehot
     return loss, g.mul_(keep[:, None]).to(logits.dtype)
 
@@ -81,7 +81,7 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
     y = tl.load(LABELS + row)
     keep = y != IGNORE
     valid = (0 <= y) & (y < V)               # a wrong label makes the loss nan; nothing out of bounds is read
-    xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)        # read before it is overwritten
+    xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)        # read before it is replaced
 
     m, l = -float("inf"), 0.0                # running maximum, running sum of exp(x - m)
     for i in range(0, V, BLOCK):

@@ -26,7 +26,7 @@ LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, 
           -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
           0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 PARTS = "weight", "absmax", "nested", "offset"  # buffers of a quantised layer, in this order; "weight" holds codes
-NF4_ROWS, NF4_WARPS = 64, 4                     # blocks of 64 that a program decodes: 32 elements per thread
+NF4_ROWS, NF4_WARPS = 64, 4                     # NF4_ROWS: blocks per program, 32 elements per thread
 
 
 def dynamic_map():

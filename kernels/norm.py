@@ -80,7 +80,7 @@ def norm_forward(X, ADD, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS
     if B is not None:
         y = x * w + tl.load(B + c, c < C, 0).to(wide)
     else:
-        y = x.to(Y.dtype.element_ty).to(wide) * w              # rounded before the product, as in the definition
+        y = x.to(Y.dtype.element_ty).to(wide) * w              # rounded before the product, as in rms_norm_ref
     tl.store(Y + at, y, mask)
 
 
@@ -161,7 +161,7 @@ def norm_shapes(x, add, w, b, eps):
 @on_its_device
 def norm_backward_op(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, ds: torch.Tensor | None, eps: float,
                      layer: bool, need_w: bool, need_b: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x: the input of the norm, ds: its gradient from the residual path -> dx, dw, db; dw, db empty if not needed."""
+    """x: the input of the norm, ds: gradient of x from the residual path -> dx, dw, db; dw, db empty if not needed."""
     x, w, dy, ds = (t if t is None else t.contiguous() for t in (x, w, dy, ds))
     C = x.shape[-1]
     N = x.numel() // C

@@ -17,7 +17,7 @@ SWIGLU_TILE, SWIGLU_WARPS = 4096, 8  # 16 elements per thread: two loads of 16 b
 
 
 def swiglu_ref(gate, up):
-    """The definition."""
+    """The definition in plain torch."""
     return F.silu(gate) * up
 
 
@@ -56,7 +56,7 @@ def swiglu_backward(G, U, DY, DG, DU, n, BLOCK: tl.constexpr):
     dy = tl.load(DY + i, i < n, 0).to(wide)
     p = tl.sigmoid(g)
     tl.store(DU + i, dy * g * p, i < n)
-    tl.store(DG + i, dy * u * p * (1 + g * (1 - p)), i < n)  # d/dg g p = p + g p (1 - p)
+    tl.store(DG + i, dy * u * p * (1 + g * (1 - p)), i < n)  # d(g p)/dg = p + g p (1 - p)
 
 
 # ---- the operators registered with torch ----------------------------------------------------------------------------
