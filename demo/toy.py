@@ -41,7 +41,7 @@ TYPES = ["color", "shape", "size", "count", "place", "relation", "exists", "read
 # ---- the scene graph ------------------------------------------------------------------------------------------------
 
 def held_out(color, shape, size, row, column):
-    """Is this combination kept for the test? One of six is kept; any two attributes still occur together in training."""
+    """Is this combination kept for the test? One in six is; any two attributes still occur together in training."""
     return ([*COLORS].index(color) + SHAPES.index(shape) + 3 * SIZES.index(size) + 2 * row + column) % 6 == 0
 
 
