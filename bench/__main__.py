@@ -1,7 +1,7 @@
 """Kernels and whole training steps, compared with their alternatives.
 
     python -m bench kernels    # on a GPU: each kernel and its alternatives (bench/kernels.py)
-    python -m bench step       # whole training steps and those of transformers + peft (bench/step.py); on a CPU small rows
+    python -m bench step       # whole training steps, ours and transformers + peft (bench/step.py); on a CPU small rows
     bash bench/gpu.sh          # everything that needs a GPU, in ten minutes
 
 `python -m bench kernels --help` and `python -m bench step --help` print the settings. The last line of output is JSON.

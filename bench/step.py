@@ -1,5 +1,5 @@
-"""Whole training steps compared with transformers' LLaVA: same weights, same ragged conversations, same parameters trained
-(the rows: bench/systems.py).
+"""Whole training steps compared with transformers' LLaVA: same weights, same ragged conversations, same trained
+parameters (the rows: bench/systems.py).
 
 The vision tower is frozen and builds no graph on either side. Ours packs the conversations and runs the loop of the
 training scripts. transformers gets them padded, with a mask. Its loop does the same steps: sdpa, fused AdamW, tower in
