@@ -5,7 +5,7 @@ import contextlib
 import datetime
 import json
 import math
-import os
+import resource
 import sys
 import time
 from collections import Counter
@@ -99,7 +99,7 @@ class Log:
         now, done = time.time(), step + 1
         rate = 1 / max(1e-9, now - self.last)
         eta = (now - self.began) / (done - self.start) * (self.steps - done)
-        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else resident_bytes()
+        memory = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else peak_bytes()
         row = dict(step=done, lr=lr, **self.result, tokens_per_s=round(self.tokens * rate, 1),
                    samples_per_s=round(self.samples * rate, 2),
                    mfu=round(self.flops * rate / self.peak / self.world.size, 4) if self.peak else None,
@@ -147,10 +147,6 @@ def trim(file, step):
     write_file(file, "".join(line + "\n" for line in kept))
 
 
-def resident_bytes():
-    """Memory that this process holds now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak_bytes():
+    """The most memory that this process has held"""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

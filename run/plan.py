@@ -11,7 +11,6 @@ import torch
 
 import engine
 from engine import unwrap
-from formats import card
 from kernels import use_triton
 from kernels.cross_entropy import logits_bytes
 from loss import supervised
@@ -73,8 +72,6 @@ def lines(model, lrs, world, micro, steps, s):
                 images=sum(len(b.images) for b in micro))
     cost = sum(f * seen[unit] for unit, f in flops(model, rows(model.cfg)).items())
     states, work = memory(model, world, micro, s)
-    if model.cfg.vision.num_register_tokens:
-        out.append(f"  of what will be in model/: {card.limits(model.cfg, s.image_aspect)[0]}")
     return [*out,
             f"  {steps} steps of {s.batch_size} samples; the first one, on this rank: {seen['tokens']:,} tokens in "
             f"{len(micro)} packed sequence(s), {seen['supervised']:,} supervised, {seen['images']} images",

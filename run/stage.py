@@ -48,18 +48,14 @@ def check(s):
     if not s.steps and not s.epochs:
         stop("steps=0 and epochs=0.0: nothing to do")
     for key in ("vision", "llm"):
-        if s.init and getattr(s, key) != default(s, key):
+        if s.init and getattr(s, key) != getattr(type(s), key):
             stop(f"init={s.init} brings its own towers, so {key}={getattr(s, key)} would not be read: --init= starts "
                  "from vision and llm")
     for key in ("lora_alpha", "lora_dropout", "lora_targets", "bits"):
-        if not getattr(s, "lora_r", 1) and getattr(s, key) != default(s, key):
+        if not getattr(s, "lora_r", 1) and getattr(s, key) != getattr(type(s), key):
             stop(f"{key}={getattr(s, key)} means nothing while lora_r is 0: the whole language model would train")
     if s.resume not in ("auto", "none") and not Path(s.resume, MANIFEST).is_file():
         stop(f"resume={s.resume} is no checkpoint: those of a run are called checkpoints/step_*")
-
-
-def default(s, key):
-    return type(s).__dataclass_fields__[key].default
 
 
 def toy_world(s, world, split):
@@ -85,7 +81,7 @@ def load(s, world, template):
     model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
     engine.set_threads(model, world)
     cfg = model.cfg
-    if s.connector not in (default(s, "connector"), cfg.connector):
+    if s.connector not in (type(s).connector, cfg.connector):
         stop(f"connector={s.connector}, but that of {s.init} is {cfg.connector}")
     if s.max_len > (positions := configs.positions(cfg.text)):
         stop(f"max_len={s.max_len}, but the language model was made for {positions:,} positions")

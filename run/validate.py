@@ -25,8 +25,6 @@ class Once(Steps):
 
 
 class Validation:
-    """best: (loss, step) of the lowest loss so far, or None"""
-
     def __init__(self, s, world, samples):
         self.s, self.world, self.questions = s, world, []
         self.steps = Once(s.val_data, s.images, samples.encode, samples.image_spec, min(s.batch_size, 32), s.max_tokens,

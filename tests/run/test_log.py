@@ -59,7 +59,7 @@ def test_rates_are_those_since_the_row_before(tmp_path, capsys, monkeypatch):
     assert json.loads(lines[1], parse_constant=pytest.fail)["loss"] is None, "nan is not json"
     said = capsys.readouterr().out
     assert "step  20/100  loss 1.5000  lr 1.00e-03  norm 0.250" in said and "left 0:02:40" in said
-    assert log.resident_bytes() > 2**20
+    assert log.peak_bytes() > 2**20
 
 
 def test_a_log_that_cannot_be_written_costs_one_line(tmp_path, capsys):
