@@ -22,7 +22,7 @@ from config import BadSample, stop
 from kernels.cross_entropy import IGNORE
 
 IMAGE = "<image>"  # the marker in LLaVA's data files; the placeholder token has the same name
-LONGEST = 64       # characters per token, on average: no real text has so many
+LONGEST = 64       # limit: average characters per token; real text has fewer
 
 
 class Parts:
@@ -77,7 +77,7 @@ class Parts:
     def tokenise_text(self, texts, first):
         """[(str, supervised)] -> [(id, supervised)]. first: the text begins the conversation."""
         text = "".join(s for s, _ in texts)
-        mask = b"".join(bytes([supervised]) * len(s) for s, supervised in texts)     # one byte per character
+        mask = b"".join(bytes([supervised]) * len(s) for s, supervised in texts)     # per character: 1 = supervised
         if re.search("[\ud800-\udfff]", text):
             raise BadSample("a text holds a lone surrogate, which no encoding allows")
         out = []
@@ -210,7 +210,7 @@ def truncate(ids, labels, image_id, image_tokens, max_len):
     if n < len(ids) and ids[n] == image_id:                            # the cut may lie inside an image
         while n and ids[n - 1] == image_id:
             n -= 1
-        n += (max_len - n) // image_tokens * image_tokens              # of adjacent images keep the whole ones
+        n += (max_len - n) // image_tokens * image_tokens              # keep the adjacent images that fit
     return ids[:n], labels[:n], ids[:n].count(image_id) // image_tokens
 
 

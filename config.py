@@ -1,8 +1,8 @@
 """Settings: the defaults of a script, then recipe files in order, then --key=value; the last value counts.
 
 A script's settings are a dataclass. A recipe is plain Python whose module-level names are settings; names that begin
-with _ are ignored. A value must have the annotated type: 1 is a valid float, yes is no bool, none is None only if the
-annotation allows None."""
+with _ are ignored. A value must have the annotated type: 1 is a valid float, yes is not a valid bool, none means None
+only if the annotation allows None."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,8 @@ class Error(Exception):
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. Samples are counted by `reason`, so the same mistake has the same reason; str()
-    adds the detail after a colon."""
+    """A sample that cannot be used. Bad samples are counted by `reason`, the same text for the same mistake;
+    str() adds the detail after a colon."""
 
     def __init__(self, reason, detail=""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -35,7 +35,7 @@ def stop(message):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around the main function of a script: an Error ends the process with its line on stderr and exit code 1."""
+    """Wraps the main function of a script: an Error ends the process with its line on stderr and exit code 1."""
     try:
         yield
     except Error as e:
@@ -48,8 +48,8 @@ def setting(default, about, least=None, most=None, choices=(), resume="same", gr
     """A field of a settings class.
 
     about     what it is, with its unit      least, most, choices    which values are valid
-    resume    may a run be resumed with another value? same: no. say: yes, and the change is printed. free: yes, model/
-              does not depend on it (the contents of data are compared). In a finished run only free may differ.
+    resume    may a run be resumed with another value? same: no. say: yes, and the change is printed. free: yes,
+              model/ does not depend on it (data: contents are compared). In a finished run only free may differ.
     group     the heading of --help that begins here"""
     return dataclasses.field(default=default, metadata=dict(
         about=about, least=least, most=most, choices=choices, resume=resume, group=group))
@@ -126,7 +126,7 @@ def check_ranges(s):
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-ALIASES = {  # names in LLaVA's scripts, transformers' Trainer and PEFT
+ALIASES = {  # what LLaVA's scripts, transformers' Trainer and PEFT call these settings
     "model_name_or_path": "llm", "data_path": "data", "image_folder": "images", "vision_tower": "vision",
     "output_dir": "out", "pretrain_mm_mlp_adapter": "init", "mm_projector_type": "connector",
     "image_aspect_ratio": "image_aspect", "version": "template", "model_max_length": "max_len", "max_length": "max_len",
@@ -223,7 +223,7 @@ def parse(Settings, argv, doc=""):
             known(key, arg)
             if not equals and fields[key] is not bool:
                 stop(f"{arg}: write --{key}=value")
-            values[key] = read_value(text, fields[key], key) if equals else True   # --blind is --blind=true
+            values[key] = read_value(text, fields[key], key) if equals else True   # --blind means --blind=true
         elif arg.endswith(".py"):
             for key, value in run_recipe(arg).items():
                 known(key, arg)

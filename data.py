@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     ids: torch.Tensor     # (N,) int64
     labels: torch.Tensor  # (N,) int64: the id that this position must predict, or -100
     pos: torch.Tensor     # (N,) int64, counted from 0 in every sample
-    lo: torch.Tensor      # (N,) int32: a token reads the keys lo <= j < hi of the stream
+    lo: torch.Tensor      # (N,) int32: a token sees the keys lo <= j < hi of the stream
     hi: torch.Tensor      # (N,) int32
     images: torch.Tensor  # (I, 3, S, S) uint8
 
@@ -88,7 +88,7 @@ def pack(samples, side):
 
 
 def share_out(costs, n):
-    """Indices of `costs` in n groups of nearly equal cost: the most expensive first, each into the cheapest group."""
+    """Divide the indices of `costs` into n groups of similar cost: the highest cost first, into the cheapest group."""
     groups, load = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         k = min(range(n), key=lambda k: (load[k], k))
@@ -114,15 +114,15 @@ def best_fit(indices, lengths, room):
 
 class StepData(NamedTuple):
     """The work of one rank in one optimizer step."""
-    micro: list       # of Batch; the same number on every rank: a rank with less work gets empty ones
+    micro: list       # Batches, the same number on every rank: a rank with less work gets empty ones
     names: list       # the samples of this rank
-    dropped: list     # (sample, reason) on this rank
+    dropped: list     # (sample, reason) of the unusable samples on this rank
     truncated: int    # samples that lost tokens at their end
     animated: int     # images of which only the first frame was read
 
 
 class Steps(torch.utils.data.Dataset):
-    """steps[s] -> StepData of this rank. The samples of step s depend on (seed, s) alone; ranks divide them by cost.
+    """steps[s] -> StepData of this rank. The samples of step s depend only on (seed, s); ranks divide them by cost.
 
     spec: "a.json:0.7,b.json:0.3" mixes files by weight; "a.json,b.json" takes every sample once. An epoch has as many
     samples as the files together; a file is shuffled again when all its samples have been drawn."""
@@ -151,7 +151,7 @@ class Steps(torch.utils.data.Dataset):
         if self._epoch[0] != e:
             draws = []
             for f, (rows, count) in enumerate(zip(self.files, self.counts)):
-                first, end = e * count, (e + 1) * count        # numbers of these draws, over all epochs
+                first, end = e * count, (e + 1) * count        # draws are counted over all epochs
                 laps = range(first // len(rows), -(-end // len(rows)))
                 order = [np.random.default_rng([self.seed, f, lap]).permutation(len(rows)) for lap in laps]
                 picked = np.concatenate([[], *order]).astype(int)[first % len(rows):][:count]
@@ -212,12 +212,12 @@ def loader(steps, order, workers):
     """StepData for the steps in `order`. A worker prepares whole steps, so the number of workers changes no result."""
     own = torch.Generator()    # without it, torch draws a seed from dropout's generator, and a resumed run differs
     ended, open_end = multiprocessing.Pipe(duplex=False)
-    atexit.register(open_end.close)                            # runs before multiprocessing waits for the loaders
+    atexit.register(open_end.close)                            # must run before multiprocessing waits for the loaders
     try:
         yield from torch.utils.data.DataLoader(
             steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
             worker_init_fn=functools.partial(outlive_signals, ended, open_end))
-    except (ConnectionError, EOFError) as e:                   # torch reports other deaths of a loader itself
+    except (ConnectionError, EOFError) as e:                   # torch itself reports other deaths of a loader
         raise RuntimeError(f"DataLoader worker exited unexpectedly, killed for its memory? ({type(e).__name__})") from e
 
 
@@ -226,7 +226,7 @@ def outlive_signals(ended, open_end, worker):
     needs data until its step is done. The loader ends when the trainer has closed its end of the pipe, or has died."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    open_end.close()                                           # the loader's copy of the trainer's end
+    open_end.close()                                           # this is the loader's copy of the trainer's end
     threading.Thread(target=lambda: ended.poll(None) and os._exit(0), daemon=True).start()
 
 

@@ -1,7 +1,7 @@
 """The operations of training: start, choose, adamw, parallelize, sync_gradients, update, leave. They do not depend on
 images or conversations.
 
-The arithmetic of one step stands in the loop of each script. A loss is a sum over supervised tokens; n is their count
+The arithmetic of one step is in the loop of each script. A loss is a sum over supervised tokens; n is their count
 over all micro-batches of all ranks, known before the first backward pass:
 
     gradient = sum over ranks, micro-batches, tokens of d loss / n          (never a mean of means)
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from config import one_line_errors, parse, stop
 
-TIMEOUT = datetime.timedelta(minutes=30)   # of a collective operation: one rank may read a slow disk for a long time
+TIMEOUT = datetime.timedelta(minutes=30)   # limit of a collective operation: one rank may read a slow disk for long
 PARAMETERS_PER_THREAD = 10_000_000         # on a CPU; a smaller model is faster on one thread (set_threads)
 
 
@@ -62,7 +62,7 @@ class World:
         return torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext()
 
     def print(self, *lines, **how):
-        """Rank 0 prints. If the terminal is closed or its disk is full, training goes on without output."""
+        """Rank 0 prints. If this fails (closed terminal, full disk), training goes on without output."""
         if self.rank == 0:
             try:
                 print(*lines, flush=True, **how)
@@ -96,8 +96,8 @@ def start(device="auto", dtype="auto", seed=0):
 
 
 def set_threads(model, world):
-    """On a CPU, more threads for a larger model: on a busy machine two threads, which wait for each other, made a
-    toy model 12 times slower. If OMP_NUM_THREADS is set, its value is used."""
+    """On a CPU, use more threads for a larger model. Threads wait for each other: on a busy machine, two of them made
+    a toy model 12 times slower. If OMP_NUM_THREADS is set, its value is used."""
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         worth = sum(p.numel() for p in model.parameters()) // PARAMETERS_PER_THREAD
         torch.set_num_threads(max(1, min(worth, torch.get_num_threads())))
@@ -105,7 +105,7 @@ def set_threads(model, world):
 
 def record_signals():
     """From now on SIGTERM, SIGUSR1 (a scheduler wants the machine back) and the first Ctrl-C do not end this process; a
-    second Ctrl-C does -> the list that received signals are appended to."""
+    second Ctrl-C does -> a list to which received signals are appended."""
     received = []
 
     def handler(number, frame):
@@ -147,7 +147,7 @@ def choose(model, table, dtype=torch.bfloat16, device=None):
         used.update(fits)
         lr = table[fits[-1]] if fits else 0
         p.requires_grad_(bool(lr))
-        # a copy even where dtype and device stay: a view of a file must not be trained
+        # copy even if dtype and device stay the same: a view of a file must not be trained
         p.data = p.data.to(device or p.device, torch.promote_types(torch.float32, dtype) if lr else dtype, copy=True)
         if lr:
             lrs[name] = lr
@@ -156,7 +156,7 @@ def choose(model, table, dtype=torch.bfloat16, device=None):
     if not lrs:
         stop(f"nothing would be trained: the learning rate of {', '.join(table) or 'everything'} is 0")
     if device:
-        model.to(device)                   # buffers
+        model.to(device)                   # moves the buffers, too
     model.train()                          # VLM.train() leaves a frozen part in eval mode
     return lrs
 
@@ -206,12 +206,12 @@ def parallelize(model, world, blocks, parallel="auto", recompute="none", compile
     fsdp shards everything (FSDP2)."""
     sharded = is_sharded(model, world, parallel)
     if compile:
-        for b in blocks:                                   # before recomputation: torch.compile silently ignores
-            b.forward = torch.compile(b.forward)           # a checkpointed block
+        for b in blocks:                                   # must come before recomputation: torch.compile
+            b.forward = torch.compile(b.forward)           # silently ignores a checkpointed block
     if recompute == "block":
         from torch.utils.checkpoint import checkpoint
-        for b in blocks:                                   # use_reentrant=True: no gradient for adapters
-            b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False)     # behind frozen embeddings
+        for b in blocks:                                   # with use_reentrant=True, adapters behind frozen
+            b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False)     # embeddings get no gradient
     if world.size == 1:
         return model
     sums = [t.sum(dtype=torch.float64).item() for t in (*model.parameters(), *model.buffers())]
@@ -242,7 +242,7 @@ def whole_tensor(t):
 
 @contextlib.contextmanager
 def sync_gradients(model, enabled):
-    """Around forward and backward: all-reduce the gradients only where enabled, in the last micro-batch of a step."""
+    """Wraps forward and backward: all-reduce the gradients only where enabled, in the last micro-batch of a step."""
     if hasattr(model, "set_requires_gradient_sync"):       # FSDP
         model.set_requires_gradient_sync(enabled)
     with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():      # DDP
@@ -252,7 +252,7 @@ def sync_gradients(model, enabled):
 # ---- the end of an optimizer step -----------------------------------------------------------------------------------
 
 def check_gradients(model):
-    """After the first backward pass: every trained parameter has a gradient, and no other does."""
+    """After the first backward pass: check that each trained parameter has a gradient, and no frozen one."""
     for name, p in unwrap(model).named_parameters():
         if p.requires_grad != (p.grad is not None):
             stop(f"{name} is {'trained but got no' if p.requires_grad else 'frozen but got a'} gradient")

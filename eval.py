@@ -9,7 +9,7 @@
 The file is jsonl (or a json list): question_id, image, text, answer (or answers, or POPE's label), and optionally type
 (or category).
 Tasks: exact (exact match), vqa (VQA accuracy, EvalAI's normalisation), vqa_official, pope (yes or no). The answers are
-written as jsonl, of which tools/report.py makes a page with the images. The last line of the output is JSON.
+written as jsonl, from which tools/report.py makes a page with images. The last line of the output is JSON.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def toy_questions(world):
 
 
 def other_images(rows):
-    """For every question the image of another question, never the same image. A question without an image gets None."""
+    """-> for every question, the image of another question, never its own; None for a question without image"""
     images = sorted({r["image"] for r in rows} - {None})
     if len(images) < 2:
         config.stop("--shuffled needs at least two different images")

@@ -23,7 +23,7 @@ from model import logits_head
 
 class Cache:
     """Keys and values of B conversations of at most L tokens. Conversation b owns the slots [b L, (b + 1) L). So a
-    query reads the slots [lo, hi) of its conversation, in the prompt and afterwards."""
+    query always sees one range [lo, hi) of slots, in the prompt and in the answer."""
 
     def __init__(self, B, L):
         self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): slots of the tokens of the next forward pass
@@ -58,7 +58,7 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
     pos = torch.cat([torch.arange(n) for n in lengths])       # (N,)
     lo = start.repeat_interleave(lengths)                     # (N,)
     labels = torch.full((len(pos),), IGNORE)                  # (N,) logits are computed where a label is not IGNORE
-    labels[lengths.cumsum(0) - 1] = 0                         # at the last token of each prompt
+    labels[lengths.cumsum(0) - 1] = 0                         # only the last token of each prompt
     answers, alive = [[] for _ in prompts], list(range(B))
     banned = torch.tensor(sorted({*banned, model.cfg.image_token_index}), device=device)
     try:
@@ -106,7 +106,7 @@ class Chat:
         if not template:
             template = "vicuna_v1"
             world.print(f"note: {path} does not say with which template it was trained: {template} is used; "
-                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout: answers only
+                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout is for answers
         system = source.meta.get("system") if system is None else system
         vars(self).update(vars(Chat.of(model.to(world.device), source, template, system,
                                        llava.aspect(source, model.cfg))))

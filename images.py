@@ -13,7 +13,7 @@ from config import BadSample, stop
 
 MAX_PIXELS = 64_000_000    # per image; checked in the header, because decoding a larger image may need too much memory
 MAX_SIDE = 8_000           # a longer side is reduced first: a thin image padded to a square may need too much memory
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]        # EPS would start Ghostscript
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]        # not EPS: it would start Ghostscript
 
 
 class ImageSpec(NamedTuple):
@@ -34,7 +34,7 @@ def safe_path(root, name):
     root = os.path.realpath(root)
     try:
         path = os.path.realpath(os.path.join(root, name))
-    except (TypeError, ValueError):                            # no string, or it has a NUL or a lone surrogate
+    except (TypeError, ValueError):                            # `name` is no string, or has a NUL or lone surrogate
         raise BadSample("image name is not a path", shown) from None
     if os.path.commonpath([root, path]) != root:
         raise BadSample("image lies outside the image folder", shown)
@@ -55,7 +55,7 @@ def image_folder(path):
 
 def load_image(source):
     """A path or a PIL image -> PIL image: RGB, upright, white where it was transparent, 16 bits scaled to 8, only the
-    first frame; info["animated"]: it has more frames. Raises BadSample. Memory: 8 bytes per pixel, 16 with alpha."""
+    first frame; info["animated"]: it had more frames. Raises BadSample. Memory: 8 bytes per pixel, 16 with alpha."""
     name = repr(os.path.basename(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
     try:
         given = isinstance(source, Image.Image)
@@ -87,9 +87,9 @@ def upright(image):
 
 def rgb(image):
     """A PIL image of any mode -> RGB, over white where it is transparent. BadSample for floats outside 0..255."""
-    if image.mode.startswith("I"):                             # 16 or 32 bits: convert("RGB") would cut at 255
+    if image.mode.startswith("I"):                             # 16 or 32 bits: convert("RGB") would clip at 255
         a = np.asarray(image).astype(np.int64).clip(0, 65535)
-        if image.mode != "I" or a.max() > 255:                 # some files store 8 bits in 32
+        if image.mode != "I" or a.max() > 255:                 # some 32-bit files hold 8-bit values
             a = a // 257
         image = Image.fromarray(a.astype(np.uint8))
     elif image.mode == "F":

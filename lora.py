@@ -58,7 +58,7 @@ class LoRALinear(nn.Linear):
 
 
 class DoRALinear(LoRALinear):
-    """DoRA (Liu et al. 2024): each row of W + s B A is scaled to a stored length. It is merged here, not trained."""
+    """DoRA (Liu et al. 2024): each row of W + s B A is scaled to a stored length. Here it is only merged."""
 
     def __init__(self, *args):
         super().__init__(*args)

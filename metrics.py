@@ -23,7 +23,7 @@ you've""".split()
 _DOUBLE = """couldn't've hadn't've mightn't've shouldn't've wouldn't've he'd've I'd've it'd've she'd've somebody'd've
 someone'd've something'd've there'd've they'd've we'd've who'd've you'd've y'all'll y'all'd've 'ow's'at""".split()
 CONTRACTIONS = {w.replace("'", ""): w for w in _FULL}
-for _w in _DOUBLE:                                             # the spellings with one apostrophe missing
+for _w in _DOUBLE:                                             # add the spellings that lack one apostrophe
     CONTRACTIONS |= {_w[:i] + _w[i + 1 :]: _w for i, c in enumerate(_w) if c == "'"}
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
 _NUMBERS = {"none": "0"}
@@ -42,7 +42,7 @@ def vqa_normalise(s, evalai=True):
             out = out.replace(p, "")
         else:
             out = out.replace(p, " ")
-    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)        # the look-behind has the official script's error
+    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)  # the look-behind repeats an error of the official script
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 

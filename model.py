@@ -100,7 +100,7 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x, h):
-        """-> x + h, and its norm: one pass over memory on a GPU"""
+        """-> x + h and its norm; on a GPU, in one pass over memory"""
         return layer_norm(x, self.weight, self.bias, self.eps, h)
 
 
@@ -179,7 +179,7 @@ class VisionModel(nn.Module):
         super().__init__()
         clip = cfg.model_type == "clip_vision_model"
         self.embeddings = ViTEmbeddings(cfg)
-        self.pre_layrnorm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # published name
+        self.pre_layrnorm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # published spelling
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth))
 
@@ -189,7 +189,7 @@ class VisionModel(nn.Module):
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         lo = torch.arange(0, I * T, T, dtype=torch.int32, device=x.device).repeat_interleave(T)            # (I T,)
-        hi = lo + T                                                                        # a token sees its own image
+        hi = lo + T                                                       # a token sees only its own image
         x = x.reshape(I * T, D)
         for block in self.encoder.layers:
             x = block(x, lo, hi)
@@ -247,12 +247,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x, h):
-        """-> x + h, and its norm: one pass over memory on a GPU"""
+        """-> x + h and its norm; on a GPU, in one pass over memory"""
         return rms_norm(x, self.weight, self.eps, h)
 
 
 def rope_frequencies(cfg, device=None):
-    """(K/2,) angles per position, in fp32. It is no buffer, because model.to(bf16) would round a buffer."""
+    """(K/2,) angles per position, in fp32. It is not a buffer, because model.to(bf16) would round it."""
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.int64, device=device).float()
     f = 1.0 / cfg.rope_theta ** (i / cfg.head_dim)
     s = cfg.rope_scaling or {}
@@ -349,13 +349,13 @@ class Llama(nn.Module):
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def forward(self, x, pos, lo, hi, rows=None, cache=None):
-        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)   # (N, K/2), fp32: bf16 rounds 257
+        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)   # (N, K/2), fp32: bf16 would round 257
         cos, sin = angles.cos(), angles.sin()
         if self.cfg.sliding_window:
             lo = torch.maximum(lo, hi - self.cfg.sliding_window)
         for layer in self.model.layers[:-1]:
             x = layer(x, cos, sin, lo, hi, cache=cache)
-        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)           # tokens not in rows: only k and v
+        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)           # other tokens only get k and v
         return self.model.norm(x)
 
 
@@ -404,7 +404,7 @@ class VLM(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would keep x in fp32
         z = self.image_features(images).flatten(0, 1)                          # (I Q, C)
-        # at: positions of the image placeholders. at[-1] must stay -1: the GPU checks their number without a sync
+        # at: positions of the image placeholders; at[-1] is -1 if there are not too many. Both checks need no sync
         at = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]                 # (I Q + 1,)
         torch._assert_async(at[-1] < 0, "there are more image placeholders than image features")
         torch._assert_async((at[:-1] >= 0).all(), "there are more image features than image placeholders")

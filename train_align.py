@@ -33,7 +33,7 @@ class Settings(Common):                          # the settings that all stages 
 def main(s):
     world = stage.begin(s, "align")
     model, folder = stage.load(s, world, "plain")
-    lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype, world.device)    # who trains
+    lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype, world.device)    # what trains
     run = stage.prepare(s, world, model, folder, lrs)
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Functions of both benchmarks: lengths of conversations, timing, measured ceilings, child processes, reports."""
+"""Functions that both benchmarks use: lengths of conversations, timing, measured ceilings, child processes, reports."""
 
 import importlib.metadata
 import json
@@ -20,8 +20,8 @@ import config
 ROOT = Path(__file__).resolve().parent.parent
 LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # dtype of the measurements
 
-# LLaVA's 665k conversations, simulated. Each part: thousands of them, mean and std / mean of their text tokens
-# (log-normal), supervised share of these, images. Only the first number is published; the others are assumed.
+# LLaVA's 665k conversations, simulated. Each part: conversations in thousands; mean and std / mean of text tokens
+# (log-normal); their supervised share; images. Only the first number is published; the others are assumed.
 MIX = [(58, 290, .35, .62, 1), (23, 160, .30, .68, 1), (77, 215, .30, .75, 1),    # conversation, detail, reasoning
        (40, 1150, .55, .65, 0), (83, 150, .25, .14, 1), (72, 285, .60, .15, 1),   # ShareGPT, VQAv2, GQA
        (9, 75, .10, .05, 1), (80, 160, .20, .25, 1), (66, 105, .15, .02, 1),      # OKVQA, OCR-VQA, A-OKVQA
@@ -104,8 +104,8 @@ def ceilings(device, ms=200):
 
 
 def child(command, args, seconds):
-    """Run `python -m bench command args` in its own process (it may run out of memory, hang or lose the GPU); kill
-    it after `seconds` -> the JSON objects it prints, and finally {"ended": exit code, "because": end of its stderr}"""
+    """Run `python -m bench command args` in its own process (it may run out of memory, hang or lose the GPU); kill it
+    after `seconds` -> its JSON objects, then {"ended": exit code, "because": the time limit or the end of stderr}"""
     with tempfile.TemporaryFile("w+") as errors:
         p = subprocess.Popen([sys.executable, "-m", "bench", command, *args], stdout=subprocess.PIPE, stderr=errors,
                              text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})

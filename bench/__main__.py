@@ -1,11 +1,11 @@
 """Kernels and whole training steps, compared with their alternatives.
 
     python -m bench kernels    # on a GPU: each kernel and its alternatives (bench/kernels.py)
-    python -m bench step       # whole training steps, ours and transformers + peft (bench/step.py); on a CPU small rows
+    python -m bench step       # training steps, ours and transformers + peft (bench/step.py); on a CPU, small cases
     bash bench/gpu.sh          # everything that needs a GPU, in ten minutes
 
 `python -m bench kernels --help` and `python -m bench step --help` print the settings. The last line of output is JSON.
-bench/README.md describes rows, protocol and results.
+A row is one case that is measured. bench/README.md describes the rows, the protocol and the results.
 """
 
 import datetime

@@ -1,4 +1,4 @@
-"""Each kernel and its alternatives, in one process, on the same values (the rows: bench/rows.py).
+"""Each kernel and its alternatives, in one process, on the same values. A row is one case (bench/rows.py).
 
 A contender is built, run once for its error against the definition in float64 and once for its memory. Then all
 contenders are timed in turns. A contender that cannot run is listed with the reason. Rows run in a child process, the

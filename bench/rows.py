@@ -1,4 +1,4 @@
-"""The rows of `python -m bench kernels`: sizes, random inputs, and the contenders. bench/kernels.py measures them.
+"""The rows (cases) of `python -m bench kernels`: sizes, random inputs, contenders. bench/kernels.py measures them.
 
     N tokens   H, G query heads and key heads   K head size   C, O input and output width   V vocabulary   r rank
 """
@@ -17,7 +17,7 @@ import bench
 
 @dataclasses.dataclass
 class Contender:
-    """One way to compute a row, on tensors of its own, because some contenders overwrite their inputs."""
+    """One way to compute a row, on its own tensors, because some contenders overwrite their inputs."""
     forward: object                # () -> tuple of outputs
     leaves: list                   # tensors that get gradients
     ups: list                      # gradients of the outputs
@@ -36,9 +36,9 @@ class Row:
     what: str
     contenders: dict               # name -> function that builds a Contender; first "ours"; "torch": the definition
     truth: object                  # () -> outputs and gradients in float64, in the common layout
-    plain: object = None           # () -> as truth, at low precision; needed if "torch" is no contender
-    flops: tuple = (0, 0)          # needed in forward, in backward
-    bytes: tuple = (0, 0)          # that forward, backward must read or write
+    plain: object = None           # () -> the same as truth, in low precision; needed if "torch" is no contender
+    flops: tuple = (0, 0)          # FLOPs that forward, backward need
+    bytes: tuple = (0, 0)          # bytes that forward, backward must read or write
     together: bool = False         # forward and backward are one measurement
 
 
@@ -158,7 +158,7 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
     R, some = rows.numel(), share < 1
 
     def contender(f, gathered=True):
-        """f(hidden, weight, labels) -> summed loss; gathered: f gets only the supervised rows"""
+        """f(hidden, weight, labels) -> summed loss; gathered: f gets only the supervised tokens"""
         def loss(h, head=w):
             return f(h[rows], head, y[rows]) if gathered and some else f(h, head, y)
         return simple(loss, [h, w][: 1 + trained], [torch.ones((), device=device)])
@@ -180,7 +180,7 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
         return contender(lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction="sum", options=options))
 
     def truth():
-        """1,024 rows at a time: the logits of all rows do not fit in memory"""
+        """1,024 tokens at a time: the logits of all tokens do not fit in memory"""
         head, total = leaf(w.double()), torch.zeros((), dtype=torch.float64, device=device)
         dh = torch.zeros(N, C, dtype=torch.float64, device=device)
         for r in rows.split(1024):

@@ -1,7 +1,7 @@
 """Whole training steps compared with transformers' LLaVA: same weights, same ragged conversations, same trained
-parameters (the rows: bench/systems.py).
+parameters. A row is one such comparison (bench/systems.py).
 
-The vision tower is frozen and builds no graph on either side. Ours packs the conversations and runs the loop of the
+The vision tower is frozen; neither side builds its graph. Ours packs the conversations and runs the loop of the
 training scripts. transformers gets them padded, with a mask. Its loop does the same steps: sdpa, fused AdamW, tower in
 no_grad, pixels normalised before timing starts. theirs+liger uses Liger's kernels, theirs+ckpt recomputes its
 layers, theirs+sorted puts conversations of similar length together, because packing must be faster than sorting, too.
@@ -92,7 +92,7 @@ def theirs(s, device, *how):
     def names(k):
         k = "lm_head.weight" if "lm_head" in k else "model." + k.replace("language_model.model.", "language_model.")
         return k.replace("vision_tower.vision_model.", "vision_tower."), k    # transformers 5.20; older versions
-    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."      # transformers runs it, the output is unused
+    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."      # transformers runs this block for nothing
     besides = fill(s.cfg, model, device, names)
     assert all(re.search(re.escape(last) + r"|post_layernorm|vision_tower.*\.head\.", k) for k in besides), besides
 
@@ -162,7 +162,7 @@ def clocked(f, device):
 
 
 def measure(name, side, steps, size="full", device="cpu"):
-    """One side of one row, in this process -> losses, seconds of the median step, peak bytes, bytes after import"""
+    """Run one side of one row in this process -> losses, seconds of the median step, peak bytes, bytes after import"""
     if device == "cpu":
         torch.set_num_threads(1)
     if side == "ours":
@@ -213,7 +213,7 @@ def compare(name, pairs, steps, size, device, ceilings, peer):
            "supervised": supervised / real, "ms": [1e3 * t for t in seconds],
            "samples_per_s": [s.samples / t for t in seconds],
            "mib": [mid(p["peak"] for p in side) / 2**20 for side in sides], "part": [side[0]["part"] for side in sides]}
-    if ceilings:                           # best published attention: 600 and 500 TFLOP/s, if a matrix product has 790
+    if ceilings:                           # best published attention: 600 and 500 TFLOP/s; matrix product: 790
         rate = ceilings["matmul"]
         floor = products / rate + forward / (rate * 600 / 790) + backward / (rate * 500 / 790)
         flops = products + forward + backward
@@ -309,7 +309,7 @@ def main(s, args):
     print(machine, flush=True)
 
     def once(name, side):
-        """One side of one row, in its own process -> the result of measure(), or None"""
+        """Measure one side of a row in its own process -> the result of measure(), or None"""
         left = end - time.time()
         if left < 1:
             failed[name, side] = f"not begun within {s.seconds:.0f} s"

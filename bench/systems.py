@@ -1,5 +1,5 @@
-"""The rows of `python -m bench step`: models of published shapes, conversations of realistic lengths, and the FLOPs of
-a step. bench/step.py measures.
+"""The rows (cases) of `python -m bench step`: models of published shapes, conversations of realistic lengths, and the
+FLOPs of a step. bench/step.py measures them.
 
     step_align, step_sft    a ViT of 6 x 192, a Llama of 6 x 256, vocabulary 32,000, 4 conversations a step, on a CPU
     toy_align, toy_sft      the toy world's model, 32 conversations a step, on a CPU
@@ -18,7 +18,7 @@ import bench
 @dataclasses.dataclass
 class System:
     cfg: object                    # model.VLMConfig
-    stage: str                     # trained part: align: connector; sft: connector, LLM; lora: connector, adapters
+    stage: str                     # what trains: align = connector; sft = connector, LLM; lora = connector, adapters
     samples: int                   # conversations per step
     peers: tuple                   # sides that are compared with ours
     goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs / time of ours
@@ -118,8 +118,8 @@ def pad(cfg, made):
 
 
 def fill(cfg, model, device, names=lambda k: [k]):
-    """Set the parameters that `model` shares with model.VLM to fixed random values. names(k): where VLM's k may be
-    -> names of the other parameters."""
+    """Set the parameters that `model` shares with model.VLM to fixed random values. names(k): names that k of VLM
+    may have here -> names of the other parameters."""
     from model import VLM
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in VLM(cfg).state_dict().items()}

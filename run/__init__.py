@@ -1,1 +1,1 @@
-"""A run folder. The scripts enter by stage.py: begin -> World, load -> VLM and Folder, prepare -> Run, finish."""
+"""A run folder. The scripts call stage.py: begin -> World, load -> VLM and Folder, prepare -> Run, finish."""

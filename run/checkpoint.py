@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that is whole or absent (formats/whole.py), safetensors and json only. A kill or a full disk
+"""Checkpoints: whole or absent folders (formats/whole.py) of safetensors and json only. A kill or a full disk
 never damages older checkpoints.
 
     trained.safetensors      trained weights by name, fp32       optimizer.safetensors    the optimizer's state, by name
@@ -29,7 +29,7 @@ def discard(folder):
 
 
 def sweep(folder):
-    """After a killed run: delete incomplete folders (.tmp-*); rename a whole .old-* back if its name is free."""
+    """After a killed run: delete incomplete folders (.tmp-*); rename a whole .old-* folder back if its name is free."""
     folder = Path(folder)
     for p in folder.glob(".old-*"):
         place = folder / p.name.removeprefix(".old-")
@@ -42,7 +42,7 @@ def sweep(folder):
 
 
 def steps_in(folder):
-    """[(step, path)] of the checkpoints below a run, oldest first, by number and not by spelling."""
+    """[(step, path)] of the checkpoints below a run, sorted by step, oldest first."""
     paths = Path(folder, "checkpoints").glob("step_*")
     return sorted((int(m[1]), p) for p in paths if (m := re.fullmatch(r"step_(\d+)", p.name)))
 
@@ -107,8 +107,8 @@ def find_checkpoint(out, resume, say=print):
 
 
 def restore(path, model, optimizer, world):
-    """Load weights, optimizer state and random state, by name. A missing, unexpected or misshapen tensor is an
-    error, and so is another kind of optimizer."""
+    """Load weights, optimizer state and random state, by name. A missing or unexpected tensor, one of
+    the wrong shape, or another kind of optimizer is an error."""
     named = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
     before, now = read_json(path / "state.json").get("optimizer", "AdamW"), type(optimizer).__name__
     if before != now:
@@ -118,7 +118,7 @@ def restore(path, model, optimizer, world):
         if odd := sorted(set(trained.keys()) ^ set(named)):
             known = "trained now but not in" if odd[0] in named else "not trained now but in"
             stop(f"{path}: {odd[0]} is {known} the checkpoint")
-        kinds = sorted({k.rpartition(".")[2] for k in moments.keys()})          # AdamW's: step, exp_avg, exp_avg_sq
+        kinds = sorted({k.rpartition(".")[2] for k in moments.keys()})          # of AdamW: step, exp_avg, exp_avg_sq
         if odd := sorted(set(moments.keys()) ^ {f"{n}.{k}" for n in named for k in kinds}):
             stop(f"{path}: the moment {odd[0]} is {'unexpected' if odd[0] in moments.keys() else 'missing'}")
 

@@ -26,7 +26,7 @@ from run import checkpoint
 from run.log import trim
 
 OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")    # and config.json
-TRIES = 3      # checkpoints in a row that could not be written, before the run stops
+TRIES = 3      # the run stops after this many checkpoints in a row that could not be written
 
 
 def path_of(s):
@@ -57,14 +57,14 @@ def would_overwrite(folder):
 
 def claim(folder, say=print):
     """Lock a folder for this process -> an open file, which holds the lock. A second run in the same folder stops. The
-    lock ends with the process, also if it is killed; loader processes do not inherit the lock."""
+    lock ends with the process, even if it is killed; loader processes do not inherit the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         stop(f"out={folder}: another run is writing there; --out=DIR writes elsewhere")
-    except OSError as e:                                         # a file system without locks
+    except OSError as e:                                         # the file system has no locks
         say(f"{folder} cannot be locked ({e.strerror}): a second run that writes there would not be noticed")
     return file
 
@@ -119,7 +119,7 @@ class RunFolder:
         if old.get("base") != self.base:
             self.refuse(what, f"was trained on another base: a frozen weight of {self.origin} has changed since")
         for key, fact in setting_facts(type(self.s)).items():
-            before = old["settings"].get(key, getattr(type(self.s), key))     # a setting that is newer than the run
+            before = old["settings"].get(key, getattr(type(self.s), key))  # default: the run is older than the setting
             if fact["resume"] in kinds and key not in but and before != getattr(self.s, key):
                 self.refuse(what, f"was trained with {key}={before}, not {getattr(self.s, key)}")
 
@@ -128,7 +128,7 @@ class RunFolder:
         found = False
         if self.world.rank == 0 and self.s.resume == "auto" and not self.s.overfit:
             done = read_json(self.out / "finished.json", absent={})
-            if done.get("steps", -1) >= self.steps and (self.out / "model/config.json").is_file():     # else go on
+            if done.get("steps", -1) >= self.steps and (self.out / "model/config.json").is_file():  # else: train
                 self.compare(f"the finished run in {self.out}", done, ("same", "say"), but=("steps", "epochs"))
                 self.world.print(f"{self.out} is finished ({done['steps']} steps): nothing to do. "
                                  "--resume=none starts again, --out=DIR writes elsewhere")
@@ -151,7 +151,7 @@ class RunFolder:
         state = read_json(Path(path, "state.json"))
         self.compare(path, state, ("same",))
         planned = state.get("steps", state["step"])
-        if state["step"] >= self.steps < planned:                # nothing to train, and the learning rate is still high
+        if state["step"] >= self.steps < planned:                # no step is left, but the learning rate is still high
             self.refuse(path, f"is of step {state['step']} of {planned} and only {self.steps} are asked for: its "
                               f"learning rate has not come down by then. --steps={planned} goes on")
         checkpoint.restore(Path(path), model, optimizer, world)

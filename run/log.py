@@ -19,11 +19,11 @@ from loss import supervised
 
 # dense bf16 FLOP/s, by name of the card
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-PATIENCE = 10  # updates in a row whose gradient is not finite, before the run stops
+PATIENCE = 10  # the run stops after this many updates in a row without a finite gradient
 
 
 def tolerated(share, n):
-    """Samples of n that may be unusable: share * n plus three standard deviations, so that one bad sample among
+    """How many of n samples may be unusable: share * n plus three standard deviations, so that one bad sample among
     the first few does not stop a run. A share of 0 allows none."""
     return share * n + (3 * math.sqrt(max(1, share * n)) if share else 0)
 

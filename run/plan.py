@@ -45,10 +45,10 @@ def memory(model, world, micro, s):
     t, size, like = cfg.text, torch.finfo(world.dtype).bits // 8, torch.empty(0, dtype=world.dtype, device=world.device)
     C, F = t.hidden_size, t.intermediate_size
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    block = 2 * C + q + 2 * kv + 2 * F                              # elements that a layer saves per token; more
+    block = 2 * C + q + 2 * kv + 2 * F                              # elements that a layer saves per token;
     if any(p.requires_grad for p in model.language_model.parameters()):
-        block += 2 * C + q + F                                      # if its matrices or adapters train (test_model.py)
-    backward, again = 4 * C + 4 * F, s.recompute == "block"         # backward: of one layer; again: layers recomputed
+        block += 2 * C + q + F                                      # more if matrices or adapters train (test_model.py)
+    backward, again = 4 * C + 4 * F, s.recompute == "block"         # elements in one layer; are layers recomputed?
     most = 0
     for b in micro:
         saved = t.num_hidden_layers * C + block if again else t.num_hidden_layers * block
@@ -83,8 +83,8 @@ def lines(model, lrs, world, micro, steps, s):
 
 
 def count_parameters(model):
-    """-> (name, tensor, number of weights) in the order in which data passes them: parameters, and buffers that are
-    matrices: each byte holds two 4-bit weights"""
+    """-> (name, tensor, number of weights) in the order in which data passes them: parameters, and the buffers that
+    hold 4-bit matrices, two weights in each byte"""
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(prefix, recurse=False):
             yield name, p, p.numel()
@@ -95,7 +95,7 @@ def count_parameters(model):
 
 def flops(model, table):
     """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}. table: name glob -> (unit, rows per unit);
-    the last glob that fits decides. A weight costs 2 per row in the forward pass, 2 more if it trains, and 2 more if
+    the last glob that fits decides. A weight costs 2 FLOPs per row in forward, 2 more if it trains, and 2 more if
     an earlier parameter trains. Attention products and recomputation are not counted."""
     out, below = Counter(), False
     for name, p, count in count_parameters(unwrap(model)):

@@ -42,7 +42,7 @@ def publish(run, model, folder, log):
     if world.rank > 0:
         return
     try:
-        retire(out, max(run.steps, log.start), s.keep_last)      # after a kill during the last save
+        retire(out, max(run.steps, log.start), s.keep_last)      # a killed save may leave too many checkpoints
         base = full_path(s.init) if s.init else None
         if adapted:
             trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}

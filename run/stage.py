@@ -99,7 +99,7 @@ def load(s, world, template):
 @dataclasses.dataclass
 class Run:
     """The objects that the training loop of a stage uses."""
-    model: torch.nn.Module = None                # wrapped for the ranks
+    model: torch.nn.Module = None                # wrapped by engine.parallelize
     optimizer: torch.optim.Optimizer = None
     start: int = 0                               # the first step to train; not 0 in a resumed run
     steps: int = 0
@@ -108,7 +108,7 @@ class Run:
     folder: RunFolder = None                     # checkpoints
     log: Log = None
     validation: Validation = None
-    signals: list = None                         # received since the start
+    signals: list = None                         # signals received since the start
     exit_code: int | None = None                 # of a dry run; then no other field is set
 
     def due(self, step, every):
@@ -117,7 +117,7 @@ class Run:
 
 
 def prepare(s, world, model, folder, lrs):
-    """Open the data, print the plan, rehearse or resume -> Run. folder: formats.llava.Folder; lrs: of engine.choose"""
+    """Open the data, print the plan, rehearse or resume -> Run. folder: formats.llava.Folder; lrs: of choose()"""
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
     encode = Encoder(folder.tok, s.template, cfg.image_token_index, cfg.vision.patches, s.max_len, s.system)
     samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size)
@@ -143,9 +143,9 @@ def prepare(s, world, model, folder, lrs):
 
 
 def stopped(run, step, world):
-    """After a signal and the checkpoint of step `step` -> exit code"""
+    """After a signal, when the checkpoint of step `step` is written -> exit code"""
     world.print(f"stopped by a signal after step {step + 1}/{run.steps}; the same command goes on")
-    return 128 + (run.signals or [signal.SIGTERM])[0]            # another rank may have received it
+    return 128 + (run.signals or [signal.SIGTERM])[0]            # another rank may have received the signal
 
 
 def finish(run, s, world, folder):
@@ -158,8 +158,8 @@ def finish(run, s, world, folder):
 
 
 def rehearse(s, world, samples, first):
-    """What --dry_run does after the plan: stop where the run would stop, for the samples of its first step or for its
-    validation file; print the first usable sample with its loss mask -> exit code"""
+    """What --dry_run does after the plan: stop if the samples of the first step, or the validation file, would stop
+    the run; print the first usable sample with its loss mask -> exit code"""
     used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
     reasons = {}
     tally(world, first.dropped, reasons)

@@ -51,7 +51,7 @@ class Validation:
                 count += supervised(batch.labels)
         model.train()
         total, count, bad = self.world.sum([total, count, bad])
-        loss = total / count if count else math.nan                      # images may have been deleted since the start
+        loss = total / count if count else math.nan                      # count is 0 if the images were deleted
         log.append({"step": step + 1, "val_loss": loss, "val_dropped": int(bad)})
         self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}"
                          + (f" ({bad:.0f} of {self.steps.total} samples could not be used)" if bad else ""))
@@ -80,7 +80,7 @@ class Validation:
             return
         s = self.s
         model = Chat.of(unwrap(model), folder, s.template, s.system, s.image_aspect)
-        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # else one compilation per token
+        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # else it compiles for each token
             answers = model.answers([p for *_, p, _ in self.questions], [x for *_, p in self.questions for x in p])
         for (i, question, truth, _, _), answer in zip(self.questions, answers):
             log.append({"step": step + 1, "id": i, "prompt": question, "expected": truth, "answer": answer},
