@@ -35,14 +35,14 @@ class Parts:
         if token is None:
             stop(f"this template needs a BOS and an EOS token; {self.tok.folder}/tokenizer_config.json names none")
         self.parts.append(("id", token if isinstance(token, int) else self.tok.id(token), supervised))
-        return self                                     # for chains: p.control(...).text(...)
+        return self                                     # so calls can be chained: p.control(...).text(...)
 
     def text(self, s, supervised=False):
         self.parts += [("text", s, supervised)] if s else []
         return self
 
     def tag(self, s):
-        """[INST] and [/INST]: control tokens since Mistral's third version, ordinary text in older ones."""
+        """[INST] and [/INST] are control tokens since Mistral's third version, and ordinary text before."""
         return self.control(s) if s in self.tok.specials else self.text(s)
 
     def image(self, n=1):
@@ -222,7 +222,7 @@ def printable(s):
 
 
 def show(tok, ids, labels, image_id, file=None):
-    """Print a sample and its loss mask: supervised tokens stand in [[ ]], on a terminal also in green."""
+    """Print a sample and its loss mask: supervised tokens are in [[ ]], and green on a terminal."""
     file = file or sys.stdout
     coloured = file.isatty() and not os.environ.get("NO_COLOR")
     names = {i: name for name, i in tok.specials.items()} | {image_id: IMAGE}

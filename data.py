@@ -100,7 +100,7 @@ def share_out(costs, n):
 def best_fit(indices, lengths, room):
     """Divide the samples `indices` into few streams of at most `room` tokens: the longest first, each into the fullest
     stream that has room for it. A sample longer than `room` gets its own stream."""
-    streams = []                                                  # [room left, indices]
+    streams = []                                                  # each: [room left, indices]
     for i in sorted(indices, key=lambda i: (-lengths[i], i)):
         fit = min((s for s in streams if s[0] >= lengths[i]), key=lambda s: s[0], default=None)
         if fit is None:
@@ -147,7 +147,7 @@ class Steps(torch.utils.data.Dataset):
         self._epoch = (None, None)
 
     def epoch(self, e):
-        """(total, 2): file and sample of every draw of epoch e."""
+        """-> (total, 2): the file and the sample of every draw in epoch e."""
         if self._epoch[0] != e:
             draws = []
             for f, (rows, count) in enumerate(zip(self.files, self.counts)):

@@ -134,7 +134,7 @@ def run_script(main, Settings, doc):
         leave(main(parse(Settings, sys.argv[1:], doc)))
 
 
-# ---- who trains -----------------------------------------------------------------------------------------------------
+# ---- what trains ----------------------------------------------------------------------------------------------------
 
 def choose(model, table, dtype=torch.bfloat16, device=None):
     """table: name glob -> learning rate; the last matching glob decides; a parameter without a match is frozen.

@@ -2,7 +2,7 @@
 
     python eval.py --model=runs/sft                         # the toy world's held-out questions
     python eval.py --model=runs/sft --blind                 # control: the features of every image set to zero
-    python eval.py --model=runs/sft --shuffled              # control: each question with the image of another one
+    python eval.py --model=runs/sft --shuffled              # control: each question gets the image of another one
     python eval.py --model=DIR --task=vqa --data=FILE.jsonl --images=DIR [--answers=FILE]
     torchrun --nproc_per_node=8 eval.py ...                 # the questions are divided between the processes
 
@@ -58,14 +58,14 @@ class Settings:
 # ---- questions ------------------------------------------------------------------------------------------------------
 
 def toy_questions(world):
-    """The toy world's held-out questions, drawn if they are missing -> question file, folder of images"""
+    """The toy world's held-out questions, generated if they are missing -> question file, folder of images"""
     from demo import toy
     if world.rank == 0:
         try:
             toy.write_world("runs/toy", "test")
         except OSError as e:
             config.stop(f"the toy world cannot be drawn in runs/toy: {e.strerror or e}")
-    world.gather(None)                                           # a barrier: no rank reads before all is written
+    world.gather(None)                                           # a barrier: no rank reads before everything is written
     return "runs/toy/questions.jsonl", "runs/toy/images"
 
 

@@ -72,7 +72,7 @@ def apply_shared_input(x, *layers):
     """x (..., C) -> [layer(x) (..., O)] for each of `layers`. The LoRALinear layers share one dropout mask;
     PEFT draws one mask for each layer."""
     adapters = [f for f in layers if type(f) is LoRALinear]
-    if len({f.dropout for f in adapters}) != 1:                    # no adapter, or different dropout rates
+    if len({f.dropout for f in adapters}) != 1:                    # no layer has an adapter, or dropout rates differ
         return [f(x) for f in layers]
     ys = lora_linears(x, adapters[0].dropout if adapters[0].training else 0.0,
                       [(base_weight(f), f.bias, f.scale) for f in adapters],
@@ -82,7 +82,7 @@ def apply_shared_input(x, *layers):
 
 
 def qkv(attention, x, rows=None):
-    """Replaces model.LlamaAttention.qkv: projections of the same input are computed together"""
+    """Replaces model.LlamaAttention.qkv, and computes the projections of the same input together"""
     if rows is None:
         return apply_shared_input(x, attention.q_proj, attention.k_proj, attention.v_proj)
     return attention.q_proj(x[rows]), *apply_shared_input(x, attention.k_proj, attention.v_proj)
@@ -94,8 +94,8 @@ def gate_up(mlp, x):
 
 
 def targets(model, pattern):
-    """Names of the linear layers that a pattern selects: `all-linear` = all of the language model; otherwise names
-    separated by commas, each the last part of a name in the language model (q_proj) or a glob over whole names
+    """-> names of the linear layers that a pattern selects. `all-linear` selects all of the language model. Else names
+    separated by commas: each is the last part of a name in the language model (q_proj) or a glob over whole names
     (vision_tower.*.q_proj). The head is never selected: it is used as a matrix and not called."""
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search("lora_|lm_head", n)]
     if pattern == "all-linear":

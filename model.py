@@ -29,7 +29,7 @@ class VisionConfig:
     model_type: str = "clip_vision_model"    # clip_vision_model, siglip_vision_model, dinov2, dinov2_with_registers
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12              # as published; only the first `depth` are built
+    num_hidden_layers: int = 12              # as published, but only the first `depth` are built
     num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 32

@@ -1,7 +1,7 @@
-"""Stage 2: train connector and language model on conversations about images; the language model whole, or by LoRA.
+"""Stage 2: train connector and language model on conversations about images; the whole language model, or with LoRA.
 
     torchrun train_sft.py                                          # the toy world, on a CPU, after train_align.py
-    torchrun train_sft.py --lora_r=32 --lr=5e-3 --connector_lr=4e-3 --out=runs/lora   # through LoRA
+    torchrun train_sft.py --lora_r=32 --lr=5e-3 --connector_lr=4e-3 --out=runs/lora   # with LoRA
     torchrun train_sft.py recipes/llava15.py --init=runs/align --data=llava_v1_5_mix665k.json --images=DIR
     torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py ...       # eight GPUs; several nodes: as train_align.py
 

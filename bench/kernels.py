@@ -71,7 +71,7 @@ def measure(name, row, device, ms, rounds):
         except Exception as e:
             raise SystemExit(f"the device is lost: {reason(e)}") from None
 
-    truth = attempt("truth", row.truth)                          # fails on a small GPU: then errors are not measured
+    truth = attempt("truth", row.truth)                          # if it fails (small GPU), errors are not measured
     plain = attempt("truth", lambda: relative_errors(row.plain(), truth)) if row.plain and truth else None
 
     def first(who):

@@ -90,7 +90,7 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
         return [t[:, :heads] for t, heads in zip(ts, (g, g, 1, 1))]
 
     def definition(*tensors):
-        """Document by document: out, dq, dk, dv of the first group"""
+        """-> out, dq, dk, dv of the first group, computed one document at a time"""
         spans = [(int(s), int(s) + t) for s, t in zip(starts, lengths)]
         parts = [gradients(lambda *x: attention_ref(*x, lo[a:b] - a, hi[a:b] - a), [t[a:b] for t in tensors[:3]],
                            [tensors[3][a:b]]) for a, b in spans]
@@ -380,7 +380,7 @@ ROWS = {
 
 
 def shrink(make, *sizes):
-    """The same row at toy sizes: all of its code runs; its times mean nothing."""
+    """-> the same row at toy sizes: all of its code runs, but its times mean nothing"""
     if make is attention_row:
         lengths, H, G, K, causal = sizes
         return make, [max(1, t // 24) for t in lengths[:3]], H // G, 1, K, causal

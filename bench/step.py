@@ -176,7 +176,7 @@ def measure(name, side, steps, size="full", device="cpu"):
     prepare, step, optimizer = ours(s, device) if side == "ours" else theirs(s, device, *how)
     if device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()                  # creating the model in fp32 does not count
+        torch.cuda.reset_peak_memory_stats()                  # creating the model in fp32 is not counted
     warm, losses, seconds, part = 1 if device == "cpu" else 2, [], [], 1.0
     while len(seconds) < warm + steps:
         batch = prepare(conversations(s, len(seconds)), part)
@@ -297,7 +297,7 @@ def main(s, args):
     config.check_ranges(s)
     if s.device == "cpu" and not Path("/proc/self/status").is_file():
         config.stop("memory is read from Linux's /proc, which this machine does not have")
-    sizes = {n: "full" if n in NAMES["cpu"] else s.size for n in names}       # rows of a CPU have one size
+    sizes = {n: "full" if n in NAMES["cpu"] else s.size for n in names}       # rows for a CPU have one size
     if s.side == "ceilings":
         return bench.print_json(bench.ceilings(s.device))
     if s.side:
@@ -324,7 +324,7 @@ def main(s, args):
     ceilings = once(names[0], "ceilings") if s.device == "cuda" else None
     plan = [(name, n, side) for name in names for n in range(s.repeats)
             for side in ["ours", *system(name).peers][:: (1, -1)[n % 2]]]
-    if s.device == "cuda":                 # time may be short: first compare every row with its first peer
+    if s.device == "cuda":                 # time may run out: first compare each row with its first peer
         plan.sort(key=lambda p: (p[1], system(p[0]).peers[1:].index(p[2]) + 1 if p[2] in system(p[0]).peers[1:] else 0))
     got = {}
 

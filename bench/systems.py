@@ -20,7 +20,7 @@ class System:
     cfg: object                    # model.VLMConfig
     stage: str                     # what trains: align = connector; sft = connector, LLM; lora = connector, adapters
     samples: int                   # conversations per step
-    peers: tuple                   # sides that are compared with ours
+    peers: tuple                   # what ours is compared with
     goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs / time of ours
     spread: float | None = None    # text tokens are log-normal around 90 with this sigma; None: LLaVA's mixture
     room: int = 1 << 30            # maximum tokens per packed sequence (ours)

@@ -100,7 +100,7 @@ def data_digest(samples):
 
 
 class RunFolder:
-    """The folder of one run, and what defines the run: settings, data, and the frozen weights (the base)."""
+    """The folder of one run, and all that defines this run: settings, data, and the frozen weights (the base)."""
 
     def __init__(self, s, world, steps, samples, folder, lrs):
         self.s, self.world, self.steps, self.out = s, world, steps, path_of(s)
@@ -142,10 +142,10 @@ class RunFolder:
         if world.rank == 0:
             try:
                 self.lock = claim(self.out, world.print)
-            except OSError as e:                                 # some errors only occur on writing
+            except OSError as e:                                 # some errors occur only while writing
                 stop(f"out={self.out}: {e.strerror}")
         path = world.rank == 0 and checkpoint.find_checkpoint(self.out, "none" if s.overfit else s.resume, world.print)
-        path = world.gather(str(path) if path else None)[0]      # rank 0 finds it for all ranks
+        path = world.gather(str(path) if path else None)[0]      # rank 0 finds the path for all ranks
         if not path:
             return {"step": 0}
         state = read_json(Path(path, "state.json"))

@@ -1,5 +1,5 @@
-"""log.jsonl and the lines on the terminal; counts of samples; and the limits at which a run stops: too many
-samples that cannot be used, too many updates in a row without a finite gradient."""
+"""Writes log.jsonl and the lines on the terminal; counts samples; and stops a run that has too many
+samples that cannot be used, or too many updates in a row without a finite gradient."""
 
 import contextlib
 import datetime

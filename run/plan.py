@@ -1,7 +1,7 @@
 """The plan of a run, printed before training: what trains, and what a step costs in bytes and operations.
 
     N tokens of a packed sequence   R of them supervised   C, V, F: width, vocabulary, MLP width of the LLM
-    q, kv: width of all queries, of all keys of the LLM
+    q, kv: width of all queries and of all keys in the LLM
 """
 
 import fnmatch
@@ -35,10 +35,10 @@ def disk(model, dtype):
 
 
 def memory(model, world, micro, s):
-    """Bytes, roughly -> (weights, gradients and moments; activations of the largest micro-batch)."""
+    """Estimated bytes -> (weights, gradients and moments; activations of the largest micro-batch)."""
     cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
     states = sum(p.numel() * (4 * p.element_size() + 2 * low if p.requires_grad else p.element_size())
-                 for p in model.parameters())                       # 2 * low: the bf16 copy that autocast caches
+                 for p in model.parameters())                       # 2 * low is the bf16 copy that autocast caches
     if engine.is_sharded(model, world, s.parallel):
         states /= world.size
     states += sum(b.nbytes for b in model.buffers())                # NF4 weights are whole on every rank

@@ -1,4 +1,4 @@
-"""The end of a run: model/, a llava-hf folder; adapter/ after LoRA; then finished.json."""
+"""The end of a run writes model/ (a llava-hf folder), adapter/ after LoRA, and then finished.json."""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +34,7 @@ def publish(run, model, folder, log):
         stop(f"no update was made in {run.steps} steps ({seen['dropped']} of {seen['samples']} samples dropped), so no "
              "model is written")
     if log.start >= run.steps:
-        run.begin(log.start)                                     # no step was left to train
+        run.begin(log.start)                                     # no step was left to train: begin() has not run
     for k, v in model.state_dict().items():
         v = whole_tensor(v.detach())
         if world.rank == 0:                                      # merge_state() works in fp32

@@ -109,7 +109,7 @@ class Run:
     log: Log = None
     validation: Validation = None
     signals: list = None                         # signals received since the start
-    exit_code: int | None = None                 # of a dry run; then no other field is set
+    exit_code: int | None = None                 # set only by a dry run, without any other field
 
     def due(self, step, every):
         """True after the last step; if `every` > 0, also when step + 1 is a multiple of it. step counts from 0."""

@@ -1,4 +1,4 @@
-"""The validation file during a run: its loss, and answers to its first questions. Training is not affected: module
+"""Validation during a run: the loss on a file, and answers to its first questions. Training is not affected: module
 modes, gradients and torch's random state stay as they are."""
 
 import math
@@ -15,7 +15,7 @@ from loss import supervised
 
 
 class Once(Steps):
-    """Every sample once, in one epoch; its last step may have fewer samples."""
+    """Takes every sample once, in one epoch; the last step may have fewer samples."""
 
     def samples(self, step):
         return super().samples(step)[: max(0, self.total - step * self.batch_size)]
