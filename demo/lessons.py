@@ -50,7 +50,7 @@ def records(scene, rng, easy):
 
 
 def drill(rng, easy):
-    """-> texts of the things in a scene, and four drills [(key, answer)]. A key names exactly one thing. easy: in
+    """-> texts of the things in a scene, and four drills [(key, answer)]. A key names exactly one thing. easy: for
     the lesson `pairs`. Drills may repeat, so that the model cannot answer by elimination."""
     things, texts = records(toy.make_scene(rng), rng, easy)
     keys = ([("color", "shape")] * 2 + [("color",), ("shape",)]

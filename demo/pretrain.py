@@ -104,7 +104,7 @@ def update(optimizers, step, steps, warmup=100, hold=0):
 
 def train(model, s, out, steps, hold, loss_of_step, score, about, prefix=""):
     """The training loop of both towers. loss_of_step(step) -> mean loss, (); score() -> a dict for training.json;
-    about: content of config.json; prefix: of the tensors to save"""
+    about: content of config.json; prefix: only tensors whose names begin with it are saved"""
     optimizers, began, log = make_optimizers(model, s.lr, s.matrix_lr), time.time(), []
     for step in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
@@ -211,7 +211,7 @@ def train_llm(s):
     print(f"LLM: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} vocabulary entries", flush=True)
 
     def loss_of_step(step):
-        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # seed text that gave the weights in demo/llm
+        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # this seed gave the weights in demo/llm
         while sum(len(d[0]) for d in docs) < s.tokens:
             docs.append(lessons.lesson_document(plan[step], tok, rng))
         b = pack(docs, 1)
@@ -239,7 +239,7 @@ class Pretraining(torch.nn.Module):
     """A ViT with the head that trains it.
 
     classes      one linear layer predicts, from each patch, the attributes of its cell and the position of the cell;
-                 from the output of the last block and of the block before it, which LLaVA reads
+                 it reads the output of the last block and of the block before it, which LLaVA uses
     contrastive  CLIP (Radford et al. 2021): a text encoder and two projections
 
     demo/README.md compares both and says why classes is used."""
@@ -313,7 +313,7 @@ def make_examples(n, seed, test=False):
 
 @torch.no_grad()
 def probe(model, train, test, layer):
-    """A linear probe of one block's output: ridge regression on the patches of a cell, concatenated; the ViT is frozen
+    """A linear probe of one block's output: ridge regression on the concatenated patches of a cell; the ViT is frozen
     -> {kind: share of the attributes of *present* things in held-out scenes that the probe names right}"""
     def features(images):
         out = []

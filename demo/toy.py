@@ -272,7 +272,7 @@ def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-VERSION = 5  # of the files: increase it when the same sizes and seed would give other files
+VERSION = 5  # version of the files: increase it when the same sizes and seed would give other files
 SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
 
 

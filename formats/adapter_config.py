@@ -32,14 +32,14 @@ def read_adapter_config(folder):
 
 def matches(pattern, name):
     """Does a pattern of PEFT match the whole name of a layer, or the end of the name after a dot? PEFT uses the regular
-    expression (.*\\.)?(pattern)$, which takes for ever with some patterns. fnmatch does not backtrack."""
+    expression (.*\\.)?(pattern)$, which is extremely slow with some patterns. fnmatch does not backtrack."""
     glob = pattern.removesuffix("$").replace("\\.", ".").replace(".*", "*")
     return fnmatchcase(name, glob[1:]) if glob[:1] == "^" else fnmatchcase(f".{name}", f"*.{glob}")
 
 
 def rank_and_alpha(folder, c, name=""):
     """-> r and alpha of a layer; the adapter is B A times alpha / r (with rsLoRA, alpha is multiplied by sqrt(r)).
-    name: of the layer in the PEFT file; the first pattern that matches it is used, as in PEFT."""
+    name: the layer's name in the PEFT file; the first pattern that matches it is used, as in PEFT."""
     r, alpha = (next((v for p, v in (c.get(patterns) or {}).items() if matches(p, name)), c.get(key))
                 for key, patterns in zip(("r", "lora_alpha"), PATTERNS))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float):

@@ -70,8 +70,8 @@ def facts(run):
 
 
 def head(library, title, more, s, base=None):
-    """-> the first lines of a card, names of the models that the run started from. A card must not show paths: a hub
-    name is shown as it is; of a path, only the last part is shown."""
+    """-> the first lines of a card, and the names of the models that the run started from. A card shows a hub name in
+    full, but only the last part of a path."""
     given = next((x for x in ([base], [s.get("init")], [s.get("vision"), s.get("llm")]) if any(x)), ["unknown"])
     names, hub = [], ""
     for name in map(str, given):
@@ -117,11 +117,11 @@ def peft_reads(base):
         c = read_json(find_model(base) / "config.json") if base else {}
     except Error:
         return False
-    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # key of the LLaVA repository's configs
+    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # only the LLaVA repository uses this key
 
 
 def adapter(run, base):
-    """The card of adapter/. base: the LLaVA that the adapter was trained on; None: it was trained on two towers"""
+    """The card of adapter/. base: the LLaVA that the adapter was trained on; None: a vision tower and an LLM"""
     s, *_ = facts(run)
     first, names = head("peft", f"{Path(run).resolve().name}: adapter", "", s, base)
     bits = "The language model was in four bits (NF4) while it was trained.\n" if s.get("bits") == 4 else ""

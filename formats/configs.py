@@ -106,7 +106,7 @@ def text_config(c):
         stop(f"language model with {heads} heads for {d['num_key_value_heads']} keys and values")
     d |= rope_settings(d, plain.max_position_embeddings)
     window = d.get("sliding_window") if kind != "llama" else None
-    if kind in ("qwen2", "qwen3"):                                            # a window in none, some or all layers
+    if kind in ("qwen2", "qwen3"):                                            # none, some or all layers have a window
         first, kinds = d.get("max_window_layers", 28), d.get("layer_types")
         slides = max(0, L - first) if d.get("use_sliding_window") else 0
         slides = kinds.count("sliding_attention") if kinds else min(slides, L)
@@ -120,7 +120,7 @@ def text_config(c):
 
 
 def rope_settings(c, length):
-    """-> rope_theta and rope_scaling; they are two keys until transformers 4 and one dict in transformers 5"""
+    """-> rope_theta and rope_scaling; these are two keys up to transformers 4 and one dict in transformers 5"""
     d = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
     theta, kind = d.pop("rope_theta", c.get("rope_theta", 1e4)), d.get("rope_type", d.get("type", "default"))
     need = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -173,7 +173,7 @@ def image_spec(pre, aspect):
         stop(f"preprocessor_config.json: images of size {size} are no squares of one side")
     mean = tuple(pre.get("image_mean") or ImageSpec(0).mean)
     whole = pre.get("size") or side if aspect == "crop" and pre.get("do_center_crop", True) else side
-    short = whole.get("shortest_edge", side) if isinstance(whole, dict) else whole       # side before a crop
+    short = whole.get("shortest_edge", side) if isinstance(whole, dict) else whole       # the side before a crop
     if short < side:
         stop(f"preprocessor_config.json: no squares of side {side} can be cut from images of size {whole}")
     return ImageSpec(side, aspect, Image.Resampling(pre.get("resample", 3)), mean, short if short > side else 0)

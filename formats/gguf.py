@@ -46,7 +46,7 @@ BYTE_LEVEL = {
     (("Split", _SPLIT % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
     (("Digits", True), ("ByteLevel", False, True)): "smollm",
     (("ByteLevel", False, True),): "gpt-2"}
-# (normalizers, pre-tokenizers) of a SentencePiece tokenizer, which does not split -> does it add a first space?
+# (normalizers, pre-tokenizers) of a SentencePiece tokenizer, which does not split text -> does it add a first space?
 SENTENCEPIECE = {
     (("Prepend", "Replace"), ()): True, (("Replace",), ()): False, ((), (("Metaspace", "always", False),)): True,
     ((), (("Metaspace", "first", False),)): True, ((), (("Metaspace", "never", False),)): False}
@@ -55,7 +55,7 @@ SENTENCEPIECE = {
 # ---- the file format ------------------------------------------------------------------------------------------------
 
 def packed(value):
-    """A key's value -> type number, bytes: uint32, float32, bool, string, or an array of int32, float32 or strings."""
+    """A key's value -> type number, bytes. Types: uint32, float32, bool, string, array of int32, float32 or strings."""
     if isinstance(value, str):
         raw = value.encode("utf-8")
         return 8, struct.pack("<Q", len(raw)) + raw
@@ -113,7 +113,7 @@ def interleaved(x, heads):
 
 def gguf_name(name, table, block={}, prefix=""):
     """Our name of a parameter -> its name in llama.cpp. table: {our name: name in llama.cpp} outside the blocks; block:
-    the same inside a block; prefix: of the blocks in llama.cpp"""
+    the same inside a block; prefix: how names inside a block begin in llama.cpp"""
     stem, _, last = name.rpartition(".")
     if layer := re.match(r"(?:model|encoder)\.layers\.(\d+)\.(.*)", stem):
         return f"{prefix}.{layer[1]}.{block[layer[2]]}.{last}"
@@ -124,7 +124,7 @@ def text_tensors(language_model, cfg, dtype):
     heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}
     for k, x in language_model.state_dict().items():
         layer = k.split(".")[-2]
-        if layer in heads and cfg.model_type in ("llama", "mistral"):         # Qwen: the same pairs in llama.cpp
+        if layer in heads and cfg.model_type in ("llama", "mistral"):         # for Qwen llama.cpp rotates our pairs
             x = interleaved(x, heads[layer])
         yield gguf_name(k, TEXT, LAYER, "blk"), x, dtype if x.ndim > 1 else "f32"
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
@@ -157,12 +157,12 @@ def text_keys(cfg, dtype, name):
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
 def steps_of(part, key):
-    """A normalizer or pre-tokenizer of tokenizer.json -> its steps. key: of the steps in a sequence."""
+    """A normalizer or pre-tokenizer of tokenizer.json -> its steps. key: where a sequence has its steps."""
     return [] if part is None else part[key] if part["type"] == "Sequence" else [part]
 
 
 def pre_tokenizer(spec, where):
-    """-> llama.cpp's name of a pre-tokenizer, or None for SentencePiece; whether a first space is added."""
+    """-> llama.cpp's name of a pre-tokenizer, or None for SentencePiece; and whether a first space is added."""
     options = {"Split": lambda s: (s["pattern"].get("Regex"), s["behavior"], s["invert"]),
                "ByteLevel": lambda s: (s["add_prefix_space"], s.get("use_regex", True)),
                "Digits": lambda s: (s["individual_digits"],),
@@ -270,13 +270,13 @@ def mmproj_keys(cfg, dtype, name):
         "vision.embedding_length": v.hidden_size, "vision.feed_forward_length": v.intermediate_size,
         "vision.projection_dim": cfg.text.hidden_size, "vision.attention.head_count": v.num_attention_heads,
         "vision.attention.layer_norm_epsilon": float(v.layer_norm_eps), "vision.block_count": v.depth,
-        "vision.feature_layer": [v.depth],                                    # if absent, the last block is skipped
+        "vision.feature_layer": [v.depth],                                    # without it the last block is skipped
         "vision.image_mean": [float(m) for m in v.image_mean],
         "vision.image_std": [float(s) for s in v.image_std]}.items()}
 
 
 def differences(cfg, folder):
-    """-> lines; each says how llama.cpp treats images or text differently than training."""
+    """-> lines; each says how llama.cpp treats images or text differently from training."""
     aspect, spec = llava.aspect(folder, cfg), configs.image_spec(folder.pre, "pad")
     if aspect != "pad":
         yield f"this model was trained with image_aspect={aspect}; llama.cpp pads images that are not square"
@@ -301,7 +301,7 @@ def export(folder, out, dtype):
     keys = text_keys(cfg.text, dtype, name)
     keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
     vision_keys = mmproj_keys(cfg, dtype, name)
-    out = Path(out or Path(folder if Path(folder).exists() else name, "gguf"))           # hub name: ./NAME/gguf
+    out = Path(out or Path(folder if Path(folder).exists() else name, "gguf"))           # for a hub name: ./NAME/gguf
     out.mkdir(parents=True, exist_ok=True)
     paths = out / f"model-{dtype}.gguf", out / f"mmproj-model-{dtype}.gguf"
     write_gguf(paths[0], keys, partial(text_tensors, model.language_model, cfg.text, dtype))

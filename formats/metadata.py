@@ -52,7 +52,7 @@ def metadata(folder, cfg, template, system, aspect, dtype):
     if v.model_type.startswith("dinov2"):
         vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
     if v.model_type == "siglip_vision_model":
-        vision["vision_use_head"] = False                                     # no tensors of the pooling head
+        vision["vision_use_head"] = False                                     # the folder has no pooling head
     pre = {k: x for k, x in folder.pre.items() if k != "do_pad"}
     short = image_spec(folder.pre, aspect).short or v.image_size
     files = tokenizer_files(tok, template, system, positions(t))

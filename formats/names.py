@@ -82,8 +82,8 @@ def name_in_transformers(name, dino=False):
 
 
 def account(model, tensors, where, new=()):
-    """{our name: tensor} of a folder -> the model's parameters; unused tensors: all or none of the blocks behind the
-    feature layer and the last norm. Parameters whose names begin with `new` are not expected."""
+    """{our name: tensor} of a folder -> the model's parameters, and the unused tensors: the blocks behind the feature
+    layer and the last norm, all or none of them. Parameters whose names begin with `new` must be absent."""
     cfg = model.cfg
     with torch.device("meta"):
         tower = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))
@@ -103,7 +103,7 @@ def account(model, tensors, where, new=()):
     for k, shape in known.items():
         while tensors[k].ndim > len(shape) and len(tensors[k]) == 1 and k.startswith("vision_tower."):
             tensors[k] = tensors[k][0]                                        # DINOv2: batch dimension of size 1
-        if tensors[k].dtype not in FLOATS:                                    # quantised, without its scales
+        if tensors[k].dtype not in FLOATS:                                    # a quantised tensor without scales
             stop(f"{where}: {k} holds {tensors[k].dtype}, where one of {', '.join(map(str, FLOATS))} is supported")
         if tensors[k].shape != shape:
             stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(shape)}")

@@ -17,8 +17,8 @@ from formats.strict_json import STRICT, strict_json
 
 SPACE = r"[ \t\n\r]*"
 FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")   # around a value
-MAX_BYTES = 8_000_000      # of one row; chat.encode limits the characters of a text
-MAX_IMAGES = 256           # of one row
+MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
+MAX_IMAGES = 256           # limit for one row
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # LLaVA's names, OpenAI's names
 UNSUPPORTED = ("video", "audio")
 

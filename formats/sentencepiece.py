@@ -1,7 +1,7 @@
 """SentencePiece's tokenizer.model (Llama 1 and 2, Vicuna, Mistral, TinyLlama) -> the content of a tokenizer.json.
 
-SentencePiece merges the adjacent pair whose union has the highest score; of equal pairs, the leftmost. tokenizer.json
-has a ranked list of merges: here every way to split a piece in two, ordered by the score of the piece. Both give the
+SentencePiece merges the adjacent pair whose union has the highest score, the leftmost of equal pairs. tokenizer.json
+has a ranked list of merges. Ours has every way to split a piece in two, sorted by the score of the piece. Both give the
 same ids if no two pieces of several characters have equal scores, and every character of a piece is a piece itself.
 Other models are refused. Field numbers: sentencepiece_model.proto.
 """

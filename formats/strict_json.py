@@ -1,4 +1,4 @@
-"""JSON as in its standard. Python's json also accepts NaN, numbers beyond any float and duplicate keys."""
+"""Strict JSON: refuses NaN, floats that overflow and duplicate keys, which Python's json accepts."""
 
 import json
 import math

@@ -40,7 +40,7 @@ def read_tensors(folder, stem="model"):
 def read_safetensors(file):
     try:
         with safe_open(file, "pt") as f, open(file, "rb") as raw:
-            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")    # no duplicates
+            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")    # stops at duplicates
             return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError) as e:
         stop(f"{file} is not a whole safetensors file: {e}")
@@ -61,7 +61,7 @@ def tensor_digest(tensor):
     """Shape, sum of all bits, and some thousand elements in order -> 16 hex digits. It distinguishes models at the
     speed of memory; SHA-256 over 7B weights takes a minute. It does not protect against forgery."""
     flat = tensor.detach().cpu().flatten()
-    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # only one part in fp32
+    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # one part at a time in fp32
     some = flat[:: max(1, len(flat) // 1024)].float().view(torch.int32).tolist()
     return hashlib.sha256(repr((tuple(tensor.shape), total, some)).encode()).hexdigest()[:16]
 

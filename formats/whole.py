@@ -41,7 +41,7 @@ def commit(folder, fill):
         (tmp / MANIFEST).write_text(json.dumps({str(p.relative_to(tmp)): file_digest(p) for p in files}, indent=1))
         sync(tmp / MANIFEST)
         sync(tmp)
-    except (OSError, SafetensorError) as e:                      # a full disk is a SafetensorError in save_file
+    except (OSError, SafetensorError) as e:                      # on a full disk save_file raises SafetensorError
         remove(tmp)
         why, free = getattr(e, "strerror", None) or e, shutil.disk_usage(folder.parent).free
         raise OSError(f"{folder} could not be written: {why} ({free:,} bytes free)") from None

@@ -27,7 +27,7 @@ CHUNK_QUERIES = 64   # queries per chunk of a longer segment: at most CHUNK_QUER
 
 
 def attention_ref(q, k, v, lo, hi):
-    """The definition, with the full (N, M) mask, for readers and tests. For shapes see the top of this file."""
+    """The definition, with the full (N, M) mask, for readers and tests. The top of this file shows the shapes."""
     N, H, K = q.shape
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (M, H, K): query head h reads h // g
     j = torch.arange(k.shape[0], device=q.device)
@@ -101,7 +101,7 @@ def by_head(t, n, a, L, G):
 
 
 def probabilities(q, k, v, lo, hi):
-    """For each chunk -> (n, a, Lq, c, Lk), q / sqrt(K) (n G, g Lq, K), k and v (n G, Lk, K), softmax (n G, g Lq, Lk)"""
+    """Yields per chunk (n, a, Lq, c, Lk), q / sqrt(K) (n G, g Lq, K), k and v (n G, Lk, K), softmax (n G, g Lq, Lk)"""
     G, K, todo = k.shape[1], k.shape[2], chunks(lo, hi)
     q = q * K**-0.5
     widest = max((b - a for n, a, b, c, d, kind in todo if kind == "causal"), default=0)
@@ -170,7 +170,7 @@ attention_torch.register_autograd(_torch_gradients,
 # outside [lo[first], hi[last]). Every query reads all of [lo[last], hi[first]): blocks inside need no mask. In a long
 # document almost every block is inside.
 #
-# New here: a grid with two dimensions, tiles x heads; tl.dot, the product of two tiles on the tensor cores (with
+# New here are: a grid with two dimensions, tiles x heads; tl.dot, the product of two tiles on the tensor cores (with
 # "ieee", fp32 inputs do not use them, because TF32 keeps only 10 bits); do_not_specialize. By default Triton compiles
 # another kernel if an integer argument is 1 or divisible by 16, but not for arguments named in do_not_specialize.
 
@@ -189,7 +189,7 @@ def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
     """For a tile of BM queries -> lo, hi (BM,), begin and end of its keys, and the results of _cut. Keys outside
     [0, M) are never read, even if a span contains them."""
     at = start + tl.arange(0, BM)
-    lo = tl.load(LO + at, mask=at < N, other=0)                              # rows from N on: empty spans
+    lo = tl.load(LO + at, mask=at < N, other=0)                              # rows from N on have empty spans
     hi = tl.minimum(tl.load(HI + at, mask=at < N, other=0), M)
     last = tl.minimum(start + BM, N) - 1
     begin, end = tl.maximum(tl.load(LO + start), 0), tl.minimum(tl.load(HI + last), M)
@@ -219,7 +219,7 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
     if MASK:
         s = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), s, -float("inf"))
     higher = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # no key so far: -inf - -inf = nan
+    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # no key yet: -inf - -inf would be nan
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(m - base)
     l = l * shrink + tl.sum(p, 1)
@@ -264,8 +264,8 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride
 #     dv = p^T do      dp = do v^T      ds = p (dp - delta)   where delta_i = sum_j p_ij dp_ij = do_i . out_i
 #     dq = ds k / sqrt(K)      dk = ds^T q / sqrt(K)
 #
-# Two kernels: a program takes a tile of queries (dq) or a tile of keys (dk, dv) and adds in a fixed order. They compute
-# seven products; one kernel with atomic additions needs five, but its result is not deterministic.
+# There are two kernels, one for tiles of queries (dq) and one for tiles of keys (dk, dv). Both add in a fixed order.
+# Together they need seven products. One kernel with atomic additions needs five, but its result is not deterministic.
 
 
 @triton.jit
@@ -335,7 +335,7 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
                  stride_v, stride_d, scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                  BN: tl.constexpr):
     """One tile of BN keys of one group -> its dk and dv, summed over the g query heads of the group. Queries in
-    [BY_HI[0], BY_LO[1]) read some key of the tile, queries in [BY_HI[1], BY_LO[0]) read all: see query_ranges."""
+    [BY_HI[0], BY_LO[1]) read some key of the tile, queries in [BY_HI[1], BY_LO[0]) read all of them: query_ranges."""
     tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     start = tile * BN
     c, d = tl.arange(0, BN), tl.arange(0, D)
@@ -352,7 +352,7 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
         for i in range(a, b, BM):
             dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, BM, start + c, dk, dv,
                                  stride_q, stride_d, scale, K, D, BM, False)
-        for i in tl.range(begin, reach, BM, num_stages=1):  # more stages, for four vectors, spill in Triton 3.6
+        for i in tl.range(begin, reach, BM, num_stages=1):  # with more stages, Triton 3.6 spills registers
             i = tl.where(i < a, i, i + (b - a))
             dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, end - i, start + c, dk, dv,
                                  stride_q, stride_d, scale, K, D, BM, True)
@@ -385,7 +385,7 @@ ATTENTION_TILES = {
     (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
     (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
 }
-FP32_TILE = 32, 32, 8, 1  # no tensor cores, which do not keep 24 bits; even small tiles spill: correct, but slow
+FP32_TILE = 32, 32, 8, 1  # no tensor cores: they do not keep 24 bits. Correct but slow: even small tiles spill
 
 
 def tile_sizes(q, kernel):
@@ -475,7 +475,7 @@ attention_triton.register_autograd(_gradients, setup_context=_setup)
 
 
 def attention(q, k, v, lo, hi):
-    """Span attention; for shapes see the top of this file. fp64 and heads of more than 128 always use plain torch."""
+    """Span attention; the top of this file shows the shapes. fp64 and heads of more than 128 always use plain torch."""
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
     assert k.shape == v.shape and q.shape[2] == k.shape[2], \
         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

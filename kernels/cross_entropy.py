@@ -7,7 +7,7 @@ The cost in bytes. Logits are R x V: 4 GiB in fp32 for 8,192 rows and 128k entri
 softmax and their gradient. But the gradient of a summed loss with respect to the logits is softmax - onehot, times one
 scalar that is given in backward. So the forward pass computes softmax - onehot, chunk by chunk: form the logits of a
 chunk, overwrite them with their gradient, then compute the gradients of hidden and weight. Peak memory is one
-chunk. Each row of logits is read twice and written once (3 V elements): its gradient needs the sum over the row first.
+chunk. Each row of logits is read twice (the gradient needs the sum over the row first) and written once: 3 V elements.
 
 A chunk should have many rows. Its products do 6 V C flops per row. Adding to the weight's gradient in fp32 moves 10 V C
 bytes per chunk, for any number of rows. At 790 TFLOP/s and 4.3 TB/s both take the same time at 300 rows.
@@ -20,12 +20,12 @@ from kernels import architecture, on_its_device, tl, triton, use_triton
 
 IGNORE = -100            # the label of a token that is not supervised
 CHUNK_BYTES = 256 << 20  # size of a chunk of logits
-CHUNK_ROWS = 2048        # minimum of rows in a chunk
+CHUNK_ROWS = 2048        # smallest number of rows in a chunk
 SLICE = 8192             # vocabulary entries per product, if the weight's gradient has another dtype than the product
 
 
 def chunk_rows(V, dtype):
-    """Rows of logits in `dtype` that exist at the same time."""
+    """How many rows of logits in `dtype` exist at the same time."""
     return max(CHUNK_ROWS, CHUNK_BYTES // (V * dtype.itemsize))
 
 
@@ -35,8 +35,8 @@ def kernel_applies(x):
 
 
 def logits_bytes(R, V, like):
-    """Peak bytes for the logits of R rows, with the dtype and device of `like`. The kernel works in place: one
-    chunk. Plain torch also holds its exponentials and, if it is in low precision, a copy in fp32 (for run/plan.py)."""
+    """Peak bytes for the logits of R rows, with the dtype and device of `like`. The kernel works in place: it
+    holds one chunk. Plain torch also holds its exponentials and, in low precision, a copy in fp32 (for run/plan.py)."""
     each, wide = like.dtype.itemsize, max(4, like.dtype.itemsize)
     if not kernel_applies(like):
         each = 2 * wide + (each if each < wide else 0)
@@ -67,7 +67,7 @@ def logits_to_gradient_torch(logits, labels, gradient):
     return loss, g.mul_(keep[:, None]).to(logits.dtype)
 
 
-# architecture -> (logits that a program holds at a time, warps): no register spills (tests), not timed yet
+# architecture -> (logits that a program holds at a time, warps): tests show that no registers spill; not timed yet
 LOGITS_TILES = {80: (4096, 8), 90: (4096, 8)}
 
 
@@ -81,7 +81,7 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
     y = tl.load(LABELS + row)
     keep = y != IGNORE
     valid = (0 <= y) & (y < V)               # a wrong label makes the loss nan; nothing out of bounds is read
-    xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)        # read before it is replaced
+    xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)        # read before the gradient replaces it
 
     m, l = -float("inf"), 0.0                # running maximum, running sum of exp(x - m)
     for i in range(0, V, BLOCK):
@@ -100,7 +100,7 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
 
 
 def logits_to_gradient_triton(logits, labels, gradient):
-    """logits_to_gradient_torch by the kernel: one program per row, always in place."""
+    """The same as logits_to_gradient_torch, by the kernel: one program per row, always in place."""
     n, V = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n:
@@ -174,8 +174,8 @@ linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 
 def linear_cross_entropy(hidden, weight, labels, chunk=None):
-    """Sum of losses over rows whose label is not -100; for shapes see the top of this file. chunk: rows of
-    logits that exist at the same time. For labels outside [0, V) plain torch raises RuntimeError. The kernel returns
+    """Sum of losses over rows whose label is not -100; the top of this file shows the shapes. chunk: how many
+    rows of logits exist at the same time. For labels outside [0, V) plain torch raises RuntimeError. The kernel returns
     nan, because a check would cost a host-device sync."""
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     kind = hidden.device.type

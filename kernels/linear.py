@@ -6,7 +6,7 @@
 
 The cost in bytes, for layers that read the same x (q, k and v; gate and up). Plain autograd adds each adapter's
 output to the base output, and each gradient of x to the others, in separate passes: 3 N O and 6 N C elements per layer.
-Here the matrix products add (addmm). One product multiplies x by all A, all layers share a mask, x is stored once.
+Here the matrix products also add (addmm). One product multiplies x by all A, all layers share a mask, x is stored once.
 A dequantized W is not stored; backward dequantizes it again.
 """
 

@@ -11,8 +11,8 @@ the nearest of the 256 values in DYNAMIC_MAP. Blocks follow the memory order and
 width works.
 
 The cost in bytes. An element takes 1/2 + 1/64 + 4 / (64 * 256) = 0.516 bytes; in bf16 it takes 2. So 6.5 billion
-weights fit in 3.4 GB. Tensor cores cannot multiply codes, so the matrix is decoded to bf16 before each product: n / 2
-bytes read, 2 n written. At 4 TB/s decoding takes 1/35 of the time of the product for 8,192 tokens (cuBLAS).
+weights fit in 3.4 GB. Tensor cores cannot multiply codes, so the matrix is decoded to bf16 before each product. This
+reads n / 2 bytes and writes 2 n. At 4 TB/s decoding takes 1/35 of the time of the product for 8,192 tokens (cuBLAS).
 """
 
 import functools

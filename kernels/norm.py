@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from kernels import on_its_device, tl, triton, use_triton
 
 NORM_TILE = 4096     # elements of a tile, 16 per thread; a longer row is a tile of its own
-NORM_PROGRAMS = 256  # of backward: two per multiprocessor of an H100; fixed, so that every GPU sums in the same order
+NORM_PROGRAMS = 256  # programs of backward, two per multiprocessor of an H100; fixed: every GPU sums in the same order
 
 
 def rms_norm_ref(x, w, eps):
@@ -129,7 +129,7 @@ def norm_tile(C, element_size):
     block = triton.next_power_of_2(C)
     assert block <= 8192, f"rows of {C} elements exceed the registers of a program"
     rows = max(1, NORM_TILE // block)
-    stages = 2 if block * element_size <= 16384 else 1  # longer rows occupy a multiprocessor without a pipeline
+    stages = 2 if block * element_size <= 16384 else 1  # longer rows keep a multiprocessor busy without it
     return dict(ROWS=rows, BLOCK=block), dict(num_warps=rows * block // 512), stages
 
 

@@ -1,16 +1,16 @@
-"""Rotary positions (Su et al. 2021), halves layout: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are
-the two halves of a head.
+"""Rotary positions (Su et al. 2021): (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are the two
+halves of a head.
 
     N tokens   R tokens with a query   H query heads   G key heads   K head dim
     q (R, H, K)   k (N, G, K)   cos, sin (N, K/2)   rows (R,): the token of each query   ->   rotated q, k
 
-The published checkpoints of the Llama family are permuted for halves. Meta's original checkpoints and GGUF files rotate
+Published checkpoints of the Llama family are permuted for halves. Meta's original checkpoints and GGUF files rotate
 neighbouring pairs instead.
 
-The cost in bytes. One launch reads each element of q and k once and writes it once: with 32 heads of 128 in bf16,
-16 KB read and 16 KB written per token. Plain torch forms four products, two sums and a concatenation: 4.5 times the
-traffic. The inverse of a rotation is the rotation by the negative angle. So backward is the same kernel with sin
-negated, and neither q nor k is saved. The kernel does not work in place, because q and k are freed after it.
+The cost in bytes. One launch reads each element of q and k once and writes it once. For q and k of 32 heads each
+(K = 128, bf16), 16 KB are read and 16 KB written per token. Plain torch forms four products, two sums and a
+concatenation: 4.5 times the traffic. The inverse of a rotation is the rotation by the negative angle. So backward is
+the kernel with sin negated; q and k are not saved. In place would hardly help: they are freed right after the kernel.
 """
 
 import torch
