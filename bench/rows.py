@@ -97,7 +97,7 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
         return [torch.cat(p) for p in zip(*parts)]
 
     def spread(t):
-        """(N, heads, K) -> (B, heads, L, K), in the memory layout of a projection"""
+        """(N, heads, K) -> (B, heads, L, K), a view of (B, L, heads, K)"""
         padded = t.new_zeros(B * L, *t.shape[1:])
         padded[place] = t
         return padded.view(B, L, *t.shape[1:]).transpose(1, 2)

@@ -124,7 +124,7 @@ def theirs(s, device, *how):
         return [pad(s.cfg, made[i : i + n]) for i in range(0, len(made), n)]
 
     def step(micro):
-        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)         # the label shift drops none
+        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)         # the first label is -100
         total = 0.0
         for batch in micro:
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}

@@ -22,7 +22,7 @@ class System:
     samples: int                   # conversations per step
     peers: tuple                   # what ours is compared with
     goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs / time of ours
-    spread: float | None = None    # text tokens are log-normal around 90 with this sigma; None: LLaVA's mixture
+    spread: float | None = None    # sigma of log-normal text lengths, median 90; None: mixture, align: captions
     room: int = 1 << 30            # maximum tokens per packed sequence (ours)
     micro: int = 1 << 30           # maximum conversations per batch (theirs)
     r: int = 0                     # rank of the adapters

@@ -303,7 +303,7 @@ def draw_scenes(out, split, n, seed):
     """Draw n scenes into OUT/images/ -> iterator over (id, file name, scene, random generator of this scene)"""
     for i in range(n):
         rng = random.Random(f"{seed}/{split}/{i}")
-        # the model learns the ten digits last; more signs in training help
+        # digits are learned last, so training scenes show more signs with digits
         scene = make_scene(rng, test=True) if split == "test" else make_scene(rng, signs=0.8)
         name = f"{split}_{i:05d}.png"
         draw_scene(scene, rng.getrandbits(32)).save(out / "images" / name, compress_level=1)

@@ -170,7 +170,7 @@ def pre_tokenizer(spec, where):
     norms = tuple(n["type"] for n in steps_of(spec.get("normalizer"), "normalizers"))
     steps = tuple((s["type"], *options.get(s["type"], lambda s: ())(s))
                   for s in steps_of(spec.get("pre_tokenizer"), "pretokenizers"))
-    ignore_merges = bool(spec["model"].get("ignore_merges"))            # a word that is a piece needs no merges
+    ignore_merges = bool(spec["model"].get("ignore_merges"))            # a word in the vocabulary is not split
     if steps in BYTE_LEVEL and norms in ((), ("NFC",)) and ignore_merges == (BYTE_LEVEL[steps] == "llama-bpe"):
         return BYTE_LEVEL[steps], False                                 # Qwen's normalizer is NFC; llama.cpp has none
     if (norms, steps) not in SENTENCEPIECE or ignore_merges or not spec["model"].get("byte_fallback"):

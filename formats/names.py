@@ -82,8 +82,8 @@ def name_in_transformers(name, dino=False):
 
 
 def account(model, tensors, where, new=()):
-    """{our name: tensor} of a folder -> the model's parameters, and the unused tensors: the blocks behind the feature
-    layer and the last norm, all or none of them. Parameters whose names begin with `new` must be absent."""
+    """{our name: tensor} of a folder -> the model's parameters, unused tensors. Unused are the blocks after the feature
+    layer and the final vision norm; all or none must exist. Names that begin with `new` must be absent."""
     cfg = model.cfg
     with torch.device("meta"):
         tower = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))

@@ -100,8 +100,8 @@ def add_missing_tokens(spec, names, image_id=None):
 
 
 def without_control_tokens(spec, roles, *scheme):
-    """-> a tokenizer that reads control tokens as text: tokens with the flag `special` (Qwen flags only some), with a
-    role, or of a template. scheme: (old, new) rule for the first space"""
+    """-> a tokenizer that reads control tokens as text. A control token is flagged `special` (Qwen flags only some), or
+    used as bos, eos, pad or unk, or like <|...|> or [INST]. scheme: (old, new) text to replace in pre_tokenizer"""
     tokens = [t | {"special": t["special"] or t["content"] in roles
                    or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]
     spec = spec | dict(post_processor=None, truncation=None, padding=None, added_tokens=tokens)

@@ -30,8 +30,8 @@ NF4_ROWS, NF4_WARPS = 64, 4                     # NF4_ROWS: blocks per program, 
 
 
 def dynamic_map():
-    """(256,) the 8-bit values of bitsandbytes' dynamic map, ascending: seven decades up to 1, each with twice as many
-    values as the decade below it, both signs, and 0 and 1."""
+    """(256,) the 8-bit values of bitsandbytes' dynamic map, ascending: 0, 1, and positive and
+    negative values in seven decades below 1, each with twice as many as the decade below it."""
     positive = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
