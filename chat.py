@@ -1,6 +1,6 @@
 """Conversations to token ids and labels, built together, turn by turn.
 
-A template writes a conversation as a list of parts: control tokens (BOS, headers, end of turn), images (Q placeholders
+A template writes a conversation as a list of parts: control tokens (BOS, headers, end of turn), images (a block of ids
 each), and text. Control tokens are inserted as ids. Text between two control tokens is tokenised in one piece, by a
 tokenizer without control tokens, so no user can type one. Answers and the tokens that end them are supervised.
 Labels never come from a search in the rendered text. The prompt at inference is an exact prefix of the training ids.
@@ -8,7 +8,7 @@ Labels never come from a search in the rendered text. The prompt at inference is
     turns    [(user, assistant)]; if the last assistant is None, the ids end where its answer begins
     ids      list of token ids
     labels   list of the same length: labels[i] is ids[i] where token i is supervised, else IGNORE; not yet shifted
-    Q        tokens per image
+    block    the ids of one image: its placeholders, in other systems than LLaVA with more around them
 """
 
 import itertools
@@ -26,10 +26,10 @@ LONGEST = 64       # limit: average characters per token; real text has fewer
 
 
 class Parts:
-    """One conversation, in order: ("id", id, supervised), ("text", str, supervised), ("image", None, False)."""
+    """One conversation, in order: ("id", id, supervised), ("text", str, supervised). blocks: one for each image"""
 
-    def __init__(self, tok, images):
-        self.tok, self.images, self.parts = tok, images, []
+    def __init__(self, tok, blocks):
+        self.tok, self.images, self.blocks, self.parts = tok, len(blocks), iter(blocks), []
 
     def control(self, token, supervised=False):
         if token is None:
@@ -46,7 +46,7 @@ class Parts:
         return self.control(s) if s in self.tok.specials else self.text(s)
 
     def image(self, n=1):
-        self.parts += [("image", None, False)] * n
+        self.parts += [("id", i, False) for block in itertools.islice(self.blocks, n) for i in block]
         return self
 
     def user(self, s):
@@ -62,14 +62,12 @@ class Parts:
             self.image().text(piece)
         return self
 
-    def tokenise(self, image_id, image_tokens):
+    def tokenise(self):
         """-> ids, labels. Adjacent texts are joined before they are tokenised."""
         out = []                                                               # [(id, supervised)]
         for kind, parts in itertools.groupby(self.parts, lambda part: part[0]):
             if kind == "text":
                 out += self.tokenise_text([part[1:] for part in parts], first=not out)
-            elif kind == "image":
-                out += [(image_id, False)] * image_tokens * len(list(parts))
             else:
                 out += [part[1:] for part in parts]
         return [i for i, _ in out], [i if supervised else IGNORE for i, supervised in out]
@@ -174,21 +172,20 @@ def template(name):
     return TEMPLATES[name]
 
 
-def encode(tok, name, turns, images, image_id, image_tokens, system=None, max_len=None):
-    """One conversation -> ids, labels, not truncated. The users' texts hold one marker for each of the `images` images;
-    without images a marker is text. system: None = the template's default, "" = none. max_len: a far longer
+def encode(tok, name, turns, blocks=(), system=None, max_len=None):
+    """One conversation -> ids, labels, not truncated. The users' texts hold one marker for each image, which is replaced
+    by its block; without images a marker is text. system: None = the template's default, "" = none. max_len: a far longer
     text is refused before it is tokenised, to save memory. Raises BadSample."""
     t = template(name)
-    if images:
-        markers = sum(user.count(IMAGE) for user, _ in turns)
-        if markers != images:
-            raise BadSample(f"not as many {IMAGE} markers as images", f"{images} image(s) but {markers} marker(s)")
+    markers = sum(user.count(IMAGE) for user, _ in turns)
+    if blocks and markers != len(blocks):
+        raise BadSample(f"not as many {IMAGE} markers as images", f"{len(blocks)} image(s) but {markers} marker(s)")
     size = sum(len(user) + len(answer or "") for user, answer in turns)
     if max_len is not None and size > LONGEST * max(max_len, 2048):
         raise BadSample("far longer than max_len", f"{size:,} characters, max_len={max_len} tokens")
-    p = Parts(tok, images)
+    p = Parts(tok, blocks)
     t.write(p, t.system if system is None else system, [(u, a if a is None else a.strip()) for u, a in turns])
-    return p.tokenise(image_id, image_tokens)
+    return p.tokenise()
 
 
 def end_of_turn(tok, name):
@@ -204,14 +201,16 @@ def stop_ids(tok, name):
     return {end_of_turn(tok, name)} - {None}
 
 
-def truncate(ids, labels, image_id, image_tokens, max_len):
-    """Keep at most max_len tokens, and only whole images -> ids, labels, number of images kept."""
-    n = max_len
-    if n < len(ids) and ids[n] == image_id:                            # the cut may lie inside an image
-        while n and ids[n - 1] == image_id:
-            n -= 1
-        n += (max_len - n) // image_tokens * image_tokens              # keep the adjacent images that fit
-    return ids[:n], labels[:n], ids[:n].count(image_id) // image_tokens
+def truncate(ids, labels, blocks, image_id, max_len):
+    """Keep at most max_len tokens, and only whole images -> ids, labels, number of images kept. blocks: as for encode"""
+    n, kept, end = max_len, 0, 0                     # end: of the last image that is kept
+    for block in blocks:
+        begin = ids.index(image_id, end) - block.index(image_id)
+        if begin + len(block) > max_len:
+            n = min(n, begin)
+            break
+        kept, end = kept + 1, begin + len(block)
+    return ids[:n], labels[:n], kept
 
 
 # ---- looking at the loss mask ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch
 import chat
 from config import BadSample, stop
 from formats.rows import Rows, conversation
-from images import image_folder, load_image, preprocess, safe_path
+from images import image_folder, image_size, load_image, preprocess_all, safe_path
 from kernels.cross_entropy import IGNORE
 
 # ---- rows -> samples -------------------------------------------------------------------------------------------------
@@ -33,23 +33,25 @@ from kernels.cross_entropy import IGNORE
 class Encoder:
     """A row -> ids, labels and image names: a sample without its pixels."""
 
-    def __init__(self, tok, template, image_id, image_tokens, max_len, system=None):
-        self.tok, self.template, self.system = tok, template, system
-        self.image_id, self.image_tokens, self.max_len = image_id, image_tokens, max_len
+    def __init__(self, tok, template, layout, max_len, system=None):
+        """layout: of images, images.Layout or one with the same methods"""
+        self.tok, self.template, self.layout, self.max_len, self.system = tok, template, layout, max_len, system
         try:
-            self.encode([("?", "!")], 0)
+            self.encode([("?", "!")])
         except BadSample as e:
             stop(f"template {template} does not fit the tokenizer in {tok.folder}: {e}")
 
-    def encode(self, turns, images, system=None):
-        return chat.encode(self.tok, self.template, turns, images, self.image_id, self.image_tokens,
-                           self.system if system is None else system, self.max_len)
+    def encode(self, turns, blocks=(), system=None):
+        return chat.encode(self.tok, self.template, turns, blocks, self.system if system is None else system,
+                           self.max_len)
 
-    def __call__(self, row):
-        """-> ids, labels, names of the images kept, number of tokens cut off"""
+    def __call__(self, row, size=None):
+        """size: image name -> (width, height), where the layout needs it
+        -> ids, labels, names of the images kept, number of tokens cut off"""
         turns, names, system = conversation(row)
-        ids, labels = self.encode(turns, len(names), system)
-        short, kept, images = chat.truncate(ids, labels, self.image_id, self.image_tokens, self.max_len)
+        blocks = [self.layout.block(self.layout.needs_size and size(name)) for name in names]
+        ids, labels = self.encode(turns, blocks, system)
+        short, kept, images = chat.truncate(ids, labels, blocks, self.layout.image_id, self.max_len)
         if all(y == IGNORE for y in kept[1:]):                 # the first token is never predicted
             if len(short) == len(ids):
                 raise BadSample("no supervised token")
@@ -74,9 +76,10 @@ class Batch(NamedTuple):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 
-def pack(samples, side):
+def pack(samples, side, span_ends=None):
     """[(ids, labels, images (i, 3, side, side) uint8)] -> one Batch. Labels are shifted here, within each sample, so
-    the last token of a sample does not predict the first token of the next sample."""
+    the last token of a sample does not predict the first token of the next sample. span_ends gives `hi`, as the
+    functions in parts/spans.py do; None means causal attention."""
     lengths = torch.tensor([len(ids) for ids, _, _ in samples], dtype=torch.long)
     ids = torch.tensor([i for ids, _, _ in samples for i in ids], dtype=torch.long)
     labels = torch.tensor([y for _, labels, _ in samples for y in [*labels[1:], IGNORE]], dtype=torch.long)
@@ -84,7 +87,8 @@ def pack(samples, side):
     at = torch.arange(len(ids))
     images = [images for _, _, images in samples if len(images)]
     images = torch.cat(images) if images else torch.zeros(0, 3, side, side, dtype=torch.uint8)
-    return Batch(ids, labels, at - lo, lo.int(), at.int() + 1, images)
+    hi = span_ends(ids, labels, at - lo, lo) if span_ends else at + 1
+    return Batch(ids, labels, at - lo, lo.int(), hi.int(), images)
 
 
 def share_out(costs, n):
@@ -127,7 +131,7 @@ class Steps(torch.utils.data.Dataset):
     spec: "a.json:0.7,b.json:0.3" mixes files by weight; "a.json,b.json" takes every sample once. An epoch has as many
     samples as the files together; a file is shuffled again when all its samples have been drawn."""
 
-    def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1):
+    def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1, span_ends=None):
         if max_tokens < encode.max_len:
             stop(f"max_tokens={max_tokens} is less than max_len={encode.max_len}: one sample must fit into a stream")
         image_folder(images)
@@ -142,7 +146,7 @@ class Steps(torch.utils.data.Dataset):
             stop(f"data={spec}: each file needs a weight after a colon, as in a.json:0.7,b.json:0.3, or none does")
         ends = np.cumsum([0, *weights]) / weights.sum() * self.total
         self.counts = np.diff(np.round(ends)).astype(int)                              # (files,) draws per epoch
-        self.images, self.encode, self.image_spec = images, encode, image_spec
+        self.images, self.encode, self.image_spec, self.span_ends = images, encode, image_spec, span_ends
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
         self._epoch = (None, None)
 
@@ -176,14 +180,14 @@ class Steps(torch.utils.data.Dataset):
             try:
                 row = self.files[f][i]
                 name += f" id={row.get('id')!r:.80}"
-                ids, labels, names, cut = self.encode(row)
+                ids, labels, names, cut = self.encode(row, self.size)
                 encoded.append((name, ids, labels, names))
                 truncated += mine and cut > 0
             except BadSample as e:                             # all ranks find it, one rank reports it
                 if mine:
                     dropped.append((name, str(e)))
         lengths = [len(ids) for _, ids, _, _ in encoded]
-        costs = [len(ids) + self.encode.image_tokens * len(files) for _, ids, _, files in encoded]  # LLM + ViT tokens
+        costs = [len(ids) + ids.count(self.encode.layout.image_id) for _, ids, _, _ in encoded]     # LLM + ViT tokens
         streams = [best_fit(group, lengths, self.max_tokens) for group in share_out(costs, self.world)]
         mine, micro, names = streams[self.rank], [], []
         for stream in mine + [[]] * (max(map(len, streams)) - len(mine)):
@@ -192,18 +196,23 @@ class Steps(torch.utils.data.Dataset):
                 name, ids, labels, files = encoded[j]
                 try:
                     pixels, moving = zip(*map(self.pixels, files)) if files else ((), ())
-                    samples.append((ids, labels, torch.stack(pixels) if pixels else []))               # (i, 3, S, S)
+                    samples.append((ids, labels, torch.cat(pixels) if pixels else []))                 # (i, 3, S, S)
                     names.append(name)
                     animated += sum(moving)
                 except BadSample as e:
                     dropped.append((name, str(e)))
-            micro.append(pack(samples, self.image_spec.side))
+            micro.append(pack(samples, self.image_spec.side, self.span_ends))
         return StepData(micro, names, dropped, truncated, animated)
 
+    def size(self, file):
+        """-> (width, height) of an image, from its header"""
+        return image_size(safe_path(self.images, file))
+
     def pixels(self, file):
-        """-> pixels (3, S, S) uint8, whether it is an animation. A large image is freed before the next is decoded."""
+        """-> pixels (1, 3, S, S) uint8, or (tiles, 3, S, S) if the layout cuts images; whether it is an animation. A
+        large image is freed before the next is decoded."""
         image = load_image(safe_path(self.images, file))
-        return preprocess(image, self.image_spec), image.info["animated"]
+        return preprocess_all(self.encode.layout.cut(image), self.image_spec), image.info["animated"]
 
 
 # ---- loader processes -----------------------------------------------------------------------------------------------

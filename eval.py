@@ -86,8 +86,8 @@ def ask(chat, rows, names, images, max_new_tokens):
     prompts, pixels, asked = [], [], []
     for i, (row, name) in enumerate(zip(rows, names)):
         try:
-            shown = [chat.pixels(safe_path(images, name))] if name else []                                # (3, S, S)
-            prompts.append(chat.prompt([(with_marker(row["text"], len(shown)), None)], len(shown)))       # (n,)
+            shown, blocks = chat.look([safe_path(images, name)] if name else [])                       # [(i, 3, S, S)]
+            prompts.append(chat.prompt([(with_marker(row["text"], len(blocks)), None)], blocks))       # (n,)
         except BadSample as e:
             print(f"question {row['question_id']}: {e}; counted as wrong", file=sys.stderr)
             continue

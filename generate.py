@@ -15,10 +15,12 @@ import chat
 import engine
 from config import stop
 from formats import configs, hub, llava, peft
-from images import load_image, preprocess
+from images import load_image, preprocess_all
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
 from model import logits_head
+from parts.build import image_layout
+from parts.spans import span_ends
 
 
 class Cache:
@@ -41,7 +43,7 @@ class Cache:
 def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.0, banned=(), seed=0):
     """Continue B prompts of different lengths -> B lists of ids.
 
-    prompts: list of (n_b,) id tensors with Q placeholders per image. images: (I, 3, S, S) uint8, in the order of the
+    prompts: list of (n_b,) id tensors with the placeholders of their images. images: (I, 3, S, S) uint8, in the order of the
     placeholders. An answer ends before an id in `stop_ids`. Ids in `banned` and the placeholder are never generated.
     Temperature 0 is greedy decoding. Train/eval modes and the global random state do not change."""
     if not prompts:
@@ -59,12 +61,13 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
     lo = start.repeat_interleave(lengths)                     # (N,)
     labels = torch.full((len(pos),), IGNORE)                  # (N,) logits are computed where a label is not IGNORE
     labels[lengths.cumsum(0) - 1] = 0                         # only the last token of each prompt
+    hi = span_ends(model.cfg)(ids.cpu(), labels, pos, lo)     # (N,)
     answers, alive = [[] for _ in prompts], list(range(B))
     banned = torch.tensor(sorted({*banned, model.cfg.image_token_index}), device=device)
     try:
         for _ in range(max_new_tokens):
             cache.slot = (lo + pos).to(device)
-            batch = (t.to(device) for t in (labels, pos, lo.int(), (lo + pos + 1).int()))
+            batch = (t.to(device) for t in (labels, pos, lo.int(), hi.int()))
             logits = model(ids, *batch, images, head=logits_head, cache=cache).float()                     # (alive, V)
             logits[:, banned] = -torch.inf
             if temperature > 0:
@@ -81,6 +84,7 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
             ids, images = ids[keep], images[:0]               # the images are in the cache
             lo = start[alive]
             pos = lengths[alive] + len(answers[alive[0]]) - 1
+            hi = lo + pos + 1
             labels = torch.zeros(len(alive), dtype=torch.long)
     finally:
         for m in training:
@@ -117,6 +121,7 @@ class Chat:
         self = cls.__new__(cls)
         self.model, self.tok, self.template, self.system = model, folder.tok, template, system
         self.cfg, self.spec = model.cfg, configs.image_spec(folder.pre, aspect)
+        self.layout = image_layout(model.cfg)
         self.stop_ids = chat.stop_ids(self.tok, template)
         self.banned = {self.cfg.image_token_index, *range(len(self.tok), self.cfg.text.vocab_size)}
         return self
@@ -124,24 +129,26 @@ class Chat:
     def ask(self, images, text, max_new_tokens=256, temperature=0.0, seed=0):
         """One question -> the answer. images: a path, a PIL image, a list of these, or None for text alone."""
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        pixels = [self.pixels(image) for image in images]
-        prompt = self.prompt([(with_marker(text, len(pixels)), None)], len(pixels))
+        pixels, blocks = self.look(images)
+        prompt = self.prompt([(with_marker(text, len(blocks)), None)], blocks)
         return self.answers([prompt], pixels, max_new_tokens, temperature, seed)[0]
 
-    def pixels(self, image):
-        """A path or a PIL image -> (3, S, S) uint8, as in training"""
-        return preprocess(load_image(image), self.spec)
+    def look(self, images):
+        """Paths or PIL images -> their pixels [(i, 3, S, S)] uint8, as in training, and their blocks of ids"""
+        pixels, blocks = [], []
+        for image in map(load_image, images):
+            pixels.append(preprocess_all(self.layout.cut(image), self.spec))
+            blocks.append(self.layout.block(image.size))
+        return pixels, blocks
 
-    def prompt(self, turns, n_images):
-        """turns [(user, assistant)]; the last assistant is None -> (n,) ids with Q placeholders per image"""
-        Q = self.cfg.vision.patches
-        ids, _ = chat.encode(self.tok, self.template, turns, n_images, self.cfg.image_token_index, Q, self.system)
-        return torch.tensor(ids)
+    def prompt(self, turns, blocks=()):
+        """turns [(user, assistant)]; the last assistant is None; a block of ids for each image -> (n,) ids"""
+        return torch.tensor(chat.encode(self.tok, self.template, turns, blocks, self.system)[0])
 
     def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0):
-        """prompts [(n_b,) ids], pixels [(3, S, S)]: the images of all prompts, in order -> one string per prompt"""
+        """prompts [(n_b,) ids]; pixels [(i, 3, S, S)]: the images of all prompts, in order -> one string per prompt"""
         S = self.cfg.vision.image_size
-        images = torch.stack(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
+        images = torch.cat(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
         answers = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop_ids,
                            max_new_tokens, temperature, self.banned, seed)
         texts = [self.tok.decode(ids) for ids in answers]

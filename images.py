@@ -26,6 +26,21 @@ class ImageSpec(NamedTuple):
     short: int = 0             # crop: shorter side before the cut; 0 = S (DINOv2: resized to 256, then cut to 224)
 
 
+class Layout(NamedTuple):
+    """What an image is in the sequence: a block of `tokens` placeholders. parts/tiles.py has layouts of other systems."""
+    image_id: int
+    tokens: int
+    needs_size = False         # does the block depend on the size of the image?
+
+    def block(self, size=None):
+        """size: (width, height) -> the ids of one image"""
+        return [self.image_id] * self.tokens
+
+    def cut(self, image):
+        """A PIL image -> the PIL images that the vision tower sees for it"""
+        return [image]
+
+
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
 def safe_path(root, name):
@@ -75,6 +90,16 @@ def load_image(source):
         raise BadSample("image is too large", f"{name}, {e} pixels; the limit is {MAX_PIXELS:,}") from None
     except Exception as e:                                     # Pillow raises many exception types on a broken file
         raise BadSample("image cannot be read", f"{name} ({type(e).__name__})") from None
+
+
+def image_size(path):
+    """(width, height) as load_image gives it, read from the header. BadSample if that is not possible."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5       # EXIF orientations 5 to 8 exchange the sides
+            return image.size[::-1] if turned else image.size
+    except Exception as e:
+        raise BadSample("image cannot be read", f"{os.path.basename(path)!r} ({type(e).__name__})") from None
 
 
 def upright(image):
@@ -127,3 +152,8 @@ def preprocess(image, spec):
         box = (left * w / W, top * h / H, (left + S) * w / W, (top + S) * h / H)
         image = image.resize((S, S), spec.resample, box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def preprocess_all(images, spec):
+    """PIL RGB images -> (n, 3, S, S) uint8"""
+    return torch.stack([preprocess(image, spec) for image in images])

@@ -36,7 +36,9 @@ class VisionConfig:
     hidden_act: str = "quick_gelu"           # quick_gelu, gelu, gelu_pytorch_tanh
     layer_norm_eps: float = 1e-5
     num_register_tokens: int = 0             # DINOv2 with registers: 4
-    feature_layer: int = -2                  # index into [embeddings, block 1 ... L]: -2 is the output of block L - 1
+    feature_layer: int | tuple = -2          # index into [embeddings, block 1 ... L]: -2 is the output of block L - 1
+    feature_norm: bool = False               # parts/features.py: the features pass the last norm (PaliGemma)
+    keep_class: bool = False                 # parts/features.py: the class token is a feature, too (BLIP-2)
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # ViTEmbeddings normalises pixels
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
@@ -50,10 +52,11 @@ class VisionConfig:
 
     @property
     def depth(self):
-        """Number of blocks up to the feature layer; later blocks are not built"""
-        L, layer = self.num_hidden_layers, self.feature_layer
-        assert -L - 1 <= layer <= L, f"feature layer {layer} of a ViT of {L} blocks"
-        return layer % (L + 1)
+        """Number of blocks up to the last feature layer; later blocks are not built"""
+        L, layers = self.num_hidden_layers, self.feature_layer
+        layers = layers if isinstance(layers, tuple) else (layers,)
+        assert all(-L - 1 <= layer <= L for layer in layers), f"feature layers {layers} of a ViT of {L} blocks"
+        return max(layer % (L + 1) for layer in layers)
 
 
 @dataclass
@@ -82,8 +85,16 @@ class TextConfig:
 class VLMConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    connector: str = "mlp"                   # a name in CONNECTORS
+    connector: str = "mlp"                   # linear, mlp; parts/ has others
     image_token_index: int = 32000
+    tokens: int = 0                          # per image, behind the connector; 0 = one per patch
+    mask: str = "causal"                     # who sees whom: parts/spans.py has others
+    layout: dict = field(default_factory=dict)           # of images in the sequence: parts/tiles.py; {} = images.Layout
+    second: VisionConfig | None = None       # COMM's second tower: parts/features.py
+
+    @property
+    def image_tokens(self):
+        return self.tokens or self.vision.patches
 
 
 # ---- vision transformer ---------------------------------------------------------------------------------------------
@@ -203,6 +214,10 @@ class VisionTower(nn.Module):
         super().__init__()
         self.skip = cfg.class_token + cfg.num_register_tokens
         self.vision_model = VisionModel(cfg)
+
+    @property
+    def blocks(self):
+        return self.vision_model.encoder.layers
 
     def forward(self, images):
         return self.vision_model(images)[:, self.skip :]
@@ -348,6 +363,13 @@ class Llama(nn.Module):
         """(V, C). The head is used as a matrix, because the loss computes logits in chunks."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
+    @property
+    def blocks(self):
+        return self.model.layers
+
+    def embed(self, ids):
+        return self.model.embed_tokens(ids)
+
     def forward(self, x, pos, lo, hi, rows=None, cache=None):
         angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)   # (N, K/2), fp32: bf16 would round 257
         cos, sin = angles.cos(), angles.sin()
@@ -367,18 +389,20 @@ def logits_head(hidden, weight, labels):
 
 
 class VLM(nn.Module):
-    def __init__(self, cfg):
+    """LLaVA, unless other parts are given: parts.build() gives those that a config names."""
+
+    def __init__(self, cfg, tower=None, connector=None, decoder=None):
         super().__init__()
         self.cfg = cfg
-        self.vision_tower = VisionTower(cfg.vision)
-        assert cfg.connector in CONNECTORS, f"connector {cfg.connector!r}: {', '.join(CONNECTORS)}"
-        self.multi_modal_projector = CONNECTORS[cfg.connector](cfg.vision.hidden_size, cfg.text.hidden_size)
-        self.language_model = Llama(cfg.text)
+        self.vision_tower = tower or VisionTower(cfg.vision)
+        self.multi_modal_projector = connector or CONNECTORS[cfg.connector](cfg.vision.hidden_size,
+                                                                            cfg.text.hidden_size)
+        self.language_model = decoder or Llama(cfg.text)
 
     @property
     def blocks(self):
         """The transformer blocks: each is recomputed, compiled and sharded separately"""
-        return [*self.vision_tower.vision_model.encoder.layers, *self.language_model.model.layers]
+        return [*self.vision_tower.blocks, *self.language_model.blocks]
 
     def train(self, mode=True):
         """A part without trained parameters stays in eval mode."""
@@ -400,7 +424,14 @@ class VLM(nn.Module):
         Only tokens with a label pass the whole last layer. The result is head(hidden (R, C), weight (V, C), labels
         (R,)), by default the summed loss."""
         rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). The only host-device sync, so it comes first
-        x = self.language_model.model.embed_tokens(ids)                        # (N, C)
+        x, *seen = self.inputs(ids, pos, images, cache)                        # (N, C)
+        hidden = self.language_model(x, pos, lo, hi, rows, cache, *seen)       # (R, C)
+        return head(hidden, self.language_model.head_weight, labels[rows])
+
+    def inputs(self, ids, pos, images, cache=None):
+        """-> [x (N, C)]: embeddings of the text with the images in their places. Other systems return more, which the
+        decoder gets"""
+        x = self.language_model.embed(ids)                                     # (N, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would keep x in fp32
         z = self.image_features(images).flatten(0, 1)                          # (I Q, C)
@@ -408,32 +439,4 @@ class VLM(nn.Module):
         at = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]                 # (I Q + 1,)
         torch._assert_async(at[-1] < 0, "there are more image placeholders than image features")
         torch._assert_async((at[:-1] >= 0).all(), "there are more image features than image placeholders")
-        x = x.index_copy(0, at[:-1], z.to(x.dtype))      # masked_scatter needs a sync in backward
-        hidden = self.language_model(x, pos, lo, hi, rows, cache)              # (R, C)
-        return head(hidden, self.language_model.head_weight, labels[rows])
-
-
-@torch.no_grad()
-def init_weights(model, seed=0):
-    """Fill every parameter, in the order of the names, from one seed. N(mean, standard deviation):
-
-        norms                weight 1, bias 0       class, register and position tokens    N(0, 0.02)
-        matrices             N(0, 1/sqrt(fan in))   o_proj, out_proj, down_proj, fc2       0: a block starts as identity
-        connector            as torch.nn.Linear     DINOv2's layer scale                   1
-        token embeddings     N(0, 0.02)             other biases                           0
-    """
-    g = torch.Generator().manual_seed(seed)
-    params = dict(sorted(model.named_parameters()))
-    for name, p in params.items():
-        if "linear_" in name:  # the connector, in a VLM or alone
-            fan_in = params[name.replace("bias", "weight")].shape[1]
-            value = (2 * torch.rand(p.shape, generator=g) - 1) * fan_in**-0.5
-        elif "norm" in name or "layer_scale" in name:
-            value = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
-        elif name.endswith("bias") or any(s in name for s in ("o_proj", "out_proj", "down_proj", "fc2")):
-            value = torch.zeros(p.shape)
-        elif "embed" in name and "patch" not in name or "register_tokens" in name:
-            value = torch.randn(p.shape, generator=g) * 0.02
-        else:  # 1/sqrt(fan in). The usual 0.02 fits a width of 2,500; it is far too small for the toy's width of 128
-            value = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5
-        p.copy_(value)
+        return [x.index_copy(0, at[:-1], z.to(x.dtype))]                       # masked_scatter needs a sync in backward

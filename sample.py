@@ -34,10 +34,10 @@ def main(s):
     chat = Chat(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
     turns = []
     try:
-        pixels = [chat.pixels(file) for file in s.image.split(",") if file]
+        pixels, blocks = chat.look(file for file in s.image.split(",") if file)
         for text in [s.prompt] if s.prompt else iter(lambda: input("you: " * sys.stdin.isatty()).strip(), ""):
-            turns.append((text if turns else with_marker(text, len(pixels)), None))
-            prompt = chat.prompt(turns, len(pixels))
+            turns.append((text if turns else with_marker(text, len(blocks)), None))
+            prompt = chat.prompt(turns, blocks)
             answer = chat.answers([prompt], pixels, s.max_new_tokens, s.temperature, s.seed)[0]
             print(answer, flush=True)
             turns[-1] = (turns[-1][0], answer)

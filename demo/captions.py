@@ -66,9 +66,9 @@ def main(s):
     names = sorted({row["image"] for row in rows})
     truths = [toy.caption(toy.make_scene(random.Random(scene_seed(n)), test=True), True) for n in names]
     chat, answers = Chat(s.model, s.device), []
-    prompt = chat.prompt([("<image>\nDescribe the image.", None)], 1)
+    prompt = chat.prompt([("<image>\nDescribe the image.", None)], [chat.layout.block()])
     for i in range(0, len(names), 60):
-        pixels = [chat.pixels(f"runs/toy/images/{n}") for n in names[i : i + 60]]
+        pixels, _ = chat.look(f"runs/toy/images/{n}" for n in names[i : i + 60])
         answers += chat.answers([prompt] * len(pixels), pixels, 80)
     for truth, answer in list(zip(truths, answers))[:6]:
         print(f"truth   {truth}\nanswer  {answer}\n")

@@ -27,7 +27,7 @@ def dialogue_document(tok, opening, questions, short):
     """[(question, short answer, sentence)] after an opening text -> (ids, labels, [])"""
     c = toy.dialogue(questions, short, opening)
     turns = [(u["value"], a["value"]) for u, a in zip(c[::2], c[1::2])]
-    return (*encode(tok, "vicuna_v1", turns, 0, 3, 0, system=""), [])
+    return (*encode(tok, "vicuna_v1", turns, system=""), [])
 
 
 def shuffled(rng, items):

@@ -36,7 +36,8 @@ from demo import lessons, toy
 from engine import lr_at
 from formats.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
-from model import Llama, TextConfig, VisionConfig, VisionModel, init_weights
+from model import Llama, TextConfig, VisionConfig, VisionModel
+from parts.init import init_weights
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<image>"]  # ids 0, 1, 2, 3
 
@@ -177,7 +178,7 @@ def reading_score(lm, tok, scenes=100, seed="exam"):
         scene = toy.make_scene(rng, test=True)
         for kind, q, a, _ in toy.scene_questions(scene, rng):
             turns = [(f"{toy.scene_text(scene, rng)}\n{q}\n{toy.SHORT}", None)]
-            prompt, _ = encode(tok, "vicuna_v1", turns, 0, 3, 0, system="")
+            prompt, _ = encode(tok, "vicuna_v1", turns, system="")
             answer = tok.text(" " + a)[0] + [tok.eos]
             b = pack([(prompt + answer, [IGNORE] * len(prompt) + answer, [])], 1)
             rows = (b.labels != IGNORE).nonzero()[:, 0]                                       # (R,)

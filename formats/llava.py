@@ -26,7 +26,9 @@ from formats.strict_json import read_json
 from formats.tensors import read_tensors, tensor_digest, write_shards
 from formats.tokenizer import Tokenizer
 from formats.whole import commit, write_file
-from model import VLM, VLMConfig, init_weights
+from model import VLMConfig
+from parts.build import build
+from parts.init import init_weights
 
 # config.json of the LLaVA repository: model_type -> type of the LLM; supported values of other keys
 LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -143,7 +145,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         cfg.text.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
     with torch.device("meta"):
-        model = VLM(cfg)
+        model = build(cfg)
     tensors, unused = account(model, tensors, where, () if init else "multi_modal_projector.")
     for k, x in (tensors | unused).items():
         if not all(v.isfinite() for v in x.aminmax()):                        # 20 times as fast as x.isfinite().all()
@@ -155,7 +157,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
                      "resampled")
         cfg.vision.image_size = side
         with torch.device("meta"):
-            model = VLM(cfg)
+            model = build(cfg)
     digests = {k: tensor_digest(x) for k, x in tensors.items()}
     for k in tensors if dtype else ():                                        # one at a time: no second model in memory
         tensors[k] = tensors[k].to(dtype, copy=True)                          # a copy: the file may change later

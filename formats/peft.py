@@ -18,7 +18,7 @@ from formats.strict_json import read_json
 from formats.tensors import base_digest, read_tensors, tensor_digest
 from formats.whole import commit, write_file
 from lora import DoRALinear, LoRALinear, add_adapters, merge_state, quantize_base, scales, targets
-from model import VLM
+from parts.build import build
 
 PREFIX = "base_model.model."  # begins every name in a PEFT file
 # tensors of the vision tower behind the feature layer: PEFT adds adapters there, too, but nothing uses them
@@ -124,6 +124,6 @@ def load_merged(folder, dtype):
             p.data = p.data.to(dtype, copy=True)                              # rounded as in training; a copy
     state = merge_state(model.state_dict(), scales(model), dtype)
     with torch.device("meta"):
-        model = VLM(model.cfg)
+        model = build(model.cfg)
     model.load_state_dict(state, assign=True)
     return model, source._replace(meta=source.meta | says)

@@ -20,10 +20,10 @@ def rows(cfg):
     """How many rows each matrix is multiplied by, for flops(): name glob -> (unit, rows per unit)"""
     last = f"language_model.model.layers.{cfg.text.num_hidden_layers - 1}"
     head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
-    P = cfg.vision.patches
+    P, Q = cfg.vision.patches, cfg.image_tokens
     return {"vision_tower.*.patch_embedding.weight": ("images", P),
             "vision_tower.*.layers.*": ("images", P + cfg.vision.class_token + cfg.vision.num_register_tokens),
-            "multi_modal_projector.*": ("images", P), "language_model.model.layers.*": ("tokens", 1),
+            "multi_modal_projector.*": ("images", Q), "language_model.model.layers.*": ("tokens", 1),
             f"{last}.self_attn.[qo]_proj.*": ("supervised", 1), f"{last}.mlp.*": ("supervised", 1),
             f"{head}.weight": ("supervised", 1)}
 

@@ -19,6 +19,8 @@ from formats import configs, llava
 from formats.whole import MANIFEST
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
+from parts.build import image_layout
+from parts.spans import span_ends
 from run import plan
 from run.folder import RunFolder, check_space, path_of, unwritable, would_overwrite
 from run.log import Log, check_dropped, tally
@@ -119,8 +121,9 @@ class Run:
 def prepare(s, world, model, folder, lrs):
     """Open the data, print the plan, rehearse or resume -> Run. folder: formats.llava.Folder; lrs: of choose()"""
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
-    encode = Encoder(folder.tok, s.template, cfg.image_token_index, cfg.vision.patches, s.max_len, s.system)
-    samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size)
+    encode = Encoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system)
+    samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size,
+                    span_ends(cfg))
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
     first = samples[0]
     world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")
@@ -173,6 +176,6 @@ def rehearse(s, world, samples, first):
     if world.rank == 0 and first.names:
         b, encode = next(b for b in first.micro if len(b.ids)), samples.encode
         n = int((b.lo == 0).sum())                               # tokens of the first sample; its labels are shifted
-        images = int((b.ids[:n] == encode.image_id).sum()) // encode.image_tokens
-        print(f"  {first.names[0]}, {n} tokens, {images} image(s), its loss mask:")
-        chat.show(encode.tok, b.ids[:n].tolist(), [IGNORE, *b.labels[: n - 1].tolist()], encode.image_id)
+        seen = int((b.ids[:n] == encode.layout.image_id).sum())
+        print(f"  {first.names[0]}, {n} tokens, {seen} of them of images, its loss mask:")
+        chat.show(encode.tok, b.ids[:n].tolist(), [IGNORE, *b.labels[: n - 1].tolist()], encode.layout.image_id)

@@ -10,7 +10,6 @@ from config import BadSample, stop
 from data import Steps, conversation
 from engine import unwrap
 from generate import Chat
-from images import load_image, preprocess, safe_path
 from loss import supervised
 
 
@@ -28,7 +27,7 @@ class Validation:
     def __init__(self, s, world, samples):
         self.s, self.world, self.questions = s, world, []
         self.steps = Once(s.val_data, s.images, samples.encode, samples.image_spec, min(s.batch_size, 32), s.max_tokens,
-                          0, world.rank, world.size) if s.val_data else []
+                          0, world.rank, world.size, samples.span_ends) if s.val_data else []
         if not s.val_data:
             return
         if not any(sum(world.gather(len(self.steps[i].names))) for i in range(len(self.steps))):
@@ -63,10 +62,10 @@ class Validation:
             try:
                 turns, names, system = conversation(row)
                 if names and turns[0][0].count(chat.IMAGE) == len(names):
-                    encode(row)                                          # raises BadSample if training would drop `row`
-                    prompt, _ = encode.encode([(turns[0][0], None)], len(names), system)
-                    files = [safe_path(self.s.images, f) for f in names]
-                    pixels = [preprocess(load_image(f), self.steps.image_spec) for f in files]
+                    encode(row, self.steps.size)                         # raises BadSample if training would drop `row`
+                    blocks = [encode.layout.block(self.steps.size(name)) for name in names]
+                    prompt, _ = encode.encode([(turns[0][0], None)], blocks, system)
+                    pixels = [self.steps.pixels(name)[0] for name in names]
                     out.append((row.get("id"), *turns[0], torch.tensor(prompt), pixels))
             except BadSample:
                 continue

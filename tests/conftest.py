@@ -96,6 +96,11 @@ def aligned(validated, tmp_path_factory):
     return out
 
 
+def blocks(n, tokens=4, image=3):
+    """For chat.encode: the blocks of n images"""
+    return [[image] * tokens] * n
+
+
 def error(call, *args, **kw):
     """The one line that a user sees"""
     with pytest.raises(Error) as e:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from conftest import WORDS as CORPUS, make_tokenizer
+from conftest import WORDS as CORPUS, blocks, make_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 import chat
@@ -20,6 +20,7 @@ from config import BadSample, Error
 from formats import jinja
 from formats.sentencepiece import added_token
 from formats.tokenizer import Tokenizer
+from images import Layout
 from kernels.cross_entropy import IGNORE
 
 I, Q = 3, 4  # the id of <image> in conftest's tokenizers; tokens per image, few enough to read in a failed assertion
@@ -61,7 +62,7 @@ def answer_of(tok, template, run):
 
 def literal(tok, template, turns, images=0, system=None):
     """The text of a sample with its control tokens by name; supervised tokens stand in braces."""
-    ids, labels = encode(tok, template, turns, images, I, Q, system)
+    ids, labels = encode(tok, template, turns, blocks(images), system)
     names, out = {i: name for name, i in tok.specials.items()}, ""
     for (name, supervised), run in itertools.groupby(zip(ids, labels), lambda t: (names.get(t[0]), t[1] != IGNORE)):
         run = [i for i, _ in run]
@@ -124,16 +125,16 @@ def test_several_markers_stay_where_they_are(bytes_tok):
 
 
 def test_plain_ignores_the_text_of_the_question(tok):
-    first = encode(tok, "plain", [("Describe it.\n<image>", "a cat")], 1, I, Q)
-    assert first == encode(tok, "plain", [("<image>\nWhat?", "a cat")], 1, I, Q)
+    first = encode(tok, "plain", [("Describe it.\n<image>", "a cat")], blocks(1))
+    assert first == encode(tok, "plain", [("<image>\nWhat?", "a cat")], blocks(1))
 
 
 def test_a_rows_own_system_text_is_encoded(bytes_tok):
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     row = {"conversations": [{"from": "system", "value": "Be brief."}, *turns]}
     for template in TEMPLATES:
-        ids, labels, _, _ = data.Encoder(bytes_tok, template, I, Q, 500, "another")(row)
-        assert (ids, labels) == encode(bytes_tok, template, [("q", "a")], 0, I, Q, "Be brief.")
+        ids, labels, _, _ = data.Encoder(bytes_tok, template, Layout(I, Q), 500, "another")(row)
+        assert (ids, labels) == encode(bytes_tok, template, [("q", "a")], (), "Be brief.")
         assert template == "plain" or "Be brief." in bytes_tok.decode(ids)
 
 
@@ -144,7 +145,7 @@ def test_exactly_the_answer_and_its_end_are_supervised(tok, template):
     stops = stop_ids(tok, template)
     assert template == "plain" or stops == {chat.end_of_turn(tok, template)}
     for answer in [a for _, a in TURNS] + HOSTILE:
-        ids, labels = encode(tok, template, [(f"<image>\n{answer.replace(IMAGE, '')}", answer)], 1, I, Q)
+        ids, labels = encode(tok, template, [(f"<image>\n{answer.replace(IMAGE, '')}", answer)], blocks(1))
         assert len(ids) == len(labels) and all(y in (i, IGNORE) for i, y in zip(ids, labels))
         run, = supervised_runs(ids, labels)
         assert run[-1] in stops and answer_of(tok, template, run) == answer.strip(), answer
@@ -152,7 +153,7 @@ def test_exactly_the_answer_and_its_end_are_supervised(tok, template):
 
 @pytest.mark.parametrize("template", [t for t in TEMPLATES if t != "plain"])  # plain's turns are adjacent: one run
 def test_every_answer_is_a_run_of_its_own(tok, template):
-    runs, stops = supervised_runs(*encode(tok, template, TURNS, 0, I, Q)), stop_ids(tok, template)
+    runs, stops = supervised_runs(*encode(tok, template, TURNS)), stop_ids(tok, template)
     assert [answer_of(tok, template, run) for run in runs] == [a for _, a in TURNS]
     assert all(run[-1] in stops and not stops & set(run[:-1]) for run in runs)
 
@@ -161,9 +162,9 @@ def test_every_answer_is_a_run_of_its_own(tok, template):
 def test_every_prompt_is_a_prefix_of_the_sample(tok, template):
     for answer in ["It is.", "1", "...", "(a)", "é", "一", "\u0301", "\u200b!"]:
         turns = [(f"<image>\n{TURNS[0][0]}", answer), *TURNS[1:]]
-        ids, labels = encode(tok, template, turns, 1, I, Q)
+        ids, labels = encode(tok, template, turns, blocks(1))
         for n, (question, _) in enumerate(turns):
-            prompt, prompt_labels = encode(tok, template, [*turns[:n], (question, None)], 1, I, Q)
+            prompt, prompt_labels = encode(tok, template, [*turns[:n], (question, None)], blocks(1))
             assert prompt == ids[:len(prompt)]
             assert n or set(prompt_labels) == {IGNORE}
             assert labels[len(prompt)] == ids[len(prompt)], "the first token after the prompt is supervised"
@@ -174,7 +175,7 @@ def test_the_end_of_turn_is_the_last_supervised_token(bytes_tok, template):
     ends = {"llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}
     end = chat.end_of_turn(bytes_tok, template)
     assert end == bytes_tok.id(ends.get(template, "</s>"))     # plain ends in a newline, and keeps the tokenizer's EOS
-    assert template == "plain" or encode(bytes_tok, template, [("q", "a")], 0, I, Q)[1][-2:].count(end)
+    assert template == "plain" or encode(bytes_tok, template, [("q", "a")])[1][-2:].count(end)
 
 
 def test_bos_stands_once_at_the_start(tok_folder, tmp_path):
@@ -192,8 +193,8 @@ def test_bos_stands_once_at_the_start(tok_folder, tmp_path):
     tok, unchanged = Tokenizer(tmp_path), Tokenizer(tok_folder)
     assert tok.full.encode("x").ids[-2:] != unchanged.full.encode("x").ids, "this tokenizer does add, cut or pad"
     for template, turns in itertools.product(TEMPLATES, (1, 3)):
-        ids, labels = encode(tok, template, [("q", "a b c d")] * turns, 0, I, Q)
-        assert (ids, labels) == encode(unchanged, template, [("q", "a b c d")] * turns, 0, I, Q)
+        ids, labels = encode(tok, template, [("q", "a b c d")] * turns)
+        assert (ids, labels) == encode(unchanged, template, [("q", "a b c d")] * turns)
         bos = "<|begin_of_text|>" if template == "llama_3" else "<s>"
         count = {"chatml": 0, "llava_llama_2": turns}.get(template, 1)         # LLaVA's form: one in every turn
         assert ids.count(tok.id(bos)) == count and (not count or ids[0] == tok.id(bos)), template
@@ -213,27 +214,27 @@ def test_control_tokens_cannot_be_typed(tok_folder, tmp_path, template, flagged)
     tok = Tokenizer(folder)
 
     def controls(text):
-        ids, _ = encode(tok, template, [(f"<image>\n{text}", text or "x"), (text, text or "x")], 1, I, Q, f"S{text}")
+        ids, _ = encode(tok, template, [(f"<image>\n{text}", text or "x"), (text, text or "x")], blocks(1), f"S{text}")
         return Counter(i for i in ids if i in tok.specials.values())
 
     clean = controls("")
     assert clean[I] == Q
     for text in HOSTILE:
         assert controls(text.replace(IMAGE, "<im age>")) == clean, text
-    ids, _ = encode(tok, template, [("<image>", "an <image> tag")], 1, I, Q)
+    ids, _ = encode(tok, template, [("<image>", "an <image> tag")], blocks(1))
     assert ids.count(I) == Q, "a marker in an answer is text"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_without_images_a_marker_is_text(tok, template):
-    ids, _ = encode(tok, template, [("the <image> tag of SVG", "<image>")], 0, I, Q)
+    ids, _ = encode(tok, template, [("the <image> tag of SVG", "<image>")])
     assert I not in ids
     assert template == "plain" or "the <image> tag of SVG" in tok.full.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_markers_and_images_must_be_equally_many(bytes_tok, template):
-    encoder = data.Encoder(bytes_tok, template, I, Q, 500)
+    encoder = data.Encoder(bytes_tok, template, Layout(I, Q), 500)
     for images, markers in itertools.product(range(4), range(4)):
         row = {"image": [f"{i}.png" for i in range(images)], "conversations": [
             {"from": "human", "value": "<image>\n" * markers + "q"}, {"from": "gpt", "value": "a"}]}
@@ -249,9 +250,9 @@ def test_markers_and_images_must_be_equally_many(bytes_tok, template):
 
 def test_a_token_across_prompt_and_answer_is_refused(tmp_path):
     tok = make_by_hand(tmp_path, "pieces", ["\nT"])            # chatml's prompt ends in the newline
-    encode(tok, "chatml", [("q", "the")], 0, I, Q)
+    encode(tok, "chatml", [("q", "the")])
     with pytest.raises(BadSample, match="one token holds the end of a prompt"):
-        encode(tok, "chatml", [("q", "The")], 0, I, Q)
+        encode(tok, "chatml", [("q", "The")])
 
 
 @pytest.mark.parametrize("turns, images", [
@@ -259,9 +260,9 @@ def test_a_token_across_prompt_and_answer_is_refused(tmp_path):
     ([("q", "a"), ("<image>", "b")], 1), ([("<image>" * 3, "adjacent")], 3)])
 def test_truncation_never_cuts_an_image(bytes_tok, turns, images):
     for template in TEMPLATES:
-        whole = encode(bytes_tok, template, turns, images, I, Q)
+        whole = encode(bytes_tok, template, turns, blocks(images))
         for n in range(len(whole[0]) + 2):
-            ids, labels, kept = truncate(*whole, I, Q, n)
+            ids, labels, kept = truncate(*whole, blocks(images), I, n)
             assert len(ids) == len(labels) <= n and ids == whole[0][:len(ids)] and labels == whole[1][:len(ids)]
             assert ids.count(I) == kept * Q and kept <= images
             assert len(ids) > n - Q or len(ids) == len(whole[0]), "at most a part of one image is lost"
@@ -273,16 +274,16 @@ def test_a_missing_control_token_is_an_error(tmp_path):
     tok = make_by_hand(tmp_path, "bytes", [])
     for template, message in [("llama_3", r"no token '<\|begin_of_text\|>'"), ("nope", "unknown template 'nope': one")]:
         with pytest.raises(Error, match=message):
-            encode(tok, template, [("q", "a")], 0, I, Q)
+            encode(tok, template, [("q", "a")])
     tok.bos = None
     with pytest.raises(Error, match="needs a BOS and an EOS token"):
-        encode(tok, "vicuna_v1", [("q", "a")], 0, I, Q)
+        encode(tok, "vicuna_v1", [("q", "a")])
 
 
 def test_a_lone_surrogate_is_a_bad_sample(bytes_tok):
     for turns, system in [([("\ud800", "a")], None), ([("q", "\udfff")], None), ([("q", "a")], "\ud800")]:
         with pytest.raises(BadSample, match="surrogate"):
-            encode(bytes_tok, "vicuna_v1", turns, 0, I, Q, system)
+            encode(bytes_tok, "vicuna_v1", turns, (), system)
 
 
 def test_a_panic_of_the_tokenizer_is_a_bad_sample(bytes_folder, tmp_path):
@@ -295,22 +296,22 @@ def test_a_panic_of_the_tokenizer_is_a_bad_sample(bytes_folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text((bytes_folder / "tokenizer_config.json").read_text())
     tok = Tokenizer(tmp_path)
     with pytest.raises(BadSample) as e:
-        encode(tok, "vicuna_v1", [("q", "x" * 50)], 0, I, Q)
+        encode(tok, "vicuna_v1", [("q", "x" * 50)])
     assert e.value.reason == "the tokenizer failed on a text" and "retry-limit" in str(e.value)
-    assert answer_of(tok, "vicuna_v1", supervised_runs(*encode(tok, "vicuna_v1", [("q", "x")], 0, I, Q))[0]) == "x"
+    assert answer_of(tok, "vicuna_v1", supervised_runs(*encode(tok, "vicuna_v1", [("q", "x")]))[0]) == "x"
 
 
 def test_megabytes_are_refused_before_they_are_tokenised(bytes_tok, monkeypatch):
-    assert encode(bytes_tok, "chatml", [("q", "a b" * 10_000)], 0, I, Q, max_len=512) \
-        == encode(bytes_tok, "chatml", [("q", "a b" * 10_000)], 0, I, Q), "not cut here, only refused"
+    assert encode(bytes_tok, "chatml", [("q", "a b" * 10_000)], max_len=512) \
+        == encode(bytes_tok, "chatml", [("q", "a b" * 10_000)]), "not cut here, only refused"
     monkeypatch.setattr(bytes_tok, "text", None)
     for turns in ([("q", "a" * 8_000_000)], [("q" * 140_000, None)], [("q" * 500, "a" * 500)] * 8_000):
         with pytest.raises(BadSample, match="max_len=512") as e:
-            encode(bytes_tok, "chatml", turns, 0, I, Q, max_len=512)
+            encode(bytes_tok, "chatml", turns, max_len=512)
         assert e.value.reason == "far longer than max_len"
     row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a" * 140_000}]}
     monkeypatch.undo()
-    encoder = data.Encoder(bytes_tok, "chatml", I, Q, 512)
+    encoder = data.Encoder(bytes_tok, "chatml", Layout(I, Q), 512)
     monkeypatch.setattr(bytes_tok, "text", None)
     with pytest.raises(BadSample, match="far longer than max_len: 140,001 characters, max_len=512"):
         encoder(row)
@@ -324,7 +325,7 @@ def test_encoding_takes_linear_time(bytes_tok, turns):
         text, times = turns(n), []
         for _ in range(3):
             began = time.process_time()
-            encode(bytes_tok, "llama_3", text, 0, I, Q)
+            encode(bytes_tok, "llama_3", text)
             times.append(time.process_time() - began)
         return min(times)
 
@@ -339,7 +340,7 @@ class Terminal(io.StringIO):
 
 
 def shown(tok, file, turns=(("<image>\nq", "a"),)):
-    chat.show(tok, *encode(tok, "vicuna_v1", list(turns), sum(u.count(IMAGE) for u, _ in turns), I, Q, ""), I, file)
+    chat.show(tok, *encode(tok, "vicuna_v1", list(turns), blocks(sum(u.count(IMAGE) for u, _ in turns)), ""), I, file)
     return file.getvalue()
 
 
@@ -414,7 +415,7 @@ def test_labels_equal_those_of_llava(pieces, template):
             turns[0] = (rng.choice(["<image>\n{}", "{}\n<image>"]).format(turns[0][0]), turns[0][1])
         system = rng.choice(["SYS", TEMPLATES["vicuna_v1"].system])
         theirs = llava_rounds(pieces.full, template, turns, system)
-        assert encode(pieces, template, turns, images, I, 1, system) == theirs, turns
+        assert encode(pieces, template, turns, blocks(images, 1), system) == theirs, turns
         assert set(theirs[1]) != {IGNORE}
 
 
@@ -422,7 +423,7 @@ def test_plain_equals_llavas_preprocess_plain(pieces):
     """The image, the caption, a newline; all but the image is supervised, no EOS is written."""
     for caption in ("a black cat", "Two dogs, playing", "é 一", "1"):
         ids = [1, I, *pieces.full.encode(caption + "\n", add_special_tokens=False).ids]
-        mine = encode(pieces, "plain", [("Describe it.\n<image>", caption)], 1, I, 1)
+        mine = encode(pieces, "plain", [("Describe it.\n<image>", caption)], blocks(1, 1))
         assert mine == (ids, [IGNORE, IGNORE, *ids[2:]])
 
 
@@ -433,7 +434,7 @@ def test_labels_are_right_where_llavas_are_wrong(pieces, tmp_path, template):
     sep = " ASSISTANT: " if template == "vicuna_v1" else "[/INST] "
     for turns in ([(f"What does{sep}mean", "the end")], [("What", f"It says{sep}x")], [("What", "It is </s> here")],
                   [("A </s> tag", "It ends")]):
-        ids, labels = encode(pieces, template, turns, 0, I, 1, "S")
+        ids, labels = encode(pieces, template, turns, (), "S")
         run, = supervised_runs(ids, labels)
         assert answer_of(pieces, template, run) == turns[0][1] and run[-1] == pieces.eos
         theirs = llava_rounds(pieces.full, template, turns, "S")
@@ -442,7 +443,7 @@ def test_labels_are_right_where_llavas_are_wrong(pieces, tmp_path, template):
     two = [("What is this", "the cat"), ("What", "a dog")]
     if template == "vicuna_v1":                                # rounds of the others begin with a control token
         assert set(llava_rounds(once.full, template, two, "S")[1]) == {IGNORE}, "every sample of several turns"
-    runs = supervised_runs(*encode(once, template, two, 0, I, 1, "S"))
+    runs = supervised_runs(*encode(once, template, two, (), "S"))
     assert [answer_of(once, template, run) for run in runs] == ["the cat", "a dog"]
 
 
@@ -465,7 +466,7 @@ def test_llava_next_also_supervises_headers_and_newlines(bytes_tok, template):
         ids, labels = ids + new, labels + (new if role == "assistant" else [IGNORE] * len(new))
     everywhere = {i for n, i in tok.specials.items() if n.startswith("<|")} | set(tok.text("\n")[0])
     labels = [i if i in everywhere else y for i, y in zip(ids, labels)]
-    mine = encode(tok, template, turns, 0, I, 1, system)
+    mine = encode(tok, template, turns, (), system)
     assert mine[0] == ids
     assert all(y in (IGNORE, z) for y, z in zip(mine[1], labels)), "ours are a subset"
     extra = [n for n, (y, z) in enumerate(zip(mine[1], labels)) if y != z]
@@ -493,7 +494,7 @@ def test_the_exported_template_gives_our_ids(tok_folder, tok, template):
         messages = [{"role": r, "content": c} for u, a in turns for r, c in (("user", u), ("assistant", a))]
         messages = messages[:-1] if turns[-1][1] is None else messages
         for own, default in (([], system), ([{"role": "system", "content": system or ""}], "another")):
-            ids, labels = encode(tok, template, turns, images, I, 1, system if not own else system or "")
+            ids, labels = encode(tok, template, turns, blocks(images, 1), system if not own else system or "")
             out = theirs.apply_chat_template(
                 own + messages, chat_template=jinja.jinja(template, default), tokenize=True, return_dict=True,
                 add_generation_prompt=turns[-1][1] is None, return_assistant_tokens_mask=True)
@@ -511,7 +512,7 @@ def test_the_exported_template_takes_contents_in_parts(tok_folder, tok, template
     for parts in PARTS:
         images = sum(p["type"] == "image" for p in parts)
         text = "".join(p.get("text", "") for p in parts)
-        ids, _ = encode(tok, template, [(with_marker(text, images), None)], images, I, 1)
+        ids, _ = encode(tok, template, [(with_marker(text, images), None)], blocks(images, 1))
         out = theirs.apply_chat_template([{"role": "user", "content": parts}], chat_template=jinja.jinja(template),
                                          tokenize=True, add_generation_prompt=True, return_dict=True)
         assert list(out["input_ids"]) == ids, parts
@@ -581,7 +582,7 @@ def test_ids_of_real_vocabularies(tmp_path, known, template, turns, system, writ
     names = {} if known is not LLAMA_2 else {"bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     tok = Tokenizer(tmp_path)
-    ids, labels = encode(tok, template, turns, IMAGE in turns[0][0], tok.image, 1, system)
+    ids, labels = encode(tok, template, turns, blocks(IMAGE in turns[0][0], 1, tok.image), system)
     words = written.replace("I", str(tok.image)).replace("[", "[ ").replace("]", " ]").split()
     assert ids == [int(w) for w in words if w not in "[]"]
     supervised, want = False, []
@@ -664,7 +665,7 @@ def golden(folder):
         for template in templates:
             out[f"{template}_{kind}.json"] = samples = []
             for turns, images, system in CONVERSATIONS:
-                ids, labels = encode(tok, template, turns, images, I, Q, system)
+                ids, labels = encode(tok, template, turns, blocks(images), system)
                 mask = [False, *(y != IGNORE for y in labels), False]
                 edges = [n for n in range(len(ids) + 1) if mask[n] != mask[n + 1]]
                 samples.append([ids, [edges[n:n + 2] for n in range(0, len(edges), 2)]])

@@ -9,7 +9,7 @@ from tempfile import mkdtemp
 import pytest
 
 pytest.importorskip("hypothesis")
-from conftest import make_tokenizer
+from conftest import blocks, make_tokenizer
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from hypothesis.internal.conjecture import providers
 from test_chat import HOSTILE, I, Q, answer_of, supervised_runs
@@ -73,7 +73,7 @@ def test_ids_labels_prompts_and_cuts(c, other, n, max_len):
     n %= len(turns)
 
     def encoded(turns, images=images, system=system, tok=tok):
-        return encode(tok, template, turns, images, I, Q, system)
+        return encode(tok, template, turns, blocks(images), system)
 
     ids, labels = encoded(turns)
     assert len(ids) == len(labels) and all(y in (IGNORE, i) for i, y in zip(ids, labels))
@@ -115,10 +115,10 @@ def check_prompt(template, turns, images, encoded, n, ids, labels):
 
 def check_cut(ids, labels, max_len):
     """A truncated sample is a prefix with whole images."""
-    short, short_labels, kept = truncate(ids, labels, I, Q, max_len)
+    short, short_labels, kept = truncate(ids, labels, blocks(ids.count(I) // Q), I, max_len)
     assert len(short) <= max_len and (short, short_labels) == (ids[:len(short)], labels[:len(short)])
-    blocks = "".join("i" if i == I else "." for i in short).replace("i" * Q, "I")
-    assert "i" not in blocks and blocks.count("I") == kept
+    shown = "".join("i" if i == I else "." for i in short).replace("i" * Q, "I")
+    assert "i" not in shown and shown.count("I") == kept
 
 
 # as their publishers write them, with the tags of which transformers makes its mask
@@ -152,7 +152,7 @@ def test_jinja_templates_give_the_same_ids(c, published):
     typed = [answer for _, answer in turns] + [system or ""]
     typed += [user.replace(IMAGE, "") if images else user for user, _ in turns]
     assume(not any(control in text for control in tok.specials for text in typed))
-    ids, _ = encode(tok, template, turns, images, I, Q, system)
+    ids, _ = encode(tok, template, turns, blocks(images), system)
     messages = [{"role": "system", "content": system}] * (system is not None) + in_messages(turns)
     rendered = compiled(template).render(messages=messages, bos_token="<s>", eos_token="</s>")
     theirs = tok.full.encode(rendered, add_special_tokens=False).ids
@@ -162,7 +162,7 @@ def test_jinja_templates_give_the_same_ids(c, published):
     messages = [{"role": "system", "content": "Sys."}] + in_messages(turns)
     out = hf_tokenizer().apply_chat_template(messages, chat_template=JINJA[published], tokenize=True,
                                              return_dict=True, return_assistant_tokens_mask=True)
-    ids, labels = encode(tokenizer("bytes"), published, turns, 0, I, Q, "Sys.")
+    ids, labels = encode(tokenizer("bytes"), published, turns, (), "Sys.")
     assert ids == list(out["input_ids"]) and [int(y != IGNORE) for y in labels] == list(out["assistant_masks"])
 
 

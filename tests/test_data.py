@@ -23,7 +23,7 @@ from config import BadSample, Error
 from data import Encoder, Steps, best_fit, loader, pack, share_out
 from formats.rows import Rows, conversation
 from formats.tokenizer import Tokenizer
-from images import ImageSpec
+from images import ImageSpec, Layout
 from kernels.cross_entropy import IGNORE
 
 I, Q, S = 3, 4, 8  # conftest's <image>; a short image; a small side
@@ -54,7 +54,7 @@ def world(tmp_path, bytes_folder):
             rows[-1]["image"] = f"{i}.png"
             Image.new("RGB", (9, 7), colour(i)).save(tmp_path / "images" / f"{i}.png")
     write(tmp_path / "a.json", rows)
-    encode = Encoder(Tokenizer(bytes_folder), "vicuna_v1", I, Q, 120, "")
+    encode = Encoder(Tokenizer(bytes_folder), "vicuna_v1", Layout(I, Q), 120, "")
 
     def make(spec=str(tmp_path / "a.json"), batch_size=10, max_tokens=120, seed=0, rank=0, world=1):
         return Steps(spec, str(tmp_path / "images"), encode, ImageSpec(S, "squash"), batch_size, max_tokens, seed,
@@ -287,7 +287,7 @@ def test_a_marker_inside_a_sentence_is_text():
 
 def test_a_rows_system_text_reaches_the_ids(world):
     """Its own turn or key goes before the encoder's; without one the encoder's is used."""
-    encode = Encoder(world.encode.tok, "vicuna_v1", I, Q, 120, "default")
+    encode = Encoder(world.encode.tok, "vicuna_v1", Layout(I, Q), 120, "default")
 
     def text(row):
         return encode.tok.decode(encode(row)[0])
@@ -380,7 +380,7 @@ def test_a_template_that_does_not_fit_stops(bytes_folder):
     tok = Tokenizer(bytes_folder)
     tok.eos = None
     with pytest.raises(Error, match="needs a BOS and an EOS token"):
-        Encoder(tok, "vicuna_v1", I, Q, 100)
+        Encoder(tok, "vicuna_v1", Layout(I, Q), 100)
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_truncated_samples_are_counted_and_lose_images(world):
     assert len(ids) == 120 and cut > 0 and names == ["1.png", "2.png"] and ids.count(I) == 2 * Q
     for size in (1, 4):
         assert sum(world(rank=r, world=size)[s].truncated for r in range(size) for s in range(10)) == 1
-    short = Encoder(world.encode.tok, "vicuna_v1", I, Q, ids.index(I, ids.index(I) + Q) + Q - 1, "")
+    short = Encoder(world.encode.tok, "vicuna_v1", Layout(I, Q), ids.index(I, ids.index(I) + Q) + Q - 1, "")
     ids, labels, names, cut = short(world.rows[0])
     assert names == ["1.png"] and ids.count(I) == Q
 
@@ -592,7 +592,7 @@ def held_alone(form, tok, folder):
         rows = [{**ROW, "id": i, "more": [{"from": "human", "value": "q"}] * 400} for i in range(n)]
         file = folder / f"{n}"
         file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        steps = Steps(str(file), "", Encoder(Tokenizer(tok), "plain", I, Q, 8, ""), ImageSpec(S), 8, 8, 0)
+        steps = Steps(str(file), "", Encoder(Tokenizer(tok), "plain", Layout(I, Q), 8, ""), ImageSpec(S), 8, 8, 0)
         batches = iter(loader(steps, range(n // 8), 2))
         for _ in range(n // 8 - 4):                    # the last ones stay, so that both workers are still there
             next(batches)
@@ -633,10 +633,10 @@ def test_the_first_token_is_never_supervised(bytes_folder, tmp_path):
     for f in ("tokenizer.json", "tokenizer_config.json"):
         text = (bytes_folder / f).read_text("utf-8")
         (tmp_path / f).write_text(text if f == "tokenizer.json" else json.dumps({"eos_token": "</s>"}), "utf-8")
-    encoder = Encoder(Tokenizer(tmp_path), "plain", 3, 4, 1)
+    encoder = Encoder(Tokenizer(tmp_path), "plain", Layout(3, 4), 1)
     with pytest.raises(BadSample, match="1 tokens before the answer, max_len=1"):
         encoder({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "a cat"}]})
-    ids, labels, _, _ = Encoder(encoder.tok, "plain", 3, 4, 9)(
+    ids, labels, _, _ = Encoder(encoder.tok, "plain", Layout(3, 4), 9)(
         {"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "a cat"}]})
     assert labels == ids, "all is marked, the first token too"
     stream = pack([(ids, labels, [])] * 2, 8)
@@ -673,9 +673,9 @@ def test_ranks_share_images_as_well_as_tokens(world, monkeypatch):
     ids = [1] + [I] * Q + [9]
 
     class Encode:
-        image_tokens, max_len = Q, 120
+        layout, max_len = Layout(I, Q), 120
 
-        def __call__(self, row):
+        def __call__(self, row, size):
             return (ids, [IGNORE, *ids[1:]], [row["image"]], 0) if "image" in row else ([9] * len(ids), ids, [], 0)
     for order in ([1, 3, 2, 6], [3, 1, 6, 2], [1, 2, 3, 6]):                     # images: all that 3 does not divide
         counts = []

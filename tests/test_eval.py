@@ -106,7 +106,7 @@ def test_a_padded_vocabulary_entry_is_never_generated(model_folder):
     assert n < 512 and chat.banned == {chat.cfg.image_token_index, *range(n, 512)}
     with torch.no_grad():
         chat.model.language_model.lm_head.weight[n:] *= 100      # would be the likeliest of all
-    assert chat.answers([chat.prompt([("What?", None)], 0)], [], 8, temperature=1.0) != [""]
+    assert chat.answers([chat.prompt([("What?", None)])], [], 8, temperature=1.0) != [""]
 
 
 def test_blind_hands_zeros_to_the_connector(model_folder, world, capsys, monkeypatch):

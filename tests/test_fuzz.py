@@ -17,6 +17,7 @@ from config import Error
 pytest.importorskip("hypothesis")
 from hypothesis import assume, given, strategies as st
 from PIL import Image
+from conftest import blocks
 from test_chat import I, Q
 from test_chat_fuzz import conversation, fuzz, text, tokenizer
 
@@ -33,7 +34,7 @@ from kernels.cross_entropy import IGNORE
 @fuzz
 @given(st.lists(conversation(), min_size=1, max_size=3))
 def test_packing_changes_no_sample(several):
-    made = [(*encode(tok, template, turns, images, I, Q, system), torch.full((images, 3, 1, 1), n, dtype=torch.uint8))
+    made = [(*encode(tok, template, turns, blocks(images), system), torch.full((images, 3, 1, 1), n, dtype=torch.uint8))
             for n, (tok, template, turns, images, system) in enumerate(several)]
     b, at, image = data.pack(made, 1), 0, 0
     for ids, labels, images in made:
@@ -64,7 +65,7 @@ row = anything | st.fixed_dictionaries({}, optional={
 @fuzz
 @given(row, st.sampled_from(list(TEMPLATES)), st.integers(1, 60))
 def test_any_row_is_a_sample_or_a_bad_sample(row, template, max_len):
-    encoder = data.Encoder(tokenizer("bytes"), template, I, Q, max_len)
+    encoder = data.Encoder(tokenizer("bytes"), template, images.Layout(I, Q), max_len)
     try:
         if not isinstance(row, dict):
             raise BadSample("as in Rows")

@@ -179,22 +179,22 @@ def test_any_image_mode_becomes_rgb(folder, chat, mode):
     image = image.convert(mode)
     file = folder / f"{mode}.{'tiff' if mode in ('F', 'CMYK', 'I') else 'png'}"
     image.save(file)
-    pixels = chat.pixels(image)
-    assert pixels.shape == (3, 8, 8) and pixels.dtype == torch.uint8 and torch.equal(pixels, chat.pixels(file))
+    pixels, = chat.look([image])[0]
+    assert pixels.shape == (1, 3, 8, 8) and pixels.dtype == torch.uint8 and torch.equal(pixels, chat.look([file])[0][0])
 
 
 def test_images_arrive_in_their_order(folder, chat):
     a, b = folder / "a.png", Image.open(folder / "b.png")
     asked = "One <image> and <image> two?"
-    ids = chat.prompt([(asked, None)], 2)
-    pixels = torch.stack([chat.pixels(a), chat.pixels(b)])
+    ids = chat.prompt([(asked, None)], [chat.layout.block()] * 2)
+    pixels = torch.cat(chat.look([a, b])[0])
     true = generate(chat.model, [ids], pixels, chat.stop_ids, 8, banned=chat.banned)[0]
     assert chat.ask([a, b], asked, 8) == chat.tok.decode(true).strip() != chat.ask((b, a), asked, 8)
     assert chat.ask([a, b], "Same?", 8) == chat.ask([a, b], "<image>\n<image>\nSame?", 8)
 
 
 def test_text_alone_needs_no_image(chat):
-    ids = chat.prompt([("Hi!", None)], 0)
+    ids = chat.prompt([("Hi!", None)])
     assert chat.cfg.image_token_index not in ids.tolist()
     true = generate(chat.model, [ids], NOTHING, chat.stop_ids, 8, banned=chat.banned)[0]
     assert chat.ask(None, "Hi!", 8) == chat.ask([], "Hi!", 8) == chat.tok.decode(true).strip()

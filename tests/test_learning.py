@@ -10,7 +10,7 @@ from tiny_runs import run
 
 import chat
 import data
-import generate
+import images
 from kernels.cross_entropy import IGNORE
 
 COLORS = ["red", "black", "white"]
@@ -31,8 +31,8 @@ def trained(world, tmp_path):
         run("sft", world, tmp_path / "run", data=str(tmp_path / "data.json"), images=str(tmp_path / "images"),
             batch_size=3, steps=60, lr=1e-2, log_every=100, save_every=0)
         asked = generate.Chat(tmp_path / "run", "cpu")
-        prompt = asked.prompt([(QUESTION, None)], 1)
-        pixels = torch.stack([asked.pixels(tmp_path / "images" / f"{c}.png") for c in COLORS])
+        prompt = asked.prompt([(QUESTION, None)], [asked.layout.block()])
+        pixels = torch.cat(asked.look(tmp_path / "images" / f"{c}.png" for c in COLORS)[0])
         answers = generate.generate(asked.model, [prompt] * 3, pixels, asked.stop_ids, 24, banned=asked.banned)
         return [(asked.tok.decode(ids).strip(), len(ids)) for ids in answers]
     return go
@@ -45,16 +45,15 @@ def test_it_answers_by_the_image_and_stops(trained):
 
 
 def test_a_model_without_its_images_would_be_seen(trained, monkeypatch):
-    for module in (data, generate):
-        monkeypatch.setattr(module, "preprocess", lambda image, spec: torch.zeros(3, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(images, "preprocess", lambda image, spec: torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert sum(text == f"It is {c}." for (text, _), c in zip(trained(), COLORS)) <= 1, "chance"
 
 
 def test_a_model_that_cannot_stop_would_be_seen(trained, monkeypatch):
     encode = data.Encoder.__call__
 
-    def endless(self, row):
-        ids, labels, *more = encode(self, row)
+    def endless(self, *row):
+        ids, labels, *more = encode(self, *row)
         stop = chat.stop_ids(self.tok, self.template)
         return ids, [IGNORE if y in stop else y for y in labels], *more
     monkeypatch.setattr(data.Encoder, "__call__", endless)

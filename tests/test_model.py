@@ -21,8 +21,10 @@ from generate import generate
 from kernels.cross_entropy import IGNORE
 from kernels.norm import rms_norm_ref
 from kernels.rope import rope_ref
-from model import (VLM, Llama, TextConfig, VisionConfig, VisionModel, VLMConfig, init_weights, logits_head,
+from model import (VLM, Llama, TextConfig, VisionConfig, VisionModel, VLMConfig, logits_head,
                    rope_frequencies)
+from parts.build import build
+from parts.init import init_weights
 
 TIGHT = 1e-12   # float64: some thousand roundings of 1.1e-16 of values near 1
 PARITY = 1e-10  # float64 against another implementation: other orders of summation, amplified by a few layers
@@ -698,7 +700,7 @@ def test_initial_weights_follow_seed_and_table():
 
 def test_an_unknown_connector_is_refused():
     with pytest.raises(AssertionError, match="connector 'conv': linear, mlp"):
-        VLM(VLMConfig(tiny_config().vision, tiny_config().text, "conv"))
+        build(VLMConfig(tiny_config().vision, tiny_config().text, "conv"))
 
 
 def test_a_language_model_alone_reads_text():

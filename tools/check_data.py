@@ -19,7 +19,7 @@ from data import Encoder
 from formats.rows import Rows
 from formats.strict_json import read_json
 from formats.tokenizer import Tokenizer
-from images import image_folder, load_image, safe_path
+from images import Layout, image_folder, image_size, load_image, safe_path
 from kernels.cross_entropy import IGNORE
 
 
@@ -48,7 +48,8 @@ def encoder(s):
     max_len = s.max_len or trained or config.Common.max_len
     origin = "as set" if s.max_len else f"as {run} was trained" if trained else "the default of train_sft.py"
     print(f"--- template {template}, max_len={max_len} ({origin})")
-    return Encoder(tok, template, tok.image, cfg.get("image_seq_length", s.image_tokens), max_len, about.get("system"))
+    layout = Layout(tok.image, cfg.get("image_seq_length", s.image_tokens))
+    return Encoder(tok, template, layout, max_len, about.get("system"))
 
 
 def main(argv):
@@ -68,7 +69,7 @@ def main(argv):
             print(f"{i:,} of {len(rows):,} samples, {left:.0f} s left", file=sys.stderr)
         try:
             row = rows[i]
-            ids, labels, names, cut = encode(row)
+            ids, labels, names, cut = encode(row, lambda name: image_size(safe_path(s.images, name)))
             moving = [load_image(safe_path(s.images, name)).info["animated"] for name in names]
         except BadSample as e:
             bad.append({"index": i, "id": row.get("id"), "reason": e.reason, "detail": str(e)[len(e.reason) + 2 :]})
@@ -76,7 +77,7 @@ def main(argv):
         good.append((len(ids), sum(y != IGNORE for y in labels), len(names), sum(moving), cut > 0))
         if len(good) <= s.show:
             print(f"--- sample {i}, id {row.get('id')!r:.80}: {len(ids)} tokens, {len(names)} image(s)")
-            chat.show(encode.tok, ids, labels, encode.image_id)
+            chat.show(encode.tok, ids, labels, encode.layout.image_id)
     tokens, supervised, images, animated, truncated = map(sum, zip(*good)) if good else [0] * 5
     print(f"--- {files[0]}: {len(rows)} samples, {len(good)} good, {len(bad)} dropped, {truncated} truncated to "
           f"{encode.max_len} tokens")

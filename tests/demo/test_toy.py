@@ -13,7 +13,7 @@ from data import Encoder
 from demo import captions, pretrain, sheet, toy
 from formats.rows import conversation
 from formats.tokenizer import Tokenizer
-from images import load_image
+from images import Layout, load_image
 
 
 def worlds(n, test=False):
@@ -133,7 +133,7 @@ def test_files_are_llava_files_and_written_once(tmp_path):
             turns, names, system = conversation(row)
             assert all(load_image(tmp_path / "images" / n).size == (toy.SIDE, toy.SIDE) for n in names)
             assert sum(u.count("<image>") for u, _ in turns) == len(names)
-        encode = Encoder(Tokenizer(ROOT / "demo/llm"), "plain" if name == "align" else "vicuna_v1", 3, 36, 512, "")
+        encode = Encoder(Tokenizer(ROOT / "demo/llm"), "plain" if name == "align" else "vicuna_v1", Layout(3, 36), 512, "")
         assert all(encode(row)[3] == 0 for row in rows), "no sample is dropped or cut"
     assert any("image" not in r for r in rows), "some samples have no image"
     assert any(len(r["conversations"]) > 8 for r in rows)

@@ -88,11 +88,11 @@ def write(case, root, tok, **changes):
     asker = Chat.of(model, folder, template, SYSTEM, aspect)
     seen = preprocess(Image.open(out / "image.png"), configs.image_spec(folder.pre, aspect))[None]
     mean, std = (torch.tensor(folder.pre[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
-    ids = asker.prompt([(f"<image>\n{QUESTION}", None)], 1)
+    ids = asker.prompt([(f"<image>\n{QUESTION}", None)], [asker.layout.block()])
     batch = pack([(ids.tolist(), [-100] * len(ids), seen)], 8)
     logits = model(*batch._replace(labels=torch.zeros_like(batch.ids)), head=logits_head)
     answer = torch.tensor(generate(model, [ids], seen, asker.stop_ids, 8, banned=asker.banned)[0])
-    text = asker.prompt([("Hi", "Yo"), ("And?", None)], 0)
+    text = asker.prompt([("Hi", "Yo"), ("And?", None)])
     save_file({"ids": ids, "pixels": (seen / 255 - mean) / std, "logits": logits, "answer": answer, "text": text},
               out / "expected.safetensors")
     return out

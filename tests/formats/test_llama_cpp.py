@@ -170,8 +170,8 @@ def test_a_chat_gives_our_prompt_and_answer(template, kind, tmp_path, bytes_fold
         messages = [{"role": "user", "content": content}]
         prompt = server.post("/apply-template", messages=messages)["prompt"].replace(server.marker, "<image>")
         ids = [j for i in server.ids(prompt) for j in ([i] * 4 if i == cfg.image_token_index else [i])]
-        assert ids == chat.prompt([(turns[0], None)], len(turns[0]) > 2).tolist(), prompt
+        assert ids == chat.prompt([(turns[0], None)], [chat.layout.block()] * (len(turns[0]) > 2)).tolist(), prompt
     asked = {"prompt_string": prompt.replace("Hi", f"{server.marker}\nHi"), "multimodal_data": [png]}
     found = server.post("/completion", prompt=asked, n_predict=6, temperature=0, return_tokens=True)["tokens"]
-    want = generate(model, [chat.prompt([("<image>\nHi", None)], 1)], x[None], set(), 6)[0]
+    want = generate(model, [chat.prompt([("<image>\nHi", None)], [chat.layout.block()])], x[None], set(), 6)[0]
     assert found == want[:len(found)] and (len(found) == 6 or want[len(found)] in source.tok.specials.values())

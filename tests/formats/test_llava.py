@@ -472,7 +472,7 @@ def test_transformers_writes_our_prompts_and_stops(towers, tmp_path, template):
     says = T.GenerationConfig.from_pretrained(tmp_path / "out")               # where an answer ends, what none holds
     assert {says.eos_token_id} == (speaker.stop_ids if template != "plain" else {2})
     assert set(says.suppress_tokens) == speaker.banned
-    assert there["input_ids"][0].tolist() == speaker.prompt([("<image>\nWhat is this?", None)], 1).tolist()
+    assert there["input_ids"][0].tolist() == speaker.prompt([("<image>\nWhat is this?", None)], [speaker.layout.block()]).tolist()
     assert there["pixel_values"].shape == (1, 3, 8, 8)
     tok = T.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tok.eos_token_id == says.eos_token_id
@@ -488,7 +488,7 @@ def test_transformers_writes_our_prompts_and_stops(towers, tmp_path, template):
     (tmp_path / "out" / "chat_template.jinja").unlink()              # as transformers before 4.50 read it
     turns = [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yo"), ("user", "?"))]
     there = T.AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(turns, **how)
-    assert list(there["input_ids"]) == speaker.prompt([("Hi", "Yo"), ("?", None)], 0).tolist()
+    assert list(there["input_ids"]) == speaker.prompt([("Hi", "Yo"), ("?", None)]).tolist()
 
 
 def test_the_config_says_how_the_model_was_trained(towers, tmp_path):

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import tokenizers
 import torch
-from conftest import WORDS, error, example, make_tokenizer, tiny_config
+from conftest import WORDS, blocks, error, example, make_tokenizer, tiny_config
 from safetensors.torch import save_file
 from test_sentencepiece import BYTES, LLAMA, read, spm
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
@@ -238,7 +238,7 @@ def test_the_exported_tokenizer_gives_the_same_ids(exported, name):
         messages = [{"role": "system", "content": chat.TEMPLATES[template].system if system is None else system}]
         messages += [{"role": r, "content": c} for u, a in turns for r, c in (("user", u), ("assistant", a))]
         ask = turns[-1][1] is None
-        ids, _ = chat.encode(tok, template, turns, images, tok.image, 1, system)
+        ids, _ = chat.encode(tok, template, turns, blocks(images, 1, tok.image), system)
         found = theirs.apply_chat_template(messages[:-1] if ask else messages, add_generation_prompt=ask,
                                            tokenize=True, return_dict=True)
         assert list(found["input_ids"]) == ids, turns
@@ -270,7 +270,7 @@ def test_a_tied_embedding_grows_once(publish):
     vision, llm, _, size = publish("smollm 2", tie_word_embeddings=True)
     model, folder = llava.load_model(vision, llm)
     assert model.cfg.text.vocab_size > size and "language_model.lm_head.weight" not in model.state_dict()
-    ids, labels = chat.encode(folder.tok, "chatml", [("<image>\nq", "a")], 1, folder.tok.image, 4)
+    ids, labels = chat.encode(folder.tok, "chatml", [("<image>\nq", "a")], blocks(1, 4, folder.tok.image))
     batch = pack([(ids, labels, example(1)[2])], 8)
     assert model(*batch).isfinite() and folder.tok.image not in labels
 

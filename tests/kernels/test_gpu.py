@@ -232,7 +232,8 @@ def test_elementwise_beyond_31_bits(room):
 def test_a_batch_without_images_or_labels():
     """The model on the GPU with no placeholder, and with no supervised row"""
     from data import pack
-    from model import VLM, init_weights
+    from model import VLM
+    from parts.init import init_weights
     model = VLM(tiny_config(head_dim=32))
     init_weights(model)
     model.to(DEVICE)
@@ -246,7 +247,8 @@ def test_a_batch_without_images_or_labels():
 def test_a_whole_model_equals_plain_torch(dtype, monkeypatch):
     from data import pack
     from loss import token_loss
-    from model import VLM, init_weights
+    from model import VLM
+    from parts.init import init_weights
     model = VLM(tiny_config(head_dim=32, qk_norm=True))
     init_weights(model)
     model, batch = model.to(DEVICE, dtype), pack([example(1), example(2, images=0)], 8).to(DEVICE)

@@ -12,7 +12,8 @@ import lora
 from data import pack
 from kernels.cross_entropy import CHUNK_ROWS, linear_cross_entropy_ref
 from loss import supervised, token_loss
-from model import VLM, TextConfig, VisionConfig, VLMConfig, init_weights
+from model import VLM, TextConfig, VisionConfig, VLMConfig
+from parts.init import init_weights
 from run import plan
 
 CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)

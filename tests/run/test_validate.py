@@ -10,6 +10,7 @@ from tiny_runs import LORA, files, refusal, rows, run, state
 
 import data
 from formats import configs, llava
+from images import Layout
 from loss import supervised, token_loss
 from run.log import Log
 
@@ -27,7 +28,7 @@ def test_the_validation_loss_counts_every_sample_once(validated, aligned):
     model, folder = llava.load_model(validated["vision"], validated["llm"])
     model.multi_modal_projector.load_state_dict({k.removeprefix("multi_modal_projector."): v for k, v in load_file(
         aligned / "checkpoints/step_0000006/trained.safetensors").items()})
-    encode = data.Encoder(folder.tok, "plain", model.cfg.image_token_index, 4, 48, "")
+    encode = data.Encoder(folder.tok, "plain", Layout(model.cfg.image_token_index, 4), 48, "")
     spec = configs.image_spec(folder.pre, "pad")
 
     def mean(steps, indices):

@@ -1,0 +1,29 @@
+"""How the weights of a new part begin."""
+
+import torch
+
+
+@torch.no_grad()
+def init_weights(model, seed=0):
+    """Fill every parameter, in the order of the names, from one seed. N(mean, standard deviation):
+
+        norms                weight 1, bias 0       class, register and position tokens    N(0, 0.02)
+        matrices             N(0, 1/sqrt(fan in))   o_proj, out_proj, down_proj, fc2       0: a block starts as identity
+        connector            as torch.nn.Linear     DINOv2's layer scale                   1
+        token embeddings     N(0, 0.02)             other biases                           0
+    """
+    g = torch.Generator().manual_seed(seed)
+    params = dict(sorted(model.named_parameters()))
+    for name, p in params.items():
+        if "linear_" in name:  # the connector, in a VLM or alone
+            fan_in = params[name.replace("bias", "weight")].shape[1]
+            value = (2 * torch.rand(p.shape, generator=g) - 1) * fan_in**-0.5
+        elif "norm" in name or "layer_scale" in name:
+            value = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
+        elif name.endswith("bias") or any(s in name for s in ("o_proj", "out_proj", "down_proj", "fc2")):
+            value = torch.zeros(p.shape)
+        elif "embed" in name and "patch" not in name or "register_tokens" in name:
+            value = torch.randn(p.shape, generator=g) * 0.02
+        else:  # 1/sqrt(fan in). The usual 0.02 fits a width of 2,500; it is far too small for the toy's width of 128
+            value = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5
+        p.copy_(value)
