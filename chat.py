@@ -22,11 +22,11 @@ from config import BadSample, stop
 from kernels.cross_entropy import IGNORE
 
 IMAGE = "<image>"  # marks the place of an image in LLaVA's texts; the placeholder token has the same name
-LONGEST = 64       # encode() refuses texts with more characters than this per token of max_len; real text has fewer
+LONGEST = 64       # encode() refuses more than LONGEST * max_len characters; real text has fewer characters per token
 
 
 class Parts:
-    """One conversation as a list of ("id", id, supervised), ("text", str, supervised) and ("image", None, False)."""
+    """One conversation as parts: ("id", token id, supervised), ("text", str, supervised) or ("image", None, False)."""
 
     def __init__(self, tok, images):
         self.tok, self.images, self.parts = tok, images, []
@@ -192,7 +192,7 @@ def encode(tok, name, turns, images, image_id, image_tokens, system=None, max_le
 
 
 def end_of_turn(tok, name):
-    """-> id of the token that ends an answer, or None. Published models use it as EOS. `plain`: the tokenizer's EOS"""
+    """-> id of the token that ends an answer, or None. Published models use it as EOS. Template `plain`: tok.eos"""
     end = template(name).stop
     return tok.eos if end in ("", "\n") else tok.id(end)
 

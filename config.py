@@ -126,7 +126,7 @@ def check_ranges(s):
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-ALIASES = {  # a name in LLaVA's scripts, transformers' Trainer or PEFT: the name here. The error message shows it.
+ALIASES = {  # for error messages: the name in LLaVA's scripts, transformers' Trainer or PEFT -> the name here
     "model_name_or_path": "llm", "data_path": "data", "image_folder": "images", "vision_tower": "vision",
     "output_dir": "out", "pretrain_mm_mlp_adapter": "init", "mm_projector_type": "connector",
     "image_aspect_ratio": "image_aspect", "version": "template", "model_max_length": "max_len", "max_length": "max_len",

@@ -88,7 +88,7 @@ def pack(samples, side):
 
 
 def share_out(costs, n):
-    """Sample costs -> n groups of indices with similar total cost. Highest cost first, each into the cheapest group."""
+    """Sample costs -> n groups of indices of similar cost. Each index, highest cost first, joins the cheapest group."""
     groups, load = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         k = min(range(n), key=lambda k: (load[k], k))
@@ -114,7 +114,7 @@ def best_fit(indices, lengths, room):
 
 class StepData(NamedTuple):
     """The work of one rank in one optimizer step."""
-    micro: list       # list of Batch. Every rank has the same number; a rank with less work gets empty batches
+    micro: list       # micro-batches (Batch). All ranks have equally many; a rank with less work gets empty ones
     names: list       # names of the usable samples of this rank
     dropped: list     # (name, reason) of each unusable sample of this rank
     truncated: int    # number of samples that lost tokens at their end
@@ -201,7 +201,7 @@ class Steps(torch.utils.data.Dataset):
         return StepData(micro, names, dropped, truncated, animated)
 
     def pixels(self, file):
-        """File -> pixels (3, S, S) uint8, is it animated? The full-size image is freed before the next one is read."""
+        """-> pixels (3, S, S) uint8, whether it is animated. The full-size image is freed before the next is read."""
         image = load_image(safe_path(self.images, file))
         return preprocess(image, self.image_spec), image.info["animated"]
 
@@ -223,7 +223,7 @@ def loader(steps, order, workers):
 
 def outlive_signals(ended, open_end, worker):
     """Runs in a loader process. It ignores the signals with which a scheduler or Ctrl-C stops all processes of a job,
-    because training needs data until its step is done. It ends when the main process closes the pipe or dies."""
+    because training needs data until its step is done. The loader ends when training closes the pipe or dies."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     open_end.close()         # the loader's copy of the trainer's end: while any copy is open, the pipe does not end

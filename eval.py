@@ -1,6 +1,6 @@
 """Score a model on a file of questions.
 
-    python eval.py --model=runs/sft                         # the toy world's held-out questions
+    python eval.py --model=runs/sft                         # the held-out questions of the toy world (generated data)
     python eval.py --model=runs/sft --blind                 # control: the features of every image are set to zero
     python eval.py --model=runs/sft --shuffled              # control: each question gets the image of another question
     python eval.py --model=DIR --task=vqa --data=FILE.jsonl --images=DIR [--answers=FILE]
@@ -58,7 +58,7 @@ class Settings:
 # ---- questions ------------------------------------------------------------------------------------------------------
 
 def toy_questions(world):
-    """Generate the toy world's test questions if they are missing -> path of their file, folder of their images"""
+    """Generate the toy data's held-out questions if they are missing -> path of their file, folder of their images"""
     from demo import toy
     if world.rank == 0:
         try:

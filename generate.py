@@ -27,7 +27,7 @@ class Cache:
     query attends to one contiguous range [lo, hi) of slots, in the prompt and in the answer."""
 
     def __init__(self, B, L):
-        self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): slots of the tokens of the next forward pass
+        self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): slots where the next forward pass writes
 
     def append(self, layer, k, v):
         """Store k, v (N, G, K) of N new tokens, G heads of size K -> keys and values of all slots (B L, G, K)"""
@@ -106,7 +106,7 @@ class Chat:
         if not template:
             template = "vicuna_v1"
             world.print(f"note: {path} does not say with which template it was trained: {template} is used; "
-                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout has only answers
+                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout: only answers
         system = source.meta.get("system") if system is None else system
         vars(self).update(vars(Chat.of(model.to(world.device), source, template, system,
                                        llava.aspect(source, model.cfg))))

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from config import BadSample, stop
 
 MAX_PIXELS = 64_000_000    # limit per image, checked before decoding: a larger image may need too much memory
-MAX_SIDE = 8_000           # a larger image is reduced first: padding a long one to a square may need too much memory
+MAX_SIDE = 8_000           # an image with a longer side is reduced first: padded to a square it may fill the memory
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]        # not EPS: Pillow would start the program Ghostscript
 
 
@@ -54,8 +54,8 @@ def image_folder(path):
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 def load_image(source):
-    """A path or a PIL image -> upright RGB PIL image of the first frame. Transparent areas become white; 16 bits become
-    8. info["animated"]: are there more frames? Raises BadSample. Memory: 8 bytes per pixel, 16 with alpha."""
+    """A path or a PIL image -> the first frame as an upright RGB image (PIL), on white where it was transparent.
+    info["animated"]: are there more frames? Raises BadSample. Memory: 8 bytes per pixel, 16 with alpha."""
     name = repr(os.path.basename(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
     try:
         given = isinstance(source, Image.Image)

@@ -42,7 +42,7 @@ def vqa_normalise(s, evalai=True):
             out = out.replace(p, "")
         else:
             out = out.replace(p, " ")
-    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)  # as in the official script, with its errors: (?!<= and 32
+    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)  # errors copied from the official script: (?!<= and count
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 

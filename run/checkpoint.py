@@ -1,8 +1,8 @@
 """Checkpoints: folders of safetensors and json files. A checkpoint is either complete or absent (formats/whole.py). A
 killed process or a full disk never damages older checkpoints.
 
-    trained.safetensors    trained weights by name, fp32        optimizer.safetensors    state of the optimizer, by name
-    rng.safetensors        torch's random state of each rank    state.json               step, counters, settings, digests
+    trained.safetensors   trained weights by name, fp32        optimizer.safetensors   state of the optimizer, by name
+    rng.safetensors       torch's random state of each rank    state.json              step, counters, settings, digests
 """
 
 import json
@@ -21,7 +21,7 @@ from formats.whole import commit, remove, whole
 
 
 def discard(folder):
-    """Delete a checkpoint. It is renamed first: if the process is killed, no incomplete folder keeps the name."""
+    """Delete a checkpoint. It is renamed first: if the process is killed, an incomplete folder has another name."""
     tmp = folder.parent / f".tmp-{folder.name}"
     remove(tmp)
     os.rename(folder, tmp)

@@ -25,7 +25,7 @@ from formats.whole import write_file
 from run import checkpoint
 from run.log import trim
 
-OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")    # all but config.json
+OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")  # run files except config.json
 TRIES = 3      # the run stops after this many checkpoints in a row that could not be written
 
 
@@ -114,7 +114,7 @@ class RunFolder:
 
     def compare(self, what, old, kinds, but=()):
         """Stop if `old`, the record of a finished run or of a checkpoint, has other data, frozen weights or settings.
-        kinds: which settings are compared, by setting(resume=...); but: exceptions; what: how messages name `old`."""
+        kinds: compare settings whose setting(resume=...) is in it; but: skip these settings; what: name of `old`."""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
         if old.get("base") != self.base:
@@ -151,7 +151,7 @@ class RunFolder:
         state = read_json(Path(path, "state.json"))
         self.compare(path, state, ("same",))
         planned = state.get("steps", state["step"])
-        if state["step"] >= self.steps < planned:                # no step is left, but the old schedule was longer
+        if state["step"] >= self.steps < planned:                # no step is left, but the learning rate is still high
             self.refuse(path, f"is of step {state['step']} of {planned} and only {self.steps} are asked for: its "
                               f"learning rate has not come down by then. --steps={planned} goes on")
         checkpoint.restore(Path(path), model, optimizer, world)
@@ -163,8 +163,8 @@ class RunFolder:
         return state
 
     def begin(self, start):
-        """Called after the first step: write config.json. Files of an older run are deleted only now, so that a mistake
-        in the settings of the new run, which stops it before or in its first step, does not destroy the old run."""
+        """Called after the first step: write config.json. Files of an older run are deleted only now: a new run with
+        wrong settings has stopped before this point, and does not destroy the older run."""
         if self.world.rank > 0:
             return
         try:

@@ -35,10 +35,10 @@ def disk(model, dtype):
 
 
 def memory(model, world, micro, s):
-    """-> estimated bytes of weights, gradients and moments; of activations and logits of the largest micro-batch"""
+    """-> estimated bytes: (weights, gradients and moments), (activations and logits of the largest micro-batch)"""
     cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
     states = sum(p.numel() * (4 * p.element_size() + 2 * low if p.requires_grad else p.element_size())
-                 for p in model.parameters())                       # 2 * low: autocast caches a bf16 copy (2 bytes)
+                 for p in model.parameters())                       # 2 * low: autocast caches a 16-bit copy (2 bytes)
     if engine.is_sharded(model, world, s.parallel):
         states /= world.size
     states += sum(b.nbytes for b in model.buffers())                # every rank holds all NF4 (4-bit) weights

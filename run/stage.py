@@ -158,8 +158,8 @@ def finish(run, s, world, folder):
 
 
 def rehearse(s, world, samples, first):
-    """--dry_run, after the plan is printed. Stop if the samples of the first step or the validation file would stop the
-    run. Print the first usable sample with its loss mask -> exit code, or None"""
+    """What --dry_run does after the plan. Stop if the samples of the first step, or the validation file, would stop a
+    real run. Print the first usable sample with its loss mask -> exit code, or None"""
     used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
     reasons = {}
     tally(world, first.dropped, reasons)
