@@ -223,7 +223,7 @@ def loader(steps, order, workers):
 
 def outlive_signals(ended, open_end, worker):
     """Runs in a loader process. It ignores the signals with which a scheduler or Ctrl-C stops all processes of a job,
-    because training needs data until its step is done. The loader ends when training closes the pipe or dies."""
+    because training needs data until its step is done. The loader ends when the trainer closes the pipe or dies."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     open_end.close()         # the loader's copy of the trainer's end: while any copy is open, the pipe does not end

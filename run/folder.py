@@ -114,7 +114,7 @@ class RunFolder:
 
     def compare(self, what, old, kinds, but=()):
         """Stop if `old`, the record of a finished run or of a checkpoint, has other data, frozen weights or settings.
-        kinds: compare settings whose setting(resume=...) is in it; but: skip these settings; what: name of `old`."""
+        kinds: values of setting(resume=...) to compare; but: settings to skip; what: name of `old` in messages."""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
         if old.get("base") != self.base:
@@ -137,7 +137,7 @@ class RunFolder:
         return self.world.gather(found)[0]
 
     def resume(self, model, optimizer):
-        """Lock the folder. Load the newest checkpoint, if there is one -> its state.json, or {"step": 0}"""
+        """Lock the folder. Load the checkpoint to resume from, if there is one -> its state.json, or {"step": 0}"""
         s, world = self.s, self.world
         if world.rank == 0:
             try:

@@ -27,8 +27,8 @@ from run.validate import Validation, check_overfit
 
 
 def begin(s, split):
-    """Check the settings before data and models are read, and join the other ranks -> World. split: the part of the toy
-    world (the generated example data) that this stage trains on"""
+    """Check the settings before data and models are read. Join the other ranks -> engine.World (rank, device, dtype).
+    split: the part of the toy world (the generated example data) that this stage trains on"""
     check(s)
     world = engine.start(s.device, s.dtype, s.seed)
     choose_kernels(s.kernels, world.device)
@@ -76,8 +76,8 @@ def toy_world(s, world, split):
 
 
 def load(s, world, template):
-    """Load the model -> VLM, Folder. Empty settings get the values of `init`, or for a new model those of LLaVA-1.5.
-    template: used if `init` has no template, or has `plain`, which is only for captions."""
+    """Load the model -> model.VLM, formats.llava.Folder (tokenizer, configs). Empty settings are taken from `init`, or
+    for a new model from LLaVA-1.5. template: used if `init` has no template, or has `plain`, only for captions."""
     model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
     engine.set_threads(model, world)
     cfg = model.cfg
