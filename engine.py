@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from config import one_line_errors, parse, stop
 
-TIMEOUT = datetime.timedelta(minutes=30)   # limit of a collective operation; one rank with a slow disk makes all wait
+TIMEOUT = datetime.timedelta(minutes=30)   # time limit of a collective operation; a rank may read from a slow disk
 PARAMETERS_PER_THREAD = 10_000_000         # on a CPU, set_threads takes one more thread per 10 million parameters
 
 
@@ -47,7 +47,7 @@ class World:
         return t.tolist()
 
     def gather(self, thing):
-        """thing: a small object on each rank -> list of the objects of all ranks. Json, because pickle can run code."""
+        """thing: an object on each rank -> list of the objects of all ranks, sent as json: pickle could run code."""
         if self.size == 1:
             return [thing]
         text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8, device=self.device)
@@ -200,10 +200,10 @@ def is_sharded(model, world, parallel):
 
 
 def parallelize(model, world, blocks, parallel="auto", recompute="none", compile=False):
-    """Compile, checkpoint and shard each of `blocks` (VLM.blocks), as the arguments say, then wrap the model.
+    """Apply torch.compile and gradient checkpointing (recompute=block) to each block, then FSDP or DDP to the model.
 
     parallel=ddp replicates the model. This is better for stage 1 and LoRA, where FSDP would gather the frozen weights
-    in every step. parallel=fsdp shards all parameters (FSDP2). recompute=block is gradient checkpointing."""
+    in every step. parallel=fsdp shards all parameters (FSDP2). -> the wrapped model"""
     sharded = is_sharded(model, world, parallel)
     if compile:
         for b in blocks:  # compile before checkpointing: torch.compile silently ignores a checkpointed block
@@ -242,7 +242,7 @@ def whole_tensor(t):
 
 @contextlib.contextmanager
 def sync_gradients(model, enabled):
-    """Context for forward and backward. If enabled (last micro-batch of a step), gradients are summed over ranks."""
+    """Context manager for forward and backward. It all-reduces gradients only if enabled, in the last micro-batch."""
     if hasattr(model, "set_requires_gradient_sync"):       # only an FSDP model has this method
         model.set_requires_gradient_sync(enabled)
     with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():  # DDP has no_sync

@@ -158,7 +158,7 @@ def merged(W, A, B, scale, lengths=None):
 def merge_state(state, scales, dtype=None):
     """State dict of a model with adapters -> state dict of the merged model. scales: alpha / r of each layer with an
     adapter, by name. Each merged matrix is computed in fp32 (fp64 for fp64) and rounded to dtype, if given, before the
-    next. So a 7B model is never whole in memory in fp32. The tensors of `state` do not change."""
+    next is computed. So a 7B model is never whole in memory in fp32. The tensors of `state` do not change."""
     out, packed = {k: v for k, v in state.items() if ".lora_" not in k}, {}
     for name in [k.removesuffix(".absmax") for k in out if k.endswith(".absmax")]:
         packed[name] = tuple(out.pop(f"{name}.{part}") for part in nf4.PARTS)

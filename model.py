@@ -158,7 +158,7 @@ class ViTEmbeddings(nn.Module):
 
     def forward(self, images):
         cfg, p, conv = self.cfg, self.cfg.patch_size, self.patch_embedding
-        side = cfg.image_size // p * p  # a convolution without padding drops an incomplete patch at the edge, too
+        side = cfg.image_size // p * p  # drop an incomplete patch at the edge, as a convolution without padding does
         x = images[:, :, :side, :side].to(torch.float32) / 255
         mean, std = (torch.tensor(t, device=x.device).view(1, 3, 1, 1) for t in (cfg.image_mean, cfg.image_std))
         x = ((x - mean) / std).to(conv.weight.dtype)
@@ -287,7 +287,7 @@ class LlamaAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(K, cfg.rms_norm_eps) if cfg.qk_norm else None for _ in range(2))
 
     def qkv(self, x, rows=None):
-        """The three projections. With adapters, lora.py replaces this method."""
+        """-> queries, keys, values. With adapters, lora.py replaces this method."""
         return self.q_proj(take(x, rows)), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
@@ -309,7 +309,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
     def gate_up(self, x):
-        """The two projections. With adapters, lora.py replaces this method."""
+        """-> gate, up. With adapters, lora.py replaces this method."""
         return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x):
@@ -345,7 +345,7 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self):
-        """-> weight of the output head (V, C). The head is never called: the loss computes logits in chunks."""
+        """-> weight of the output head (V, C). The loss multiplies by it in chunks; the head is never called."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def forward(self, x, pos, lo, hi, rows=None, cache=None):
@@ -355,7 +355,7 @@ class Llama(nn.Module):
             lo = torch.maximum(lo, hi - self.cfg.sliding_window)
         for layer in self.model.layers[:-1]:
             x = layer(x, cos, sin, lo, hi, cache=cache)
-        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)  # tokens not in `rows` only give k and v
+        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)  # tokens outside `rows` only add keys and values
         return self.model.norm(x)
 
 
@@ -399,7 +399,7 @@ class VLM(nn.Module):
 
         Only the R tokens with a label pass the whole last layer. -> head(hidden (R, C), weight (V, C), labels (R,)):
         by default the loss, summed over these tokens."""
-        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). Only this line waits for the GPU, so it comes first
+        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). nonzero() makes the host wait: do it before other work
         x = self.language_model.model.embed_tokens(ids)                        # (N, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))                  # otherwise fp32 embeddings keep x fp32

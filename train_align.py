@@ -33,7 +33,7 @@ class Settings(Common):                          # config.Common: the settings o
 def main(s):
     world = stage.begin(s, "align")
     model, folder = stage.load(s, world, "plain")
-    lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype, world.device)  # only the connector trains
+    lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype, world.device)  # the connector trains
     run = stage.prepare(s, world, model, folder, lrs)
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     torchrun train_sft.py                                          # toy data (demo/), on a CPU, after train_align.py
     torchrun train_sft.py --lora_r=32 --lr=5e-3 --connector_lr=4e-3 --out=runs/lora   # with LoRA adapters
     torchrun train_sft.py recipes/llava15.py --init=runs/align --data=llava_v1_5_mix665k.json --images=DIR
-    torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py ...       # eight GPUs; several nodes: see train_align.py
+    torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py ...      # eight GPUs; several nodes: see train_align.py
 
 Settings are given as --key=value or in recipe files; `python train_sft.py --help` prints them all.
 """

@@ -47,7 +47,7 @@ def architecture(x):
 
 
 def on_its_device(f):
-    """Run f with the device of x as current device. Triton launches kernels on the current device, wherever x is."""
+    """Make the device of x current while f runs, because Triton launches a kernel on the current device."""
     @functools.wraps(f)
     def wrapped(x, *rest):
         with torch.cuda.device_of(x):

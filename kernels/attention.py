@@ -1,6 +1,6 @@
 """Span attention: query i attends to the keys j with lo[i] <= j < hi[i], its span. There is no other mask.
 
-    N queries   M keys   H query heads   G key/value heads (H = g * G)   K head dim
+    N queries   M keys   H query heads   G key/value heads (H = g * G)   K head dim, padded to D in a kernel
     q (N, H, K)   k, v (M, G, K)   lo, hi (N,) int32 in [0, M], both non-decreasing   ->   out (N, H, K)
 
     out[i, h] = sum_j softmax_j(q[i, h] . k[j, h // g] / sqrt(K)) v[j, h // g],  lo[i] <= j < hi[i];  empty span: zeros
@@ -23,7 +23,7 @@ from kernels import architecture, on_its_device, tl, triton, use_triton
 # ---- the definition, and what a CPU runs ----------------------------------------------------------------------------
 
 WHOLE_SEGMENT = 512  # a segment (adjacent queries that share keys) with at most this many keys is computed at once
-CHUNK_QUERIES = 64   # a longer segment is computed in chunks of this many queries: few masked scores are computed
+CHUNK_QUERIES = 64   # a longer segment is computed in chunks of this many queries; large chunks have more masked scores
 
 
 def attention_ref(q, k, v, lo, hi):
@@ -102,7 +102,7 @@ def by_head(t, n, a, L, G):
 
 def probabilities(q, k, v, lo, hi):
     """Yields for each entry of chunks(), with Lq queries and Lk keys: (n, a, Lq, c, Lk), q / sqrt(K) (n G, g Lq, K),
-    k and v (n G, Lk, K), softmax (n G, g Lq, Lk)"""
+    k and v (n G, Lk, K), softmax (n G, g Lq, Lk). n, a and c are as in segments(); g = H / G."""
     G, K, todo = k.shape[1], k.shape[2], chunks(lo, hi)
     q = q * K**-0.5
     widest = max((b - a for n, a, b, c, d, kind in todo if kind == "causal"), default=0)
@@ -166,10 +166,10 @@ attention_torch.register_autograd(_torch_gradients,
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 #
-# lo and hi never decrease. So no query of a tile reads a key outside [lo[first], hi[last]), where first and last are
-# queries of the tile. Every query of the tile reads all keys in [lo[last], hi[first]): blocks of keys in this range
+# A tile has a first and a last query. lo and hi never decrease, so no query of the tile reads a key outside
+# [lo[first], hi[last]). Every query of the tile reads all keys in [lo[last], hi[first]): blocks of keys in this range
 # need no mask. In a long document almost all blocks are of this kind.
-# Three features of Triton are new here. The grid has two dimensions: tiles x heads. tl.dot multiplies two tiles on the
+# Only this file uses three features of Triton. The grid has two dimensions: tiles x heads. tl.dot multiplies tiles on
 # tensor cores; with "ieee", fp32 inputs do not use tensor cores, which would round them to TF32 (10-bit mantissa).
 # do_not_specialize lists integer arguments. For any other integer argument, Triton compiles another kernel if its value
 # is 1 or divisible by 16.
@@ -199,7 +199,7 @@ def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
-    """Load B rows of X from row `start` on -> (B, D). rows (B,): 0 ... B - 1; stride: distance of two rows of X. In the
+    """Load B rows of X from row `start` on -> (B, D). rows (B,): 0 ... B - 1; stride: from row to row of X. In the
     result, rows from `count` on and columns from K on are zero. start * stride is int64, because the product can exceed
     2**31. If count = B and K = D, the compiler removes the mask, which saves 20 registers."""
     d = tl.arange(0, D)
@@ -284,7 +284,7 @@ def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, s
 @triton.jit(do_not_specialize=["N", "M", "g"])
 def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q, stride_k, stride_v, stride_d,
                 scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Compute dq and delta for one tile of BM queries of one head. _backward_kv reads DELTA (H, N)."""
+    """Compute dq and delta = sum(do * out) for one tile of BM queries of one head. _backward_kv reads DELTA (H, N)."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     n = start.to(tl.int64) + r
@@ -366,7 +366,7 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
 def query_ranges(lo, hi, M, block):
     """Find the queries that read each tile of `block` keys, by binary search on the device -> by_hi, by_lo (2, tiles)
     int32. by_hi[0] counts the queries with hi <= the first key of the tile, by_hi[1] those with hi <= its last key;
-    by_lo counts lo in this way. Queries before by_hi[0] and queries from by_lo[1] on read no key of the tile."""
+    by_lo has these two counts for lo. Queries before by_hi[0] and queries from by_lo[1] on read no key of the tile."""
     first = torch.arange(0, M, block, dtype=torch.int32, device=lo.device)
     ends = torch.stack([first + 1, (first + block).clamp_(max=M)])
     return torch.searchsorted(hi, ends, out_int32=True), torch.searchsorted(lo, ends, out_int32=True)
@@ -376,7 +376,7 @@ def query_ranges(lo, hi, M, block):
 
 # (architecture(q), padded head dim) -> for each kernel: queries and keys per tile, warps, pipeline stages. These sizes
 # have not been timed. In Triton 3.6 and 3.7 no kernel spills registers (tests/kernels/test_attention.py), except one:
-# backward_kv for head dim 72 spills two on Hopper in Triton 3.6. Head dims 72, 80 and 96 are padded to 128.
+# backward_kv for head dim 72 spills two registers on Hopper in Triton 3.6. Head dims 72, 80 and 96 are padded to 128.
 ATTENTION_TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
@@ -385,7 +385,7 @@ ATTENTION_TILES = {
     (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
     (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
 }
-FP32_TILE = 32, 32, 8, 1  # fp32 runs without tensor cores, which would round it. This is slow: registers spill
+FP32_TILE = 32, 32, 8, 1  # fp32 runs without tensor cores, which would round inputs. It is slow: registers spill
 
 
 def tile_sizes(q, kernel):

@@ -30,7 +30,7 @@ def chunk_rows(V, dtype):
 
 
 def kernel_applies(x):
-    """True if the Triton kernel is used for logits with the device and dtype of x. It does not support fp64."""
+    """True if the Triton kernel is used for logits with the device and dtype of x. The kernel does not support fp64."""
     return use_triton(x) and x.dtype != torch.float64
 
 
@@ -80,7 +80,7 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
     c = tl.arange(0, BLOCK)                  # (BLOCK,) columns of a block; columns from V on are masked
     y = tl.load(LABELS + row)
     keep = y != IGNORE
-    valid = (0 <= y) & (y < V)               # a label outside [0, V) gives a nan loss, not a read outside X
+    valid = (0 <= y) & (y < V)               # a label outside [0, V) is no address; unless it is -100, the loss is nan
     xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)  # the label's logit, before it is overwritten
 
     m, l = -float("inf"), 0.0                # running maximum, running sum of exp(x - m)
@@ -116,7 +116,7 @@ def logits_to_gradient_triton(logits, labels, gradient):
 def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int, dtype: torch.dtype,
                        need_h: bool, need_w: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> summed loss (), its gradients for hidden (R, C) in `dtype` and for weight (V, C) in fp32 (fp64 for fp64).
-    chunk: rows per chunk; need_h, need_w: is this gradient needed? If not, it is an empty tensor."""
+    chunk: rows per chunk; need_h, need_w: compute the gradient of hidden, of weight? If not, it is an empty tensor."""
     R, V = hidden.shape[0], weight.shape[0]
     hidden, weight, labels = hidden.to(dtype), weight.to(dtype), labels.contiguous()
     loss, dh, dw = _outputs(hidden, weight, dtype, need_h, need_w)

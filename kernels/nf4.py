@@ -11,8 +11,8 @@ and each value is replaced by the index of the nearest of the 256 values in DYNA
 and may cross the end of a row, so any even width C works.
 
 The cost in bytes. An element takes 1/2 + 1/64 + 4 / (64 * 256) = 0.516 bytes; in bf16 it takes 2. So 6.5 billion
-weights fit in 3.4 GB. Tensor cores cannot multiply codes, so W is dequantized to bf16 before each matrix product. This
-reads n / 2 bytes and writes 2 n. At 4 TB/s it takes 1/35 of the time of the product for 8,192 tokens (cuBLAS).
+weights fit in 3.4 GB. Tensor cores cannot multiply codes, so W is dequantized to bf16 before each matrix product: a
+kernel reads n / 2 bytes and writes 2 n. At 4 TB/s it takes 1/35 of the time of the product for 8,192 tokens (cuBLAS).
 """
 
 import functools

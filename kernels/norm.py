@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from kernels import on_its_device, tl, triton, use_triton
 
 NORM_TILE = 4096     # elements of a tile, 16 per thread; a row with more elements is one larger tile
-NORM_PROGRAMS = 256  # programs in backward, two per multiprocessor of an H100; fixed, so that all GPUs add in one order
+NORM_PROGRAMS = 256  # programs in backward, two per multiprocessor of an H100; fixed: all GPUs add in the same order
 
 
 def rms_norm_ref(x, w, eps):
