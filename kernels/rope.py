@@ -4,8 +4,8 @@ x2 are the two halves of a head.
     N tokens   R tokens with a query   H query heads   G key heads   K head dim
     q (R, H, K)   k (N, G, K)   cos, sin (N, K/2)   rows (R,): the token of each query   ->   rotated q, k
 
-The weights of Llama checkpoints on Hugging Face are ordered for halves. In Meta's original checkpoints and in GGUF
-files they are ordered for rotations of neighbouring pairs.
+The weights of Llama checkpoints on Hugging Face are ordered for rotations of halves. In Meta's original checkpoints
+and in GGUF files they are ordered for rotations of neighbouring pairs.
 
 The cost in bytes. One launch reads each element of q and k once and writes it once. For q and k of 32 heads each
 (K = 128, bf16), 16 KB are read and 16 KB written per token. Plain torch forms four products, two sums and a
