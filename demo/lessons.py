@@ -35,7 +35,7 @@ def shuffled(rng, items):
 
 
 def records(scene, rng, easy):
-    """-> things of a scene as {attribute: word}, their texts; in random order. easy: colour, shape, then the place"""
+    """-> things of a scene as {attribute: word}, their texts; in random order. easy: place comes last in a text"""
     things, texts = [], []
     for o in shuffled(rng, scene["objects"] if easy else toy.things(scene)):
         name = ({"shape": "sign", "number": str(o["digit"])} if "digit" in o else
@@ -77,7 +77,7 @@ def drill_document(tok, rng, easy):
     p = Parts(tok, 0)
     p.control(tok.bos)
     p.text(" " + "; ".join(texts) + "\n")
-    for key, answer in drills:                     # words need a space: " red" and "red" are different tokens
+    for key, answer in drills:                     # put a space before each word: " red" and "red" are different tokens
         p.text(" " + key)
         p.text(" " + answer, supervised=True)
         p.text("\n")

@@ -211,7 +211,7 @@ def train_llm(s):
     print(f"LLM: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} vocabulary entries", flush=True)
 
     def loss_of_step(step):
-        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # the weights in demo/llm had this seed
+        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # demo/llm was trained with this seed
         while sum(len(d[0]) for d in docs) < s.tokens:
             docs.append(lessons.lesson_document(plan[step], tok, rng))
         b = pack(docs, 1)
@@ -365,7 +365,7 @@ def train_vit(s):
         if s.head == "classes":    # a third of the images becomes grey, so the ViT must recognise shapes without colour
             grey = torch.rand(len(i), generator=g) < 1 / 3
             pixels[grey] = pixels[grey].float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
-            truth[grey, :, 0] = IGNORE                                                  # no loss for lost colours
+            truth[grey, :, 0] = IGNORE                                                  # grey images: no colour loss
         return model(pixels, pack([(docs[j], docs[j], []) for j in i], 1), truth)
 
     def score():                                                                        # LLaVA uses block -2

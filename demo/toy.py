@@ -41,7 +41,7 @@ TYPES = ["color", "shape", "size", "count", "place", "relation", "exists", "read
 # ---- the scene graph ------------------------------------------------------------------------------------------------
 
 def held_out(color, shape, size, row, column):
-    """Does this combination occur only in test scenes? One in six does. Any two attributes still meet in training."""
+    """Is this combination for test scenes only? One in six is. Any two attributes still occur together in training."""
     return ([*COLORS].index(color) + SHAPES.index(shape) + 3 * SIZES.index(size) + 2 * row + column) % 6 == 0
 
 
@@ -320,7 +320,7 @@ def caption_rows(scenes):
 def conversation_rows(scenes):
     rows, tally = [], {"yes": 0, "no": 0}
     for i, name, scene, rng in scenes:
-        if rng.random() < 0.15:                             # a question for a description
+        if rng.random() < 0.15:                             # ask for a long or short description
             long = rng.random() < 0.75
             ask = "Describe the image." if long else "Describe the image briefly."
             turns = dialogue([(ask, None, caption(scene, long))], False, "<image>\n")

@@ -45,7 +45,7 @@ def one_line(what):
 
 
 def typed(Config, what, d):
-    """Build Config from a dict d; other keys are ignored. Stops at a wrong type, or a number that must be above 0."""
+    """Build Config from a dict d; other keys are ignored. Stops at a wrong type, or (for most keys) a number <= 0."""
     fields = {f.name: f.type for f in dataclasses.fields(Config)}
     for k, x in d.items():
         kind = fields.get(k)
@@ -80,7 +80,7 @@ def vision_config(c, feature_layer=-2, pre={}):
         stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
     if not pre.get("do_normalize", True):
         cfg.image_mean, cfg.image_std = (0.0,) * 3, (1.0,) * 3
-    # for a byte x, transformers computes (rescale_factor x - mean) / std, our model (x / 255 - mean) / std: convert
+    # for a byte x, transformers computes (rescale_factor x - mean) / std, we (x / 255 - mean) / std: adapt mean and std
     factor = 255 * (pre.get("rescale_factor", 1 / 255) if pre.get("do_rescale", True) else 1)
     cfg.image_mean, cfg.image_std = (tuple(v / factor for v in t) for t in (cfg.image_mean, cfg.image_std))
     if cfg.hidden_act not in ACTIVATIONS:
@@ -106,7 +106,7 @@ def text_config(c):
         stop(f"language model with {heads} heads for {d['num_key_value_heads']} keys and values")
     d |= rope_settings(d, plain.max_position_embeddings)
     window = d.get("sliding_window") if kind != "llama" else None
-    if kind in ("qwen2", "qwen3"):                                            # the config says which layers use it
+    if kind in ("qwen2", "qwen3"):                                            # some layers may have no sliding window
         first, kinds = d.get("max_window_layers", 28), d.get("layer_types")
         slides = max(0, L - first) if d.get("use_sliding_window") else 0
         slides = kinds.count("sliding_attention") if kinds else min(slides, L)
@@ -151,7 +151,7 @@ def strategy(vision):
 
 def read_pre(folder, kind):
     """-> dict: preprocessor_config.json, or the part of processor_config.json that replaces it in transformers 5. An
-    absent image_mean or image_std gets the default of vision towers of this `kind`, their model_type."""
+    absent image_mean or image_std gets the default for `kind`, the model_type of the vision tower."""
     file, both = folder / "preprocessor_config.json", folder / "processor_config.json"
     pre = read_json(both).get("image_processor") if both.is_file() and not file.is_file() else None
     pre = pre if isinstance(pre, dict) else read_json(file)

@@ -79,7 +79,7 @@ def write_gguf(path, keys, tensors):
         kind, raw = packed(value)
         head += [packed(name)[1], struct.pack("<I", kind), raw]
     for name, shape, dtype in table:
-        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),  # GGUF's order of axes
+        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),  # GGUF reverses axes
                  struct.pack("<IQ", DTYPES[dtype][1], at)]
         at += padded(shape.numel() * DTYPES[dtype][0].itemsize)
     tmp = path.with_name(f".tmp-{path.name}")
@@ -107,7 +107,7 @@ def padded(n):
 # ---- the language model ---------------------------------------------------------------------------------------------
 
 def interleaved(x, heads):
-    """Reorder the K rows of each head of q_proj or k_proj: RoPE pairs i, i + K/2 here, 2i, 2i + 1 in llama.cpp."""
+    """Reorder the K rows of each head of q_proj or k_proj: our RoPE pairs (i, i + K/2), llama.cpp (2i, 2i + 1)."""
     return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -157,7 +157,7 @@ def text_keys(cfg, dtype, name):
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
 def steps_of(part, key):
-    """A normalizer or pre-tokenizer of tokenizer.json -> list of its steps. key: the field of a Sequence with them"""
+    """A normalizer or pre-tokenizer of tokenizer.json -> list of its steps. key: name of the field that lists them"""
     return [] if part is None else part[key] if part["type"] == "Sequence" else [part]
 
 
@@ -195,7 +195,7 @@ def scores(vocab, merges, where):
 
 
 def tokenizer_keys(tok, V, template, system=None):
-    """A tokenizer -> its GGUF keys. V: vocabulary size. template: a name in chat.py; None: use the folder's own."""
+    """A tokenizer -> its GGUF keys. V: vocabulary size. template: a name in chat.py; None: the folder's template."""
     where, spec = f"the tokenizer in {tok.folder}", tok.spec
     if (kind := spec["model"].get("type")) != "BPE":
         stop(f"{where}: a tokenizer of type {kind!r} is not exported: BPE")
@@ -301,7 +301,7 @@ def export(folder, out, dtype):
     keys = text_keys(cfg.text, dtype, name)
     keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
     vision_keys = mmproj_keys(cfg, dtype, name)
-    out = Path(out or Path(folder if Path(folder).exists() else name, "gguf"))           # from the hub: ./NAME/gguf
+    out = Path(out or Path(folder if Path(folder).exists() else name, "gguf"))           # hub model: write to NAME/gguf
     out.mkdir(parents=True, exist_ok=True)
     paths = out / f"model-{dtype}.gguf", out / f"mmproj-model-{dtype}.gguf"
     write_gguf(paths[0], keys, partial(text_tensors, model.language_model, cfg.text, dtype))

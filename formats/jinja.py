@@ -4,7 +4,7 @@ import json
 
 from chat import template
 
-# by these tags, transformers finds the text that chat.encode supervises (its option return_assistant_tokens_mask)
+# by these tags, transformers finds the text that chat.encode supervises (option return_assistant_tokens_mask)
 BEGIN, END = "{% generation %}", "{% endgeneration %}"
 
 _INST = "[INST] {% if system and ns.first %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ user }} [/INST]"
@@ -27,7 +27,7 @@ _PARTS = {
         "<|im_start|>assistant\n"),
     "mistral": ("{{ bos_token }}", _INST, BEGIN + " {{ answer }} {{ eos_token }}" + END, "")}
 
-# _FRAME: the template around these four texts. A message's content is a string or a list of parts. A single <image>
+# _FRAME: the template around the texts of _PARTS. A message's content is a string or a list of parts. A single <image>
 # moves to the front of its message. _FRAME is one line, because programs treat a line break after a tag differently
 CONTENT = "{% set said = words(message['content']) %}"
 _FRAME = (

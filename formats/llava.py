@@ -28,12 +28,12 @@ from formats.tokenizer import Tokenizer
 from formats.whole import commit, write_file
 from model import VLM, VLMConfig, init_weights
 
-# config.json in the LLaVA repository's format: model_type -> type of the LLM; supported values of other keys
+# config.json of the LLaVA repository. LLAVA_TEXT: model_type -> type of the LLM. LLAVA_KEYS: supported values of keys
 LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
-LARGER = 4  # limit of (image side / image side in training): the number of tokens grows with the square of this
+LARGER = 4  # limit of (image side / image side in training): the number of tokens grows with the square of this ratio
 
 
 class Folder(NamedTuple):
@@ -71,7 +71,7 @@ def read_llava_hf(folder, c):
         stop(f"{folder}: vision_feature_select_strategy {how!r} with {v.get('model_type')} is not supported")
     meta = read_json(folder / "pumice.json", {})
     tensors = renamed(read_tensors(folder), folder)
-    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # our mark for a connector of one matrix
+    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # we write this for a one-matrix connector
         unit, bias = (tensors.pop(f"multi_modal_projector.linear_2.{k}", None) for k in ("weight", "bias"))
         if unit is None or bias is None or bias.any() or not unit.equal(torch.eye(*unit.shape, dtype=unit.dtype)):
             stop(f"{folder}: a linear connector of two matrices is not supported")
@@ -139,7 +139,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
     if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size and init:
         stop(f"{where}: preprocessor_config.json makes images of side {side}, the tower reads {cfg.vision.image_size}")
     head, embedding = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
-    if cfg.text.tie_word_embeddings and head is not None:  # as in transformers 5, tied only if both are equal
+    if cfg.text.tie_word_embeddings and head is not None:  # as in transformers 5, tied only if both matrices are equal
         cfg.text.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
     with torch.device("meta"):
@@ -170,7 +170,7 @@ def add_token_rows(tensors, cfg, tok, where):
     -> [notes for the user]. This function changes `tensors` and cfg.vocab_size.
 
     A new row is the mean of the V old rows, as in LLaVA. So a new logit is the mean of the old logits. By Jensen's
-    inequality it is at most (their log-sum-exp) - log V. So k new rows raise a loss by at most log(1 + k / V).
+    inequality, this mean is at most (their log-sum-exp) - log V. So k new rows raise a loss by at most log(1 + k / V).
     """
     V = cfg.vocab_size
     if tok.published > V:
@@ -181,7 +181,7 @@ def add_token_rows(tensors, cfg, tok, where):
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         x = tensors.get(name)
         if x is not None and x.shape[:1] == (V,):                             # `account` reports a wrong shape
-            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # same on all machines
+            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # same on every machine
             tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
     return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
             f"{cfg.vocab_size:,}"]

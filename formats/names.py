@@ -20,12 +20,12 @@ SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
     (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),   # LLaVA repository's names
     (r"^(model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
-    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),                   # also in an LLM's files
+    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),                   # and names in LLM files
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # names in memory, transformers >= 4.52
     (r"^model\.language_model\.", "language_model.model."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # names in files, transformers >= 5
-# (part of our name, this part in published DINOv2 files)
+# pairs: part of our name, this part in published DINOv2 files
 DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "position_embeddings"),
               ("patch_embedding.", "patch_embeddings.projection."), ("encoder.layers.", "encoder.layer."),
               ("self_attn.q_proj", "attention.attention.query"), ("self_attn.k_proj", "attention.attention.key"),
@@ -72,7 +72,7 @@ def spelling(model):
 
 
 def name_in_transformers(name, dino=False):
-    """Our name -> the name in PEFT files: that in a model of transformers 5. dino: the vision tower is a DINOv2"""
+    """Our name -> the name in PEFT files, which is the name in a model of transformers 5. dino: is the ViT a DINOv2?"""
     name = dino_name(name, in_memory=True) if dino and name.startswith("vision_tower.") else name
     for ours, theirs in (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
                          ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_", "model.multi_modal_")):
@@ -82,8 +82,8 @@ def name_in_transformers(name, dino=False):
 
 
 def account(model, tensors, where, new=()):
-    """{our name: tensor} of a folder -> the model's parameters, unused tensors (both {name: tensor}). The ViT's blocks
-    after the feature layer and its final norm are unused; all or none must exist. new: prefix of absent names."""
+    """{our name: tensor} of a folder -> two dicts: the model's parameters, unused tensors. The ViT's blocks after the
+    feature layer and its final norm are unused; all or none must exist. No name in the folder may begin with `new`."""
     cfg = model.cfg
     with torch.device("meta"):
         tower = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))

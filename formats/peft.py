@@ -66,7 +66,7 @@ def load_adapter(model, folder):
         if block and (block[1] is None or v.depth <= int(block[1]) < v.num_hidden_layers):
             del found[k]
     tensors = renamed(found, folder, spell)
-    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}    # our name: file's
+    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}    # our name: PEFT's
     if not there:
         stop(f"{folder} holds no adapter")
     if strange := sorted(there.keys() - set(targets(model, "*"))):

@@ -19,7 +19,7 @@ SPACE = r"[ \t\n\r]*"
 FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")  # before/after a value
 MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
 MAX_IMAGES = 256           # limit for one row
-USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # names in LLaVA, in OpenAI
+USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # role names in LLaVA, in OpenAI
 UNSUPPORTED = ("video", "audio")
 
 

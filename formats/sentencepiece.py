@@ -1,9 +1,9 @@
 """SentencePiece's tokenizer.model (Llama 1 and 2, Vicuna, Mistral, TinyLlama) -> the content of a tokenizer.json.
 
-SentencePiece merges the two neighbours whose joined piece has the highest score. tokenizer.json has a ranked list of
-merges. Our list has every way to split a piece into two pieces, sorted by the score of the piece. Then both tokenizers
-give the same ids if no two pieces of several characters have equal scores, and if every character of a piece is also a
-piece. Other models are refused. The numbers of fields are those in sentencepiece_model.proto.
+SentencePiece merges the two neighbours that together form the piece with the highest score. tokenizer.json has a ranked
+list of merges. Our list has every way to split a piece into two pieces, sorted by the score of the piece. Then both
+tokenizers give the same ids if no two pieces of several characters have equal scores, and if every character of a piece
+is also a piece. Other models are refused. The numbers of fields are those in sentencepiece_model.proto.
 """
 
 import io
@@ -85,7 +85,7 @@ def read_sentencepiece(path):
                   "byte_fallback": bool(trainer.get(35)), "vocab": {name: i for i, name in enumerate(names)},
                   "merges": [f"{name[:i]} {name[i:]}" for name in merged for i in range(1, len(name))
                              if name[:i] in normal and name[i:] in normal]}}
-    roles = {"bos_token": trainer.get(41, 1), "eos_token": trainer.get(42, 2)}        # no such token: 2**64 - 1 (-1)
+    roles = {"bos_token": trainer.get(41, 1), "eos_token": trainer.get(42, 2)}        # no token: -1, read as 2**64 - 1
     return spec, {role: names[i] for role, i in roles.items() if i < len(names) and types[i] == CONTROL}
 
 
