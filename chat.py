@@ -1,14 +1,14 @@
-"""Conversations to token ids and labels, built together, turn by turn.
+"""Turn a conversation into token ids and labels. Both lists are built together, turn by turn.
 
 A template writes a conversation as a list of parts: control tokens (BOS, headers, end of turn), images (a block of ids
 each), and text. Control tokens are inserted as ids. Text between two control tokens is tokenised in one piece, by a
-tokenizer without control tokens, so no user can type one. Answers and the tokens that end them are supervised.
-Labels never come from a search in the rendered text. The prompt at inference is an exact prefix of the training ids.
+tokenizer without control tokens, so a user cannot type a control token. Answers and the tokens that end them are
+supervised (the loss counts them). At inference, the ids of a prompt are an exact prefix of the ids in training.
 
-    turns    [(user, assistant)]; if the last assistant is None, the ids end where its answer begins
+    turns    [(user text, assistant text)]; if the last assistant text is None, the ids end where the answer begins
     ids      list of token ids
     labels   list of the same length: labels[i] is ids[i] where token i is supervised, else IGNORE; not yet shifted
-    block    the ids of one image: its placeholders, in other systems than LLaVA with more around them
+    block    list of the ids of one image: its placeholders, and in some systems other ids around them
 """
 
 import itertools
@@ -21,12 +21,12 @@ from typing import NamedTuple
 from config import BadSample, stop
 from kernels.cross_entropy import IGNORE
 
-IMAGE = "<image>"  # the marker in LLaVA's data files; the placeholder token has the same name
-LONGEST = 64       # limit: average characters per token; real text has fewer
+IMAGE = "<image>"  # marks the place of an image in LLaVA's texts; the placeholder token has the same name
+LONGEST = 64       # encode() refuses more than LONGEST * max_len characters; real text has fewer characters per token
 
 
 class Parts:
-    """One conversation, in order: ("id", id, supervised), ("text", str, supervised). blocks: one for each image"""
+    """One conversation as parts: ("id", token id, supervised) or ("text", str, supervised). blocks: of the images"""
 
     def __init__(self, tok, blocks):
         self.tok, self.images, self.blocks, self.parts = tok, len(blocks), iter(blocks), []
@@ -35,14 +35,14 @@ class Parts:
         if token is None:
             stop(f"this template needs a BOS and an EOS token; {self.tok.folder}/tokenizer_config.json names none")
         self.parts.append(("id", token if isinstance(token, int) else self.tok.id(token), supervised))
-        return self                                     # so calls can be chained: p.control(...).text(...)
+        return self                                     # `self`, so that calls can be chained: p.control(...).text(...)
 
     def text(self, s, supervised=False):
         self.parts += [("text", s, supervised)] if s else []
         return self
 
     def tag(self, s):
-        """[INST] and [/INST] are control tokens since Mistral's third version, and ordinary text before."""
+        """Add [INST] or [/INST]: a control token if the tokenizer has it (Mistral since version 3), else plain text."""
         return self.control(s) if s in self.tok.specials else self.text(s)
 
     def image(self, n=1):
@@ -50,8 +50,8 @@ class Parts:
         return self
 
     def user(self, s):
-        """Write a question. Markers stand for images only in a sample that has images. A single marker moves to the
-        front of its turn, as in LLaVA; several markers stay where they are."""
+        """Add a user's text. If the sample has images, each <image> marker in the text becomes an image. A single
+        marker moves to the front of its turn, as in LLaVA; several markers stay where they are."""
         if not self.images or IMAGE not in s:
             return self.text(s.strip())
         if s.count(IMAGE) == 1:
@@ -63,7 +63,7 @@ class Parts:
         return self
 
     def tokenise(self):
-        """-> ids, labels. Adjacent texts are joined before they are tokenised."""
+        """-> ids, labels. Adjacent text parts are joined before they are tokenised."""
         out = []                                                               # [(id, supervised)]
         for kind, parts in itertools.groupby(self.parts, lambda part: part[0]):
             if kind == "text":
@@ -73,9 +73,9 @@ class Parts:
         return [i for i, _ in out], [i if supervised else IGNORE for i, supervised in out]
 
     def tokenise_text(self, texts, first):
-        """[(str, supervised)] -> [(id, supervised)]. first: the text begins the conversation."""
+        """Adjacent text parts [(str, supervised)] -> [(token id, supervised)]. first: they begin the conversation."""
         text = "".join(s for s, _ in texts)
-        mask = b"".join(bytes([supervised]) * len(s) for s, supervised in texts)     # per character: 1 = supervised
+        mask = b"".join(bytes([supervised]) * len(s) for s, supervised in texts)  # 1 = supervised character, 0 = not
         if re.search("[\ud800-\udfff]", text):
             raise BadSample("a text holds a lone surrogate, which no encoding allows")
         out = []
@@ -91,8 +91,8 @@ class Parts:
 # ---- templates: each writes turns as its language models expect them ------------------------------------------------
 
 def plain(p, system, turns):
-    """Stage 1: image, caption, newline. The text of the question is not used, only its images."""
-    if p.tok.bos is not None:                           # Qwen has no BOS
+    """Template of stage 1: image, caption, newline. The images of a question are used, its text is not."""
+    if p.tok.bos is not None:                           # Qwen's tokenizers have no BOS token
         p.control(p.tok.bos)
     for user, answer in turns:
         p.image(user.count(IMAGE) if p.images else 0)
@@ -154,7 +154,7 @@ _LLAVA = ("You are a helpful language and vision assistant. You are able to unde
 class Template(NamedTuple):
     write: callable
     system: str           # the default system text
-    stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token with a newline
+    stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token that has a newline
 
 
 TEMPLATES = {
@@ -173,9 +173,9 @@ def template(name):
 
 
 def encode(tok, name, turns, blocks=(), system=None, max_len=None):
-    """One conversation -> ids, labels, not truncated. The users' texts hold one marker for each image, which is replaced
-    by its block; without images a marker is text. system: None = the template's default, "" = none. max_len: a far longer
-    text is refused before it is tokenised, to save memory. Raises BadSample."""
+    """One conversation -> ids, labels, not yet truncated. blocks: the ids of each image; the users' texts must have one
+    <image> marker for each (without images, a marker is plain text). system: None = the template's default, "" = none.
+    max_len: if a text is far longer, raise BadSample before it is tokenised, to save memory."""
     t = template(name)
     markers = sum(user.count(IMAGE) for user, _ in turns)
     if blocks and markers != len(blocks):
@@ -189,21 +189,21 @@ def encode(tok, name, turns, blocks=(), system=None, max_len=None):
 
 
 def end_of_turn(tok, name):
-    """The id that ends a turn, or None; it becomes the EOS of a published folder. `plain` keeps the tokenizer's EOS."""
+    """-> id of the token that ends an answer, or None. Published models use it as EOS. Template `plain`: tok.eos"""
     end = template(name).stop
     return tok.eos if end in ("", "\n") else tok.id(end)
 
 
 def stop_ids(tok, name):
-    """The ids at which generation stops."""
+    """-> the set of token ids at which generation stops"""
     if template(name).stop == "\n":
         return {i for i in range(len(tok)) if "\n" in tok.full.decode([i], skip_special_tokens=False)}
     return {end_of_turn(tok, name)} - {None}
 
 
 def truncate(ids, labels, blocks, image_id, max_len):
-    """Keep at most max_len tokens, and only whole images -> ids, labels, number of images kept. blocks: as for encode"""
-    n, kept, end = max_len, 0, 0                     # end: of the last image that is kept
+    """Keep at most max_len tokens, and only whole images -> ids, labels, images kept. blocks: as in encode()"""
+    n, kept, end = max_len, 0, 0                     # end: index behind the last image that is kept
     for block in blocks:
         begin = ids.index(image_id, end) - block.index(image_id)
         if begin + len(block) > max_len:

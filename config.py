@@ -1,8 +1,8 @@
-"""Settings: the defaults of a script, then recipe files in order, then --key=value; the last value counts.
+"""Settings of a script: its defaults, then recipe files and --key=value in the given order; the last value counts.
 
-A script's settings are a dataclass. A recipe is plain Python whose module-level names are settings; names that begin
-with _ are ignored. A value must have the annotated type: 1 is a valid float, yes is not a valid bool, none means None
-only if the annotation allows None."""
+A script's settings are a dataclass. A recipe is a Python file whose module-level names are settings; names that begin
+with _ are ignored. A value must have the annotated type: 1 is a valid float, `yes` is not a valid bool, and `none`
+means None only if the annotation allows None."""
 
 import contextlib
 import dataclasses
@@ -17,12 +17,12 @@ from pathlib import Path
 
 
 class Error(Exception):
-    """A mistake of the user, in one line. Scripts end with that line and without a traceback (one_line_errors)."""
+    """A mistake of the user, described in one line. A script prints this line without a traceback and ends."""
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. Bad samples are counted by `reason`, the same text for the same mistake;
-    str() adds the detail after a colon."""
+    """A sample that cannot be used. `reason` is the same text for all samples with the same mistake, so that mistakes
+    can be counted. str() adds `detail` after a colon."""
 
     def __init__(self, reason, detail=""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -35,7 +35,7 @@ def stop(message):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Wraps the main function of a script: an Error ends the process with its line on stderr and exit code 1."""
+    """Wraps the main function of a script: an Error ends the process, with its message on stderr and exit code 1."""
     try:
         yield
     except Error as e:
@@ -47,10 +47,10 @@ def one_line_errors():
 def setting(default, about, least=None, most=None, choices=(), resume="same", group=""):
     """A field of a settings class.
 
-    about     what it is, with its unit      least, most, choices    which values are valid
-    resume    may a run be resumed with another value? same: no. say: yes, and the change is printed. free: yes,
-              model/ does not depend on it (data: contents are compared). In a finished run only free may differ.
-    group     the heading of --help that begins here"""
+    about     what the setting is, with its unit      least, most, choices    which values are valid
+    resume    may a resumed run have another value? "same": no. "say": yes, and the change is printed. "free": yes, the
+              published model does not depend on it (for `data`, the files' contents are compared).
+    group     heading that --help prints above this setting"""
     return dataclasses.field(default=default, metadata=dict(
         about=about, least=least, most=most, choices=choices, resume=resume, group=group))
 
@@ -104,7 +104,7 @@ class Common:
 
 
 def setting_facts(Settings):
-    """-> {name: metadata of setting()}; a subclass that only changes a default keeps the metadata."""
+    """-> {name: metadata from setting()}. A subclass that only changes a default keeps the metadata of its parent."""
     found = {}
     for cls in reversed(Settings.__mro__):
         for f in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
@@ -114,7 +114,7 @@ def setting_facts(Settings):
 
 
 def check_ranges(s):
-    """Stop at a setting outside its range."""
+    """Stop if a setting is outside its range, or not one of its choices."""
     for key, fact in setting_facts(type(s)).items():
         value, low, high, choices = getattr(s, key), fact.get("least"), fact.get("most"), fact.get("choices")
         if choices and value not in choices:
@@ -126,7 +126,7 @@ def check_ranges(s):
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-ALIASES = {  # what LLaVA's scripts, transformers' Trainer and PEFT call these settings
+ALIASES = {  # for error messages: the name in LLaVA's scripts, transformers' Trainer or PEFT -> the name here
     "model_name_or_path": "llm", "data_path": "data", "image_folder": "images", "vision_tower": "vision",
     "output_dir": "out", "pretrain_mm_mlp_adapter": "init", "mm_projector_type": "connector",
     "image_aspect_ratio": "image_aspect", "version": "template", "model_max_length": "max_len", "max_length": "max_len",
@@ -151,7 +151,7 @@ def wrong_type(annotation, key, value):
 
 
 def read_value(text, annotation, key):
-    """Text -> a value of the annotated type."""
+    """The text of a setting on the command line -> a value of the annotated type."""
     if types.NoneType in kinds(annotation) and text.lower() == "none":
         return None
     for kind in kinds(annotation):
@@ -166,7 +166,7 @@ def read_value(text, annotation, key):
 
 
 def checked(value, annotation, where):
-    """A value from a recipe, if it has the annotated type; an int is a valid float."""
+    """Stop if a recipe's value does not have the annotated type; an int becomes a float where a float is expected."""
     if type(value) is int and int not in kinds(annotation) and float in kinds(annotation):
         return float(value)
     if type(value) not in kinds(annotation) or value != value:
@@ -175,7 +175,7 @@ def checked(value, annotation, where):
 
 
 def run_recipe(file):
-    """The module-level names of a recipe file that are settings."""
+    """Run a recipe file -> {name: value} of its settings"""
     if not Path(file).is_file():
         stop(f"no recipe {file}")
     try:
@@ -198,9 +198,9 @@ def show_help(Settings, doc):
 
 
 def parse(Settings, argv, doc=""):
-    """argv without the script's name -> an instance of Settings."""
-    for stream in (sys.stdout, sys.stderr):                # characters that cannot be printed are escaped
-        if hasattr(stream, "reconfigure"):                 # a notebook's stream has no such method
+    """Command-line arguments (without the script's name) -> an instance of Settings."""
+    for stream in (sys.stdout, sys.stderr):                # escape characters that the output encoding does not have
+        if hasattr(stream, "reconfigure"):                 # the output streams of a notebook have no such method
             stream.reconfigure(errors="backslashreplace")
     hints = typing.get_type_hints(Settings)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(Settings)}

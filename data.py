@@ -1,4 +1,4 @@
-"""LLaVA json or jsonl plus a folder of images -> packed sequences, in an order that depends on (seed, step) alone.
+"""Turn LLaVA json or jsonl and a folder of images into packed sequences. Their order depends only on (seed, step).
 
     python data.py FILE --images=DIR --model=DIR [--template=NAME --max_len=N --show=N --bad=FILE]   # check a file
 
@@ -31,10 +31,10 @@ from kernels.cross_entropy import IGNORE
 # ---- rows -> samples -------------------------------------------------------------------------------------------------
 
 class Encoder:
-    """A row -> ids, labels and image names: a sample without its pixels."""
+    """Turns a row of a data file into ids, labels and image names: a sample without its pixels."""
 
     def __init__(self, tok, template, layout, max_len, system=None):
-        """layout: of images, images.Layout or one with the same methods"""
+        """layout: images.Layout, or an object with the same methods"""
         self.tok, self.template, self.layout, self.max_len, self.system = tok, template, layout, max_len, system
         try:
             self.encode([("?", "!")])
@@ -46,13 +46,13 @@ class Encoder:
                            self.max_len)
 
     def __call__(self, row, size=None):
-        """size: image name -> (width, height), where the layout needs it
-        -> ids, labels, names of the images kept, number of tokens cut off"""
+        """A row -> ids, labels, names of the images that fit into max_len, number of tokens cut off. size: a function
+        image name -> (width, height), for layouts that need it"""
         turns, names, system = conversation(row)
         blocks = [self.layout.block(self.layout.needs_size and size(name)) for name in names]
         ids, labels = self.encode(turns, blocks, system)
         short, kept, images = chat.truncate(ids, labels, blocks, self.layout.image_id, self.max_len)
-        if all(y == IGNORE for y in kept[1:]):                 # the first token is never predicted
+        if all(y == IGNORE for y in kept[1:]):                 # no position predicts the first token
             if len(short) == len(ids):
                 raise BadSample("no supervised token")
             first = next((i for i, y in enumerate(labels) if i and y != IGNORE), len(ids))
@@ -64,12 +64,12 @@ class Encoder:
 # ---- samples -> packed sequences ------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """One stream of N tokens from many samples; I images, in the order of their placeholders."""
+    """One stream (packed sequence): N tokens of several samples, and I images in the order of their placeholders."""
     ids: torch.Tensor     # (N,) int64
-    labels: torch.Tensor  # (N,) int64: the id that this position must predict, or -100
-    pos: torch.Tensor     # (N,) int64, counted from 0 in every sample
-    lo: torch.Tensor      # (N,) int32: a token sees the keys lo <= j < hi of the stream
-    hi: torch.Tensor      # (N,) int32
+    labels: torch.Tensor  # (N,) int64: the id that this position must predict, or -100 if it is not supervised
+    pos: torch.Tensor     # (N,) int64: positions, counted from 0 in every sample
+    lo: torch.Tensor      # (N,) int32: each token attends to the keys lo <= j < hi of the stream
+    hi: torch.Tensor      # (N,) int32: end of the range of keys that each token attends to
     images: torch.Tensor  # (I, 3, S, S) uint8
 
     def to(self, device):
@@ -77,9 +77,9 @@ class Batch(NamedTuple):
 
 
 def pack(samples, side, span_ends=None):
-    """[(ids, labels, images (i, 3, side, side) uint8)] -> one Batch. Labels are shifted here, within each sample, so
-    the last token of a sample does not predict the first token of the next sample. span_ends gives `hi`, as the
-    functions in parts/spans.py do; None means causal attention."""
+    """Samples [(ids, labels, images (n, 3, side, side) uint8)] -> one Batch. Labels are shifted by one within each
+    sample, so the last token of a sample does not predict the first token of the next sample. span_ends: a function
+    that gives `hi` (parts/spans.py); None = causal attention"""
     lengths = torch.tensor([len(ids) for ids, _, _ in samples], dtype=torch.long)
     ids = torch.tensor([i for ids, _, _ in samples for i in ids], dtype=torch.long)
     labels = torch.tensor([y for _, labels, _ in samples for y in [*labels[1:], IGNORE]], dtype=torch.long)
@@ -92,7 +92,7 @@ def pack(samples, side, span_ends=None):
 
 
 def share_out(costs, n):
-    """Divide the indices of `costs` into n groups of similar cost: the highest cost first, into the cheapest group."""
+    """Sample costs -> n groups of indices of similar cost. Each index, highest cost first, joins the cheapest group."""
     groups, load = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         k = min(range(n), key=lambda k: (load[k], k))
@@ -102,9 +102,9 @@ def share_out(costs, n):
 
 
 def best_fit(indices, lengths, room):
-    """Divide the samples `indices` into few streams of at most `room` tokens: the longest first, each into the fullest
-    stream that has room for it. A sample longer than `room` gets its own stream."""
-    streams = []                                                  # each: [room left, indices]
+    """Pack samples into few streams of at most `room` tokens. The longest sample comes first; each sample goes into the
+    fullest stream that has room for it. A sample longer than `room` gets its own stream."""
+    streams = []                                                  # each stream: [free tokens, indices of its samples]
     for i in sorted(indices, key=lambda i: (-lengths[i], i)):
         fit = min((s for s in streams if s[0] >= lengths[i]), key=lambda s: s[0], default=None)
         if fit is None:
@@ -118,18 +118,18 @@ def best_fit(indices, lengths, room):
 
 class StepData(NamedTuple):
     """The work of one rank in one optimizer step."""
-    micro: list       # Batches, the same number on every rank: a rank with less work gets empty ones
-    names: list       # the samples of this rank
-    dropped: list     # (sample, reason) of the unusable samples on this rank
-    truncated: int    # samples that lost tokens at their end
-    animated: int     # images of which only the first frame was read
+    micro: list       # micro-batches (Batch). All ranks have equally many; a rank with less work gets empty ones
+    names: list       # names of the usable samples of this rank
+    dropped: list     # (name, reason) of each unusable sample of this rank
+    truncated: int    # number of samples that lost tokens at their end
+    animated: int     # number of images with several frames; only the first frame is used
 
 
 class Steps(torch.utils.data.Dataset):
-    """steps[s] -> StepData of this rank. The samples of step s depend only on (seed, s); ranks divide them by cost.
-
-    spec: "a.json:0.7,b.json:0.3" mixes files by weight; "a.json,b.json" takes every sample once. An epoch has as many
-    samples as the files together; a file is shuffled again when all its samples have been drawn."""
+    """steps[s] -> StepData of this rank for step s. The samples of a step depend only on (seed, s). They are divided
+    between the ranks so that every rank has similar work.
+    spec: "a.json:0.7,b.json:0.3" mixes files by weight; "a.json,b.json" takes every sample once per epoch. An epoch has
+    as many samples as all files together. A file is shuffled again when all its samples have been drawn."""
 
     def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1, span_ends=None):
         if max_tokens < encode.max_len:
@@ -145,17 +145,17 @@ class Steps(torch.utils.data.Dataset):
         if not (weights.min() >= 0 and 0 < weights.sum() < math.inf):
             stop(f"data={spec}: each file needs a weight after a colon, as in a.json:0.7,b.json:0.3, or none does")
         ends = np.cumsum([0, *weights]) / weights.sum() * self.total
-        self.counts = np.diff(np.round(ends)).astype(int)                              # (files,) draws per epoch
+        self.counts = np.diff(np.round(ends)).astype(int)                              # (files,) samples per epoch
         self.images, self.encode, self.image_spec, self.span_ends = images, encode, image_spec, span_ends
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
         self._epoch = (None, None)
 
     def epoch(self, e):
-        """-> (total, 2): the file and the sample of every draw in epoch e."""
+        """-> (total, 2): for every sample drawn in epoch e, the index of its file and its index in this file"""
         if self._epoch[0] != e:
             draws = []
             for f, (rows, count) in enumerate(zip(self.files, self.counts)):
-                first, end = e * count, (e + 1) * count        # draws are counted over all epochs
+                first, end = e * count, (e + 1) * count        # draws from this file are counted over all epochs
                 laps = range(first // len(rows), -(-end // len(rows)))
                 order = [np.random.default_rng([self.seed, f, lap]).permutation(len(rows)) for lap in laps]
                 picked = np.concatenate([[], *order]).astype(int)[first % len(rows):][:count]
@@ -166,7 +166,7 @@ class Steps(torch.utils.data.Dataset):
         return self._epoch[1]
 
     def samples(self, step):
-        """The (file, sample) pairs of one step."""
+        """-> [(index of the file, index of the sample in it)] for one step"""
         at = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [tuple(int(v) for v in self.epoch(i // self.total)[i % self.total]) for i in at]
 
@@ -175,7 +175,7 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         encoded, dropped, truncated, animated = [], [], 0, 0
-        for n, (f, i) in enumerate(self.samples(step)):        # each rank encodes all: share_out() needs all lengths
+        for n, (f, i) in enumerate(self.samples(step)):        # each rank encodes all samples, to know their costs
             name, mine = self.name(f, i), n % self.world == self.rank
             try:
                 row = self.files[f][i]
@@ -183,7 +183,7 @@ class Steps(torch.utils.data.Dataset):
                 ids, labels, names, cut = self.encode(row, self.size)
                 encoded.append((name, ids, labels, names))
                 truncated += mine and cut > 0
-            except BadSample as e:                             # all ranks find it, one rank reports it
+            except BadSample as e:                             # all ranks find this error; only one rank reports it
                 if mine:
                     dropped.append((name, str(e)))
         lengths = [len(ids) for _, ids, _, _ in encoded]
@@ -205,12 +205,12 @@ class Steps(torch.utils.data.Dataset):
         return StepData(micro, names, dropped, truncated, animated)
 
     def size(self, file):
-        """-> (width, height) of an image, from its header"""
+        """Name of an image -> (width, height), read from the header of its file"""
         return image_size(safe_path(self.images, file))
 
     def pixels(self, file):
-        """-> pixels (1, 3, S, S) uint8, or (tiles, 3, S, S) if the layout cuts images; whether it is an animation. A
-        large image is freed before the next is decoded."""
+        """-> pixels (n, 3, S, S) uint8, whether it is animated. n is 1, or the number of tiles that the layout cuts an
+        image into. The full-size image is freed before the next is read."""
         image = load_image(safe_path(self.images, file))
         return preprocess_all(self.encode.layout.cut(image), self.image_spec), image.info["animated"]
 
@@ -218,24 +218,24 @@ class Steps(torch.utils.data.Dataset):
 # ---- loader processes -----------------------------------------------------------------------------------------------
 
 def loader(steps, order, workers):
-    """StepData for the steps in `order`. A worker prepares whole steps, so the number of workers changes no result."""
-    own = torch.Generator()    # without it, torch draws a seed from dropout's generator, and a resumed run differs
+    """Yield StepData for the steps in `order`. One worker prepares a whole step: results do not depend on `workers`."""
+    own = torch.Generator()    # else DataLoader uses the global generator, and dropout differs in a resumed run
     ended, open_end = multiprocessing.Pipe(duplex=False)
-    atexit.register(open_end.close)                            # must run before multiprocessing waits for the loaders
+    atexit.register(open_end.close)                            # else the loaders never end, and exit waits for them
     try:
         yield from torch.utils.data.DataLoader(
             steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
             worker_init_fn=functools.partial(outlive_signals, ended, open_end))
-    except (ConnectionError, EOFError) as e:                   # torch itself reports other deaths of a loader
+    except (ConnectionError, EOFError) as e:                   # a loader died while it was sending data
         raise RuntimeError(f"DataLoader worker exited unexpectedly, killed for its memory? ({type(e).__name__})") from e
 
 
 def outlive_signals(ended, open_end, worker):
-    """In a loader: ignore the signals by which a scheduler or Ctrl-C stops all processes of a job, because the trainer
-    needs data until its step is done. The loader ends when the trainer has closed its end of the pipe, or has died."""
+    """Runs in a loader process. It ignores the signals with which a scheduler or Ctrl-C stops all processes of a job,
+    because training needs data until its step is done. The loader ends when the trainer closes the pipe or dies."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    open_end.close()                                           # this is the loader's copy of the trainer's end
+    open_end.close()         # the loader's copy of the trainer's end: while any copy is open, the pipe does not end
     threading.Thread(target=lambda: ended.poll(None) and os._exit(0), daemon=True).start()
 
 

@@ -1,10 +1,10 @@
-"""The operations of training: start, choose, adamw, parallelize, sync_gradients, update, leave. They do not depend on
-images or conversations.
+"""The parts of training that do not depend on images or text: start, choose, adamw, parallelize, sync_gradients,
+update, leave.
 
-The arithmetic of one step is in the loop of each script. A loss is a sum over supervised tokens; n is their count
-over all micro-batches of all ranks, known before the first backward pass:
+The loop in each training script computes the gradient of a step. A loss is a sum over supervised tokens. n is the
+number of supervised tokens in all micro-batches of all ranks, counted before the first backward pass:
 
-    gradient = sum over ranks, micro-batches, tokens of d loss / n          (never a mean of means)
+    gradient = sum over ranks, micro-batches, tokens of d loss / n          (not a mean of means)
 """
 
 import contextlib
@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from config import one_line_errors, parse, stop
 
-TIMEOUT = datetime.timedelta(minutes=30)   # limit of a collective operation: one rank may read a slow disk for long
-PARAMETERS_PER_THREAD = 10_000_000         # on a CPU; a smaller model is faster on one thread (set_threads)
+TIMEOUT = datetime.timedelta(minutes=30)   # time limit of a collective operation; a rank may read from a slow disk
+PARAMETERS_PER_THREAD = 10_000_000         # on a CPU, set_threads takes one more thread per 10 million parameters
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -36,10 +36,10 @@ class World:
     rank: int
     size: int
     device: torch.device
-    dtype: torch.dtype             # of the computation; trained weights are stored in fp32 (or fp64)
+    dtype: torch.dtype             # dtype of the computation; trained weights are in fp32 (fp64 if this is fp64)
 
     def sum(self, numbers):
-        """Element-wise sum over ranks of a list of numbers -> list of floats."""
+        """numbers: a list of the same length on each rank -> list of floats, the element-wise sum over ranks."""
         t = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
             t = t.to(self.device)
@@ -47,7 +47,7 @@ class World:
         return t.tolist()
 
     def gather(self, thing):
-        """A small object of every rank -> list, on every rank. It is sent as json: no pickle is read here."""
+        """thing: an object on each rank -> list of the objects of all ranks, sent as json: pickle could run code."""
         if self.size == 1:
             return [thing]
         text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8, device=self.device)
@@ -62,16 +62,16 @@ class World:
         return torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext()
 
     def print(self, *lines, **how):
-        """Rank 0 prints. If this fails (closed terminal, full disk), training goes on without output."""
+        """Print on rank 0 only. If printing fails (closed terminal, full disk), training goes on without output."""
         if self.rank == 0:
             try:
                 print(*lines, flush=True, **how)
             except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # else Python reports it again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # else Python repeats the error at exit
 
 
 def start(device="auto", dtype="auto", seed=0):
-    """Join the other processes that torchrun started, if any -> World"""
+    """Choose device and dtype, and connect to the other processes if torchrun started any -> World"""
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,21 +91,21 @@ def start(device="auto", dtype="auto", seed=0):
         stop(f"dtype={dtype}: auto, {', '.join(dtypes)}")
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo", timeout=TIMEOUT)
-    torch.manual_seed(seed + rank)         # randomness of training (dropout) differs between ranks
+    torch.manual_seed(seed + rank)         # each rank has its own random numbers, for dropout
     return World(rank, size, dev, dtypes[dtype])
 
 
 def set_threads(model, world):
-    """On a CPU, use more threads for a larger model. Threads wait for each other: on a busy machine, two of them made
-    a toy model 12 times slower. If OMP_NUM_THREADS is set, its value is used."""
+    """On a CPU, use more threads for a larger model. Threads wait for each other: a toy model on two threads took 12
+    times longer when the machine was busy. If OMP_NUM_THREADS is set, its value is used."""
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         worth = sum(p.numel() for p in model.parameters()) // PARAMETERS_PER_THREAD
         torch.set_num_threads(max(1, min(worth, torch.get_num_threads())))
 
 
 def record_signals():
-    """From now on SIGTERM, SIGUSR1 (a scheduler wants the machine back) and the first Ctrl-C do not end this process; a
-    second Ctrl-C does -> a list to which received signals are appended."""
+    """From now on SIGTERM, SIGUSR1 (sent by a scheduler before it ends a job) and the first Ctrl-C do not end this
+    process. A second Ctrl-C ends it. -> list to which the number of each received signal is appended"""
     received = []
 
     def handler(number, frame):
@@ -119,7 +119,7 @@ def record_signals():
 
 
 def leave(code=0):
-    """Exit without an error message of gloo: first free the wrapped model of main(), then the process group."""
+    """Exit. The wrapped model is freed before the process group, else gloo (the CPU backend) prints an error."""
     World(0, 1, None, None).print(end="")
     gc.collect()
     if dist.is_initialized():
@@ -129,7 +129,7 @@ def leave(code=0):
 
 
 def run_script(main, Settings, doc):
-    """main(settings) of a script, with the settings of its command line. A config.Error is printed as one line."""
+    """Run main(settings) with settings from the command line, then exit. A config.Error is printed as one line."""
     with one_line_errors():
         leave(main(parse(Settings, sys.argv[1:], doc)))
 
@@ -137,17 +137,17 @@ def run_script(main, Settings, doc):
 # ---- what trains ----------------------------------------------------------------------------------------------------
 
 def choose(model, table, dtype=torch.bfloat16, device=None):
-    """table: name glob -> learning rate; the last matching glob decides; a parameter without a match is frozen.
-    Frozen weights get `dtype`, the dtype of the computation, trained weights at least fp32. Weights move to the device
-    one at a time: load_model maps them from files, so the host never holds a copy of all weights per rank.
-    -> {name: lr} of the trained parameters"""
+    """Choose the trained parameters. table: glob over names -> learning rate; the last match decides. A parameter
+    without a match is frozen. Frozen weights get `dtype`, trained weights at least fp32. Weights move to the device
+    one at a time, out of files that load_model maps into memory: no rank holds a copy of all weights on the host.
+    -> {name: learning rate} of the trained parameters"""
     lrs, used = {}, set()
     for name, p in model.named_parameters():
         fits = [g for g in table if fnmatch.fnmatchcase(name, g)]
         used.update(fits)
         lr = table[fits[-1]] if fits else 0
         p.requires_grad_(bool(lr))
-        # copy even if dtype and device stay the same: a view of a file must not be trained
+        # always copy: p.data may be a memory-mapped file, which must not be trained in place
         p.data = p.data.to(device or p.device, torch.promote_types(torch.float32, dtype) if lr else dtype, copy=True)
         if lr:
             lrs[name] = lr
@@ -156,14 +156,14 @@ def choose(model, table, dtype=torch.bfloat16, device=None):
     if not lrs:
         stop(f"nothing would be trained: the learning rate of {', '.join(table) or 'everything'} is 0")
     if device:
-        model.to(device)                   # moves the buffers, too
+        model.to(device)                   # moves the buffers
     model.train()                          # VLM.train() leaves a frozen part in eval mode
     return lrs
 
 
 def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
-    """AdamW over the trained parameters, one group per (lr, decay). Only matrices decay: no norm, bias, embedding,
-    position table or single vector. Each group stores the names of its parameters."""
+    """AdamW over the trained parameters, one group per (lr, weight decay). Weight decay applies to matrices, but not to
+    embeddings, norms, biases and other vectors. Each group stores the names of its parameters."""
     groups = {}
     for name, p in unwrap(model).named_parameters():
         if p.requires_grad:
@@ -175,7 +175,7 @@ def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
 
 
 def lr_at(step, steps, warmup, lr):
-    """Learning rate of update `step` (0 .. steps - 1): a linear rise over `warmup` updates, then half a cosine,
+    """-> learning rate of update `step` (0 .. steps - 1): a linear rise over `warmup` updates, then half a cosine,
     which would reach 0 at update `steps`."""
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -184,7 +184,7 @@ def lr_at(step, steps, warmup, lr):
 
 
 def set_lr(optimizer, step, steps, warmup):
-    """warmup: a share of the steps -> the learning rate of the first group"""
+    """Set the learning rates of update `step`. warmup: a share of the steps -> learning rate of the first group"""
     for g in optimizer.param_groups:
         g["lr"] = lr_at(step, steps, math.ceil(warmup * steps), g["peak"])
     return optimizer.param_groups[0]["lr"]
@@ -193,25 +193,25 @@ def set_lr(optimizer, step, steps, warmup):
 # ---- applied from outside -------------------------------------------------------------------------------------------
 
 def is_sharded(model, world, parallel):
-    """Will parameters be sharded? auto: if more than half of them train, on several GPUs."""
+    """True if FSDP shards the parameters. parallel=auto shards if more than half of them train, on several GPUs."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     most = 2 * sum(n for n, trains in sizes if trains) > sum(n for n, _ in sizes)
     return world.size > 1 and (parallel == "fsdp" or (parallel == "auto" and most and world.device.type == "cuda"))
 
 
 def parallelize(model, world, blocks, parallel="auto", recompute="none", compile=False):
-    """Recompute, compile and shard `blocks` (VLM.blocks), one by one, then wrap the model for `world`.
+    """Apply torch.compile and gradient checkpointing (recompute=block) to each block, then FSDP or DDP to the model.
 
-    ddp replicates the model: better for stage 1 and LoRA, where FSDP would gather the frozen weights in every step.
-    fsdp shards everything (FSDP2)."""
+    parallel=ddp replicates the model. This is better for stage 1 and LoRA, where FSDP would gather the frozen weights
+    in every step. parallel=fsdp shards all parameters (FSDP2). -> the wrapped model"""
     sharded = is_sharded(model, world, parallel)
     if compile:
-        for b in blocks:                                   # must come before recomputation: torch.compile
-            b.forward = torch.compile(b.forward)           # silently ignores a checkpointed block
+        for b in blocks:  # compile before checkpointing: torch.compile silently ignores a checkpointed block
+            b.forward = torch.compile(b.forward)
     if recompute == "block":
         from torch.utils.checkpoint import checkpoint
-        for b in blocks:                                   # with use_reentrant=True, adapters behind frozen
-            b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False)     # embeddings get no gradient
+        for b in blocks:  # with use_reentrant=True, adapters get no gradient if the input of the block needs none
+            b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False)
     if world.size == 1:
         return model
     sums = [t.sum(dtype=torch.float64).item() for t in (*model.parameters(), *model.buffers())]
@@ -220,14 +220,14 @@ def parallelize(model, world, blocks, parallel="auto", recompute="none", compile
     if sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         low = world.dtype in (torch.bfloat16, torch.float16)
-        policy = MixedPrecisionPolicy(*((world.dtype, torch.float32) if low else ()))    # gradients are reduced in fp32
+        policy = MixedPrecisionPolicy(*((world.dtype, torch.float32) if low else ()))    # sum gradients in fp32
         for b in [*blocks, model]:
             fully_shard(b, mp_policy=policy)
         return model
     from torch.nn.parallel import DistributedDataParallel
     ids = [world.device.index] if world.device.type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    model.broadcast_buffers = False                        # buffers are 4-bit weights, which never change
+    model.broadcast_buffers = False                        # buffers hold 4-bit weights, which never change
     return model
 
 
@@ -236,31 +236,31 @@ def unwrap(model):
 
 
 def whole_tensor(t):
-    """A tensor or a sharded one -> the whole tensor, on every rank."""
+    """t: a tensor, whole or sharded by FSDP -> the whole tensor, on every rank."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 @contextlib.contextmanager
 def sync_gradients(model, enabled):
-    """Wraps forward and backward: all-reduce the gradients only where enabled, in the last micro-batch of a step."""
-    if hasattr(model, "set_requires_gradient_sync"):       # FSDP
+    """Context manager for forward and backward. It all-reduces gradients only if enabled, in the last micro-batch."""
+    if hasattr(model, "set_requires_gradient_sync"):       # only an FSDP model has this method
         model.set_requires_gradient_sync(enabled)
-    with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():      # DDP
+    with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():  # DDP has no_sync
         yield
 
 
 # ---- the end of an optimizer step -----------------------------------------------------------------------------------
 
 def check_gradients(model):
-    """After the first backward pass: check that each trained parameter has a gradient, and no frozen one."""
+    """After the first backward pass, check that trained parameters have a gradient and frozen parameters have none."""
     for name, p in unwrap(model).named_parameters():
         if p.requires_grad != (p.grad is not None):
             stop(f"{name} is {'trained but got no' if p.requires_grad else 'frozen but got a'} gradient")
 
 
 def update(model, optimizer, loss, n, world, grad_clip=0.0):
-    """loss: this rank's sum over its supervised tokens; n: their count over all ranks. Clip, update the weights, clear
-    the gradients. If the loss or the gradient norm is not finite, or n is 0, all ranks skip the update.
+    """Clip the gradients, update the weights, clear the gradients. loss: sum over the supervised tokens of this rank;
+    n: supervised tokens on all ranks. If loss or gradient norm is not finite, or n is 0, all ranks skip the update.
     -> dict: loss (mean per supervised token over all ranks), grad_norm (before clipping), updated"""
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = whole_tensor(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()

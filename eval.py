@@ -1,15 +1,15 @@
 """Score a model on a file of questions.
 
-    python eval.py --model=runs/sft                         # the toy world's held-out questions
-    python eval.py --model=runs/sft --blind                 # control: the features of every image set to zero
-    python eval.py --model=runs/sft --shuffled              # control: each question gets the image of another one
+    python eval.py --model=runs/sft                         # the held-out questions of the toy world (generated data)
+    python eval.py --model=runs/sft --blind                 # control: the features of every image are set to zero
+    python eval.py --model=runs/sft --shuffled              # control: each question gets the image of another question
     python eval.py --model=DIR --task=vqa --data=FILE.jsonl --images=DIR [--answers=FILE]
     torchrun --nproc_per_node=8 eval.py ...                 # the questions are divided between the processes
 
-The file is jsonl (or a json list): question_id, image, text, answer (or answers, or POPE's label), and optionally type
-(or category).
+The file of questions is jsonl or a json list. Each question has question_id, image, text, answer (or answers, or POPE's
+label), and optionally type (or category).
 Tasks: exact (exact match), vqa (VQA accuracy, EvalAI's normalisation), vqa_official, pope (yes or no). The answers are
-written as jsonl, from which tools/report.py makes a page with images. The last line of the output is JSON.
+written as jsonl; tools/report.py makes a page of them with images. The last line of the output is the scores as JSON.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from generate import Chat, with_marker
 from images import image_folder, safe_path
 from run.folder import unwritable
 
-SCORES = {"exact": metrics.exact, "vqa": metrics.vqa_accuracy,                      # (answer, true answers) -> 0 to 1
+SCORES = {"exact": metrics.exact, "vqa": metrics.vqa_accuracy,     # each: (answer, true answers) -> score from 0 to 1
           "vqa_official": lambda answer, truth: metrics.vqa_accuracy(answer, truth, evalai=False),
           "pope": lambda answer, truth: float(metrics.pope_answer(answer) == truth[0])}
 
@@ -58,19 +58,19 @@ class Settings:
 # ---- questions ------------------------------------------------------------------------------------------------------
 
 def toy_questions(world):
-    """The toy world's held-out questions, generated if they are missing -> question file, folder of images"""
+    """Generate the toy data's held-out questions if they are missing -> path of their file, folder of their images"""
     from demo import toy
     if world.rank == 0:
         try:
             toy.write_world("runs/toy", "test")
         except OSError as e:
             config.stop(f"the toy world cannot be drawn in runs/toy: {e.strerror or e}")
-    world.gather(None)                                           # a barrier: no rank reads before everything is written
+    world.gather(None)                                           # a barrier: all ranks wait until rank 0 has written
     return "runs/toy/questions.jsonl", "runs/toy/images"
 
 
 def other_images(rows):
-    """-> for every question, the image of another question, never its own; None for a question without image"""
+    """-> for every question, the name of an image that is not its own; None for a question without image"""
     images = sorted({r["image"] for r in rows} - {None})
     if len(images) < 2:
         config.stop("--shuffled needs at least two different images")
@@ -82,7 +82,7 @@ def other_images(rows):
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 def ask(chat, rows, names, images, max_new_tokens):
-    """-> the answers to `rows` about the images `names`; None where a question cannot be asked"""
+    """Ask the questions `rows` about the images `names` -> list of answers; None for a question that cannot be asked"""
     prompts, pixels, asked = [], [], []
     for i, (row, name) in enumerate(zip(rows, names)):
         try:
@@ -98,8 +98,8 @@ def ask(chat, rows, names, images, max_new_tokens):
 
 
 def answers_file(s, name):
-    """The file for the answers: s.answers, else a file in the run, or in ./answers/ if the run is read-only.
-    A file that cannot be written stops the script before the first question."""
+    """-> path for the answers: s.answers, else a file in the run folder, or in ./answers/ if that folder is read-only
+    or missing. If the path cannot be written, the script stops before the first question."""
     run = Path(s.model)
     run = run.parent if run.exists() and run.name in ("model", "adapter") else run
     here = Path("answers", run.resolve().name)
@@ -121,7 +121,7 @@ def main(s):
     data, images = (s.data, s.images or str(Path(s.data).parent)) if s.data else toy_questions(world)
     rows = read_questions(data, s.task if s.data else "exact")
     if s.task == "pope":
-        rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # the toy world has other answers, too
+        rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # skip toy questions with other answers
     rows = rows[: s.limit or None]
     image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"

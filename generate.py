@@ -1,10 +1,11 @@
-"""Generation: answers to questions about images. sample.py, eval.py and the samples during training use this code.
+"""Generate answers to questions about images. sample.py, eval.py and the validation during training use this code.
 
     from generate import Chat
     chat = Chat("runs/sft")                                  # a run, any LLaVA folder, or a PEFT adapter
     print(chat.ask("cat.jpg", "What is this?"))
 
     B prompts   L maximum tokens per conversation   I images   Q placeholders per image   V vocabulary   S image side
+    N input tokens of a forward pass
 """
 
 import sys
@@ -24,14 +25,14 @@ from parts.spans import span_ends
 
 
 class Cache:
-    """Keys and values of B conversations of at most L tokens. Conversation b owns the slots [b L, (b + 1) L). So a
-    query always sees one range [lo, hi) of slots, in the prompt and in the answer."""
+    """Keys and values of B conversations of at most L tokens. Conversation b owns the slots [b L, (b + 1) L). So every
+    query attends to one contiguous range [lo, hi) of slots, in the prompt and in the answer."""
 
     def __init__(self, B, L):
-        self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): slots of the tokens of the next forward pass
+        self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): slots where the next forward pass writes
 
     def append(self, layer, k, v):
-        """k, v (N, G, K) of the new tokens -> keys and values of all slots (B L, G, K)"""
+        """Store k, v (N, G, K) of N new tokens, G heads of size K -> keys and values of all slots (B L, G, K)"""
         if layer not in self.kv:
             self.kv[layer] = tuple(t.new_zeros(self.B * self.L, *t.shape[1:]) for t in (k, v))
         for stored, new in zip(self.kv[layer], (k, v)):
@@ -41,11 +42,10 @@ class Cache:
 
 @torch.no_grad()
 def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.0, banned=(), seed=0):
-    """Continue B prompts of different lengths -> B lists of ids.
-
-    prompts: list of (n_b,) id tensors with the placeholders of their images. images: (I, 3, S, S) uint8, in the order of the
+    """Generate answers to B prompts of different lengths -> B lists of token ids.
+    prompts: list of tensors of ids, with placeholders for images. images: (I, 3, S, S) uint8, in the order of the
     placeholders. An answer ends before an id in `stop_ids`. Ids in `banned` and the placeholder are never generated.
-    Temperature 0 is greedy decoding. Train/eval modes and the global random state do not change."""
+    Temperature 0 is greedy decoding. At the end, train/eval modes and the global random state are as before."""
     if not prompts:
         return []
     device = images.device
@@ -56,11 +56,11 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
     B, L = len(prompts), int(lengths.max()) + max_new_tokens
     cache = Cache(B, L)
     start = torch.arange(B) * L                               # first slot of each conversation
-    ids = torch.cat([p.to(device) for p in prompts])          # (N,) new tokens: first the prompts, then one per answer
+    ids = torch.cat([p.to(device) for p in prompts])          # (N,) input tokens: first all prompts, then 1 per answer
     pos = torch.cat([torch.arange(n) for n in lengths])       # (N,)
     lo = start.repeat_interleave(lengths)                     # (N,)
     labels = torch.full((len(pos),), IGNORE)                  # (N,) logits are computed where a label is not IGNORE
-    labels[lengths.cumsum(0) - 1] = 0                         # only the last token of each prompt
+    labels[lengths.cumsum(0) - 1] = 0                         # logits only for the last token of each prompt
     hi = span_ends(model.cfg)(ids.cpu(), labels, pos, lo)     # (N,)
     answers, alive = [[] for _ in prompts], list(range(B))
     banned = torch.tensor(sorted({*banned, model.cfg.image_token_index}), device=device)
@@ -81,7 +81,7 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
             alive = [alive[i] for i in keep]
             if not alive:
                 break
-            ids, images = ids[keep], images[:0]               # the images are in the cache
+            ids, images = ids[keep], images[:0]               # the cache holds the keys and values of the images
             lo = start[alive]
             pos = lengths[alive] + len(answers[alive[0]]) - 1
             hi = lo + pos + 1
@@ -96,8 +96,8 @@ class Chat:
     """A model with its tokenizer, chat template and image preprocessing.
 
     folder: a run, its model/ or adapter/, any LLaVA folder, a PEFT adapter, or org/name of the hub. device: auto, cpu,
-    cuda, cuda:N. dtype: auto, bf16, fp32, fp64. template "" and system None: as the model was trained. A model
-    that cannot be loaded raises config.Error; an unusable image or question raises config.BadSample."""
+    cuda, cuda:N. dtype: auto, bf16, fp32, fp64. template "" or system None: the one that the model was trained with.
+    A model that cannot be loaded raises config.Error; an unusable image or question raises config.BadSample."""
 
     def __init__(self, folder, device="auto", dtype="auto", template="", system=None, kernels="auto"):
         if not folder:
@@ -110,14 +110,14 @@ class Chat:
         if not template:
             template = "vicuna_v1"
             world.print(f"note: {path} does not say with which template it was trained: {template} is used; "
-                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout is for answers
+                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout: only answers
         system = source.meta.get("system") if system is None else system
         vars(self).update(vars(Chat.of(model.to(world.device), source, template, system,
                                        llava.aspect(source, model.cfg))))
 
     @classmethod
     def of(cls, model, folder, template, system, aspect):
-        """A Chat for a model in memory. folder: formats.llava.Folder. aspect: pad, crop or squash."""
+        """Make a Chat of a model in memory. folder: formats.llava.Folder. aspect: pad, crop or squash (ImageSpec)"""
         self = cls.__new__(cls)
         self.model, self.tok, self.template, self.system = model, folder.tok, template, system
         self.cfg, self.spec = model.cfg, configs.image_spec(folder.pre, aspect)
@@ -134,7 +134,7 @@ class Chat:
         return self.answers([prompt], pixels, max_new_tokens, temperature, seed)[0]
 
     def look(self, images):
-        """Paths or PIL images -> their pixels [(i, 3, S, S)] uint8, as in training, and their blocks of ids"""
+        """Paths or PIL images -> list of pixels (n, 3, S, S) uint8 as in training, list of blocks of ids"""
         pixels, blocks = [], []
         for image in map(load_image, images):
             pixels.append(preprocess_all(self.layout.cut(image), self.spec))
@@ -142,11 +142,11 @@ class Chat:
         return pixels, blocks
 
     def prompt(self, turns, blocks=()):
-        """turns [(user, assistant)]; the last assistant is None; a block of ids for each image -> (n,) ids"""
+        """turns [(user text, assistant text)], the last assistant text is None; blocks of look() -> (n,) ids"""
         return torch.tensor(chat.encode(self.tok, self.template, turns, blocks, self.system)[0])
 
     def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0):
-        """prompts [(n_b,) ids]; pixels [(i, 3, S, S)]: the images of all prompts, in order -> one string per prompt"""
+        """prompts: list of id tensors; pixels: of the images of all prompts, in order -> one string per prompt"""
         S = self.cfg.vision.image_size
         images = torch.cat(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
         answers = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop_ids,
@@ -156,5 +156,5 @@ class Chat:
 
 
 def with_marker(text, images=1):
-    """-> text; if it has no <image> marker, one marker per image is put in front of it"""
+    """Put one <image> marker per image in front of `text`, unless `text` already has a marker -> text"""
     return text if chat.IMAGE in text or not images else f"{chat.IMAGE}\n" * images + text

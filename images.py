@@ -1,4 +1,4 @@
-"""Image files to pixels: paths, decoding, preprocessing. S: side of a preprocessed image in pixels."""
+"""Turn image files into pixels: check paths, decode, preprocess. S: side of a preprocessed image in pixels."""
 
 import contextlib
 import math
@@ -11,23 +11,23 @@ from PIL import Image, ImageOps
 
 from config import BadSample, stop
 
-MAX_PIXELS = 64_000_000    # per image; checked in the header, because decoding a larger image may need too much memory
-MAX_SIDE = 8_000           # a longer side is reduced first: a thin image padded to a square may need too much memory
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]        # not EPS: it would start Ghostscript
+MAX_PIXELS = 64_000_000    # limit per image, checked before decoding: a larger image may need too much memory
+MAX_SIDE = 8_000           # an image with a longer side is reduced first: padded to a square it may fill the memory
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]        # not EPS: Pillow would start the program Ghostscript
 
 
 class ImageSpec(NamedTuple):
-    """How an image becomes S x S: pad = to a square of the mean colour, then resize (LLaVA-1.5); crop = resize the
-    shorter side, cut out the centre (CLIP); squash = resize both sides (SigLIP)."""
+    """How an image becomes S x S pixels. pad: add borders in the mean colour to get a square, then resize (LLaVA-1.5).
+    crop: resize the shorter side, then cut out the centre (CLIP). squash: resize both sides to S (SigLIP)."""
     side: int
     aspect: str = "pad"
     resample: int = Image.BICUBIC
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)
-    short: int = 0             # crop: shorter side before the cut; 0 = S (DINOv2: resized to 256, then cut to 224)
+    short: int = 0             # for crop: shorter side before the cut; 0 means S. DINOv2 resizes to 256, cuts to 224
 
 
 class Layout(NamedTuple):
-    """What an image is in the sequence: a block of `tokens` placeholders. parts/tiles.py has layouts of other systems."""
+    """The ids of an image in the sequence: `tokens` placeholders. Other systems have other layouts (parts/tiles.py)."""
     image_id: int
     tokens: int
     needs_size = False         # does the block depend on the size of the image?
@@ -44,12 +44,12 @@ class Layout(NamedTuple):
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
 def safe_path(root, name):
-    """-> real path of the file `name` below root. BadSample if it is no file, or outside root (also by links)."""
+    """-> real path of the file `name` in `root`. BadSample if it is no file, or if it or its link target is outside."""
     shown = f"{name!r:.200}"                                   # repr escapes unprintable characters
     root = os.path.realpath(root)
     try:
         path = os.path.realpath(os.path.join(root, name))
-    except (TypeError, ValueError):                            # `name` is no string, or has a NUL or lone surrogate
+    except (TypeError, ValueError):                            # `name` is no string, or has a NUL or a lone surrogate
         raise BadSample("image name is not a path", shown) from None
     if os.path.commonpath([root, path]) != root:
         raise BadSample("image lies outside the image folder", shown)
@@ -69,8 +69,8 @@ def image_folder(path):
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 def load_image(source):
-    """A path or a PIL image -> PIL image: RGB, upright, white where it was transparent, 16 bits scaled to 8, only the
-    first frame; info["animated"]: it had more frames. Raises BadSample. Memory: 8 bytes per pixel, 16 with alpha."""
+    """A path or a PIL image -> the first frame as an upright RGB image (PIL), on white where it was transparent.
+    info["animated"]: are there more frames? Raises BadSample. Memory: 8 bytes per pixel, 16 with alpha."""
     name = repr(os.path.basename(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
     try:
         given = isinstance(source, Image.Image)
@@ -78,7 +78,7 @@ def load_image(source):
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             image.load()
-            moving = True                                      # stays True if Pillow fails at a later, broken frame
+            moving = True                                      # stays True if a broken later frame makes Pillow fail
             with contextlib.suppress(Exception):
                 moving = getattr(image, "is_animated", False)
             image = rgb(upright(image))
@@ -103,7 +103,7 @@ def image_size(path):
 
 
 def upright(image):
-    """A PIL image turned as its EXIF orientation says; always a copy."""
+    """Rotate or flip a PIL image as its EXIF orientation says -> always a new image"""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:                                          # broken EXIF: the orientation is unknown
@@ -111,15 +111,15 @@ def upright(image):
 
 
 def rgb(image):
-    """A PIL image of any mode -> RGB, over white where it is transparent. BadSample for floats outside 0..255."""
+    """A PIL image of any mode -> RGB image on a white background. Raises BadSample for floats outside 0..255."""
     if image.mode.startswith("I"):                             # 16 or 32 bits: convert("RGB") would clip at 255
         a = np.asarray(image).astype(np.int64).clip(0, 65535)
-        if image.mode != "I" or a.max() > 255:                 # some 32-bit files hold 8-bit values
+        if image.mode != "I" or a.max() > 255:                 # some 32-bit files hold 8-bit values: keep these
             a = a // 257
         image = Image.fromarray(a.astype(np.uint8))
     elif image.mode == "F":
         a = np.asarray(image)
-        if not (a.min() >= 0 and a.max() <= 255):              # `not` also finds NaN
+        if not (a.min() >= 0 and a.max() <= 255):              # with `not`, NaN is refused too
             raise BadSample("image holds floats outside 0..255")
         image = Image.fromarray((a * (255 if a.max() <= 1 else 1)).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -131,8 +131,8 @@ def rgb(image):
 # ---- preprocessing --------------------------------------------------------------------------------------------------
 
 def preprocess(image, spec):
-    """PIL RGB -> (3, S, S) uint8. The pixels equal those of transformers' Pillow processors before normalisation,
-    for sides of at most MAX_SIDE."""
+    """RGB PIL image -> (3, S, S) uint8. For sides of at most MAX_SIDE, the pixels equal those of transformers' Pillow
+    processors before normalisation."""
     S = spec.side
     if max(image.size) > MAX_SIDE:
         image = image.reduce(math.ceil(max(image.size) / MAX_SIDE))
@@ -148,7 +148,7 @@ def preprocess(image, spec):
     left, top = (W - S) // 2, (H - S) // 2
     if W * H <= MAX_PIXELS:
         image = image.resize((W, H), spec.resample).crop((left, top, left + S, top + S))
-    else:                                                      # very thin: resize only the part that the crop keeps
+    else:                                                      # a very thin image: resize only the part that is kept
         box = (left * w / W, top * h / H, (left + S) * w / W, (top + S) * h / H)
         image = image.resize((S, S), spec.resample, box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

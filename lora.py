@@ -1,12 +1,12 @@
-"""LoRA (Hu et al. 2021), written by hand: y = W x + b + (alpha / r) B A dropout(x), with W and b frozen.
+"""LoRA (Hu et al. 2021), without the peft library: y = W x + b + (alpha / r) B A dropout(x), with W and b frozen.
 
 add_adapters() replaces linear layers of a model. A wrapped layer keeps its weight under the published name and adds
 lora_A.weight (r, in) and lora_B.weight (out, r), the names of a PEFT adapter. B starts at zero, so a new adapter does
-not change the output. merge_state() adds s B A to W again, s = alpha / r.
+not change the output. merge_state() computes W + s B A, s = alpha / r, to save a model without adapters.
 
-QLoRA (Dettmers et al. 2023) is LoRA over a W of 4 bits per weight (kernels/nf4.py): quantize_base() comes first. It
-stores W in buffers. Each product dequantizes them. No checkpoint holds them, because they can be computed from the
-model that the run starts from.
+QLoRA (Dettmers et al. 2023) is LoRA on a W with 4 bits per element (NF4, kernels/nf4.py). quantize_base() must run
+before add_adapters(). It stores W in buffers, and each matrix product dequantizes them. Checkpoints do not contain
+these buffers, because they can be computed again from the model that the run started from.
 
     N tokens   C input width   O output width, one per layer   r rank, one per layer   s = alpha / r
 """
@@ -29,7 +29,7 @@ def base_weight(layer):
 
 
 class NF4Linear(nn.Linear):
-    """A frozen linear layer with 4 bits per weight."""
+    """A frozen linear layer whose weight has 4 bits per element (NF4)."""
 
     def __init__(self, base):
         nn.Module.__init__(self)
@@ -46,10 +46,10 @@ class LoRALinear(nn.Linear):
     def __init__(self, base, r, alpha, dropout):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self._parameters.update(base.requires_grad_(False)._parameters)    # weight and bias
-        self._buffers.update(base._buffers)                                # the weight, if it is in NF4
+        self._parameters.update(base.requires_grad_(False)._parameters)    # the frozen weight and bias
+        self._buffers.update(base._buffers)                                # the frozen weight, if it is in NF4
         self.scale, self.dropout = alpha / r, dropout
-        self.lora_A = nn.Linear(base.in_features, r, bias=False)   # U(-1/sqrt(in), 1/sqrt(in)), as in PEFT
+        self.lora_A = nn.Linear(base.in_features, r, bias=False)   # starts as U(-1/sqrt(in), 1/sqrt(in)), as in PEFT
         self.lora_B = nn.Linear(r, base.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -58,7 +58,7 @@ class LoRALinear(nn.Linear):
 
 
 class DoRALinear(LoRALinear):
-    """DoRA (Liu et al. 2024): each row of W + s B A is scaled to a stored length. Here it is only merged."""
+    """DoRA (Liu et al. 2024) scales each row of W + s B A to a stored norm. This layer is only merged, not trained."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -69,10 +69,10 @@ class DoRALinear(LoRALinear):
 
 
 def apply_shared_input(x, *layers):
-    """x (..., C) -> [layer(x) (..., O)] for each of `layers`. The LoRALinear layers share one dropout mask;
-    PEFT draws one mask for each layer."""
+    """x (..., C) -> list of layer(x) (..., O), one for each of `layers`. The LoRALinear layers share one dropout mask,
+    while PEFT draws one mask per layer."""
     adapters = [f for f in layers if type(f) is LoRALinear]
-    if len({f.dropout for f in adapters}) != 1:                    # no layer has an adapter, or dropout rates differ
+    if len({f.dropout for f in adapters}) != 1:                    # no layer has an adapter, or their dropout differs
         return [f(x) for f in layers]
     ys = lora_linears(x, adapters[0].dropout if adapters[0].training else 0.0,
                       [(base_weight(f), f.bias, f.scale) for f in adapters],
@@ -82,21 +82,21 @@ def apply_shared_input(x, *layers):
 
 
 def qkv(attention, x, rows=None):
-    """Replaces model.LlamaAttention.qkv, and computes the projections of the same input together"""
+    """Replaces model.LlamaAttention.qkv. One call computes all projections that have the same input."""
     if rows is None:
         return apply_shared_input(x, attention.q_proj, attention.k_proj, attention.v_proj)
     return attention.q_proj(x[rows]), *apply_shared_input(x, attention.k_proj, attention.v_proj)
 
 
 def gate_up(mlp, x):
-    """Replaces model.LlamaMLP.gate_up"""
+    """Replaces model.LlamaMLP.gate_up. One call computes both projections of x."""
     return apply_shared_input(x, mlp.gate_proj, mlp.up_proj)
 
 
 def targets(model, pattern):
-    """-> names of the linear layers that a pattern selects. `all-linear` selects all of the language model. Else names
-    separated by commas: each is the last part of a name in the language model (q_proj) or a glob over whole names
-    (vision_tower.*.q_proj). The head is never selected: it is used as a matrix and not called."""
+    """-> names of the linear layers that `pattern` selects. "all-linear" selects all of the language model. Another
+    pattern is a list separated by commas: the last part of a layer name in the language model (q_proj), or a glob over
+    whole names (vision_tower.*.q_proj). The output head is never selected, because it is not called as a layer."""
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search("lora_|lm_head", n)]
     if pattern == "all-linear":
         return [n for n in linears if n.startswith("language_model.model.")]
@@ -112,8 +112,8 @@ def targets(model, pattern):
 
 @torch.no_grad()
 def quantize_base(model):
-    """Put the linear layers of the language model into NF4, in place -> their names. Norms, embeddings, head, connector
-    and vision tower keep their dtype."""
+    """Quantize the linear layers of the language model to NF4, in place -> names of these layers. Norms, embeddings,
+    head, connector and vision tower keep their dtype."""
     names = targets(model, "all-linear")
     for name in names:
         base = model.get_submodule(name)
@@ -126,7 +126,7 @@ def quantize_base(model):
 
 
 def add_adapters(model, r, alpha, dropout, pattern, seed=0, kind=LoRALinear):
-    """Wrap the layers that `pattern` selects, in place -> their names. kind: LoRALinear or DoRALinear."""
+    """Add adapters to the layers that `pattern` selects -> names of these layers. kind: LoRALinear or DoRALinear."""
     names = targets(model, pattern)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -143,12 +143,12 @@ def add_adapters(model, r, alpha, dropout, pattern, seed=0, kind=LoRALinear):
 
 
 def scales(model):
-    """-> {name: alpha / r} of the wrapped layers"""
+    """-> {name: alpha / r} of the layers with adapters"""
     return {n: m.scale for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def merged(W, A, B, scale, lengths=None):
-    """Base weight W -> W + scale B A (O, C) in fp32 (fp64 for fp64). DoRA: lengths (O,) of the new rows."""
+    """-> W + scale B A (O, C) in fp32 (fp64 for fp64). lengths (O,): for DoRA, the norm that each row is scaled to."""
     wide = torch.promote_types(torch.float32, A.dtype if isinstance(W, tuple) else W.dtype)
     V = dense(W, wide) + B.to(wide) @ A.to(wide) * scale
     return V if lengths is None else V * (lengths.to(wide) / V.norm(dim=1))[:, None]
@@ -156,9 +156,9 @@ def merged(W, A, B, scale, lengths=None):
 
 @torch.no_grad()
 def merge_state(state, scales, dtype=None):
-    """State dict of a model with adapters -> state dict of the merged model. scales: alpha / r of the wrapped
-    layers, by name. The matrices are computed one after another in fp32 (fp64 for fp64) and rounded to dtype, if given,
-    so a 7B model is never in memory in fp32. The tensors of `state` do not change."""
+    """State dict of a model with adapters -> state dict of the merged model. scales: alpha / r of each layer with an
+    adapter, by name. Each merged matrix is computed in fp32 (fp64 for fp64) and rounded to dtype, if given, before the
+    next is computed. So a 7B model is never whole in memory in fp32. The tensors of `state` do not change."""
     out, packed = {k: v for k, v in state.items() if ".lora_" not in k}, {}
     for name in [k.removesuffix(".absmax") for k in out if k.endswith(".absmax")]:
         packed[name] = tuple(out.pop(f"{name}.{part}") for part in nf4.PARTS)

@@ -1,4 +1,4 @@
-"""The training loss: a sum over supervised tokens. The training loop divides it once by their number over all ranks."""
+"""The training loss is a sum over supervised tokens. The training loop divides it by their number on all ranks."""
 
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 
@@ -9,5 +9,5 @@ def supervised(labels):
 
 
 def token_loss(model, batch):
-    """-> () sum of -log p(label) over the supervised tokens of a Batch"""
+    """-> scalar: the sum of -log p(label) over the supervised tokens of `batch`, a Batch"""
     return model(*batch, head=linear_cross_entropy)

@@ -1,5 +1,5 @@
-"""Scores as pure functions on strings. The rules are those of the VQA evaluation script, of its EvalAI variant and of
-POPE's evaluation, including their errors; tests/test_metrics.py compares the scores with outputs of those programs."""
+"""Scores as pure functions on strings. They follow the VQA evaluation script, its EvalAI variant and POPE's evaluation,
+including the errors in these programs. tests/test_metrics.py compares the scores with their outputs."""
 
 import re
 
@@ -32,8 +32,8 @@ _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
 def vqa_normalise(s, evalai=True):
-    """Normalise an answer as a VQA scorer does: EvalAI (as LLaVA and lmms-eval do) or the official script. Both
-    change punctuation, number words, articles and contractions."""
+    """Normalise an answer like EvalAI's VQA scorer (as LLaVA and lmms-eval do), or else like the official script. Both
+    remove punctuation and articles, write number words as digits, and add missing apostrophes (dont -> don't)."""
     if evalai:
         s = s.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     out = s = s.replace("\n", " ").replace("\t", " ").strip()
@@ -42,15 +42,15 @@ def vqa_normalise(s, evalai=True):
             out = out.replace(p, "")
         else:
             out = out.replace(p, " ")
-    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)  # the look-behind repeats an error of the official script
+    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)  # errors copied from the official script: (?!<= and count
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
 
 def vqa_accuracy(answer, truth, evalai=True):
-    """Mean over the annotators of min(1, number of other annotators who gave `answer` / 3): 0.3, 0.6, 0.9, 1 if 1, 2,
-    3, 4 of ten gave it. A single true answer counts as ten equal ones. If all true answers are identical, the official
-    script normalises nothing."""
+    """Mean over the annotators of min(1, k / 3), where k other annotators gave `answer`: 0.3, 0.6, 0.9 or 1 if
+    1, 2, 3 or 4 of ten annotators gave `answer`. A single true answer counts as ten equal ones. If all true answers are
+    identical, the official script does not normalise."""
     truth = truth * 10 if len(truth) == 1 else truth
     if evalai or len(set(truth)) > 1:
         answer, truth = vqa_normalise(answer, evalai), [vqa_normalise(t, evalai) for t in truth]
@@ -63,14 +63,14 @@ def vqa_accuracy(answer, truth, evalai=True):
 # ---- POPE -----------------------------------------------------------------------------------------------------------
 
 def pope_answer(answer):
-    """POPE's rule: no, if the text before the first period, without commas, has the word No, no or not; else yes."""
+    """POPE's rule: "no" if the text before the first period has the word No, no or not (commas removed), else "yes"."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if any(w in ("No", "no", "not") for w in words) else "yes"
 
 
 def pope(answers, truth):
-    """answers, truth (yes or no for each) -> accuracy, precision, recall, f1 and yes_ratio (share of yes answers). yes
-    is the positive class. A ratio whose denominator is 0 is 0."""
+    """answers, truth ("yes" or "no" for each answer) -> dict of accuracy, precision, recall, f1 and yes_ratio (share of
+    yes answers). "yes" is the positive class. A ratio whose denominator is 0 is 0."""
     pairs = [(pope_answer(a), t) for a, t in zip(answers, truth, strict=True)]
     tp, fp, fn, tn = (pairs.count(p) for p in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")))
     n = max(1, len(pairs))
@@ -79,8 +79,8 @@ def pope(answers, truth):
 
 
 def pope_by_type(answers, truth, types):
-    """pope() of all answers, the f1 of each of `types` {type: indices}, and the mean of these f1, which papers report.
-    An answer None (the question could not be asked) counts as wrong."""
+    """-> pope() of all answers, the f1 of each question type, and the mean of these f1 scores, which papers report.
+    types: {type: indices of its questions}. An answer None (the question could not be asked) counts as wrong."""
     answers = [{"yes": "no", "no": "yes"}[t] if a is None else a for a, t in zip(answers, truth)]
     f1 = {k: pope([answers[i] for i in at], [truth[i] for i in at])["f1"] for k, at in types.items()}
     return pope(answers, truth) | {"f1_types": f1, "f1_mean": sum(f1.values()) / len(f1)}

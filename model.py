@@ -1,9 +1,9 @@
 """A vision-language model: a vision transformer turns images into patch features, a connector maps these to token
 embeddings of a Llama decoder, and the decoder processes them with the text.
 
-All tokens are in one packed sequence (stream), without padding and without a batch dimension. Query n sees the keys
-[lo[n], hi[n]) (kernels/attention.py). The state dict is that of the published llava-hf checkpoints. The model does not
-depend on tokenizer, data set or rank. LoRA, sharding, recomputation and compilation are applied from outside.
+All tokens are in one packed sequence (stream), without padding and without a batch dimension. Token n attends
+to the tokens [lo[n], hi[n]) (kernels/attention.py). The state dict has the names of the published llava-hf checkpoints.
+The model does not depend on tokenizer, data set or rank. Other files add LoRA, sharding, recomputation, compilation.
 
     N tokens of the stream   R tokens with a label   C LLM width   H heads   G key-value heads   K head width
     I images   P patches per image   T = P + class and register tokens   Q tokens per image after the connector (= P)
@@ -29,17 +29,17 @@ class VisionConfig:
     model_type: str = "clip_vision_model"    # clip_vision_model, siglip_vision_model, dinov2, dinov2_with_registers
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12              # as published, but only the first `depth` are built
+    num_hidden_layers: int = 12              # as in config.json; only the first `depth` blocks are built
     num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 32
     hidden_act: str = "quick_gelu"           # quick_gelu, gelu, gelu_pytorch_tanh
     layer_norm_eps: float = 1e-5
     num_register_tokens: int = 0             # DINOv2 with registers: 4
-    feature_layer: int | tuple = -2          # index into [embeddings, block 1 ... L]: -2 is the output of block L - 1
+    feature_layer: int | tuple = -2          # index into outputs [embeddings, block 1, ..., block L]; -2: block L - 1
     feature_norm: bool = False               # parts/features.py: the features pass the last norm (PaliGemma)
     keep_class: bool = False                 # parts/features.py: the class token is a feature, too (BLIP-2)
-    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # ViTEmbeddings normalises pixels
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # per colour channel; ViTEmbeddings normalises with them
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
     @property
@@ -74,11 +74,11 @@ class TextConfig:
     rope_scaling: dict | None = None         # None, or a dict with rope_type: llama3 or linear
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
-    qkv_bias: bool = False                   # Qwen2
-    o_bias: bool = False                     # with qkv_bias: Llama's attention_bias
+    qkv_bias: bool = False                   # True in Qwen2
+    o_bias: bool = False                     # Llama's attention_bias sets qkv_bias and o_bias
     mlp_bias: bool = False
-    qk_norm: bool = False                    # Qwen3
-    sliding_window: int | None = None        # Mistral 7B v0.1
+    qk_norm: bool = False                    # True in Qwen3
+    sliding_window: int | None = None        # a token reads at most this many keys (Mistral 7B v0.1: 4096)
 
 
 @dataclass
@@ -111,7 +111,7 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x, h):
-        """-> x + h and its norm; on a GPU, in one pass over memory"""
+        """-> x + h, and the norm of x + h. On a GPU, one kernel computes the two results."""
         return layer_norm(x, self.weight, self.bias, self.eps, h)
 
 
@@ -145,7 +145,7 @@ class ViTBlock(nn.Module):
         self.self_attn = ViTAttention(cfg)
         self.layer_norm2 = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.mlp = ViTMLP(cfg)
-        scaled = cfg.model_type.startswith("dinov2")  # DINOv2 multiplies each branch by a trained vector
+        scaled = cfg.model_type.startswith("dinov2")  # DINOv2 scales each residual branch by a trained vector
         self.layer_scale1 = nn.Parameter(torch.ones(cfg.hidden_size)) if scaled else None
         self.layer_scale2 = nn.Parameter(torch.ones(cfg.hidden_size)) if scaled else None
 
@@ -169,7 +169,7 @@ class ViTEmbeddings(nn.Module):
 
     def forward(self, images):
         cfg, p, conv = self.cfg, self.cfg.patch_size, self.patch_embedding
-        side = cfg.image_size // p * p  # drops an incomplete last patch, as a convolution without padding does
+        side = cfg.image_size // p * p  # drop an incomplete patch at the edge, as a convolution without padding does
         x = images[:, :, :side, :side].to(torch.float32) / 255
         mean, std = (torch.tensor(t, device=x.device).view(1, 3, 1, 1) for t in (cfg.image_mean, cfg.image_std))
         x = ((x - mean) / std).to(conv.weight.dtype)
@@ -178,19 +178,19 @@ class ViTEmbeddings(nn.Module):
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)            # (I, T, D)
         x = x + self.position_embedding.weight.to(x.dtype)
-        if self.register_tokens is not None:  # register tokens have no position
+        if self.register_tokens is not None:  # register tokens have no position embedding
             x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return x
 
 
 class VisionModel(nn.Module):
-    """images (I, 3, S, S) uint8 -> all tokens of the feature layer (I, T, D), without a final norm. I may be 0."""
+    """images (I, 3, S, S) uint8 -> output of the feature layer for all tokens (I, T, D), no final norm. I may be 0."""
 
     def __init__(self, cfg):
         super().__init__()
         clip = cfg.model_type == "clip_vision_model"
         self.embeddings = ViTEmbeddings(cfg)
-        self.pre_layrnorm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # published spelling
+        self.pre_layrnorm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if clip else None  # CLIP's own spelling
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth))
 
@@ -200,7 +200,7 @@ class VisionModel(nn.Module):
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         lo = torch.arange(0, I * T, T, dtype=torch.int32, device=x.device).repeat_interleave(T)            # (I T,)
-        hi = lo + T                                                       # a token sees only its own image
+        hi = lo + T                                                       # a token attends only to its own image
         x = x.reshape(I * T, D)
         for block in self.encoder.layers:
             x = block(x, lo, hi)
@@ -226,7 +226,7 @@ class VisionTower(nn.Module):
 # ---- connector: (I, P, D) -> (I, Q, C) ------------------------------------------------------------------------------
 
 class LinearConnector(nn.Module):
-    """LLaVA v1: one matrix."""
+    """The connector of LLaVA v1: one linear layer."""
 
     def __init__(self, D, C):
         super().__init__()
@@ -237,7 +237,7 @@ class LinearConnector(nn.Module):
 
 
 class MLPConnector(nn.Module):
-    """LLaVA-1.5: linear, GELU, linear."""
+    """The connector of LLaVA-1.5: linear, GELU, linear."""
 
     def __init__(self, D, C):
         super().__init__()
@@ -262,19 +262,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x, h):
-        """-> x + h and its norm; on a GPU, in one pass over memory"""
+        """-> x + h, and the norm of x + h. On a GPU, one kernel computes the two results."""
         return rms_norm(x, self.weight, self.eps, h)
 
 
 def rope_frequencies(cfg, device=None):
-    """(K/2,) angles per position, in fp32. It is not a buffer, because model.to(bf16) would round it."""
+    """-> (K/2,) angles per position, in fp32. They are not stored in a buffer: model.to(bf16) would round a buffer."""
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.int64, device=device).float()
     f = 1.0 / cfg.rope_theta ** (i / cfg.head_dim)
     s = cfg.rope_scaling or {}
     kind = s.get("rope_type", s.get("type", "default"))
     if kind == "linear":
         f = f / s["factor"]
-    elif kind == "llama3":  # low frequencies are divided by `factor`, high ones stay, others are interpolated
+    elif kind == "llama3":  # low frequencies are divided by `factor`, high ones stay, those between are interpolated
         old = s["original_max_position_embeddings"]
         wave = 2 * torch.pi / f
         blend = (old / wave - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
@@ -302,7 +302,7 @@ class LlamaAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(K, cfg.rms_norm_eps) if cfg.qk_norm else None for _ in range(2))
 
     def qkv(self, x, rows=None):
-        """A separate method, because LoRA replaces it"""
+        """-> queries, keys, values. With adapters, lora.py replaces this method."""
         return self.q_proj(take(x, rows)), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, cos, sin, lo, hi, rows=None, cache=None):
@@ -312,7 +312,7 @@ class LlamaAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope_qk(q, k, cos, sin, rows)
         if cache is not None:
-            k, v = cache.append(self, k, v)                                    # k, v of all slots of generate.Cache
+            k, v = cache.append(self, k, v)                                   # k, v of the whole cache (generate.Cache)
         return self.o_proj(attention(q, k, v, take(lo, rows), take(hi, rows)).flatten(1))
 
 
@@ -324,7 +324,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
     def gate_up(self, x):
-        """A separate method, because LoRA replaces it"""
+        """-> gate, up. With adapters, lora.py replaces this method."""
         return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x):
@@ -360,7 +360,7 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self):
-        """(V, C). The head is used as a matrix, because the loss computes logits in chunks."""
+        """-> weight of the output head (V, C). The loss multiplies by it in chunks; the head is never called."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     @property
@@ -371,25 +371,25 @@ class Llama(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(self, x, pos, lo, hi, rows=None, cache=None):
-        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)   # (N, K/2), fp32: bf16 would round 257
+        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)  # (N, K/2), fp32: bf16 rounds 257 to 256
         cos, sin = angles.cos(), angles.sin()
         if self.cfg.sliding_window:
             lo = torch.maximum(lo, hi - self.cfg.sliding_window)
         for layer in self.model.layers[:-1]:
             x = layer(x, cos, sin, lo, hi, cache=cache)
-        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)           # other tokens only get k and v
+        x = self.model.layers[-1](x, cos, sin, lo, hi, rows, cache)  # tokens outside `rows` only add keys and values
         return self.model.norm(x)
 
 
 # ---- vision-language model ------------------------------------------------------------------------------------------
 
 def logits_head(hidden, weight, labels):
-    """hidden (R, C), weight (V, C) -> logits (R, V): a `head` for VLM.forward"""
+    """hidden (R, C), weight (V, C) -> logits (R, V). With this `head`, VLM.forward returns logits, not the loss."""
     return hidden @ weight.to(hidden.dtype).T
 
 
 class VLM(nn.Module):
-    """LLaVA, unless other parts are given: parts.build() gives those that a config names."""
+    """LLaVA. For other systems, parts.build.build() passes another tower, connector or decoder."""
 
     def __init__(self, cfg, tower=None, connector=None, decoder=None):
         super().__init__()
@@ -401,7 +401,7 @@ class VLM(nn.Module):
 
     @property
     def blocks(self):
-        """The transformer blocks: each is recomputed, compiled and sharded separately"""
+        """The transformer blocks. engine.parallelize recomputes, compiles and shards each block separately."""
         return [*self.vision_tower.blocks, *self.language_model.blocks]
 
     def train(self, mode=True):
@@ -412,30 +412,30 @@ class VLM(nn.Module):
         return self
 
     def image_features(self, images):
-        """images (I, 3, S, S) uint8 -> (I, Q, C). No autograd graph is built for a frozen tower."""
+        """images (I, 3, S, S) uint8 -> image features (I, Q, C). A frozen vision tower builds no autograd graph."""
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             features = self.vision_tower(images)                               # (I, P, D)
         return self.multi_modal_projector(features)
 
     def forward(self, ids, labels, pos, lo, hi, images, head=linear_cross_entropy, cache=None):
-        """One packed sequence: ids, labels, pos, lo, hi (N,), images (I, 3, S, S) uint8.
+        """One packed sequence: token ids, labels, positions, key ranges [lo, hi), all (N,); images (I, 3, S, S) uint8.
 
-        Only tokens with a label pass the whole last layer. The result is head(hidden (R, C), weight (V, C), labels
-        (R,)), by default the summed loss."""
-        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). The only host-device sync, so it comes first
+        Only the R tokens with a label pass the whole last layer. -> head(hidden (R, C), weight (V, C), labels (R,)):
+        by default the loss, summed over these tokens."""
+        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). nonzero() makes the host wait: do it before other work
         x, *seen = self.inputs(ids, pos, images, cache)                        # (N, C)
         hidden = self.language_model(x, pos, lo, hi, rows, cache, *seen)       # (R, C)
         return head(hidden, self.language_model.head_weight, labels[rows])
 
     def inputs(self, ids, pos, images, cache=None):
-        """-> [x (N, C)]: embeddings of the text with the images in their places. Other systems return more, which the
-        decoder gets"""
+        """-> [x (N, C)]: token embeddings, with image features at the placeholders. A subclass may return more: these
+        values are further arguments of the decoder."""
         x = self.language_model.embed(ids)                                     # (N, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))                  # fp32 embeddings would keep x in fp32
+            x = x.to(torch.get_autocast_dtype(x.device.type))                  # otherwise fp32 embeddings keep x fp32
         z = self.image_features(images).flatten(0, 1)                          # (I Q, C)
-        # at: positions of the image placeholders; at[-1] is -1 if there are not too many. Both checks need no sync
+        # at: indices of the image placeholders, then -1 in unused places. The two checks need no host-device sync
         at = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]                 # (I Q + 1,)
         torch._assert_async(at[-1] < 0, "there are more image placeholders than image features")
         torch._assert_async((at[:-1] >= 0).all(), "there are more image features than image placeholders")

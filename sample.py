@@ -43,7 +43,7 @@ def main(s):
             turns[-1] = (turns[-1][0], answer)
     except BadSample as e:
         config.stop(str(e))
-    except (EOFError, KeyboardInterrupt):                # the end of the chat
+    except (EOFError, KeyboardInterrupt):                # end of input, or Ctrl-C: the chat ends
         return
 
 

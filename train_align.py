@@ -1,10 +1,10 @@
 """Stage 1: train the connector on images and their captions; vision tower and language model stay frozen.
 
-    torchrun train_align.py                                        # the toy world, on a CPU, in about a minute
+    torchrun train_align.py                                        # toy data (demo/), on a CPU, about a minute
     torchrun train_align.py recipes/llava15_align.py --data=blip_laion_cc_sbu_558k.json --images=DIR
     torchrun --nproc_per_node=8 train_align.py recipes/llava15_align.py ...              # eight GPUs
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train_align.py recipes/llava15_align.py ...                                      # four nodes of eight
+        train_align.py recipes/llava15_align.py ...                                      # four nodes of eight GPUs
 
 Settings are given as --key=value or in recipe files; `python train_align.py --help` prints them all.
 """
@@ -21,34 +21,34 @@ HERE = Path(__file__).resolve().parent
 
 
 @dataclass
-class Settings(Common):                          # the settings that all stages share: config.py
+class Settings(Common):                          # config.Common: the settings of all stages
     template: str = "plain"
     vision: str = str(HERE / "demo/vit")
     llm: str = str(HERE / "demo/llm")
     epochs: float = 3.0
-    lr: float = 5e-3                             # of the connector
+    lr: float = 5e-3                             # learning rate of the connector
     out: str = "runs/align"
 
 
 def main(s):
     world = stage.begin(s, "align")
     model, folder = stage.load(s, world, "plain")
-    lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype, world.device)    # what trains
+    lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype, world.device)  # the connector trains
     run = stage.prepare(s, world, model, folder, lrs)
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------
     model, optimizer, start, steps = run.model, run.optimizer, run.start, run.steps
     for step, batch in zip(range(start, steps), run.batches):
         lr = engine.set_lr(optimizer, step, steps, s.warmup)
-        n, = world.sum([sum(supervised(b.labels) for b in batch.micro)])   # supervised tokens of this step, all ranks
+        n, = world.sum([sum(supervised(b.labels) for b in batch.micro)])   # n: supervised tokens of the step, all ranks
         total = 0.0
         for b in batch.micro:
             with engine.sync_gradients(model, enabled=b is batch.micro[-1]):
                 with world.autocast():
                     loss = token_loss(model, b.to(world.device))           # a sum over the supervised tokens of b
-                (loss * world.size / n).backward()                         # world.size: DDP and FSDP average over ranks
+                (loss * world.size / n).backward()                         # DDP and FSDP divide by world.size
             total += loss.detach()
-        if step == start and batch.micro:                                  # micro is empty if no sample is usable
+        if step == start and batch.micro:                                  # batch.micro is [] if no sample is usable
             engine.check_gradients(model)
         result = engine.update(model, optimizer, total, n, world, s.grad_clip)
 
@@ -61,7 +61,7 @@ def main(s):
             run.validation.loss(step, model, token_loss, run.log)
         if run.due(step, s.sample_every):
             run.validation.answers(step, model, folder, run.log)
-        stop, = world.sum([len(run.signals)])                              # Ctrl-C or a scheduler, on any rank
+        stop, = world.sum([len(run.signals)])                              # has any rank received a signal to stop?
         if stop or run.due(step, s.save_every):
             run.folder.save(step, model, optimizer, run.log)
         if stop:

@@ -1,9 +1,9 @@
-"""Stage 2: train connector and language model on conversations about images; the whole language model, or with LoRA.
+"""Stage 2: train the connector and the language model (all weights, or LoRA adapters) on conversations about images.
 
-    torchrun train_sft.py                                          # the toy world, on a CPU, after train_align.py
-    torchrun train_sft.py --lora_r=32 --lr=5e-3 --connector_lr=4e-3 --out=runs/lora   # with LoRA
+    torchrun train_sft.py                                          # toy data (demo/), on a CPU, after train_align.py
+    torchrun train_sft.py --lora_r=32 --lr=5e-3 --connector_lr=4e-3 --out=runs/lora   # with LoRA adapters
     torchrun train_sft.py recipes/llava15.py --init=runs/align --data=llava_v1_5_mix665k.json --images=DIR
-    torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py ...       # eight GPUs; several nodes: as train_align.py
+    torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py ...      # eight GPUs; several nodes: see train_align.py
 
 Settings are given as --key=value or in recipe files; `python train_sft.py --help` prints them all.
 """
@@ -20,7 +20,7 @@ from run import stage
 @dataclass
 class Settings(Common):
     init: str = "runs/align"
-    lr: float = 3e-3                             # of the language model, or of its adapters
+    lr: float = 3e-3                             # learning rate of the language model, or of its adapters
     out: str = "runs/sft"
 
     connector_lr: float = setting(0.0, "of the connector; 0 = lr", 0, resume="say", group="stage 2")
@@ -36,7 +36,7 @@ class Settings(Common):
 
 
 def who_trains(s, model):
-    """-> {name glob: learning rate}, for engine.choose. With lora_r, adapters are added to the model."""
+    """-> table {glob over names: learning rate} for engine.choose. If lora_r > 0, add adapters to the model."""
     table = {"multi_modal_projector.*": s.connector_lr or s.lr}
     if not s.lora_r:
         return table | {"language_model.*": s.lr} | ({"vision_tower.*": s.vision_lr} if s.vision_lr else {})
@@ -58,15 +58,15 @@ def main(s):
     model, optimizer, start, steps = run.model, run.optimizer, run.start, run.steps
     for step, batch in zip(range(start, steps), run.batches):
         lr = engine.set_lr(optimizer, step, steps, s.warmup)
-        n, = world.sum([sum(supervised(b.labels) for b in batch.micro)])   # supervised tokens of this step, all ranks
+        n, = world.sum([sum(supervised(b.labels) for b in batch.micro)])   # n: supervised tokens of the step, all ranks
         total = 0.0
         for b in batch.micro:
             with engine.sync_gradients(model, enabled=b is batch.micro[-1]):
                 with world.autocast():
                     loss = token_loss(model, b.to(world.device))           # a sum over the supervised tokens of b
-                (loss * world.size / n).backward()                         # world.size: DDP and FSDP average over ranks
+                (loss * world.size / n).backward()                         # DDP and FSDP divide by world.size
             total += loss.detach()
-        if step == start and batch.micro:                                  # micro is empty if no sample is usable
+        if step == start and batch.micro:                                  # batch.micro is [] if no sample is usable
             engine.check_gradients(model)
         result = engine.update(model, optimizer, total, n, world, s.grad_clip)
 
@@ -79,7 +79,7 @@ def main(s):
             run.validation.loss(step, model, token_loss, run.log)
         if run.due(step, s.sample_every):
             run.validation.answers(step, model, folder, run.log)
-        stop, = world.sum([len(run.signals)])                              # Ctrl-C or a scheduler, on any rank
+        stop, = world.sum([len(run.signals)])                              # has any rank received a signal to stop?
         if stop or run.due(step, s.save_every):
             run.folder.save(step, model, optimizer, run.log)
         if stop:

@@ -152,15 +152,15 @@ def print_json(x):
     print(json.dumps(x), flush=True)
 
 
-def table(names, rows):
-    """-> a markdown table; None is an empty cell"""
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join('' if c is None else str(c) for c in cells)} |" for cells in lines) + "\n"
-
-
-def write_page(page, out):
-    """Write the page to the file `out`, if out is not empty -> page"""
+def open_page(out):
+    """-> say(text), which prints the text and, if `out` names a file, appends it there; the file starts empty."""
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(page, "utf-8")
-    return page
+        Path(out).write_text("")
+
+    def say(text):
+        print(text, flush=True)
+        if out:
+            with open(out, "a", encoding="utf-8") as f:
+                f.write(f"{text}\n")
+    return say

@@ -180,15 +180,7 @@ def main(s, args):
         return measure_rows(s, names)
     end, rows, ceilings, left = time.time() + s.seconds, [], {}, list(names)
     options = [f"--{key}={getattr(s, key)}" for key in ("size", "device", "rounds", "ms", "row_seconds")]
-
-    def say(text):
-        print(text, flush=True)
-        if s.out:
-            with open(s.out, "a", encoding="utf-8") as f:
-                f.write(f"{text}\n")
-    if s.out:
-        Path(s.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(s.out).unlink(missing_ok=True)
+    say = bench.open_page(s.out)
     say(f"# Kernels, {s.date}\n\n`python -m bench kernels{''.join(f' {a}' for a in args)}` on "
         f"{bench.describe_machine(s.device)}; ours: {'Triton kernels' if s.device == 'cuda' else 'plain torch'}.\n")
     while left and time.time() < end:
@@ -198,7 +190,7 @@ def main(s, args):
             if "ceilings" in m and not ceilings:
                 ceilings = m["ceilings"]
                 say(f"Ceilings: {ceilings['matmul'] / 1e12:.1f} TFLOP/s, {ceilings['copy'] / 1e9:.0f} GB/s.\n")
-                say(bench.table(COLUMNS, [])[:-1])
+                say(f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|")
             if "ended" in m and began in left and time.time() < end:
                 m = failed_row(began, f"the process ended with {m['ended']}: {m['because']}")
             if "row" in m:

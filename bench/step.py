@@ -27,6 +27,7 @@ from config import setting
 LR, CLIP = 1e-3, 1.0
 AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest allowed difference of the first losses: bf16, fp32
 MEMORY = 0.6                                # goal: peak memory of ours / theirs
+CLOCK = {"cuda": "Time between events", "cpu": "CPU time"}
 
 
 # ---- the two sides --------------------------------------------------------------------------------------------------
@@ -237,40 +238,20 @@ def peak_flops():
     return next((f for card, f in log.PEAK.items() if card in name), float("nan"))
 
 
-# ---- the page ------------------------------------------------------------------------------------------------------
-
-PAGE = """# Training steps, {date}
-
-`python -m bench step{args}` on {machine}.
-
-Ours beside transformers' LLaVA (sdpa, fused AdamW). {clock} of the median of {steps} steps; medians over {repeats}
-processes; ratios are of pairs, least and most in brackets. Padding: tokens of a padded batch for each real one.
-Memory: peak of {of}. Apart: difference of the first losses.
-
-"""
-
-
-def cells(r):
-    """One line of the table: a row and one peer, or no peer"""
-    halved = "".join(f" (micro-batch x {p:g})" if p < 1 else "" for p in r["part"][1:])
+def sentence(r):
+    """A row and one peer, or no peer, in one line"""
     ms, mib = (" / ".join(f"{x:.0f}" for x in r[key]) for key in ("ms", "mib"))
-    faster = memory = apart = None
+    text = f"{r['row']}: {r['samples_per_s'][0]:.1f} samples/s; no peer ran"
     if r["peer"]:
-        faster = "**{:.2f}** ({:.2f} to {:.2f})".format(r["speed"], *r["speed_range"])
-        memory = f"**{r['memory']:.2f}**"
-        apart = f"{r['apart'][0]:.0e}" + ("" if r["agree"] else " **not the same steps**")
-    return [r["row"], (r["peer"] or "none ran") + halved, r["tokens"], f"{r['padding']:.2f}", ms, faster, r.get("goal"),
-            f"{r['mfu']:.1%}" if "mfu" in r else None, mib, memory, apart]
-
-
-def page(rows, failed, s, head, ceilings):
-    text = PAGE.format(**head, steps=s.steps, repeats=s.repeats, date=s.date,
-                       clock={"cpu": "CPU time", "cuda": "Time between events"}[s.device],
-                       of={"cpu": "the process", "cuda": "the allocator"}[s.device])
-    names = ["row", "beside", "tokens", "padding", "ms, ours / theirs", "**times faster**", "goal", "MFU",
-             "MiB, ours / theirs", "**memory**", "apart"]
-    text += bench.table(names, map(cells, rows))
-    return text + "".join(f"\n{name}, {side}: did not run: {why}\n" for (name, side), why in failed.items())
+        halved = f" (micro-batch x {r['part'][1]:g})" if r["part"][1] < 1 else ""
+        goal = f"; goal {r['goal']}" if r["goal"] else ""
+        text = "{}: **{:.2f}** times as fast as {}{} ({:.2f} to {:.2f}{}), **{:.2f}** of its memory".format(
+            r["row"], r["speed"], r["peer"], halved, *r["speed_range"], goal, r["memory"])
+    text += f"; {ms} ms, {mib} MiB, {r['tokens']} tokens, padding {r['padding']:.2f}"
+    text += f", MFU {r['mfu']:.1%}, {r['of_floor']:.0%} of the floor" if "mfu" in r else ""
+    if r["peer"]:
+        text += f", first losses {r['apart'][0]:.0e} apart{'' if r['agree'] else ': **NOT THE SAME STEPS**'}"
+    return text
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -306,20 +287,23 @@ def main(s, args):
         return bench.print_json(measure(n, s.side, s.steps, sizes[n], s.device))
     s.repeats = s.repeats or {"cuda": 1, "cpu": 5}[s.device]
     end, rows, failed, machine = time.time() + s.seconds, [], {}, bench.describe_machine(s.device)
-    print(machine, flush=True)
+    say = bench.open_page(s.out)
+    say(f"# Training steps, {s.date}\n\n`python -m bench step{''.join(f' {a}' for a in args)}` on {machine}.\n\n"
+        f"Ours / theirs: transformers' LLaVA (sdpa, fused AdamW). {CLOCK[s.device]} of the median of {s.steps} steps;\n"
+        f"medians over {s.repeats} processes; ratios are of pairs, least and most in brackets.\n")
 
     def once(name, side):
         """Measure one side of a row in its own process -> the result of measure(), or None"""
         left = end - time.time()
         if left < 1:
             failed[name, side] = f"not begun within {s.seconds:.0f} s"
-            return None
+            return say(f"- {name}, {side}: {failed[name, side]}")
         *found, last = bench.child("step", [f"--rows={name}", f"--side={side}", f"--steps={s.steps}",
                                             f"--size={s.size}", f"--device={s.device}"], left)
         if found and not last["ended"]:
             return found[-1]
         failed[name, side] = last["because"]
-        print(f"{name}, {side}: ended with {last['ended']}: {last['because']}", flush=True)
+        say(f"- {name}, {side}: did not run, ended with {last['ended']}: {last['because']}")
 
     ceilings = once(names[0], "ceilings") if s.device == "cuda" else None
     plan = [(name, n, side) for name in names for n in range(s.repeats)
@@ -328,29 +312,16 @@ def main(s, args):
         plan.sort(key=lambda p: (p[1], system(p[0]).peers[1:].index(p[2]) + 1 if p[2] in system(p[0]).peers[1:] else 0))
     got = {}
 
-    def report():
-        """Write the page after every process, so that an interrupted run leaves a page"""
-        rows.clear()
-        for name in names:
-            ours, peers = got.get((name, "ours"), []), [p for p in system(name).peers if (name, p) in got]
-            for peer in (peers or [None]) if ours else []:
-                pairs = [*zip(ours, got[name, peer])] if peer else [*zip(ours)]
-                rows.append(compare(name, pairs, s.steps, sizes[name], s.device, ceilings, peer))
-        head = {"args": "".join(f" {a}" for a in args), "machine": machine}
-        return bench.write_page(page(rows, failed, s, head, ceilings), s.out)
-
     for name, n, side in plan:
         if (name, side) not in failed and (found := once(name, side)):
             got.setdefault((name, side), []).append(found)
-            print(f"{name} {n + 1}/{s.repeats} {side}: {found['seconds'] * 1e3:.0f} ms, first loss "
-                  f"{found['losses'][0]:.4f}, {found['peak'] / 2**20:.0f} MiB", flush=True)
-            report()
-    print("\n" + report(), flush=True)
-    for r in rows:
-        if not r["peer"]:
-            print(f"{r['row']}: {r['samples_per_s'][0]:.1f} samples/s; no peer ran", flush=True)
-            continue
-        print(f"{r['row']}: {r['speed']:.2f} times as fast as {r['peer']}, {r['memory']:.2f} of its memory"
-              + ("" if r["agree"] else f"; NOT THE SAME STEPS: first losses {r['apart'][0]:.1e} apart"), flush=True)
+            say(f"- {name} {n + 1}/{s.repeats} {side}: {found['seconds'] * 1e3:.0f} ms, first loss "
+                f"{found['losses'][0]:.4f}, {found['peak'] / 2**20:.0f} MiB")
+    for name in names:
+        ours, peers = got.get((name, "ours"), []), [p for p in system(name).peers if (name, p) in got]
+        for peer in (peers or [None]) if ours else []:
+            pairs = [*zip(ours, got[name, peer])] if peer else [*zip(ours)]
+            rows.append(compare(name, pairs, s.steps, sizes[name], s.device, ceilings, peer))
+            say(f"- {sentence(rows[-1])}")
     bench.print_json({"machine": machine, "ceilings": ceilings, "rows": rows,
                       "failed": {f"{name}, {side}": why for (name, side), why in failed.items()}})

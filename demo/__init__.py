@@ -1,1 +1,1 @@
-"""The toy world, and the vision tower and LLM trained on it: see demo/README.md."""
+"""The toy world (a small data set), and the vision tower and LLM trained on it. See demo/README.md."""

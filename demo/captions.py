@@ -1,11 +1,11 @@
 """Score the captions that a model gives to the held-out images of the toy world.
 
-    python demo/captions.py [--model=runs/align] [--device=cpu]    # after train_align.py; the last line is JSON
+    python demo/captions.py [--model=runs/align] [--device=cpu]    # after train_align.py; prints JSON at the end
 
-A caption is a list of things: "top left: a large red circle; bottom right: a sign that says 7". Each thing gives a
-place, and at this place a shape, colour, size and digit. The score of each kind is F1 between the facts of the model's
-captions and the facts of the true ones. A thing without a place gives no facts. f1_shuffled is the same score with the
-captions of other images: what a model can reach without looking at the image.
+A caption is a list of things: "top left: a large red circle; bottom right: a sign that says 7". Each thing states
+facts of several kinds: a place, and the shape, colour, size or digit at this place. For each kind, the score is F1
+between the facts in the model's captions and the facts in the true captions. A thing without a place states no facts.
+f1_shuffled is F1 with the model's captions of other images: what a model can reach without looking at the image.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Settings:
 
 
 def caption_facts(caption):
-    """A caption -> {kind: set of facts}; a fact is a place, or (place, value) for the other kinds"""
+    """A caption -> {kind: set of facts}. A fact of the kind "place" is a place; other facts are (place, value)."""
     found = {"place": set(), "shape": set(), "color": set(), "size": set(), "read": set()}
     for row, column, size, first, digit, second in THING.findall(caption):
         place, shape = f"{row} {column}", second or first
@@ -45,7 +45,7 @@ def caption_facts(caption):
 
 
 def facts_f1(answers, truths):
-    """Two lists of captions of the same images -> {kind: F1 over all images}"""
+    """The model's captions and the true captions of the same images -> {kind of fact: F1 over all images}"""
     total = {}
     for a, b in zip(map(caption_facts, answers), map(caption_facts, truths)):
         for kind in a:
@@ -55,7 +55,7 @@ def facts_f1(answers, truths):
 
 
 def scene_seed(name):
-    """Name of an image file -> seed of its scene: test_00012.png was drawn from "0/test/12"."""
+    """Name of an image file -> random seed of its scene: test_00012.png was drawn with the seed "0/test/12"."""
     split, number = Path(name).stem.split("_")
     return f"0/{split}/{int(number)}"
 

@@ -1,20 +1,20 @@
-"""What the LLM of the toy world is trained on: three lessons, each a stream of documents (ids, labels, no images).
+"""The training data of the toy world's LLM: three lessons. A lesson is a series of documents (ids, labels, no images).
 
-    pairs       red circle top left; blue star middle right         then:  circle red now -> top left
-    records     red top small left circle; 7 sign bottom center     then:  row circle red -> top   left top color -> red
+    pairs       red circle top left; blue star middle right        drill    circle red now -> top left
+    records     red top small left circle; 7 sign bottom center    drills   row circle red -> top  left top color -> red
     questions   top left: small red circle; ... USER: Where is the red circle? ASSISTANT: top left
 
-To answer "where is the red circle" from a text, the model must look up a thing by two words. It has to copy both words
-of the question to the position of the answer, combine the words of each thing, and compare. No single step lowers the
-loss: trained on the questions alone, the model still guessed after 6,000 steps. So the first two lessons train the
-steps one after the other. In short runs of one seed each (hints, not findings) these choices mattered:
+A drill is a key and its answer. To answer "where is the red circle" from a text, the model must copy both words of the
+question to the position of the answer, combine the words of each thing in the text, and compare. None of these skills
+lowers the loss alone: trained on questions alone, the model still guessed after 6,000 steps. So the first two lessons
+train one skill after the other. In short runs with one seed each (hints, not proof) these choices mattered:
 
-    distance    In some drills the answer follows the key at once, in others after one to four filler words. With always
-                two or always five fillers the loss did not fall within 500 steps; with mixed distances it fell for all
-                distances within 400.
-    order       Keys come as "red circle" and as "circle red", and as one word if one is enough. Without this the
-                model compared only the word next to the answer and confused two red things.
-    sequence    All lessons mixed from the start: no progress in 2,000 steps. In sequence, `pairs` took at most 600.
+    distance    Between key and answer are no, one, two or four filler words. With always two or always five fillers,
+                the loss did not fall within 500 steps. With mixed distances, it fell for all of them within 400 steps.
+    order       A key is "red circle" or "circle red", or one word if one is enough. Without these variants, the model
+                compared only the word next to the answer, and so it confused two red things.
+    sequence    With all lessons mixed from the start, the model learned nothing in 2,000 steps. With the lessons one
+                after the other, `pairs` took at most 600 steps.
 """
 
 from chat import Parts, encode
@@ -24,7 +24,7 @@ FILLERS = ["is", "now", "there", "then", "and", "so"]
 
 
 def dialogue_document(tok, opening, questions, short):
-    """[(question, short answer, sentence)] after an opening text -> (ids, labels, [])"""
+    """A document: an opening text, then questions [(question, short answer, sentence)] -> (ids, labels, [])"""
     c = toy.dialogue(questions, short, opening)
     turns = [(u["value"], a["value"]) for u, a in zip(c[::2], c[1::2])]
     return (*encode(tok, "vicuna_v1", turns, system=""), [])
@@ -35,7 +35,7 @@ def shuffled(rng, items):
 
 
 def records(scene, rng, easy):
-    """-> things as {attribute: word} in random order, and for each a text of its words, also in random order"""
+    """-> things of a scene as {attribute: word}, their texts; in random order. easy: place comes last in a text"""
     things, texts = [], []
     for o in shuffled(rng, scene["objects"] if easy else toy.things(scene)):
         name = ({"shape": "sign", "number": str(o["digit"])} if "digit" in o else
@@ -50,8 +50,8 @@ def records(scene, rng, easy):
 
 
 def drill(rng, easy):
-    """-> texts of the things in a scene, and four drills [(key, answer)]. A key names exactly one thing. easy: for
-    the lesson `pairs`. Drills may repeat, so that the model cannot answer by elimination."""
+    """-> texts of the things in a random scene, four drills [(key, answer)]. A key fits exactly one thing. easy: drills
+    of the lesson `pairs`. Drills may repeat, so the model cannot exclude things that earlier drills asked for."""
     things, texts = records(toy.make_scene(rng), rng, easy)
     keys = ([("color", "shape")] * 2 + [("color",), ("shape",)]
             + ([] if easy else [("row", "column")] * 2 + [("row",), ("column",)]))
@@ -77,7 +77,7 @@ def drill_document(tok, rng, easy):
     p = Parts(tok, 0)
     p.control(tok.bos)
     p.text(" " + "; ".join(texts) + "\n")
-    for key, answer in drills:                     # a space before each word: " red" and "red" are different tokens
+    for key, answer in drills:                     # put a space before each word: " red" and "red" are different tokens
         p.text(" " + key)
         p.text(" " + answer, supervised=True)
         p.text("\n")
@@ -85,7 +85,7 @@ def drill_document(tok, rng, easy):
 
 
 def caption_document(tok, rng):
-    """A caption; in 80 % of the documents it follows the text of its scene"""
+    """A document with the caption of a scene; in 80 % of the documents, the text of the scene comes first"""
     scene, p = toy.make_scene(rng), Parts(tok, 0)
     p.control(tok.bos)
     p.text(toy.scene_text(scene) + "\n" if rng.random() < 0.8 else "")
@@ -94,8 +94,8 @@ def caption_document(tok, rng):
 
 
 def question_document(tok, rng):
-    """Two questions about the text of a scene; only two, because many different questions about one scene would allow
-    answers by elimination."""
+    """A document with the text of a scene and two questions about it. After many different questions about one scene,
+    the model could exclude earlier answers without reading the text."""
     scene = toy.make_scene(rng)
     pool = sum((toy.scene_questions(scene, rng) for _ in range(3)), [])
     opening = toy.scene_text(scene, rng) if rng.random() < 0.7 else "; ".join(records(scene, rng, False)[1])
@@ -103,8 +103,8 @@ def question_document(tok, rng):
 
 
 def lesson_document(name, tok, rng):
-    """One random document of a lesson. Only answers are supervised, because no model can predict a random scene. Later
-    lessons repeat the earlier ones."""
+    """-> a random document of the lesson `name`. Only answers and captions are supervised, because the text of a
+    scene is random. In each later lesson, some documents are drills of the lesson before."""
     draw = rng.random()
     if name == "pairs" or name == "records" and draw < 1 / 3:
         return drill_document(tok, rng, easy=True)

@@ -1,12 +1,12 @@
-"""Train the two towers of the toy world from random weights: a small Llama and a small ViT.
+"""Train the two towers of the toy world from random weights: a small Llama (LLM) and a small ViT.
 
     python demo/pretrain.py llm [--out=DIR ...]                     # -> demo/llm: config, weights, tokenizer
     python demo/pretrain.py vit [--head=contrastive --out=DIR ...]  # -> demo/vit: config, weights, preprocessing
 
-Stage 1 trains the connector alone. This works only if the LLM can already answer questions about a scene that it
-reads as text. So the LLM trains mostly on such questions (demo/lessons.py). Neither tower sees a held-out combination
-(demo/toy.py); both are scored on held-out combinations alone. training.json in each folder holds the settings, the
-scores during training and the minutes.
+Later, stage 1 trains only the connector between both towers. This works only if the LLM can already answer questions
+about a scene that it reads as text. So the LLM is trained on such texts and questions (demo/lessons.py). Test scenes
+have combinations of attributes that no training scene has (demo/toy.py). Scores are measured on test scenes. The file
+training.json in each folder holds the settings, the scores during training, and the training time in minutes.
 
     I  images      T  tokens of an image: class token + patches      D  width of the ViT      S  image side in pixels
     N  tokens of a packed sequence      R  supervised tokens      K  kinds of attributes, the keys of CLASSES
@@ -76,7 +76,7 @@ class ViTSettings:
 
 
 def make_folder(s):
-    """Create the folder s.out -> its path"""
+    """Check the settings s and create the folder s.out -> its Path"""
     config.check_ranges(s)
     try:
         Path(s.out).mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def make_optimizers(model, lr, matrix_lr):
 
 
 def update(optimizers, step, steps, warmup=100, hold=0):
-    """One step of all optimizers: linear warm-up, `hold` steps at the peak learning rate, then half a cosine."""
+    """One step of all optimizers. Learning rate: linear warm-up, `hold` steps at the peak, then half a cosine to 0."""
     at = step if step < warmup else max(warmup, step - hold)
     for o in optimizers:
         for g in o.param_groups:
@@ -104,8 +104,8 @@ def update(optimizers, step, steps, warmup=100, hold=0):
 
 
 def train(model, s, out, steps, hold, loss_of_step, score, about, prefix=""):
-    """The training loop of both towers. loss_of_step(step) -> mean loss, (); score() -> a dict for training.json;
-    about: content of config.json; prefix: only tensors whose names begin with it are saved"""
+    """The training loop of both towers. hold: steps at the peak learning rate; loss_of_step(step) -> a scalar; score()
+    -> dict for training.json; about: content of config.json; prefix: only tensors with this prefix are saved"""
     optimizers, began, log = make_optimizers(model, s.lr, s.matrix_lr), time.time(), []
     for step in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
@@ -136,7 +136,7 @@ def save(out, state, about, s, log):
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
 def train_tokenizer(folder, vocab=1024, scenes=3000):
-    """Byte-level BPE on the toy's texts; writes tokenizer.json and tokenizer_config.json."""
+    """Train a byte-level BPE tokenizer on texts of the toy world, and write its two files -> Tokenizer"""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -171,7 +171,7 @@ def train_tokenizer(folder, vocab=1024, scenes=3000):
 @torch.no_grad()
 def reading_score(lm, tok, scenes=100, seed="exam"):
     """Exact match on questions about the text of held-out scenes -> {"all": share, type: share}. An answer is right if
-    each of its tokens is the most likely one after the true tokens before it. Greedy decoding then gives it."""
+    each of its tokens is the most likely token after the true tokens before it: greedy decoding would produce it."""
     right = {}
     for i in range(scenes):
         rng = random.Random(f"{seed}/{i}")
@@ -207,12 +207,12 @@ def train_llm(s):
     with torch.no_grad():
         lm.model.embed_tokens.weight.mul_(s.embed / 0.02)
         for layer in lm.model.layers:
-            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # instead of 0: this trains faster
+            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # with zeros, training is slower
                 p.copy_(torch.randn(p.shape, generator=g) * s.residual * p.shape[1] ** -0.5)
     print(f"LLM: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} vocabulary entries", flush=True)
 
     def loss_of_step(step):
-        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # this seed gave the weights in demo/llm
+        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # demo/llm was trained with this seed
         while sum(len(d[0]) for d in docs) < s.tokens:
             docs.append(lessons.lesson_document(plan[step], tok, rng))
         b = pack(docs, 1)
@@ -229,9 +229,9 @@ def train_llm(s):
 
 VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=toy.SIDE,
            patch_size=12)
-CLASSES = {"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES, "digit": [*range(10)],  # what a cell shows
-           "row": [*range(3)], "column": [*range(3)]}      # and its place: without it no patch learns its position
-COUNTS = [len(v) + 1 for v in CLASSES.values()]            # class 0: nothing of this kind in the cell
+CLASSES = {"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES, "digit": [*range(10)],  # content of a cell
+           "row": [*range(3)], "column": [*range(3)]}      # place of a cell: else no patch learns its position
+COUNTS = [len(v) + 1 for v in CLASSES.values()]            # class 0: the cell has no such attribute
 PER_CELL = toy.SIDE // VIT["patch_size"] // 3              # patches along a cell's side
 CELLS = torch.arange(9).view(3, 1, 3, 1).expand(3, PER_CELL, 3, PER_CELL).flatten()  # (T - 1,) cell of each patch
 
@@ -239,11 +239,11 @@ CELLS = torch.arange(9).view(3, 1, 3, 1).expand(3, PER_CELL, 3, PER_CELL).flatte
 class Pretraining(torch.nn.Module):
     """A ViT with the head that trains it.
 
-    classes      one linear layer predicts, from each patch, the attributes of its cell and the position of the cell;
-                 it reads the output of the last block and of the block before it, which LLaVA uses
-    contrastive  CLIP (Radford et al. 2021): a text encoder and two projections
+    classes      From each patch, one linear layer predicts the attributes and the position of the patch's cell. The
+                 loss is computed for the last block and for the block before it, whose output LLaVA uses.
+    contrastive  The loss of CLIP (Radford et al. 2021), with a text encoder and two projections.
 
-    demo/README.md compares both and says why classes is used."""
+    demo/README.md compares the two heads and explains the choice of `classes`."""
 
     def __init__(self, head, vocab):
         super().__init__()
@@ -261,10 +261,10 @@ class Pretraining(torch.nn.Module):
             self.vision_model.encoder.layers[-2].register_forward_hook(lambda m, i, o: setattr(self, "early", o))
 
     def forward(self, images, captions, truth):
-        """images (I, 3, S, S) uint8; captions: a Batch of I documents; truth (I, 9, K) classes -> mean loss, ()"""
+        """images (I, 3, S, S) uint8; captions: a Batch of I documents; truth (I, 9, K): classes of cells -> loss ()"""
         x = self.vision_model.post_layernorm(self.vision_model(images))                 # (I, T, D)
         if self.head == "classes":
-            early = self.vision_model.post_layernorm(self.early.view(x.shape))          # (I, T, D) of block -2
+            early = self.vision_model.post_layernorm(self.early.view(x.shape))          # (I, T, D), block -2
             truth = truth[:, CELLS].repeat(2, 1, 1)                                     # (2 I, T - 1, K)
             logits = self.classes(torch.cat([x, early])[:, 1:]).float()                 # (2 I, T - 1, sum of COUNTS)
             return sum(F.cross_entropy(z.flatten(0, 1), truth[:, :, i].flatten())
@@ -279,7 +279,7 @@ class Pretraining(torch.nn.Module):
 
 
 def change_one(scene, rng):
-    """The scene with one attribute of one object changed: colour, shape, size or place"""
+    """-> a copy of the scene, in which one object has another colour, shape, size or place"""
     while True:
         new = json.loads(json.dumps(scene))
         o, change = rng.choice(new["objects"]), rng.choice(["color", "shape", "size", "place"])
@@ -296,8 +296,8 @@ def change_one(scene, rng):
 
 
 def make_examples(n, seed, test=False):
-    """-> images (n, 3, S, S) uint8, captions, classes (n, 9, K). In training every second scene is the scene before it
-    with one attribute changed: a hard negative for the contrastive loss."""
+    """-> images (n, 3, S, S) uint8, captions, classes (n, 9, K). In training, every second scene is a copy of the scene
+    before it with one attribute changed: a hard negative for the contrastive loss."""
     images, captions, classes = [], [], torch.zeros(n, 9, len(CLASSES), dtype=torch.long)
     scene = None
     for i in range(n):
@@ -314,8 +314,8 @@ def make_examples(n, seed, test=False):
 
 @torch.no_grad()
 def probe(model, train, test, layer):
-    """A linear probe of one block's output: ridge regression on the concatenated patches of a cell; the ViT is frozen
-    -> {kind: share of the attributes of *present* things in held-out scenes that the probe names right}"""
+    """Train a linear probe on a block of the frozen ViT: ridge regression from the concatenated patches of a cell to
+    its classes -> {kind: accuracy on the held-out scenes, over the cells in which this attribute exists}"""
     def features(images):
         out = []
         for part in images.split(500):
@@ -343,7 +343,7 @@ def train_vit(s):
     model = Pretraining(s.head, -(-len(tok) // 64) * 64)
     init_weights(model, s.seed)
     if s.head == "contrastive":
-        torch.nn.init.constant_(model.logit_scale, 2.6592)                              # log(1 / 0.07), as CLIP
+        torch.nn.init.constant_(model.logit_scale, 2.6592)                              # log(1 / 0.07), as in CLIP
     images, captions, classes = make_examples(s.scenes, s.seed)
     probed, test = tuple(x[:3000] for x in (images, captions, classes)), make_examples(s.exam, "exam", test=True)
     docs = [[tok.bos, *tok.text(c)[0], tok.eos] for c in captions]
@@ -361,15 +361,15 @@ def train_vit(s):
 
     def loss_of_step(step):
         i = torch.randint(0, s.scenes // 2, (s.batch // 2,), generator=g) * 2
-        i = torch.stack([i, i + 1], 1).flatten().tolist()                               # both scenes of a pair
+        i = torch.stack([i, i + 1], 1).flatten().tolist()                               # a scene and its changed copy
         pixels, truth = images[i], classes[i]
-        if s.head == "classes":    # a third of the images is grey: the shape must be recognised without colour
+        if s.head == "classes":    # a third of the images becomes grey, so the ViT must recognise shapes without colour
             grey = torch.rand(len(i), generator=g) < 1 / 3
             pixels[grey] = pixels[grey].float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
-            truth[grey, :, 0] = IGNORE                                                  # the loss ignores their colour
+            truth[grey, :, 0] = IGNORE                                                  # grey images: no colour loss
         return model(pixels, pack([(docs[j], docs[j], []) for j in i], 1), truth)
 
-    def score():                                                                        # LLaVA reads block -2
+    def score():                                                                        # LLaVA uses block -2
         return {"probe": {str(layer): probe(model, probed, test, layer) for layer in (-2, -1)}}
     train(model, s, out, s.steps, 0, loss_of_step, score, about, prefix="vision_model.")
 

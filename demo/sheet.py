@@ -1,6 +1,6 @@
-"""Draw images of the toy world with the questions and a model's answers, from the file that eval.py wrote.
+"""Draw images of the toy world with questions and a model's answers. The answers come from a file that eval.py wrote.
 
-    python demo/sheet.py runs/sft/answers_seeing.jsonl OUT.png     # right answers in green, wrong ones in red
+    python demo/sheet.py runs/sft/answers_seeing.jsonl OUT.png     # right answers are green, wrong answers red
 """
 
 import json
@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import one_line_errors, stop
 
-ZOOM, WIDTH, LINE, GAP = 3, 680, 22, 18  # pixels
+ZOOM, WIDTH, LINE, GAP = 3, 680, 22, 18  # in pixels, but ZOOM is a factor
 IMAGES = Path("runs/toy/images")
 
 
 def draw_sheet(rows, columns=2, images=6, questions=8):
-    """rows of answers.jsonl -> PIL image: images with questions and answers, and the true answer where one is wrong"""
+    """Rows of answers.jsonl -> PIL image: images, questions, answers; after a wrong answer, the true answer"""
     by_image = {}
     for row in rows:
         by_image.setdefault(row["image"], []).append(row)

@@ -1,21 +1,21 @@
 """The toy world: a small data set that the repository draws itself. Scenes are made from a seed; each scene has an
-image, captions, questions and answers. The files are ordinary LLaVA json and PNG files; training treats them like any
-other data.
+image, captions, questions and answers. They are written as ordinary LLaVA json and PNG files, so training treats them
+like any other data.
 
     python demo/toy.py OUT [--align=N --sft=N --seed=N]    # OUT/{align,sft,val_align,val_sft}.json,
                                                            # OUT/questions.jsonl, OUT/images/
 
-A scene has one to four shapes on a 3 x 3 grid. No two are equal in both colour and shape. Some scenes have a sign
-with a digit. An example:
+A scene has one to four objects (coloured shapes) on a 3 x 3 grid. No two objects have the same colour and shape.
+Some scenes also have a sign with a digit. An example:
 
     scene      large red circle top left, small blue star middle right, sign 7 bottom center
     caption    a red circle, a blue star and a sign
     detailed   top left: a large red circle; middle right: a small blue star; bottom center: a sign that says 7
     questions  What color is the circle? red      Where is the blue star? middle right      Is there a red star? no
 
-Held-out combinations: colour, shape, size and place make 648 combinations. One sixth of them (`held_out`) never occurs
-in a training scene, neither in images nor in text. A test scene has only held-out combinations. So none of its
-combinations occurs in training, although every colour, shape, size and place does.
+Held-out combinations: there are 648 combinations of colour, shape, size and place. One sixth of them (`held_out`) never
+occurs in training, neither in images nor in text. All objects of a test scene have held-out combinations. But each
+single colour, shape, size and place occurs in training.
 """
 
 import json
@@ -33,7 +33,7 @@ SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
 SIZES = ["small", "large"]
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "center", "right"]
 PAIRS = [(c, s) for c in COLORS for s in SHAPES]
-SIDE, CELL = 72, 24                                       # pixels
+SIDE, CELL = 72, 24                                       # sides of an image and of a grid cell, in pixels
 SHORT = "Answer the question using a single word or phrase."
 TYPES = ["color", "shape", "size", "count", "place", "relation", "exists", "read"]
 
@@ -41,15 +41,15 @@ TYPES = ["color", "shape", "size", "count", "place", "relation", "exists", "read
 # ---- the scene graph ------------------------------------------------------------------------------------------------
 
 def held_out(color, shape, size, row, column):
-    """Is this combination kept for the test? One in six is; any two attributes still occur together in training."""
+    """Is this combination for test scenes only? One in six is. Any two attributes still occur together in training."""
     return ([*COLORS].index(color) + SHAPES.index(shape) + 3 * SIZES.index(size) + 2 * row + column) % 6 == 0
 
 
 def make_scene(rng, test=False, signs=0.4):
     """-> {objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}; objects from top left to
-    bottom right. test: only held-out combinations; else none. signs: probability of a sign."""
+    bottom right. test: use only held-out combinations; else use none of them. signs: probability of a sign."""
     pairs = PAIRS
-    if rng.random() < 0.5:                                 # similar objects: a colour or a shape alone often fits two
+    if rng.random() < 0.5:                                 # similar objects: two often share a colour or a shape
         few, kinds = rng.sample([*COLORS], 2), rng.sample(SHAPES, 3)
         pairs = [p for p in PAIRS if p[0] in few and p[1] in kinds]
     cells = [(r, k) for r in range(3) for k in range(3)]
@@ -61,7 +61,7 @@ def make_scene(rng, test=False, signs=0.4):
             if held_out(color, shape, size, r, k) == test:
                 break
             if not any(held_out(color, shape, z, *c) == test for c in cells for z in SIZES):
-                return make_scene(rng, test, signs)        # no free cell suits this pair: start again
+                return make_scene(rng, test, signs)        # no free cell for this colour and shape: start again
         cells.remove((r, k))
         objects.append(dict(color=color, shape=shape, size=size, row=r, column=k))
     objects.sort(key=lambda o: (o["row"], o["column"]))
@@ -79,7 +79,7 @@ def pair_name(o):
 
 
 def things(scene):
-    """Objects and sign, from top left to bottom right."""
+    """-> the objects and the sign of a scene, from top left to bottom right."""
     everything = scene["objects"] + ([scene["sign"]] if scene["sign"] else [])
     return sorted(everything, key=lambda o: (o["row"], o["column"]))
 
@@ -92,8 +92,8 @@ def draw_scene(scene, seed):
     from PIL import Image, ImageDraw, ImageFont
 
     rng = np.random.default_rng(seed)
-    ups = 3                                                # draw at three times the size, then shrink: smooth edges
-    corners = rng.integers(0, 256, 3) * 0.35 + rng.choice([20, 145])   # background: one weak tint, dark or light
+    ups = 3                                                # draw at three times the size, then shrink, for smooth edges
+    corners = rng.integers(0, 256, 3) * 0.35 + rng.choice([20, 145])   # background: dark or light, with a weak tint
     slope = rng.normal(0, 12, (2, 3))
     grid = np.linspace(-1, 1, SIDE)
     ground = corners + grid[:, None, None] * slope[0] + grid[None, :, None] * slope[1]
@@ -153,7 +153,7 @@ def caption(scene, detailed):
 
 
 def scene_text(scene, rng=None):
-    """The scene as text, in order or shuffled by rng. The LLM reads it in place of the image."""
+    """-> the scene as text, which the LLM reads in place of the image. If rng is given, it shuffles the things."""
     names = [f"{place_name(o)}: " + (f"sign {o['digit']}" if "digit" in o else f"{o['size']} {pair_name(o)}")
              for o in things(scene)]
     if rng:
@@ -162,9 +162,9 @@ def scene_text(scene, rng=None):
 
 
 def scene_questions(scene, rng):
-    """-> [(type, question, short answer, answer in a sentence)]: one random question of each type that has exactly one
-    answer. Yes and no are equally likely. Most "no" questions ask for a colour and a shape that both occur, but on
-    different objects."""
+    """-> [(type, question, short answer, answer in a sentence)]: one random question of each type that fits the
+    scene. Each question has exactly one right answer. Yes and no are equally likely. In most questions with the answer
+    "no", the colour or the shape exists in the scene; in about a third, both exist, on different objects."""
     objects, out = scene["objects"], []
     count = {k: {} for k in ("color", "shape", "size")}
     for o in objects:
@@ -226,7 +226,7 @@ def scene_questions(scene, rng):
 
 
 def general_questions():
-    """-> [(question, short answer, sentence)]: questions that need no scene."""
+    """-> [(question, short answer, answer in a sentence)]: questions that need no scene."""
     out = []
     for i in range(9):
         out.append((f"Which number comes after {i}?", str(i + 1), f"The number after {i} is {i + 1}."))
@@ -240,7 +240,7 @@ def general_questions():
 
 def dialogue(asked, short, opening=""):
     """[(question, short answer, sentence)] -> LLaVA turns. The first turn begins with `opening` (the image marker or
-    the text of a scene) and, if short answers are wanted, ends with the instruction."""
+    the text of a scene). short: use short answers, and end the first turn with the instruction SHORT."""
     turns = []
     for i, (question, answer, sentence) in enumerate(asked):
         text = (opening if i == 0 else "") + question + (f"\n{SHORT}" if short and i == 0 else "")
@@ -249,16 +249,16 @@ def dialogue(asked, short, opening=""):
 
 
 def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
-    """-> LLaVA turns: up to `turns` different questions about one scene. Different questions have more "no" than "yes"
-    answers, because few of the possible objects are present. tally, {"yes": n, "no": n} over all conversations of a
-    file, corrects this: a question is left out if its answer is the more frequent one."""
+    """-> LLaVA turns: up to `turns` different questions about one scene. Among different questions, more have the
+    answer "no" than "yes", because few of the possible objects exist. tally: {"yes": n, "no": n}, answers so far in the
+    file. A question is left out if its answer is the more frequent one there."""
     asked = {}
     while len(asked) < turns:
         before = len(asked)
         for _, q, a, s in scene_questions(scene, rng):
             asked.setdefault(q, (q, a, s))
         if len(asked) == before and rng.random() < 0.2:
-            break                                          # a scene with one shape has few different questions
+            break                                          # a scene with one object has few different questions
     asked = list(asked.values())
     rng.shuffle(asked)
     asked = asked[:turns]
@@ -272,14 +272,14 @@ def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-VERSION = 5  # version of the files: increase it when the same sizes and seed would give other files
+VERSION = 5  # version of the files: increase it if a change makes other files from the same sizes and seed
 SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
 
 
 def write_world(out, split="all", seed=0, **sizes):
-    """Write the toy world into the folder `out`: OUT/SPLIT.json (test: OUT/questions.jsonl) and OUT/images/. split:
-    all, or align or sft (each with its validation file and the test questions). sizes: scenes per split. A split that
-    is already there with the same size, seed and version is kept. -> names of the splits written"""
+    """Write the toy world into the folder `out`: OUT/SPLIT.json (for test: OUT/questions.jsonl) and OUT/images/. split:
+    all, test, or align or sft (these also write their validation file and the test). sizes: {split: number of scenes}.
+    A split that already exists with the same size, seed and version is kept. -> names of the splits written"""
     out, sizes = Path(out), {**SCENES, **sizes}
     (out / "images").mkdir(parents=True, exist_ok=True)
     written = []
@@ -303,7 +303,7 @@ def draw_scenes(out, split, n, seed):
     """Draw n scenes into OUT/images/ -> iterator over (id, file name, scene, random generator of this scene)"""
     for i in range(n):
         rng = random.Random(f"{seed}/{split}/{i}")
-        # digits are learned last, so training scenes show more signs with digits
+        # models learn digits last, so training scenes have more signs (with digits) than test scenes
         scene = make_scene(rng, test=True) if split == "test" else make_scene(rng, signs=0.8)
         name = f"{split}_{i:05d}.png"
         draw_scene(scene, rng.getrandbits(32)).save(out / "images" / name, compress_level=1)
@@ -320,7 +320,7 @@ def caption_rows(scenes):
 def conversation_rows(scenes):
     rows, tally = [], {"yes": 0, "no": 0}
     for i, name, scene, rng in scenes:
-        if rng.random() < 0.15:                             # a long or short description
+        if rng.random() < 0.15:                             # ask for a long or short description
             long = rng.random() < 0.75
             ask = "Describe the image." if long else "Describe the image briefly."
             turns = dialogue([(ask, None, caption(scene, long))], False, "<image>\n")

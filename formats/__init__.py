@@ -1,11 +1,11 @@
 """Read and write published model folders. The rest of the repository uses these functions:
 
-    llava.load_model, save_model, aspect     two towers or a LLaVA -> VLM, Folder; a complete llava-hf folder
-    peft.save_adapter, load_merged           a LoRA as a PEFT folder; an adapter merged with its base -> VLM, Folder
-    configs.image_spec, positions            preprocessor_config.json -> ImageSpec; the longest document of an LLM
-    hub.find_folder, find_model              a path or a name of the hub -> a folder on this machine
-    tokenizer.Tokenizer, gguf.export         text to ids; files for llama.cpp
-    card.text, adapter                       model cards
-    rows.Rows                                the samples of a data file
-    whole.commit, write_file                 folders and files that are whole or absent
+    llava.load_model, save_model, aspect     load a LLaVA; write a llava-hf folder; find its image_aspect
+    peft.save_adapter, load_merged           write a LoRA as a PEFT folder; load a base model with a LoRA merged into it
+    configs.image_spec, positions            the image preprocessing of a folder; how many tokens an LLM can read
+    hub.find_folder, find_model              find a model by its path or by its name on the Hugging Face hub
+    tokenizer.Tokenizer, gguf.export         turn text into token ids; write the files for llama.cpp
+    card.text, adapter                       write the model card of a model or of an adapter
+    rows.Rows                                read the samples of a data file
+    whole.commit, write_file                 write a folder or a file completely or not at all
 """

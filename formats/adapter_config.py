@@ -1,4 +1,4 @@
-"""adapter_config.json of a LoRA: which options are supported, the rank and scale of a layer."""
+"""Read adapter_config.json of a LoRA: refuse unsupported options, and find the rank and alpha of each layer."""
 
 import re
 from fnmatch import fnmatchcase
@@ -9,7 +9,7 @@ from formats.strict_json import read_json
 # PEFT options that change the forward pass and are refused
 REFUSED = ("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
            "kasa_config", "monteclora_config", "layer_replication", "target_parameters")
-# initialisations that do not change the base; others (PiSSA, OLoRA, CorDA ...) change its weights and are refused
+# initialisations of a LoRA that keep the base weights; others (PiSSA, OLoRA, CorDA ...) change them and are refused
 INIT = (None, True, False, "gaussian", "eva", "orthogonal")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -32,14 +32,14 @@ def read_adapter_config(folder):
 
 def matches(pattern, name):
     """Does a pattern of PEFT match the whole name of a layer, or the end of the name after a dot? PEFT uses the regular
-    expression (.*\\.)?(pattern)$, which is extremely slow with some patterns. fnmatch does not backtrack."""
+    expression (.*\\.)?(pattern)$, which is extremely slow with some patterns. fnmatch is fast with every pattern."""
     glob = pattern.removesuffix("$").replace("\\.", ".").replace(".*", "*")
     return fnmatchcase(name, glob[1:]) if glob[:1] == "^" else fnmatchcase(f".{name}", f"*.{glob}")
 
 
 def rank_and_alpha(folder, c, name=""):
-    """-> r and alpha of a layer; the adapter is B A times alpha / r (with rsLoRA, alpha is multiplied by sqrt(r)).
-    name: the layer's name in the PEFT file; the first pattern that matches it is used, as in PEFT."""
+    """-> rank r and alpha of a layer. The adapter is (alpha / r) B A. For rsLoRA, alpha is multiplied by sqrt(r).
+    name: the layer's name in the PEFT file; of several patterns that match it, the first is used, as in PEFT."""
     r, alpha = (next((v for p, v in (c.get(patterns) or {}).items() if matches(p, name)), c.get(key))
                 for key, patterns in zip(("r", "lora_alpha"), PATTERNS))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float):

@@ -1,5 +1,5 @@
-"""Model cards: README.md of model/ and adapter/, from the settings and the log of a run. A card never stops a run:
-values that cannot be read are left out. Text that others wrote (names, a system text) is escaped."""
+"""Write model cards: README.md for the folders model/ and adapter/ of a run, from the run's settings and log. A value
+that cannot be read is left out, so a card never stops a run. Text from users (names, a system text) is escaped."""
 
 import json
 import re
@@ -38,12 +38,12 @@ NO_BASE = "PEFT needs a LLaVA folder of transformers as the base, which this ada
 
 
 def escaped(x):
-    """Anything -> one line of Markdown. Characters of markup, HTML or a link are written as &#N;"""
+    """Any value -> one line of Markdown. A character that could start markup, HTML or a link becomes its HTML code."""
     return re.sub(r"[^\w .,;/%+=-]|(?<=www)\.", lambda m: f"&#{ord(m[0])};", " ".join(str(x).split()), flags=re.I)
 
 
 def limits(cfg, aspect):
-    """What a model cannot do -> lines, the most important one first"""
+    """-> lines that say what the model cannot do; the most important line is the first"""
     v = cfg.vision
     lines = {
         "transformers loads this folder and refuses images: its LLaVA does not drop register tokens.":
@@ -57,12 +57,12 @@ def limits(cfg, aspect):
 
 
 def facts(run):
-    """A run folder -> its settings, its code revision, steps done, the last validation loss or None"""
+    """A run folder -> settings, code revision, number of finished steps, last validation loss (or None)"""
     c, steps, loss = {}, 0, None
     try:
         c = read_json(Path(run, "config.json"))
         for line in Path(run, "log.jsonl").read_text("utf-8", "replace").splitlines():
-            row = json.loads(line)                                            # the last line may be cut off
+            row = json.loads(line)                                            # fails if the last line is incomplete
             steps, loss = max(steps, row.get("step", 0)), row.get("val_loss", loss)
     except (Error, OSError, ValueError):
         pass
@@ -70,14 +70,14 @@ def facts(run):
 
 
 def head(library, title, more, s, base=None):
-    """-> the first lines of a card, and the names of the models that the run started from. A card shows a hub name in
-    full, but only the last part of a path."""
+    """-> the first lines of a card, and the names of the models that the run started from. A name on the Hugging Face
+    hub is shown in full; of a local path, only the name of the folder or run is shown."""
     given = next((x for x in ([base], [s.get("init")], [s.get("vision"), s.get("llm")]) if any(x)), ["unknown"])
     names, hub = [], ""
     for name in map(str, given):
         if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(name).exists():
             hub += f"- {name}\n"
-        else:                                                                 # runs/sft/model: sft
+        else:                                                                 # runs/sft/model is shown as sft
             name = Path(name).parent.name if Path(name).name == "model" else Path(name).name
         names.append(escaped(name))
     hub = f"base_model:\n{hub}" if hub else ""
@@ -86,7 +86,7 @@ def head(library, title, more, s, base=None):
 
 
 def text(run, cfg):
-    """The card of model/. cfg: VLMConfig"""
+    """-> README.md for the folder model/ of a run. cfg: VLMConfig"""
     s, revision, steps, loss = facts(run)
     rows = {"steps": steps, "validation loss": loss} | {k: s.get(k) for k in SETTINGS}
     rows["data"] = ", ".join(Path(part).name for part in str(rows["data"] or "").split(","))
@@ -112,16 +112,16 @@ Limits:
 
 
 def peft_reads(base):
-    """Is the base of an adapter (a folder or a hub name) a llava-hf model?"""
+    """Is the base of an adapter a llava-hf model, which PEFT can load? base: a folder or a name on the hub"""
     try:
         c = read_json(find_model(base) / "config.json") if base else {}
     except Error:
         return False
-    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # only the LLaVA repository uses this key
+    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # only the LLaVA repository has this key
 
 
 def adapter(run, base):
-    """The card of adapter/. base: the LLaVA that the adapter was trained on; None: a vision tower and an LLM"""
+    """-> README.md for adapter/. base: the LLaVA that was trained; None: the run began with a ViT and an LLM"""
     s, *_ = facts(run)
     first, names = head("peft", f"{Path(run).resolve().name}: adapter", "", s, base)
     bits = "The language model was in four bits (NF4) while it was trained.\n" if s.get("bits") == 4 else ""

@@ -1,5 +1,5 @@
 """config.json and preprocessor_config.json of published folders -> the configs of model.py and images.py. An absent key
-means the default of the transformers class that wrote the file. An unsupported value is an error that names its key."""
+means the default of the transformers class that wrote the file. For an unsupported value, an error names the key."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from formats.strict_json import read_json
 from images import ImageSpec
 from model import ACTIVATIONS, TextConfig, VisionConfig
 
-# defaults of the transformers classes, where they differ from those of VisionConfig and TextConfig
+# defaults of the transformers classes, where they differ from the defaults of VisionConfig and TextConfig
 DINO = dict(hidden_act="gelu", layer_norm_eps=1e-6, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 VISION = {"clip_vision_model": {},
           "siglip_vision_model": dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, patch_size=16,
@@ -28,7 +28,7 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
 
 
 def read_config(folder):
-    """config.json of a folder whose weights are not quantised -> dict"""
+    """config.json of a folder -> dict. Stops if the folder holds quantised weights."""
     c = read_json(folder / "config.json")
     if how := c.get("quantization_config"):
         stop(f"{folder} holds quantised weights ({dict(how).get('quant_method')}), which are not supported")
@@ -37,7 +37,7 @@ def read_config(folder):
 
 @contextlib.contextmanager
 def one_line(what):
-    """Turn Python's errors about wrong values (text instead of a number ...) into one line."""
+    """Turn Python's errors about wrong values (for example, text instead of a number) into a message of one line."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -45,7 +45,7 @@ def one_line(what):
 
 
 def typed(Config, what, d):
-    """Build Config from the values of d that are its fields. Stops at a wrong type or a number below its range."""
+    """Build Config from a dict d; other keys are ignored. Stops at a wrong type, or (for most keys) a number <= 0."""
     fields = {f.name: f.type for f in dataclasses.fields(Config)}
     for k, x in d.items():
         kind = fields.get(k)
@@ -57,7 +57,7 @@ def typed(Config, what, d):
 
 
 def vision_kind(c):
-    """config.json of a vision tower -> its model_type. Stops if this is not supported."""
+    """config.json of a vision tower -> its model_type. Stops if this type is not supported."""
     kind = c.get("model_type", "clip_vision_model")
     if kind not in list(VISION):
         stop(f"vision tower of type {kind!r}: {', '.join(VISION)} are supported")
@@ -80,7 +80,7 @@ def vision_config(c, feature_layer=-2, pre={}):
         stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
     if not pre.get("do_normalize", True):
         cfg.image_mean, cfg.image_std = (0.0,) * 3, (1.0,) * 3
-    # the image processor turns a byte x into (rescale_factor x - mean) / std, our model into (x / 255 - mean) / std
+    # for a byte x, transformers computes (rescale_factor x - mean) / std, we (x / 255 - mean) / std: adapt mean and std
     factor = 255 * (pre.get("rescale_factor", 1 / 255) if pre.get("do_rescale", True) else 1)
     cfg.image_mean, cfg.image_std = (tuple(v / factor for v in t) for t in (cfg.image_mean, cfg.image_std))
     if cfg.hidden_act not in ACTIVATIONS:
@@ -96,7 +96,7 @@ def text_config(c):
         stop(f"language model of type {kind!r}: {', '.join(TEXT)} are supported")
     if (act := c.get("hidden_act", "silu")) != "silu":
         stop(f"language model with hidden_act {act!r}: silu is supported")
-    null = ("num_key_value_heads", "head_dim", "sliding_window")              # here null does not mean the default
+    null = ("num_key_value_heads", "head_dim", "sliding_window")              # for these keys, null is not the default
     d = TEXT[kind] | {k: x for k, x in c.items() if x is not None or k in null}
     plain = typed(TextConfig, "language model", {k: x for k, x in d.items() if x is not None})
     heads, L = plain.num_attention_heads, plain.num_hidden_layers
@@ -106,7 +106,7 @@ def text_config(c):
         stop(f"language model with {heads} heads for {d['num_key_value_heads']} keys and values")
     d |= rope_settings(d, plain.max_position_embeddings)
     window = d.get("sliding_window") if kind != "llama" else None
-    if kind in ("qwen2", "qwen3"):                                            # none, some or all layers have a window
+    if kind in ("qwen2", "qwen3"):                                            # some layers may have no sliding window
         first, kinds = d.get("max_window_layers", 28), d.get("layer_types")
         slides = max(0, L - first) if d.get("use_sliding_window") else 0
         slides = kinds.count("sliding_attention") if kinds else min(slides, L)
@@ -120,7 +120,7 @@ def text_config(c):
 
 
 def rope_settings(c, length):
-    """-> rope_theta and rope_scaling; these are two keys up to transformers 4 and one dict in transformers 5"""
+    """-> {rope_theta, rope_scaling}. config.json has two keys for them, or one dict since transformers 5."""
     d = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
     theta, kind = d.pop("rope_theta", c.get("rope_theta", 1e4)), d.get("rope_type", d.get("type", "default"))
     need = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -137,21 +137,21 @@ def rope_settings(c, length):
 
 
 def positions(cfg):
-    """The longest document in tokens that an LLM was trained for: max_position_embeddings, times the
-    factor of a linear scaling (vicuna-7b-v1.5-16k: 4096, factor 4)."""
+    """-> the number of tokens that an LLM can read: max_position_embeddings, multiplied by the factor of linear RoPE
+    scaling if the LLM uses this scaling (for example vicuna-7b-v1.5-16k: 4096 x 4)."""
     scaling = cfg.rope_scaling or {}
     linear = scaling.get("rope_type", scaling.get("type")) == "linear"
     return int(cfg.max_position_embeddings * (scaling["factor"] if linear else 1))
 
 
 def strategy(vision):
-    """vision_feature_select_strategy of transformers: "default" drops the class token."""
+    """-> vision_feature_select_strategy for transformers: "default" drops the class token, "full" drops no token."""
     return "default" if vision.class_token else "full"
 
 
 def read_pre(folder, kind):
-    """preprocessor_config.json, or the part of processor_config.json that replaces it in transformers 5. An absent mean
-    or std gets the default of the vision tower (`kind`), because image processors have other defaults."""
+    """-> dict: preprocessor_config.json, or the part of processor_config.json that replaces it in transformers 5. An
+    absent image_mean or image_std gets the default for `kind`, the model_type of the vision tower."""
     file, both = folder / "preprocessor_config.json", folder / "processor_config.json"
     pre = read_json(both).get("image_processor") if both.is_file() and not file.is_file() else None
     pre = pre if isinstance(pre, dict) else read_json(file)
@@ -161,7 +161,7 @@ def read_pre(folder, kind):
 
 @one_line("preprocessor_config.json")
 def image_spec(pre, aspect):
-    """preprocessor_config.json and image_aspect -> ImageSpec"""
+    """Content of preprocessor_config.json, and image_aspect (pad, crop or squash) -> ImageSpec"""
     if aspect not in ("pad", "crop", "squash"):
         stop(f"image_aspect={aspect}: pad, crop or squash")
     if not pre.get("do_resize", True):
@@ -173,7 +173,7 @@ def image_spec(pre, aspect):
         stop(f"preprocessor_config.json: images of size {size} are no squares of one side")
     mean = tuple(pre.get("image_mean") or ImageSpec(0).mean)
     whole = pre.get("size") or side if aspect == "crop" and pre.get("do_center_crop", True) else side
-    short = whole.get("shortest_edge", side) if isinstance(whole, dict) else whole       # the side before a crop
+    short = whole.get("shortest_edge", side) if isinstance(whole, dict) else whole       # shorter side before a crop
     if short < side:
         stop(f"preprocessor_config.json: no squares of side {side} can be cut from images of size {whole}")
     return ImageSpec(side, aspect, Image.Resampling(pre.get("resample", 3)), mean, short if short > side else 0)

@@ -1,11 +1,11 @@
 """A LLaVA folder -> two GGUF files for llama.cpp: the language model, and the vision tower with the connector (mmproj).
 
 Keys and tensor names are those that llama.cpp's converter writes (conversion/llama.py, qwen.py) and its loaders read
-(src/llama-vocab.cpp, tools/mtmd/clip.cpp; at 0c1e570, October 2026). That converter does not read the vision tower of
-our folders, and it recognises only published tokenizers, by a hash of their ids for one test string. This file compares
-the rules of a tokenizer with those of llama.cpp and refuses a tokenizer that llama.cpp would apply differently.
+(src/llama-vocab.cpp, tools/mtmd/clip.cpp; at commit 0c1e570, October 2026). The converter does not read
+the vision tower of our folders, and it knows only published tokenizers, by a hash of their ids for one test string.
+This file compares a tokenizer's rules with llama.cpp's and refuses a tokenizer that llama.cpp would run differently.
 
-    V vocabulary size   H heads, of queries or of keys   K head dim
+    V vocabulary size   K width of an attention head
 """
 
 import os
@@ -23,11 +23,11 @@ from formats.strict_json import read_json
 from model import rope_frequencies
 
 ALIGN = 32
-# name -> torch dtype, number of the ggml type, number in general.file_type
+# name -> torch dtype, the type's number in ggml, the number for the key general.file_type
 DTYPES = {"f32": (torch.float32, 0, 0), "f16": (torch.float16, 1, 1), "bf16": (torch.bfloat16, 30, 32)}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, numbered as in llama.cpp
 
-# our name -> name in llama.cpp
+# our parameter name -> its name in llama.cpp
 TEXT = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
          "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
@@ -39,14 +39,14 @@ BLOCK = {"layer_norm1": "ln1", "self_attn.q_proj": "attn_q", "self_attn.k_proj":
          "self_attn.out_proj": "attn_out", "layer_norm2": "ln2", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 CONNECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
-# pre-tokenizer of a byte-level tokenizer -> its name in llama.cpp
+# BYTE_LEVEL: the steps of a byte-level pre-tokenizer -> its name in llama.cpp. _SPLIT: regular expression in a step
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTE_LEVEL = {
     (("Split", _SPLIT % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
     (("Split", _SPLIT % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
     (("Digits", True), ("ByteLevel", False, True)): "smollm",
     (("ByteLevel", False, True),): "gpt-2"}
-# (normalizers, pre-tokenizers) of a SentencePiece tokenizer, which does not split text -> does it add a first space?
+# (normalizers, pre-tokenizers) of a converted SentencePiece tokenizer -> does it add a space before the text?
 SENTENCEPIECE = {
     (("Prepend", "Replace"), ()): True, (("Replace",), ()): False, ((), (("Metaspace", "always", False),)): True,
     ((), (("Metaspace", "first", False),)): True, ((), (("Metaspace", "never", False),)): False}
@@ -55,7 +55,7 @@ SENTENCEPIECE = {
 # ---- the file format ------------------------------------------------------------------------------------------------
 
 def packed(value):
-    """A key's value -> type number, bytes. Types: uint32, float32, bool, string, array of int32, float32 or strings."""
+    """A value -> GGUF type number, bytes. Types: uint32, float32, bool, string, array of int32, float32 or strings."""
     if isinstance(value, str):
         raw = value.encode("utf-8")
         return 8, struct.pack("<Q", len(raw)) + raw
@@ -71,15 +71,15 @@ def packed(value):
 
 
 def write_gguf(path, keys, tensors):
-    """Write GGUF version 3. keys: {name: value}. tensors() yields (name, tensor, key of DTYPES). It is called twice,
-    for the table of shapes and for the values, so that one tensor at a time is in memory."""
+    """Write GGUF version 3. keys: {name: value}. tensors() yields (name, tensor, key of DTYPES). It is called twice:
+    first for the shapes, then for the values. So only one tensor at a time must be in memory."""
     table, at = [(name, x.shape, dtype) for name, x, dtype in tensors()], 0
     head = [b"GGUF", struct.pack("<IQQ", 3, len(table), len(keys))]
     for name, value in keys.items():
         kind, raw = packed(value)
         head += [packed(name)[1], struct.pack("<I", kind), raw]
     for name, shape, dtype in table:
-        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),   # last axis first
+        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),  # GGUF reverses axes
                  struct.pack("<IQ", DTYPES[dtype][1], at)]
         at += padded(shape.numel() * DTYPES[dtype][0].itemsize)
     tmp = path.with_name(f".tmp-{path.name}")
@@ -95,7 +95,7 @@ def write_gguf(path, keys, tensors):
                 f.write(bytes(padded(x.nbytes) - x.nbytes))
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, path)                                                 # the file is whole or absent
+        os.replace(tmp, path)                                                 # `path` never holds an incomplete file
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -107,13 +107,13 @@ def padded(n):
 # ---- the language model ---------------------------------------------------------------------------------------------
 
 def interleaved(x, heads):
-    """Permute the H K rows of q_proj or k_proj: rope rotates the pairs (i, i + K/2) here, (2i, 2i + 1) in llama.cpp."""
+    """Reorder the K rows of each head of q_proj or k_proj: our RoPE pairs (i, i + K/2), llama.cpp (2i, 2i + 1)."""
     return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def gguf_name(name, table, block={}, prefix=""):
-    """Our name of a parameter -> its name in llama.cpp. table: {our name: name in llama.cpp} outside the blocks; block:
-    the same inside a block; prefix: how names inside a block begin in llama.cpp"""
+    """Our name of a parameter -> its name in llama.cpp. table: {our name: llama.cpp's} for parameters outside blocks;
+    block: a dict of this form for parameters inside a block; prefix: llama.cpp's names inside a block begin with it"""
     stem, _, last = name.rpartition(".")
     if layer := re.match(r"(?:model|encoder)\.layers\.(\d+)\.(.*)", stem):
         return f"{prefix}.{layer[1]}.{block[layer[2]]}.{last}"
@@ -124,7 +124,7 @@ def text_tensors(language_model, cfg, dtype):
     heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads}
     for k, x in language_model.state_dict().items():
         layer = k.split(".")[-2]
-        if layer in heads and cfg.model_type in ("llama", "mistral"):         # for Qwen llama.cpp rotates our pairs
+        if layer in heads and cfg.model_type in ("llama", "mistral"):         # for Qwen, llama.cpp uses our row order
             x = interleaved(x, heads[layer])
         yield gguf_name(k, TEXT, LAYER, "blk"), x, dtype if x.ndim > 1 else "f32"
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
@@ -142,7 +142,7 @@ def text_keys(cfg, dtype, name):
             "general.file_type": DTYPES[dtype][2]}
     keys |= {f"{arch}.{k}": v for k, v in {
         "vocab_size": cfg.vocab_size, "block_count": cfg.num_hidden_layers, "embedding_length": cfg.hidden_size,
-        # llama.cpp has no sliding window for these models, so the context may not be longer than the window
+        # llama.cpp has no sliding window for these models, so the context must not be longer than the window
         "context_length": min(cfg.max_position_embeddings, cfg.sliding_window or cfg.max_position_embeddings),
         "feed_forward_length": cfg.intermediate_size, "attention.head_count": cfg.num_attention_heads,
         "attention.head_count_kv": cfg.num_key_value_heads, "attention.key_length": cfg.head_dim,
@@ -157,12 +157,12 @@ def text_keys(cfg, dtype, name):
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
 def steps_of(part, key):
-    """A normalizer or pre-tokenizer of tokenizer.json -> its steps. key: where a sequence has its steps."""
+    """A normalizer or pre-tokenizer of tokenizer.json -> list of its steps. key: name of the field that lists them"""
     return [] if part is None else part[key] if part["type"] == "Sequence" else [part]
 
 
 def pre_tokenizer(spec, where):
-    """-> llama.cpp's name of a pre-tokenizer, or None for SentencePiece; and whether a first space is added."""
+    """-> (llama.cpp's name of the pre-tokenizer, None for SentencePiece; is a space added before the text?)"""
     options = {"Split": lambda s: (s["pattern"].get("Regex"), s["behavior"], s["invert"]),
                "ByteLevel": lambda s: (s["add_prefix_space"], s.get("use_regex", True)),
                "Digits": lambda s: (s["individual_digits"],),
@@ -170,17 +170,17 @@ def pre_tokenizer(spec, where):
     norms = tuple(n["type"] for n in steps_of(spec.get("normalizer"), "normalizers"))
     steps = tuple((s["type"], *options.get(s["type"], lambda s: ())(s))
                   for s in steps_of(spec.get("pre_tokenizer"), "pretokenizers"))
-    ignore_merges = bool(spec["model"].get("ignore_merges"))            # a word in the vocabulary is not split
+    ignore_merges = bool(spec["model"].get("ignore_merges"))            # true: a word in the vocabulary is one token
     if steps in BYTE_LEVEL and norms in ((), ("NFC",)) and ignore_merges == (BYTE_LEVEL[steps] == "llama-bpe"):
-        return BYTE_LEVEL[steps], False                                 # Qwen's normalizer is NFC; llama.cpp has none
+        return BYTE_LEVEL[steps], False                                 # Qwen normalises text (NFC), llama.cpp does not
     if (norms, steps) not in SENTENCEPIECE or ignore_merges or not spec["model"].get("byte_fallback"):
         stop(f"{where}: llama.cpp has no such pre-tokenizer: {[*norms, *(s[0] for s in steps)]}")
     return None, SENTENCEPIECE[norms, steps]
 
 
 def scores(vocab, merges, where):
-    """{piece: id}, [(left, right)] best first -> {piece: score}. SentencePiece has scores instead of merges: any two
-    neighbours whose union is a piece may merge, and the pair whose union has the highest score merges first."""
+    """Vocabulary {piece: id}, merges [(left, right)] with the best first -> {piece: score} for SentencePiece. It has no
+    list of merges: of all neighbours that together form a piece, the two with the highest score merge first."""
     out, last = {}, None
     for rank, (a, b) in enumerate(merges):
         if a + b != last and a + b in out:
@@ -195,7 +195,7 @@ def scores(vocab, merges, where):
 
 
 def tokenizer_keys(tok, V, template, system=None):
-    """A tokenizer -> its GGUF keys. V: rows of the embedding. template: a name in chat.py; None: the folder's own."""
+    """A tokenizer -> its GGUF keys. V: vocabulary size. template: a name in chat.py; None: the folder's template."""
     where, spec = f"the tokenizer in {tok.folder}", tok.spec
     if (kind := spec["model"].get("type")) != "BPE":
         stop(f"{where}: a tokenizer of type {kind!r} is not exported: BPE")
@@ -203,7 +203,7 @@ def tokenizer_keys(tok, V, template, system=None):
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
     added = {t["content"]: t for t in spec["added_tokens"]}
     pre, space = pre_tokenizer(spec, where)
-    names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # default: a row without a token
+    names, types = [f"[PAD{i}]" for i in range(V)], [UNUSED] * V              # default, for ids without a token
     for piece, i in {**vocab, **{c: t["id"] for c, t in added.items()}}.items():
         names[i], types[i] = piece, NORMAL
         if piece in added:
@@ -229,7 +229,7 @@ def tokenizer_keys(tok, V, template, system=None):
 
 
 def own_template(folder):
-    """The chat template of a folder, from any file that transformers has used for it -> str or None."""
+    """-> the chat template in a folder, or None. transformers has used several files for it; the first found counts."""
     if (file := folder / "chat_template.jinja").is_file():
         return file.read_text("utf-8")
     found = [read_json(folder / f, {}).get("chat_template") for f in ("chat_template.json", "tokenizer_config.json")]
@@ -237,9 +237,9 @@ def own_template(folder):
 
 
 def with_media_marker(text):
-    """Adapt our jinja template to llama.cpp, which writes the marker <__media…__> for an image, without a newline. The
-    template puts the marker and a newline at the beginning of its turn, as <image> in training."""
-    text = text.replace(jinja.BEGIN, "").replace(jinja.END, "")               # not all programs know these tags
+    """Adapt our jinja template to llama.cpp, which marks an image in the text with <__media…__>. The adapted template
+    moves this marker to the beginning of its message and adds a newline, as training does with <image>."""
+    text = text.replace(jinja.BEGIN, "").replace(jinja.END, "")               # some programs do not know these tags
     marker = ("{% set mark = '<__media' + said.split('<__media')[1].split('__>')[0] + '__>' if '<__media' in said "
               "else '<image>' %}")
     head, turns = text.split(jinja.CONTENT)
@@ -250,7 +250,7 @@ def with_media_marker(text):
 
 def mmproj_tensors(model, dtype):
     for k, x in model.vision_tower.vision_model.state_dict().items():
-        fp32 = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"      # convolutions need f32 or f16
+        fp32 = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"      # a convolution needs f32 or f16
         yield gguf_name(k, VISION, BLOCK, "v.blk"), x, "f32" if fp32 else dtype
     for k, x in model.multi_modal_projector.state_dict().items():
         yield gguf_name(k, CONNECTOR), x, "f32" if x.ndim == 1 else dtype
@@ -270,13 +270,13 @@ def mmproj_keys(cfg, dtype, name):
         "vision.embedding_length": v.hidden_size, "vision.feed_forward_length": v.intermediate_size,
         "vision.projection_dim": cfg.text.hidden_size, "vision.attention.head_count": v.num_attention_heads,
         "vision.attention.layer_norm_epsilon": float(v.layer_norm_eps), "vision.block_count": v.depth,
-        "vision.feature_layer": [v.depth],                                    # without it the last block is skipped
+        "vision.feature_layer": [v.depth],                                    # else llama.cpp skips the last block
         "vision.image_mean": [float(m) for m in v.image_mean],
         "vision.image_std": [float(s) for s in v.image_std]}.items()}
 
 
 def differences(cfg, folder):
-    """-> lines; each says how llama.cpp treats images or text differently from training."""
+    """-> lines for the user; each names one way in which llama.cpp treats images or text differently from training."""
     aspect, spec = llava.aspect(folder, cfg), configs.image_spec(folder.pre, "pad")
     if aspect != "pad":
         yield f"this model was trained with image_aspect={aspect}; llama.cpp pads images that are not square"
@@ -292,8 +292,8 @@ def differences(cfg, folder):
 
 
 def export(folder, out, dtype):
-    """A LLaVA folder or a run -> path of the language model, path of the mmproj, [notes for the user]. Weights stay in
-    their file and are read one tensor at a time."""
+    """Write the two GGUF files of a LLaVA folder or a run -> path of the language model's file, path of the file with
+    vision tower and connector (mmproj), [notes for the user]. Only one tensor at a time is read into memory."""
     if dtype not in DTYPES:
         stop(f"dtype={dtype}: {', '.join(DTYPES)}")
     model, source = llava.load_model(init=folder, dtype=None)
@@ -301,7 +301,7 @@ def export(folder, out, dtype):
     keys = text_keys(cfg.text, dtype, name)
     keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
     vision_keys = mmproj_keys(cfg, dtype, name)
-    out = Path(out or Path(folder if Path(folder).exists() else name, "gguf"))           # for a hub name: ./NAME/gguf
+    out = Path(out or Path(folder if Path(folder).exists() else name, "gguf"))           # hub model: write to NAME/gguf
     out.mkdir(parents=True, exist_ok=True)
     paths = out / f"model-{dtype}.gguf", out / f"mmproj-model-{dtype}.gguf"
     write_gguf(paths[0], keys, partial(text_tensors, model.language_model, cfg.text, dtype))

@@ -1,4 +1,4 @@
-"""Where a model lies: in a folder, in the cache of the Hugging Face hub, or on the hub, from which it is downloaded."""
+"""Find a model in a folder, in the local cache of the Hugging Face hub, or on the hub, from which it is downloaded."""
 
 import os
 import re
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from config import stop
 
-STEMS = ("model", "mm_projector", "non_lora_trainables")  # a folder with one of these weight files is a model
+STEMS = ("model", "mm_projector", "non_lora_trainables")  # a model folder has a weights file with one of these names
 
 
 def find_folder(name):
-    """A folder, or `org/name` of a model or an adapter -> Path of a folder on this machine"""
+    """A path, or the name `org/name` of a model or adapter on the hub -> Path of its folder on this machine"""
     if Path(name).exists():
         return Path(name)
     # ./out, /out, runs/sft and any name that begins with an existing folder are paths, not hub names
@@ -29,14 +29,14 @@ def find_folder(name):
     if env.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "true", "yes"):
         stop(f"{absent}; HF_HUB_OFFLINE forbids a download")
     try:
-        import huggingface_hub as hub  # imported here: the rest works without it and without a network
+        import huggingface_hub as hub  # imported here, because only a download needs this package
 
-        # without a network, model_info fails at once, and list_repo_files prints six retries in half a minute
+        # without a network, model_info fails at once; list_repo_files would retry six times in half a minute
         names = [f.rfilename for f in hub.HfApi().model_info(name).siblings]
         kind = "*.safetensors" if any(re.fullmatch(r"[^/]+\.safetensors", n) for n in names) else "*.bin"
         wanted = ["*.json", "*.jinja", "*.model", "mm_projector.bin", "non_lora_trainables.bin", kind]
         return Path(hub.snapshot_download(name, allow_patterns=wanted,
-                                          ignore_patterns=["*/*", "consolidated*"]))   # copies of the weights
+                                          ignore_patterns=["*/*", "consolidated*"]))   # skip copies of the weights
     except ImportError:
         stop(f"{absent}; pip install huggingface_hub would let it be downloaded")
     except Exception as e:  # network errors have many types
@@ -44,14 +44,14 @@ def find_folder(name):
 
 
 def weights_file(folder, stem="model"):
-    """The file with a folder's tensors, or the index of its shards; None if there is neither"""
+    """-> the file that holds a folder's tensors, or the index file of its shards; None if the folder has neither"""
     other = "pytorch_model" if stem == "model" else stem
     names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{other}.bin", f"{other}.bin.index.json")
     return next((folder / n for n in names if (folder / n).is_file()), None)
 
 
 def model_in(path):
-    """A run folder, its model/, or any LLaVA folder -> the folder with the weights of a model, or None"""
+    """A run folder, its subfolder model/, or any LLaVA folder -> the folder with the weights of a model, or None"""
     return next((p for p in (path / "model", path) if any(weights_file(p, stem) for stem in STEMS)), None)
 
 
@@ -61,7 +61,7 @@ def is_adapter(path):
 
 
 def find_model(path):
-    """A run folder, its model/, any LLaVA folder, or a name of the hub -> the folder with a model's config.json"""
+    """A run folder, its subfolder model/, a LLaVA folder, or a name on the hub -> the folder with the weights"""
     path = find_folder(path)
     if is_adapter(path):
         stop(f"{path} holds an adapter, where a whole model is wanted: merged, it is the model/ of its run")

@@ -1,16 +1,16 @@
-"""The chat templates of chat.py in jinja, which transformers, vLLM and llama.cpp read."""
+"""The chat templates of chat.py, written in Jinja for transformers, vLLM and llama.cpp."""
 
 import json
 
 from chat import template
 
-# transformers finds the supervised tokens by these tags (return_assistant_tokens_mask), the same as chat.encode
+# by these tags, transformers finds the text that chat.encode supervises (option return_assistant_tokens_mask)
 BEGIN, END = "{% generation %}", "{% endgeneration %}"
 
 _INST = "[INST] {% if system and ns.first %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ user }} [/INST]"
 _SYSTEM, _USER, _ASSISTANT = (f"<|start_header_id|>{r}<|end_header_id|>\n\n" for r in ("system", "user", "assistant"))
 
-# template -> its text at the beginning, for a question, for an answer, and before an answer is generated
+# name of a template -> its four texts: at the beginning, for a question, for an answer, before a generated answer
 _PARTS = {
     "plain": ("{{ bos_token }}", "{{ '<image>' * images }}", BEGIN + "{{ answer }}\n" + END, ""),
     "vicuna_v1": (
@@ -27,8 +27,8 @@ _PARTS = {
         "<|im_start|>assistant\n"),
     "mistral": ("{{ bos_token }}", _INST, BEGIN + " {{ answer }} {{ eos_token }}" + END, "")}
 
-# The template around the four parts. A message's content is a string with markers or a list of parts; markers move as
-# in chat.Parts.user. It is one line, because programs treat a line break after a tag differently
+# _FRAME: the template around the texts of _PARTS. A message's content is a string or a list of parts. A single <image>
+# moves to the front of its message. _FRAME is one line, because programs treat a line break after a tag differently
 CONTENT = "{% set said = words(message['content']) %}"
 _FRAME = (
     "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
@@ -43,8 +43,8 @@ _FRAME = (
 
 
 def jinja(name, system=None):
-    """The jinja form of a template. It renders the text whose ids chat.encode returns, with one difference: control
-    tokens that a user types become real control tokens."""
+    """-> a template in Jinja. It renders the text that chat.encode tokenises, with one difference: if a user types the
+    name of a control token, this text becomes a real control token. system: None = the template's default"""
     out, t = _FRAME, template(name)
     for place, part in zip(("@begin@", "@user@", "@assistant@", "@prompt@"), _PARTS[name]):
         out = out.replace(place, part)

@@ -1,12 +1,12 @@
-"""Read and write LLaVA folders. Tensors of model.VLM have the names of a llava-hf checkpoint; names.py renames others.
+"""Read and write LLaVA folders. Our tensors have the names of llava-hf checkpoints; names.py renames others.
 
-    folder        a path, or a name `org/name` of the hub
-    vision        config.json (CLIP or SigLIP, with or without its text half; DINOv2), preprocessor_config.json, weights
-    llm           config.json (Llama, Mistral, Qwen2, Qwen3), tokenizer, weights
+    folder        a path, or a name `org/name` on the Hugging Face hub
+    vision        a folder of a vision tower: CLIP or SigLIP (with or without its text encoder) or DINOv2
+    llm           a folder of a language model: Llama, Mistral, Qwen2 or Qwen3, with its tokenizer
     init          a LLaVA: a run; a llava-hf folder; a folder of the LLaVA repository with all weights, with only
                   mm_projector.bin, or with a LoRA and non_lora_trainables.bin
 
-    V vocabulary   D ViT width   n, m patches along a side, before and after resampling
+    V vocabulary size   D ViT width   n, m patches along the side of an image, before and after resampling
 """
 
 import re
@@ -30,37 +30,37 @@ from model import VLMConfig
 from parts.build import build
 from parts.init import init_weights
 
-# config.json of the LLaVA repository: model_type -> type of the LLM; supported values of other keys
+# config.json of the LLaVA repository. LLAVA_TEXT: model_type -> type of the LLM. LLAVA_KEYS: supported values of keys
 LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
-LARGER = 4  # limit of (image side / image side in training): the number of tokens grows with its square
+LARGER = 4  # limit of (image side / image side in training): the number of tokens grows with the square of this ratio
 
 
 class Folder(NamedTuple):
-    """The parts of a model folder beside its weights; saving writes them again."""
+    """The contents of a model folder except the weights of the VLM. save_model writes them again."""
     tok: Tokenizer
     vision: dict                # config of the vision tower, as published
     text: dict                  # config of the LLM, as published
     pre: dict                   # preprocessor_config.json
-    unused: dict                # {name: tensor} of blocks behind the feature layer: not in the VLM, saved unchanged
-    meta: dict                  # template, system text and image_aspect of a model that was trained here
-    digests: dict = {}          # {name: tensor_digest} of the tensors that were read
-    notes: list = []            # lines about added tokens and resampled positions
+    unused: dict                # {name: tensor} of ViT blocks after the feature layer: not in our VLM, saved unchanged
+    meta: dict                  # template, system text and image_aspect, if this repository trained the model
+    digests: dict = {}          # {name: tensor_digest(tensor)} of the VLM's tensors
+    notes: list = []            # lines for the user, about added tokens and resampled positions
 
 
 def read_tower(folder):
-    """-> config, preprocessor_config, {our name: tensor} of a vision tower"""
+    """Folder of a vision tower -> its config, its preprocessor_config, {our name: tensor}"""
     v = read_config(folder)
-    if nested := v.get("vision_config_dict") or v.get("vision_config"):       # a CLIP or SigLIP with its text half
+    if nested := v.get("vision_config_dict") or v.get("vision_config"):       # CLIP or SigLIP with its text encoder
         v = {"model_type": f"{v.get('model_type')}_vision_model", **nested}
-    pre = read_pre(folder, vision_kind(v))                                    # stops here if it is no vision tower
+    pre = read_pre(folder, vision_kind(v))                                    # stops here if v is no vision tower
     return v, pre, renamed({f"vision_tower.{k}": x for k, x in read_tensors(folder).items()}, folder)
 
 
 def read_llava_hf(folder, c):
-    """A llava-hf folder with the config.json c -> Folder, tensors, feature layer"""
+    """A llava-hf folder and its config.json c -> Folder, {our name: tensor}, index of the feature layer"""
     if c.get("model_type") != "llava":
         stop(f"{folder} holds a {c.get('model_type')!r}, not a llava model")
     v, t, layer = c.get("vision_config") or {}, c.get("text_config") or {}, c.get("vision_feature_layer", -2)
@@ -73,7 +73,7 @@ def read_llava_hf(folder, c):
         stop(f"{folder}: vision_feature_select_strategy {how!r} with {v.get('model_type')} is not supported")
     meta = read_json(folder / "pumice.json", {})
     tensors = renamed(read_tensors(folder), folder)
-    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # our form of a connector of one matrix
+    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # we write this for a one-matrix connector
         unit, bias = (tensors.pop(f"multi_modal_projector.linear_2.{k}", None) for k in ("weight", "bias"))
         if unit is None or bias is None or bias.any() or not unit.equal(torch.eye(*unit.shape, dtype=unit.dtype)):
             stop(f"{folder}: a linear connector of two matrices is not supported")
@@ -86,8 +86,8 @@ def read_llava_hf(folder, c):
 
 
 def read_llava_repository(folder, c):
-    """A folder of the LLaVA repository with the config.json c -> Folder, tensors, feature layer. c names the tower and,
-    where only a connector or a LoRA was trained, the LLM."""
+    """A folder of the LLaVA repository and its config.json c -> Folder, {our name: tensor}, index of the feature layer.
+    The vision tower comes from another folder; the LLM, too, if only a connector or a LoRA was trained."""
     for key, known in LLAVA_KEYS.items():
         if (value := c.get(key)) not in (None, *known):
             stop(f"{folder}: {key}={value!r}, where {' or '.join(map(repr, known))} is supported")
@@ -106,7 +106,7 @@ def read_llava_repository(folder, c):
         stop(f"{folder} does not say in its configs which models it was trained on")
     base = find_folder(base)
     v, pre, tensors = read_tower(find_folder(c["mm_vision_tower"]))
-    tensors |= renamed(read_tensors(base), base) | renamed(extra, folder)     # trained tensors replace the base's
+    tensors |= renamed(read_tensors(base), base) | renamed(extra, folder)     # `extra` replaces tensors of the base
     for k in [k for k in tensors if k.endswith(".lora_A.weight")]:
         name = k.removesuffix(".lora_A.weight")
         A, B, W = (tensors.pop(k, None) for k in (k, f"{name}.lora_B.weight", f"{name}.weight"))
@@ -121,8 +121,8 @@ def read_llava_repository(folder, c):
 
 
 def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float32):
-    """Load two towers and create a connector, or load `init` -> VLM, Folder. With dtype=None tensors keep their dtype
-    and stay memory-mapped, until engine.choose copies them."""
+    """Load the LLaVA `init`, or load a vision tower and an LLM and create a connector -> VLM, Folder. With dtype=None,
+    tensors keep their dtype and stay memory-mapped; engine.choose copies them later."""
     where, layer = init or f"{vision} + {llm}", -2
     if init:
         at = find_model(init)
@@ -141,7 +141,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
     if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size and init:
         stop(f"{where}: preprocessor_config.json makes images of side {side}, the tower reads {cfg.vision.image_size}")
     head, embedding = (tensors.get(f"language_model.{k}.weight") for k in ("lm_head", "model.embed_tokens"))
-    if cfg.text.tie_word_embeddings and head is not None:                     # as in transformers 5
+    if cfg.text.tie_word_embeddings and head is not None:  # as in transformers 5, tied only if both matrices are equal
         cfg.text.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
     with torch.device("meta"):
@@ -159,8 +159,8 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         with torch.device("meta"):
             model = build(cfg)
     digests = {k: tensor_digest(x) for k, x in tensors.items()}
-    for k in tensors if dtype else ():                                        # one at a time: no second model in memory
-        tensors[k] = tensors[k].to(dtype, copy=True)                          # a copy: the file may change later
+    for k in tensors if dtype else ():                                        # one at a time, to save memory
+        tensors[k] = tensors[k].to(dtype, copy=True)                          # a copy, because the file may change
     model.load_state_dict(tensors, strict=False, assign=True)
     if not init:
         init_weights(model.multi_modal_projector.to_empty(device="cpu"), seed)
@@ -169,10 +169,10 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
 
 def add_token_rows(tensors, cfg, tok, where):
     """Add rows to the embedding and the head for new tokens of the tokenizer, up to a multiple of 64 as in LLaVA-HF
-    -> notes about this. It changes `tensors` and cfg.vocab_size.
+    -> [notes for the user]. This function changes `tensors` and cfg.vocab_size.
 
-    A new row is the mean of the old rows, as in LLaVA. So a new logit is the mean of the old logits. This mean is at
-    most their log-sum-exp - log V (Jensen): n new rows raise no loss by more than log(1 + n/V).
+    A new row is the mean of the V old rows, as in LLaVA. So a new logit is the mean of the old logits. By Jensen's
+    inequality, this mean is at most (their log-sum-exp) - log V. So k new rows raise a loss by at most log(1 + k / V).
     """
     V = cfg.vocab_size
     if tok.published > V:
@@ -182,16 +182,16 @@ def add_token_rows(tensors, cfg, tok, where):
     cfg.vocab_size = -(-len(tok) // 64) * 64
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         x = tensors.get(name)
-        if x is not None and x.shape[:1] == (V,):                             # `account` reports another shape
-            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # equal on all machines
+        if x is not None and x.shape[:1] == (V,):                             # `account` reports a wrong shape
+            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # same on every machine
             tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
     return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
             f"{cfg.vocab_size:,}"]
 
 
 def resampled(table, v, side):
-    """Position table (first + n n, D) -> (first + m m, D) for images of another side: bicubic over the grid of patches,
-    as interpolate_pos_encoding of transformers; only DINOv2 with registers has antialiasing there."""
+    """Position table (first + n n, D) -> (first + m m, D), for images with another side. A class token is kept.
+    Bicubic, as interpolate_pos_encoding of transformers, which antialiases only DINOv2 with registers."""
     n, m, first = v.image_size // v.patch_size, side // v.patch_size, int(v.class_token)
     if not v.patch_size <= side <= LARGER * v.image_size:
         stop(f"preprocessor_config.json makes images of side {side}; this vision tower was trained on {v.image_size}")
@@ -203,15 +203,15 @@ def resampled(table, v, side):
 
 
 def aspect(folder, cfg):
-    """-> image_aspect of a LLaVA folder: from pumice.json if it has one, else from its image processor."""
+    """-> image_aspect (pad, crop or squash), from pumice.json, or else from the settings of the image processor."""
     crops = folder.pre.get("do_center_crop", cfg.vision.class_token)
     does = "pad" if folder.pre.get("do_pad") else "crop" if crops else "squash"
     return folder.meta.get("image_aspect") or does
 
 
 def save_model(out, state, cfg, folder, template, system, aspect, dtype=torch.float16, card=""):
-    """Write a complete llava-hf folder, whole or absent. state: the tensors of a VLM by name; each is rounded to dtype
-    when its shard is written, so that there is no second copy of the model. card: README.md"""
+    """Write a complete llava-hf folder, or nothing if an error occurs. state: {name: tensor} of a VLM. A tensor is
+    rounded to dtype when its shard is written, so memory never holds a second model. card: text of README.md"""
     files = metadata(folder, cfg, template, system, aspect, dtype) | {"README.md": card}
     tensors = published_tensors({**folder.unused, **state}, cfg)
     if bad := next((k for k, x in tensors.items() if not x.to(dtype).isfinite().all()), None):

@@ -1,11 +1,11 @@
-"""The files of a published LLaVA folder beside its weights: configs, tokenizer, chat template, image processor. All
+"""The files of a published LLaVA folder except the weights: configs, tokenizer, chat template, image processor. All
 versions of transformers since 4.46 read the same settings from them."""
 
 import chat
 from formats.configs import TEXT, image_spec, positions, strategy
 from formats.jinja import jinja
 
-# image_aspect -> settings of the image processor that does the same: images of side S, cropped from side `short`
+# image_aspect -> settings for transformers' image processor. S: side of the image; short: shorter side before a crop
 PROCESSORS = {
     "pad": lambda S, short: {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": True,
                              "size": {"shortest_edge": S}, "crop_size": {"height": S, "width": S}},
@@ -18,11 +18,11 @@ SIZES = "model_type hidden_size intermediate_size num_hidden_layers num_attentio
 
 def tokenizer_files(tok, template, system, length):
     """-> {file name: content}. length: the longest document of the LLM, in tokens. eos_token is the token that ends an
-    answer, even if the base model had another EOS: programs stop at tokenizer.eos_token_id."""
+    answer, even if the base model has another EOS, because programs stop generation at tokenizer.eos_token_id."""
     names = {i: name for name, i in tok.specials.items()}
     talk = jinja(template, system)
     return {
-        "tokenizer.json": tok.spec | {"post_processor": None},                # the template writes BOS
+        "tokenizer.json": tok.spec | {"post_processor": None},                # no second BOS: the template writes one
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos),
             "eos_token": names.get(chat.end_of_turn(tok, template)), "pad_token": names.get(tok.pad),
@@ -30,24 +30,24 @@ def tokenizer_files(tok, template, system, length):
             "padding_side": "left", "clean_up_tokenization_spaces": False, "image_token": names[tok.image],
             "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor",
             "chat_template": talk},                                           # read by transformers before 4.50
-        "chat_template.json": {"chat_template": talk},                        # read by processors of transformers
+        "chat_template.json": {"chat_template": talk},                        # read by transformers' LlavaProcessor
         "chat_template.jinja": talk}
 
 
 def updated(published, cfg, keys):
-    """A published config.json -> the same, but `keys` have their values in cfg"""
+    """A published config.json -> a copy in which the keys (names in one string) have the values of cfg"""
     kept = {k: x for k, x in published.items() if k not in ("rope_parameters", "dtype", "torch_dtype")}
     return kept | {k: getattr(cfg, k) for k in keys.split()}
 
 
 def metadata(folder, cfg, template, system, aspect, dtype):
-    """-> {file name: content} of all files but weights and model card. folder: formats.llava.Folder"""
+    """-> {file name: content} of all files except weights and model card. folder: formats.llava.Folder"""
     v, t, tok, layer = cfg.vision, cfg.text, folder.tok, cfg.vision.feature_layer
     text = updated(folder.text, t, SIZES + "num_key_value_heads head_dim vocab_size rms_norm_eps rope_theta "
                    "rope_scaling max_position_embeddings tie_word_embeddings")
     text["architectures"] = [TEXT[t.model_type]["architecture"]]
     vision = updated(folder.vision, v, SIZES + "image_size patch_size hidden_act layer_norm_eps") | {"num_channels": 3}
-    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):    # not in the folder
+    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):    # later blocks are absent
         vision["num_hidden_layers"], layer = v.depth, -1
     if v.model_type.startswith("dinov2"):
         vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
@@ -67,13 +67,13 @@ def metadata(folder, cfg, template, system, aspect, dtype):
             "text_config": text, "vision_config": vision},
         "generation_config.json": {
             "bos_token_id": tok.bos, "eos_token_id": chat.end_of_turn(tok, template), "pad_token_id": tok.pad,
-            "do_sample": False,                           # never generate the image token and rows without a token:
+            "do_sample": False,                           # never generate the image token or unused ids:
             "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},
         "preprocessor_config.json":
             pre | {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size, short),
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "patch_size": v.patch_size,
             "image_token": files["tokenizer_config.json"]["image_token"],
-            # a processor uses these only to count an image's tokens: P + 1 - 1 for every tower; 4.46 always adds 1
+            # transformers only counts an image's tokens with these: P patches + 1 - 1 (transformers 4.46 always adds 1)
             "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
         "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}

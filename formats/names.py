@@ -1,5 +1,5 @@
-"""Names of a LLaVA's tensors. We use those of llava-hf checkpoints and rename others when a file is read. Every tensor
-is checked: a missing tensor, an unexpected one or a wrong shape is an error with the name of the tensor."""
+"""Names of a LLaVA's tensors. We use the names of llava-hf checkpoints; other names are changed when a file is read.
+A missing tensor, an unexpected tensor or a wrong shape is an error that names the tensor."""
 
 import dataclasses
 import re
@@ -9,23 +9,23 @@ import torch
 from config import stop
 from model import VisionTower
 
-# tensors that no LLaVA reads: tables that are recomputed, a text tower, SigLIP's pooling head, DINOv2's mask token
+# tensors that a LLaVA does not use: computed tables, CLIP's text encoder, SigLIP's pooling head, DINOv2's mask token
 IGNORED = re.compile(r"vision_tower\.vision_model\.(embeddings\.(position_ids|mask_token)$|text_model\.|head\."
                      r"|(visual|text)_projection\.|logit_(scale|bias)$)|language_model\..*rotary_emb\.inv_freq$")
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-# rename() applies these in order: any known name of a tensor becomes our name
+# rename() applies these patterns in order, so that any known name of a tensor becomes our name
 SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
-    (r"^base_model\.model\.", ""),                                                            # PEFT
-    (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),   # the LLaVA repository
+    (r"^base_model\.model\.", ""),                                                            # names in PEFT files
+    (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),   # LLaVA repository's names
     (r"^(model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
-    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),                   # also an LLM alone
+    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),                   # and names in LLM files
     (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # in memory, transformers since 4.52
+    (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # names in memory, transformers >= 4.52
     (r"^model\.language_model\.", "language_model.model."),
-    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # in files, transformers since 5
-# our name -> name in DINOv2
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # names in files, transformers >= 5
+# pairs: part of our name, this part in published DINOv2 files
 DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "position_embeddings"),
               ("patch_embedding.", "patch_embeddings.projection."), ("encoder.layers.", "encoder.layer."),
               ("self_attn.q_proj", "attention.attention.query"), ("self_attn.k_proj", "attention.attention.key"),
@@ -41,7 +41,7 @@ def rename(name):
 
 
 def renamed(tensors, where, spell=rename):
-    """{name: tensor} -> {our name: tensor}. Stops at two names for one tensor."""
+    """{name: tensor} -> {our name: tensor}. Stops if two tensors get the same name. spell: name -> our name"""
     out = {}
     for k, x in tensors.items():
         if out.setdefault(spell(k), x) is not x:
@@ -50,7 +50,7 @@ def renamed(tensors, where, spell=rename):
 
 
 def dino_name(name, in_memory=False):
-    """Our name of a DINOv2 tensor -> its name in published files, or in memory in transformers 5; without prefix"""
+    """Our name of a DINOv2 tensor -> its name in published files; in_memory: its name in a model of transformers 5"""
     if in_memory:
         name = name.replace("self_attn.out_proj", "attention.o_proj").replace("self_attn.", "attention.")
     for ours, theirs in DINO_NAMES:
@@ -59,7 +59,7 @@ def dino_name(name, in_memory=False):
 
 
 def spelling(model):
-    """-> a function: any known name of a tensor of the model or of an adapter -> our name"""
+    """-> a function that turns any known name of a tensor, of the model or of an adapter, into our name"""
     ours = {}
     if model.cfg.vision.model_type.startswith("dinov2"):
         names = {**dict(model.named_modules()), **dict(model.named_parameters())}
@@ -72,7 +72,7 @@ def spelling(model):
 
 
 def name_in_transformers(name, dino=False):
-    """Our name -> the name in PEFT, which is the name in memory in transformers 5 (LLM, connector: since 4.52)"""
+    """Our name -> the name in PEFT files, which is the name in a model of transformers 5. dino: is the ViT a DINOv2?"""
     name = dino_name(name, in_memory=True) if dino and name.startswith("vision_tower.") else name
     for ours, theirs in (("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
                          ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_", "model.multi_modal_")):
@@ -82,8 +82,8 @@ def name_in_transformers(name, dino=False):
 
 
 def account(model, tensors, where, new=()):
-    """{our name: tensor} of a folder -> the model's parameters, unused tensors. Unused are the blocks after the feature
-    layer and the final vision norm; all or none must exist. Names that begin with `new` must be absent."""
+    """{our name: tensor} of a folder -> two dicts: the model's parameters, unused tensors. The ViT's blocks after the
+    feature layer and its final norm are unused; all or none must exist. No name in the folder may begin with `new`."""
     cfg = model.cfg
     with torch.device("meta"):
         tower = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))
@@ -102,8 +102,8 @@ def account(model, tensors, where, new=()):
         stop(f"{where}: {len(extra)} unexpected tensor(s), the first is {extra[0]}")
     for k, shape in known.items():
         while tensors[k].ndim > len(shape) and len(tensors[k]) == 1 and k.startswith("vision_tower."):
-            tensors[k] = tensors[k][0]                                        # DINOv2: batch dimension of size 1
-        if tensors[k].dtype not in FLOATS:                                    # a quantised tensor without scales
+            tensors[k] = tensors[k][0]                                        # DINOv2 has a batch dimension of size 1
+        if tensors[k].dtype not in FLOATS:                                    # for example a quantised tensor
             stop(f"{where}: {k} holds {tensors[k].dtype}, where one of {', '.join(map(str, FLOATS))} is supported")
         if tensors[k].shape != shape:
             stop(f"{where}: {k} has shape {tuple(tensors[k].shape)}, the config says {tuple(shape)}")
@@ -111,10 +111,10 @@ def account(model, tensors, where, new=()):
 
 
 def published_tensors(state, cfg):
-    """The tensors of a VLM, named and shaped as in transformers' LLaVA. A connector of one matrix is written as two:
-    the second is the identity with no activation before it, so the result is exactly the same."""
+    """-> {name: tensor} of a VLM, with the names and shapes of transformers' LLaVA. A connector of one matrix gets the
+    identity as its second matrix, with no activation between them, so its output stays exactly the same."""
     D, norm = cfg.vision.hidden_size, "vision_tower.vision_model.post_layernorm."
-    out = {f"{norm}weight": torch.ones(D), f"{norm}bias": torch.zeros(D)} | state      # must exist, is never used
+    out = {f"{norm}weight": torch.ones(D), f"{norm}bias": torch.zeros(D)} | state      # required, but never used
     if cfg.connector == "linear":
         C = cfg.text.hidden_size
         out["multi_modal_projector.linear_2.weight"] = torch.eye(C)
@@ -126,5 +126,5 @@ def published_tensors(state, cfg):
         k = dino_name(k.replace(".vision_model.", "."))
         tokens = re.search("cls_token|register_tokens|position_embeddings", k)
         out[k] = x.reshape(1, -1, x.shape[-1]) if tokens else x
-    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, D))            # must exist, is never used
+    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, D))            # required, but never used
     return out

@@ -1,5 +1,5 @@
-"""Adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors. Beside them pumice.json
-holds a digest of the base, and template, system text and image_aspect."""
+"""Write and read adapters in PEFT's format: adapter_config.json and adapter_model.safetensors. A file pumice.json
+holds a digest of the base model's weights, the template, the system text and image_aspect."""
 
 import re
 from pathlib import Path
@@ -20,23 +20,23 @@ from formats.whole import commit, write_file
 from lora import DoRALinear, LoRALinear, add_adapters, merge_state, quantize_base, scales, targets
 from parts.build import build
 
-PREFIX = "base_model.model."  # begins every name in a PEFT file
-# tensors of the vision tower behind the feature layer: PEFT adds adapters there, too, but nothing uses them
+PREFIX = "base_model.model."  # every tensor name in a PEFT file begins with this
+# vision tower: blocks and final norm. PEFT also adapts those after the feature layer, but the VLM does not use them
 BEHIND = re.compile(r"vision_tower\.vision_model\.(?:post_layernorm|layernorm|encoder\.layers?\.(\d+))\.")
 
 
 def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="", folder=None):
-    """Write a PEFT folder, whole or absent. state: the trained tensors by name; modules outside an adapter are listed
-    in modules_to_save. base: folder or name of a LLaVA, None if training began with two towers. digest: base_digest of
-    the frozen tensors. about: rest of pumice.json (template, system, image_aspect, bits; without base: vision, llm).
-    card: README.md. folder: formats.llava.Folder; its tokenizer and chat template are written too."""
+    """Write a PEFT folder completely or not at all. state: {name: trained tensor}; trained modules without an adapter
+    are listed in modules_to_save. base: folder or name of a LLaVA; None if training began with a ViT and an LLM.
+    digest: base_digest of the frozen tensors. about: other keys of pumice.json (template, system, image_aspect ...).
+    card: text of README.md. folder: formats.llava.Folder; its tokenizer and chat template are written, too."""
     dino = folder is not None and folder.vision.get("model_type", "").startswith("dinov2")
     tensors = {name_in_transformers(k, dino): x.detach().float().cpu().contiguous() for k, x in state.items()}
     extra = sorted({k.rpartition(".")[0] for k in tensors if ".lora_" not in k})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base and str(base), "r": r,
               "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none",
               "target_modules": sorted({k.split(".lora_")[0] for k in tensors if ".lora_" in k}),
-              # a module inside another listed module would be wrapped twice
+              # only outermost modules: PEFT would wrap a module inside another listed module twice
               "modules_to_save": [k for k in extra if not k.startswith(tuple(f"{m}." for m in extra))] or None,
               "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True,
               "inference_mode": True}
@@ -54,8 +54,8 @@ def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="",
 
 
 def load_adapter(model, folder):
-    """Add the adapter of a PEFT folder to `model`, as load_model returns it -> names of the adapted layers. All tensors
-    must fit. If the folder has a pumice.json, its digest of the base must be that of `model`."""
+    """Add the adapter of a PEFT folder to `model`, a VLM from load_model -> names of the adapted layers. Every tensor
+    must fit the model. If the folder has a pumice.json, the digest in it must equal the digest of `model`."""
     folder = Path(folder)
     c, v, spell = read_adapter_config(folder), model.cfg.vision, spelling(model)
     if c.get("bias", "none") != "none":
@@ -66,14 +66,14 @@ def load_adapter(model, folder):
         if block and (block[1] is None or v.depth <= int(block[1]) < v.num_hidden_layers):
             del found[k]
     tensors = renamed(found, folder, spell)
-    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}    # ours: the file's
+    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}    # our name: PEFT's
     if not there:
         stop(f"{folder} holds no adapter")
     if strange := sorted(there.keys() - set(targets(model, "*"))):
         stop(f"{folder} holds an adapter of {there[strange[0]]}, which is no linear layer of this model")
     sizes = {n: rank_and_alpha(folder, c, there[n]) for n in sorted(there)}
     shapes = {k: p.shape for k, p in model.named_parameters()}
-    for n, (r, _) in sizes.items():                                           # checked before any layer is allocated
+    for n, (r, _) in sizes.items():                                           # compute all shapes before any allocation
         layer = model.get_submodule(n)
         shapes |= {f"{n}.lora_A.weight": (r, layer.in_features), f"{n}.lora_B.weight": (layer.out_features, r)}
         shapes |= {f"{n}.lora_magnitude_vector": (layer.out_features,)} if c.get("use_dora") else {}
@@ -84,7 +84,7 @@ def load_adapter(model, folder):
             stop(f"{folder}: {k} {tuple(x.shape)} does not fit this model")
         if not x.isfinite().all():
             stop(f"{folder}: {k} is not finite")
-    if says := read_json(folder / "pumice.json", {}):                         # no file: PEFT wrote the adapter
+    if says := read_json(folder / "pumice.json", {}):                         # PEFT itself writes no such file
         base = base_digest({k: tensor_digest(p) for k, p in model.named_parameters() if k not in tensors})
         if says.get("base") != base:
             stop(f"{folder} was trained on another base (digest {says.get('base')}) than this model ({base})")
@@ -95,15 +95,15 @@ def load_adapter(model, folder):
         add_adapters(model, r, alpha, c.get("lora_dropout", 0.0), n, kind=kind)
     params = dict(model.named_parameters())
     for k, x in tensors.items():
-        params[k].data = x.to(torch.promote_types(x.dtype, params[k].dtype))  # an fp32 adapter stays fp32
+        params[k].data = x.to(torch.promote_types(x.dtype, params[k].dtype))  # an fp32 adapter stays in fp32
     return list(sizes)
 
 
 def load_merged(folder, dtype):
-    """The folder of an adapter -> VLM, Folder, as load_model returns them: the base with the adapter merged. The
-    files of the adapter name its base; a relative path begins at the working directory."""
+    """Folder of an adapter -> VLM, Folder as in load_model, with the adapter merged into its base model. Files of the
+    adapter name the base model; a relative path there is relative to the working directory."""
     says = read_json(Path(folder) / "pumice.json", {})
-    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]         # the base is two towers
+    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]         # the base: a ViT and an LLM
     base = " and ".join(towers) or read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
     file = "its pumice.json" if towers else "base_model_name_or_path in its adapter_config.json"
     where = f"{folder} was trained on {base}: {file} says where that lies"
@@ -113,7 +113,7 @@ def load_merged(folder, dtype):
         at = [find_folder(t) for t in towers] or [find_model(base)]
     except Error as e:
         stop(f"{where}, and {e}")
-    if towers:                                                                # the connector is in the adapter
+    if towers:                                                                # the adapter's files hold the connector
         mlp = any("linear_2" in k for k in read_tensors(folder, "adapter_model"))
         model, source = load_model(*at, connector="mlp" if mlp else "linear", dtype=None)
     else:
@@ -121,7 +121,7 @@ def load_merged(folder, dtype):
     load_adapter(model, folder)
     for k, p in model.named_parameters():
         if ".lora_" not in k:
-            p.data = p.data.to(dtype, copy=True)                              # rounded as in training; a copy
+            p.data = p.data.to(dtype, copy=True)                              # a copy, rounded as in training
     state = merge_state(model.state_dict(), scales(model), dtype)
     with torch.device("meta"):
         model = build(model.cfg)

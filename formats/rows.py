@@ -1,7 +1,7 @@
 """Data files, json or jsonl: where their rows are, and what a row contains.
 
 A row is LLaVA's {"image": name, "conversations": [{"from": "human", "value": text}, {"from": "gpt", ...}]}, or the
-same as OpenAI's {"images": [name], "messages": [{"role": "user", "content": text or parts}, ...]}.
+same in OpenAI's form, {"images": [name], "messages": [{"role": "user", "content": text or parts}, ...]}.
 """
 
 import json
@@ -16,19 +16,19 @@ from config import BadSample, stop
 from formats.strict_json import STRICT, strict_json
 
 SPACE = r"[ \t\n\r]*"
-FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")   # around a value
+FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")  # before/after a value
 MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
 MAX_IMAGES = 256           # limit for one row
-USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # LLaVA's names, OpenAI's names
+USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # role names in LLaVA, in OpenAI
 UNSUPPORTED = ("video", "audio")
 
 
 # ---- where the rows are ---------------------------------------------------------------------------------------------
 
 def elements(blob):
-    """The bytes of a json list -> [(begin, end)] of its values. Each value is parsed once and freed: memory holds the
-    text of the file for a moment, but never all parsed values."""
-    text, spans, i, at = str(blob, "utf-8"), [], 0, 0          # i counts characters, at counts bytes
+    """The bytes of a json list -> [(begin, end)], the byte positions of its values. Each value is parsed to find its
+    end and freed at once, so memory holds the text of the file, but never all parsed values."""
+    text, spans, i, at = str(blob, "utf-8"), [], 0, 0          # i: position in characters, at: in bytes
     between = FIRST.match(text)
     while between[1] != "]":
         a = between.end()
@@ -36,7 +36,7 @@ def elements(blob):
             b = STRICT.raw_decode(text, a)[1]
         except json.JSONDecodeError:
             raise
-        except (ValueError, RecursionError) as e:              # these errors have no position
+        except (ValueError, RecursionError) as e:              # these errors name no sample
             raise ValueError(f"sample {len(spans)}: {e}") from None
         begin = at + len(text[i:a].encode())
         at, i = begin + len(text[a:b].encode()), b
@@ -50,8 +50,8 @@ def elements(blob):
 
 
 class Rows:
-    """The rows of one file; a row is parsed when it is read. Rows stores their positions and a memory map of the file,
-    which all processes of a machine share."""
+    """The rows of one data file. A row is parsed when it is read. Rows stores the positions of the rows and a memory
+    map of the file. All processes of a machine share the memory of this map."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -67,12 +67,12 @@ class Rows:
                 spans = elements(self.blob)
             except ValueError as e:
                 stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
-        elif first[:1] != b"{" or first == b"{":               # a { alone in a line: one object in several lines
+        elif first[:1] != b"{" or first == b"{":               # { alone in a line: an object over several lines
             stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line (pandas converts tables: "
                  "read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True))")
         else:
             spans = [m.span() for m in re.finditer(rb"[^\n]+", self.blob) if m[0].strip()]
-        self.spans = np.array(spans, np.int64)                                                        # (rows, 2) bytes
+        self.spans = np.array(spans, np.int64)                                                        # (rows, 2)
         if not len(self.spans):
             stop(f"{file} holds no samples")
 
@@ -84,7 +84,7 @@ class Rows:
 
     def __getitem__(self, i):
         a, b = self.spans[i]
-        if self.blob.size() < b:                               # reading past the end would kill the process
+        if self.blob.size() < b:                               # reading beyond the file's end would kill the process
             raise BadSample("the file has become shorter since it was opened")
         if b - a > MAX_BYTES:
             raise BadSample("a row is too large", f"{b - a:,} bytes, the limit is {MAX_BYTES:,}")
@@ -100,11 +100,11 @@ class Rows:
 # ---- what a row says ------------------------------------------------------------------------------------------------
 
 def conversation(row):
-    """A row -> (turns [(user, assistant)], image names, system text or None). BadSample if it cannot be used."""
+    """A row -> (turns [(user, assistant)], image names, system text or None). Raises BadSample if it is unusable."""
     messages = row.get("conversations", row.get("messages"))
     if not isinstance(messages, list) or not messages:
         raise BadSample("no conversations")
-    system, turns = row.get("system") or None, []              # "" means no system text, as in tables
+    system, turns = row.get("system") or None, []              # in rows from tables, "" means no system text
     if not isinstance(system, str | None):
         raise BadSample("the system text is not a string", f"{system!r:.80}")
     names = row.get("image", row.get("images"))
@@ -147,12 +147,12 @@ def conversation(row):
 
 
 def at_an_edge(turns, marker):
-    """The number of questions that begin or end with a marker. LLaVA writes it there; a marker elsewhere is text."""
+    """-> number of questions that begin or end with `marker`. LLaVA writes markers there; elsewhere they are text."""
     return sum(user.strip().startswith(marker) or user.strip().endswith(marker) for user, _ in turns)
 
 
 def read_content(content, turn):
-    """The content of a turn, a string or OpenAI's list of parts -> (text with a marker for each image, image names)."""
+    """Content of a message, a string or OpenAI's list of parts -> (text with one marker per image, names of images)."""
     if isinstance(content, str):
         return content, []
     text, names = "", []
@@ -160,7 +160,7 @@ def read_content(content, turn):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
-        elif kind == "image":                                  # the file name is in the part or in the row
+        elif kind == "image":                                  # the file name is in this part or in the row
             text += IMAGE + "\n"
             names += [name for name in (part.get("image"), part.get("path")) if name]
         elif kind in UNSUPPORTED:
@@ -173,7 +173,7 @@ def read_content(content, turn):
 # ---- a file of questions ---------------------------------------------------------------------------------------------
 
 def read_questions(file, task):
-    """A data file of questions for eval.py -> rows with question_id, text, answers (a list), image (or None), type"""
+    """Questions for eval.py -> [dict with question_id, text, answers (a list), image (or None), type]"""
     questions, rows = [], Rows(file)
     for i in range(len(rows)):
         try:

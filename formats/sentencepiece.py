@@ -1,9 +1,9 @@
 """SentencePiece's tokenizer.model (Llama 1 and 2, Vicuna, Mistral, TinyLlama) -> the content of a tokenizer.json.
 
-SentencePiece merges the adjacent pair whose union has the highest score, the leftmost of equal pairs. tokenizer.json
-has a ranked list of merges. Ours has every way to split a piece in two, sorted by the score of the piece. Both give the
-same ids if no two pieces of several characters have equal scores, and every character of a piece is a piece itself.
-Other models are refused. Field numbers: sentencepiece_model.proto.
+SentencePiece merges the two neighbours that together form the piece with the highest score. tokenizer.json has a ranked
+list of merges. Our list has every way to split a piece into two pieces, sorted by the score of the piece. Then both
+tokenizers give the same ids if no two pieces of several characters have equal scores, and if every character of a piece
+is also a piece. Other models are refused. The numbers of fields are those in sentencepiece_model.proto.
 """
 
 import io
@@ -11,11 +11,11 @@ import struct
 
 from config import stop
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces; USER_DEFINED is never split
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces; USER_DEFINED ones are never split
 
 
 def protobuf_fields(blob):
-    """A protobuf message -> [(field number, value)]: an int of up to 64 bits, or the bytes of any other type."""
+    """A protobuf message -> [(field number, value)]. A value is an int of up to 64 bits, or bytes for other types."""
     file, out = io.BytesIO(blob), []
 
     def varint():                                              # 7 bits per byte, lowest first; bit 8: more bytes follow
@@ -31,7 +31,7 @@ def protobuf_fields(blob):
         number, wire = divmod(varint(), 8)
         if wire not in (0, 1, 2, 5):
             raise ValueError(f"wire type {wire}")
-        size = {1: 8, 5: 4}.get(wire, 0) or varint()           # wire type 0: this is the value
+        size = {1: 8, 5: 4}.get(wire, 0) or varint()           # for wire type 0, this integer is the value
         if wire and file.tell() + size > len(blob):
             raise ValueError("the last field is cut off")
         out.append((number, file.read(size) if wire else size))
@@ -39,7 +39,7 @@ def protobuf_fields(blob):
 
 
 def read_sentencepiece(path):
-    """tokenizer.model -> (content of a tokenizer.json, {role: token})."""
+    """tokenizer.model -> (content of a tokenizer.json, {role: token} with the roles bos_token and eos_token)."""
     try:
         model = protobuf_fields(path.read_bytes())
         pieces = [dict(protobuf_fields(value)) for number, value in model if number == 1]
@@ -85,11 +85,11 @@ def read_sentencepiece(path):
                   "byte_fallback": bool(trainer.get(35)), "vocab": {name: i for i, name in enumerate(names)},
                   "merges": [f"{name[:i]} {name[i:]}" for name in merged for i in range(1, len(name))
                              if name[:i] in normal and name[i:] in normal]}}
-    roles = {"bos_token": trainer.get(41, 1), "eos_token": trainer.get(42, 2)}        # -1: there is none
+    roles = {"bos_token": trainer.get(41, 1), "eos_token": trainer.get(42, 2)}        # no token: -1, read as 2**64 - 1
     return spec, {role: names[i] for role, i in roles.items() if i < len(names) and types[i] == CONTROL}
 
 
 def added_token(i, content, special=True):
-    """An entry of added_tokens in tokenizer.json: matched exactly as typed, without the spaces around it."""
+    """-> an entry of added_tokens in tokenizer.json, which matches its exact text without the spaces around it."""
     return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
             "special": special}

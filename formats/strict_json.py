@@ -1,4 +1,4 @@
-"""Strict JSON: refuses NaN, floats that overflow and duplicate keys, which Python's json accepts."""
+"""Read strict JSON. NaN, floats that overflow and duplicate keys are errors here; Python's json accepts them."""
 
 import json
 import math
@@ -29,7 +29,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_co
 
 
 def strict_json(text, where):
-    """JSON text -> its value. Raises a ValueError that begins with `where`."""
+    """JSON text -> its value. Raises a ValueError, whose message begins with `where`."""
     try:
         return STRICT.decode(text)
     except (ValueError, RecursionError) as e:
@@ -37,7 +37,7 @@ def strict_json(text, where):
 
 
 def read_json(path, absent=None):
-    """A file that holds one JSON object -> dict. absent: the result for a missing file; None: an error."""
+    """A file that holds one JSON object -> dict. absent: result if the file is missing; None: stop in this case."""
     if absent is not None and not Path(path).is_file():
         return absent
     try:

@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors in one file or shards, and .bin files of torch.save, of which only tensors are read."""
+"""Read and write tensors: safetensors files, whole or in shards. Files of torch.save (.bin) are only read."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from formats.hub import weights_file
 from formats.strict_json import read_json, strict_json
 from formats.whole import write_file
 
-SHARD = 5 * 10**9  # bytes per file, as in published models
+SHARD = 5 * 10**9  # most bytes per file, as in published models
 
 
 def read_tensors(folder, stem="model"):
-    """All tensors of a folder, from one file or from the shards of an index -> {name: tensor}. They are views of a
-    memory map: a page is read when it is used, and all processes of a machine share it."""
+    """All tensors of a folder, from one file or from the shards of an index -> {name: tensor}. Tensors are views of a
+    memory map: a page of the file is read when it is used, and all processes of a machine share this memory."""
     folder = Path(folder)
     file = weights_file(folder, stem) or stop(f"{folder / stem}.safetensors is missing")
     names, where, out = [file.name], {}, {}
@@ -40,14 +40,14 @@ def read_tensors(folder, stem="model"):
 def read_safetensors(file):
     try:
         with safe_open(file, "pt") as f, open(file, "rb") as raw:
-            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")    # stops at duplicates
+            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")  # stops at equal names
             return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError) as e:
         stop(f"{file} is not a whole safetensors file: {e}")
 
 
 def read_pickle(file):
-    """A file of torch.save. weights_only=True accepts tensors only and runs no code of the file."""
+    """A file of torch.save -> {name: tensor}. Other contents are refused. weights_only=True runs no code in it."""
     try:
         found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:  # damaged files raise many types of errors
@@ -58,22 +58,22 @@ def read_pickle(file):
 
 
 def tensor_digest(tensor):
-    """Shape, sum of all bits, and some thousand elements in order -> 16 hex digits. It distinguishes models at the
-    speed of memory; SHA-256 over 7B weights takes a minute. It does not protect against forgery."""
+    """A tensor's shape, the sum of its fp32 bits, and at least 1,024 of its elements in order -> 16 hex digits. This is
+    fast (SHA-256 over 7B weights takes a minute), but does not protect against forgery."""
     flat = tensor.detach().cpu().flatten()
-    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # one part at a time in fp32
+    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # one part at a time is fp32
     some = flat[:: max(1, len(flat) // 1024)].float().view(torch.int32).tolist()
     return hashlib.sha256(repr((tuple(tensor.shape), total, some)).encode()).hexdigest()[:16]
 
 
 def base_digest(digests):
-    """{name: tensor_digest} of all frozen tensors, in any order -> 16 hex digits"""
+    """{name: tensor_digest(tensor)} of all frozen tensors, in any order -> 16 hex digits"""
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:16]
 
 
 def write_shards(folder, tensors, dtype):
-    """Write model.safetensors, or shards of at most SHARD bytes and their index. Tensors are rounded to dtype one shard
-    at a time."""
+    """Write one model.safetensors, or shards of at most SHARD bytes with an index file. Tensors are rounded to dtype
+    one shard at a time, to save memory."""
     shards, size, total = [[]], 0, 0
     for k in sorted(tensors):
         nbytes = tensors[k].numel() * dtype.itemsize

@@ -1,8 +1,8 @@
-"""Published tokenizers: text to ids. tokenizer.json is read as it is, SentencePiece's tokenizer.model is translated.
+"""Published tokenizers: text to ids. SentencePiece's tokenizer.model is first translated into a tokenizer.json.
 Each tokenizer gets a placeholder token for images.
 
-    piece      an entry of the vocabulary
-    control    a token that typed text never becomes: BOS, end of turn, <image>
+    piece            an entry of the vocabulary
+    control token    BOS, end of turn, <image> ...: text that a user types never becomes a control token
 """
 
 import json
@@ -17,13 +17,13 @@ from formats.sentencepiece import added_token, read_sentencepiece
 from formats.strict_json import read_json
 
 PAD = "<pad>"
-RESERVED = re.compile(r"<\|(image_pad|reserved_special_token_\d+)\|>")  # Qwen and Llama 3 reserve these tokens
+RESERVED = re.compile(r"<\|(image_pad|reserved_special_token_\d+)\|>")  # Qwen and Llama 3 reserve these for later use
 
 
 def read_spec(folder):
-    """-> (content of tokenizer.json, read or translated; {role: token})"""
+    """-> (content of tokenizer.json, read from a file or translated; {role: token}, such as bos_token: <s>)"""
     names = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):              # the second file has priority
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):              # the second file overrides the first
         names |= {k: v for k, v in read_json(folder / file, {}).items() if v}
     if (folder / "tokenizer.json").is_file():
         return read_json(folder / "tokenizer.json"), names
@@ -51,12 +51,12 @@ def token_text(token):
 def vocabulary(spec):
     """-> {piece: id}, added tokens included"""
     own = spec["model"]["vocab"]
-    own = own if isinstance(own, dict) else {piece: i for i, (piece, _) in enumerate(own)}      # Unigram: a list
+    own = own if isinstance(own, dict) else {piece: i for i, (piece, _) in enumerate(own)}      # Unigram stores a list
     return own | {t["content"]: t["id"] for t in spec["added_tokens"]}
 
 
 def name_token(spec, name, fits):
-    """Rename the first control token t with fits(t) to `name`, or add a new token -> its id, a note about it."""
+    """Rename a control token t with fits(t) to `name`, or else add a token `name` -> its id, a note for the user."""
     ids, own = vocabulary(spec), spec["model"]["vocab"]
     reserved = [t for t in spec["added_tokens"] if t["special"] and fits(t) and name not in ids]
     if not reserved:
@@ -66,17 +66,17 @@ def name_token(spec, name, fits):
     token = min(reserved, key=lambda t: t["id"])
     old, i = token["content"], token["id"]
     token.update(added_token(i, name))
-    if old in own:                                             # some files list control tokens in the vocabulary, too
+    if old in own:                                             # in some files the vocabulary also lists control tokens
         own[name] = own.pop(old)
     return i, f"the tokenizer has no {name}: {old}, id {i}, is renamed to it"
 
 
 def add_missing_tokens(spec, names, image_id=None):
-    """Add the tokens for images and for padding where they are missing -> image id, padding id, [notes].
+    """Add the tokens for images and for padding if they are missing -> image id, padding id, [notes for the user].
 
-    For images: `<image>`; else the token image_id, if config.json has an id; else a reserved token; else a new token.
-    A padding token is added only together with `<image>`, as in LLaVA-HF. If possible, padding is not EOS, because
-    programs that ignore padding would also ignore the EOS of answers."""
+    The image token is `<image>`, else the token image_id of config.json, else a reserved token, else a new token.
+    A padding token is added only together with `<image>`, as in LLaVA-HF. If possible, the padding token is not EOS,
+    because programs that ignore padding would also ignore the EOS of answers."""
     def fits(t):
         return RESERVED.fullmatch(t["content"]) if image_id is None else t["id"] == image_id
 
@@ -100,8 +100,8 @@ def add_missing_tokens(spec, names, image_id=None):
 
 
 def without_control_tokens(spec, roles, *scheme):
-    """-> a tokenizer that reads control tokens as text. A control token is flagged `special` (Qwen flags only some), or
-    used as bos, eos, pad or unk, or like <|...|> or [INST]. scheme: (old, new) text to replace in pre_tokenizer"""
+    """-> a tokenizer that treats control tokens as ordinary text. These are the tokens with the flag `special` (Qwen
+    flags only some), in `roles`, or like <|...|> or [INST]. scheme: (old, new) text to replace in pre_tokenizer"""
     tokens = [t | {"special": t["special"] or t["content"] in roles
                    or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]
     spec = spec | dict(post_processor=None, truncation=None, padding=None, added_tokens=tokens)
@@ -113,12 +113,12 @@ def without_control_tokens(spec, roles, *scheme):
 
 
 class Tokenizer:
-    """A published tokenizer, built with its control tokens (`full`: look-up, decoding) and without (`start`, `inside`:
-    typed text). Added tokens that are not control tokens are found in all three.
+    """A published tokenizer, in three versions. `full` knows control tokens: it looks up and decodes ids. `start` and
+    `inside` treat control tokens as text: they encode users' text at the start of a sequence and inside it.
 
-    folder: where it was read; image_id: the image token's id, if config.json has one
-    spec: content of tokenizer.json; specials: {added token: id}; notes: lines on renamed and added tokens
-    published: number of ids in the folder; len() also counts the tokens added here
+    folder: folder of the tokenizer; image_id: id of the image token, if config.json has one
+    spec: content of tokenizer.json; specials: {added token: id}; notes: lines about renamed and added tokens
+    published: number of ids in the folder; len() also counts the tokens that this class adds
     """
 
     def __init__(self, folder, image_id=None):
@@ -139,7 +139,7 @@ class Tokenizer:
                 self.inside = without_control_tokens(self.spec, roles, '"first"', '"never"')
         except Error:
             raise
-        except Exception as e:  # the package tokenizers raises no subclass
+        except Exception as e:  # the package tokenizers raises plain Exception
             stop(f"the tokenizer in {folder} cannot be read: {(str(e).splitlines() or [type(e).__name__])[0]}")
         self.bos, self.eos = (self.id(token_text(names[k])) if k in names else None for k in ("bos_token", "eos_token"))
 
@@ -157,11 +157,11 @@ class Tokenizer:
         return i
 
     def text(self, s, first=True):
-        """Plain text -> ids, [(first character, end)]; nothing in it becomes a control token. first: the text begins
-        the sequence; some tokenizers add a space only there."""
+        """Plain text -> ids, [(first character, end)] of each token; no part of it becomes a control token. first: the
+        text begins the sequence. Some tokenizers add a space only there."""
         try:
             e = (self.start if first else self.inside).encode(s, add_special_tokens=False)
-        except BaseException as e:  # a panic in Rust is not an Exception, and its class cannot be imported
+        except BaseException as e:  # a Rust panic is no subclass of Exception, and its class cannot be imported
             if type(e).__name__ != "PanicException":
                 raise
             raise BadSample("the tokenizer failed on a text", str(e).partition("\n")[0]) from None

@@ -1,5 +1,5 @@
-"""Files and folders that are whole or absent. A folder is first written under a temporary name, synced, given a
-manifest with a SHA-256 for each file, and renamed; a file is written under a temporary name and renamed."""
+"""Write files and folders completely or not at all. A folder is written under a temporary name, synced to disk, given
+a manifest with a SHA-256 for each file, and renamed. A file is written under a temporary name and renamed."""
 
 import hashlib
 import json
@@ -26,17 +26,17 @@ def file_digest(path):
 
 
 def commit(folder, fill):
-    """Write `folder`, whole or not at all: fill(path) writes into a temporary folder, which then replaces `folder`."""
+    """Write all of `folder` or nothing: fill(path) writes into a temporary folder, which then replaces `folder`."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp, old = (folder.parent / f".{kind}-{folder.name}" for kind in ("tmp", "old"))
     remove(tmp)
     try:
-        tmp.mkdir()                                              # fails if tmp is a link: never write through a link
+        tmp.mkdir()                                              # fails if tmp is a link: fill() would follow it
         fill(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         for p in files:
-            os.chmod(p, tmp.stat().st_mode & 0o666)              # safetensors makes files that only the owner can read
+            os.chmod(p, tmp.stat().st_mode & 0o666)              # without this, only the owner can read safetensors
             sync(p)
         (tmp / MANIFEST).write_text(json.dumps({str(p.relative_to(tmp)): file_digest(p) for p in files}, indent=1))
         sync(tmp / MANIFEST)
@@ -54,7 +54,7 @@ def commit(folder, fill):
 
 
 def write_file(path, content):
-    """Write text as it is and anything else as JSON, whole or not at all. A link at `path` is replaced."""
+    """Write text as it is and anything else as JSON, completely or not at all. A link at `path` is replaced."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
     tmp = path.with_name(f".tmp-{path.name}")
     remove(tmp)
@@ -72,8 +72,8 @@ def remove(path):
 
 
 def whole(folder):
-    """Is every file of the manifest there, unchanged? -> None, or what is wrong. Only regular files below the folder
-    are opened: a manifest may name any path."""
+    """Does `folder` hold all files of its manifest, unchanged? -> None if it does, else what is wrong. Only regular
+    files inside the folder are opened, because a damaged manifest may name other paths."""
     folder = Path(folder)
     try:
         files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}

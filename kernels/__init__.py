@@ -1,7 +1,7 @@
-"""Triton, if it is installed, and the choice between a kernel and its plain-torch definition.
+"""This file imports Triton, if it is installed, and decides for each call: a Triton kernel, or plain torch.
 
-Each file is read from top to bottom: the cost in bytes, the definition, the kernels, the operators registered with
-torch, and the function that model.py calls. A name ending in _ref is a definition in plain torch.
+Read each file of this folder from top to bottom: the cost in bytes of memory traffic, the definition, the kernels, the
+operators registered with torch, the function for other files. A name ending in _ref is a definition in plain torch.
 To learn Triton, read in this order: norm, swiglu, rope, cross_entropy, attention."""
 
 import functools
@@ -14,7 +14,7 @@ from config import stop
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: the files can still be imported; plain torch runs
+except ImportError:  # no Triton, as on macOS: these stand-ins let the kernel files be imported, and plain torch runs
     from types import SimpleNamespace
     triton = SimpleNamespace(jit=lambda f=None, **options: f or (lambda f: f), next_power_of_2=None)
     tl = SimpleNamespace(constexpr=None)
@@ -24,7 +24,7 @@ choice = "auto"  # auto: kernels for tensors on a GPU; torch: no kernels; triton
 
 
 def choose_kernels(how, device):
-    """Apply the setting `kernels` to the whole process. Stops with one line if the machine cannot run the kernels."""
+    """Set `choice` to `how` for this process. If `how` is unknown or cannot run on `device`, stop with an error."""
     global choice
     if how not in ("auto", "torch", "triton"):
         stop(f"kernels={how}: auto, torch, triton")
@@ -36,18 +36,18 @@ def choose_kernels(how, device):
 
 
 def use_triton(x):
-    """Does a kernel compute this call? x: any tensor of the call."""
+    """True if a Triton kernel computes a call, False if plain torch does. x: any tensor argument of the call."""
     return has_triton and x.is_cuda if choice == "auto" else choice == "triton"
 
 
 def architecture(x):
-    """The key in a table of tile sizes: 90 for Hopper and data-centre Blackwell; 80 for all other GPUs and for
-    interpreted kernels. The tiles of 80 fit in the 99 KiB of shared memory that smaller GPUs have."""
+    """-> key of a table of tile sizes: 90 for Hopper and data-centre Blackwell GPUs; 80 for all other GPUs and for
+    kernels that run in Triton's interpreter. Tiles of key 80 fit in the 99 KiB of shared memory of smaller GPUs."""
     return 90 if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10) else 80
 
 
 def on_its_device(f):
-    """Run f on the device of its first argument. Triton launches on the current device, even if x is on another."""
+    """Make the device of x current while f runs, because Triton launches a kernel on the current device."""
     @functools.wraps(f)
     def wrapped(x, *rest):
         with torch.cuda.device_of(x):

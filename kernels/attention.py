@@ -1,17 +1,17 @@
-"""Span attention: query i reads the keys lo[i] <= j < hi[i]. There is no other mask.
+"""Span attention: query i attends to the keys j with lo[i] <= j < hi[i], its span. There is no other mask.
 
-    N queries   M keys   H query heads   G key/value heads (H = g * G)   K head dim
+    N queries   M keys   H query heads   G key/value heads (H = g * G)   K head dim, padded to D in a kernel
     q (N, H, K)   k, v (M, G, K)   lo, hi (N,) int32 in [0, M], both non-decreasing   ->   out (N, H, K)
 
     out[i, h] = sum_j softmax_j(q[i, h] . k[j, h // g] / sqrt(K)) v[j, h // g],  lo[i] <= j < hi[i];  empty span: zeros
 
 The cost in bytes. A packed sequence of N tokens holds documents of length L << N. In an N x N mask only a share
 L / N of the entries would be true. Spans hold the same information in 2 N integers. lo and hi never decrease, so the
-queries split into segments whose key ranges do not overlap. Work and memory are sum(L^2), not N^2.
+queries split into segments whose key ranges do not overlap. The work is the sum of L^2 over documents, not N^2.
 
-On a GPU the scores are never written to memory. A program holds a tile of queries and loops over the keys of this tile
-in blocks (Dao et al. 2022). So keys are read once per tile, not once per query. Saved for backward are q, k, v, out and
-one value per row: the logarithm of the softmax sum (LSE).
+On a GPU the kernels never write the attention scores to memory. A program holds a tile of queries in registers and
+loops over blocks of keys (Dao et al. 2022). So keys are read once per tile, not once per query. For backward, autograd
+saves q, k, v, out and one value per query and head: the logarithm of the softmax sum (LSE).
 """
 
 import functools
@@ -22,26 +22,26 @@ from kernels import architecture, on_its_device, tl, triton, use_triton
 
 # ---- the definition, and what a CPU runs ----------------------------------------------------------------------------
 
-WHOLE_SEGMENT = 512  # a segment of at most this many keys is computed at once
-CHUNK_QUERIES = 64   # queries per chunk of a longer segment: at most CHUNK_QUERIES / L of its products are masked
+WHOLE_SEGMENT = 512  # a segment (adjacent queries that share keys) with at most this many keys is computed at once
+CHUNK_QUERIES = 64   # a longer segment is computed in chunks of this many queries; large chunks have more masked scores
 
 
 def attention_ref(q, k, v, lo, hi):
-    """The definition, with the full (N, M) mask, for readers and tests. The top of this file shows the shapes."""
+    """The definition of span attention, with the full (N, M) mask. The top of this file shows the shapes."""
     N, H, K = q.shape
-    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (M, H, K): query head h reads h // g
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (M, H, K): query head h uses k/v head h // g
     j = torch.arange(k.shape[0], device=q.device)
     mask = (lo[:, None] <= j) & (j < hi[:, None])                         # (N, M)
     s = torch.einsum("nhk,mhk->hnm", q, k) * K**-0.5
-    p = s.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)  # 0 replaces the nan of empty rows
+    p = s.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)  # an empty span gives nan; 0 replaces it
     return torch.einsum("hnm,mhk->nhk", p, v)
 
 
 def segments(lo, hi):
     """Split the queries into segments that share no key -> list of (n, a, b, c, d, kind). Queries [a, b) read keys in
-    [c, d), which no other query reads. kind is "full" (each query reads all of [c, d)), "causal" (query a + t reads
-    keys up to c + t), "mask" (lo and hi decide) or "empty". n > 1: n adjacent segments of the same shape, computed by
-    one bmm (the images of a ViT)."""
+    [c, d), and no other query reads these keys. kind is "full" (each query reads all of [c, d)), "causal" (query a + t
+    reads [c, c + t]), "mask" (any other pattern of lo and hi) or "empty" (no key). If n > 1, the entry stands for n
+    adjacent segments of equal shape, for example the images of a ViT; a, b, c, d describe the first one."""
     N = lo.shape[0]
     if N == 0:
         return []
@@ -49,12 +49,12 @@ def segments(lo, hi):
     assert (lo[1:] >= lo[:-1]).all() and (hi[1:] >= hi[:-1]).all(), "spans may not move backwards"
     at, empty = torch.arange(N), hi <= lo
     start = torch.ones(N, dtype=torch.bool)
-    start[1:] = lo[1:] >= hi[:-1]                     # all keys of this query come after the keys of earlier queries
+    start[1:] = lo[1:] >= hi[:-1]                     # a segment starts where no key was read by an earlier query
     start[1:] &= ~(empty[1:] & empty[:-1])            # adjacent empty spans form one segment
     start[1:] |= empty[1:] != empty[:-1]
     a = start.nonzero()[:, 0]
     b = torch.cat([a[1:], torch.tensor([N])])
-    segment = start.cumsum(0) - 1                     # (N,) the segment of each query
+    segment = start.cumsum(0) - 1                     # (N,) index of the segment of each query
     c, d = lo[a], hi[b - 1]
     R = a.numel()
     same_lo = lo == c[segment]
@@ -90,18 +90,19 @@ def _chunks(lo, hi):
 
 
 def chunks(lo, hi):
-    """The segments that are not empty; long ones are cut into chunks of CHUNK_QUERIES queries. In a "causal" chunk
-    a triangle over the last b - a keys is masked. All layers use the same spans, so the last 8 results are cached."""
+    """-> entries like those of segments(), but long segments are cut into chunks of CHUNK_QUERIES queries. A "causal"
+    chunk of n queries masks a triangle over its last n keys. Results are cached: all layers use the same spans."""
     return _chunks(*(t.to("cpu", torch.int32).numpy().tobytes() for t in (lo, hi))) if lo.shape[0] else []
 
 
 def by_head(t, n, a, L, G):
-    """Rows a to a + n L of t (N, H, K) -> (n, G, g, L, K), a view"""
+    """Rows a to a + n L of t (N, H, K), as n segments of L rows -> (n, G, g, L, K), a view of t"""
     return t[a : a + n * L].unflatten(0, (n, L)).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
 
 
 def probabilities(q, k, v, lo, hi):
-    """Yields per chunk (n, a, Lq, c, Lk), q / sqrt(K) (n G, g Lq, K), k and v (n G, Lk, K), softmax (n G, g Lq, Lk)"""
+    """Yields for each entry of chunks(), with Lq queries and Lk keys: (n, a, Lq, c, Lk), q / sqrt(K) (n G, g Lq, K),
+    k and v (n G, Lk, K), softmax (n G, g Lq, Lk). n, a and c are as in segments(); g = H / G."""
     G, K, todo = k.shape[1], k.shape[2], chunks(lo, hi)
     q = q * K**-0.5
     widest = max((b - a for n, a, b, c, d, kind in todo if kind == "causal"), default=0)
@@ -123,8 +124,7 @@ def probabilities(q, k, v, lo, hi):
 @torch.library.custom_op("pumice::attention_torch", mutates_args=())
 def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
                     ) -> torch.Tensor:
-    """attention_ref chunk by chunk, without an (N, M) tensor. Only q, k, v and the spans are saved. Backward recomputes
-    the scores, which takes no longer than saving them."""
+    """attention_ref, chunk by chunk: no (N, M) tensor exists. Backward recomputes the scores instead of saving them."""
     out, G = q.new_zeros(q.shape), k.shape[1]
     for (n, a, Lq, _, _), _, _, z, p in probabilities(q, k, v, lo, hi):
         o = by_head(out, n, a, Lq, G)
@@ -135,16 +135,16 @@ def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch
 @torch.library.custom_op("pumice::attention_torch_backward", mutates_args=())
 def attention_torch_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor,
                              hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> dq, dk, dv; the formulas are above the backward kernels"""
+    """-> dq, dk, dv. The formulas are in a comment above the backward kernels, later in this file."""
     G, K = k.shape[1:]
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     for (n, a, Lq, c, Lk), x, y, z, p in probabilities(q, k, v, lo, hi):
         w = by_head(do, n, a, Lq, G).reshape(x.shape)
-        ds = torch.ops.aten._softmax_backward_data(torch.bmm(w, z.mT), p, -1, p.dtype)       # p (dp - sum p dp)
+        ds = torch.ops.aten._softmax_backward_data(torch.bmm(w, z.mT), p, -1, p.dtype)  # ds = p (dp - sum(p dp))
         o = by_head(dq, n, a, Lq, G)
         o.copy_(torch.bmm(ds, y).view(o.shape))
         for grad, left, right in ((dk, ds, x), (dv, p, w)):
-            if n == 1:                                            # chunks of a segment share keys: add
+            if n == 1:  # chunks of one segment read the same keys: add their gradients
                 grad[c : c + Lk].transpose(0, 1).baddbmm_(left.mT, right)
             else:
                 by_head(grad, n, c, Lk, G).copy_(torch.bmm(left.mT, right).view(n, G, 1, Lk, K))
@@ -166,19 +166,19 @@ attention_torch.register_autograd(_torch_gradients,
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 #
-# lo and hi never decrease, so the first and the last query of a tile bound its keys. No query of the tile reads a key
-# outside [lo[first], hi[last]). Every query reads all of [lo[last], hi[first]): blocks inside need no mask. In a long
-# document almost every block is inside.
-#
-# New here are: a grid with two dimensions, tiles x heads; tl.dot, the product of two tiles on the tensor cores (with
-# "ieee", fp32 inputs do not use them, because TF32 keeps only 10 bits); do_not_specialize. By default Triton compiles
-# another kernel if an integer argument is 1 or divisible by 16, but not for arguments named in do_not_specialize.
+# A tile has a first and a last query. lo and hi never decrease, so no query of the tile reads a key outside
+# [lo[first], hi[last]). Every query of the tile reads all keys in [lo[last], hi[first]): blocks of keys in this range
+# need no mask. In a long document almost all blocks are of this kind.
+# Only this file uses three features of Triton. The grid has two dimensions: tiles x heads. tl.dot multiplies tiles on
+# tensor cores; with "ieee", fp32 inputs do not use tensor cores, which would round them to TF32 (10-bit mantissa).
+# do_not_specialize lists integer arguments. For any other integer argument, Triton compiles another kernel if its value
+# is 1 or divisible by 16.
 
 
 @triton.jit
 def _cut(begin, end, lo, hi, B: tl.constexpr):
-    """Split [begin, end) into blocks of B. Blocks in [a, b) lie inside [lo, hi) and need no mask; blocks outside [a, b)
-    need one -> a, b, end - (b - a): a loop from `begin` to this number counts the blocks outside [a, b)."""
+    """Split [begin, end) into blocks of B. The blocks in [a, b) lie inside [lo, hi) and need no mask; the other blocks
+    need a mask. -> a, b, end - (b - a). The loop range(begin, end - (b - a), B) has one step per masked block."""
     a = begin + (lo - begin + B - 1) // B * B
     b = a + tl.maximum(hi - a, 0) // B * B
     return a, b, end - (b - a)
@@ -186,10 +186,10 @@ def _cut(begin, end, lo, hi, B: tl.constexpr):
 
 @triton.jit
 def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
-    """For a tile of BM queries -> lo, hi (BM,), begin and end of its keys, and the results of _cut. Keys outside
-    [0, M) are never read, even if a span contains them."""
+    """For the tile of BM queries from `start` on -> lo, hi (BM,); begin, end: the range of keys that the tile reads;
+    a, b, reach: the results of _cut. Keys outside [0, M) are never read, even if a span contains them."""
     at = start + tl.arange(0, BM)
-    lo = tl.load(LO + at, mask=at < N, other=0)                              # rows from N on have empty spans
+    lo = tl.load(LO + at, mask=at < N, other=0)  # queries from N on do not exist; they get empty spans
     hi = tl.minimum(tl.load(HI + at, mask=at < N, other=0), M)
     last = tl.minimum(start + BM, N) - 1
     begin, end = tl.maximum(tl.load(LO + start), 0), tl.minimum(tl.load(HI + last), M)
@@ -199,9 +199,9 @@ def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
-    """Load rows `start` to start + B of X, which has row stride `stride`; rows (B,) = 0 ... B - 1 -> (B, D). Rows from
-    `count` on and columns from K on are zero. The offset of the first row is int64: N H K can exceed 2**31. If count is
-    B and K is D, the compiler removes the mask, which saves 20 registers."""
+    """Load B rows of X from row `start` on -> (B, D). rows (B,): 0 ... B - 1; stride: from row to row of X. In the
+    result, rows from `count` on and columns from K on are zero. start * stride is int64, because the product can exceed
+    2**31. If count = B and K = D, the compiler removes the mask, which saves 20 registers."""
     d = tl.arange(0, D)
     X += tl.cast(start, tl.int64) * stride
     return tl.load(X + rows[:, None] * stride + d[None, :],
@@ -211,15 +211,15 @@ def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, scale,
             K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr):
-    """Online softmax, one block of keys for q (BM, D) -> running maximum m (BM,), sum l (BM,), output acc (BM, D)."""
+    """Add BN keys to the online softmax of q (BM, D) -> running maximum m (BM,), sum l (BM,), output acc (BM, D)."""
     c = tl.arange(0, BN)
     k = _tile(KEYS, j, c, count, stride_k, K, D)                               # (BN, D)
     v = _tile(VALUES, j, c, count, stride_v, K, D)
-    s = tl.dot(q, k.T, input_precision="ieee") * scale                       # (BM, BN), times log2(e)
+    s = tl.dot(q, k.T, input_precision="ieee") * scale  # (BM, BN); scale contains log2(e), because exp2 replaces exp
     if MASK:
         s = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), s, -float("inf"))
     higher = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # no key yet: -inf - -inf would be nan
+    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # no key so far: -inf - -inf would be nan
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(m - base)
     l = l * shrink + tl.sum(p, 1)
@@ -230,7 +230,7 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
 @triton.jit(do_not_specialize=["N", "M", "g"])
 def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride_v, scale, g,
              K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """One tile of BM queries of one head. OUT (N, H, K) and LSE (H, N) are contiguous."""
+    """Compute OUT and LSE for one tile of BM queries of one head. OUT (N, H, K) and LSE (H, N) are contiguous."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     lo, hi, begin, end, a, b, reach = _bounds(LO, HI, start, N, M, BM, BN)
@@ -250,8 +250,8 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride
 
     n = start.to(tl.int64) + r
     inside = n < N
-    out = acc / tl.where(l == 0, 1.0, l)[:, None]                            # empty span: zeros
-    lse = tl.where(l == 0, float("inf"), m + tl.log2(l))                 # empty span: p = exp2(s - inf) = 0 in backward
+    out = acc / tl.where(l == 0, 1.0, l)[:, None]                            # an empty span gives zeros
+    lse = tl.where(l == 0, float("inf"), m + tl.log2(l))  # empty span: inf makes p = exp2(s - lse) = 0 in backward
     tl.store(LSE + h * N + n, lse, mask=inside)
     tl.store(OUT + (n[:, None] * H + h) * K + d[None, :], out.to(OUT.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < K))
@@ -264,8 +264,8 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride
 #     dv = p^T do      dp = do v^T      ds = p (dp - delta)   where delta_i = sum_j p_ij dp_ij = do_i . out_i
 #     dq = ds k / sqrt(K)      dk = ds^T q / sqrt(K)
 #
-# There are two kernels, one for tiles of queries (dq) and one for tiles of keys (dk, dv). Both add in a fixed order.
-# Together they need seven products. One kernel with atomic additions needs five, but its result is not deterministic.
+# One kernel computes dq, another dk and dv; they need seven matrix products and add in a fixed order. A single kernel
+# would need five products, but also atomic additions, whose order varies: its gradients would not be deterministic.
 
 
 @triton.jit
@@ -284,7 +284,7 @@ def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, s
 @triton.jit(do_not_specialize=["N", "M", "g"])
 def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q, stride_k, stride_v, stride_d,
                 scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """One tile of queries of one head, as in _forward -> its dq, and delta (H, N) for _backward_kv."""
+    """Compute dq and delta = sum(do * out) for one tile of BM queries of one head. _backward_kv reads DELTA (H, N)."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     n = start.to(tl.int64) + r
@@ -314,11 +314,11 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q
 @triton.jit
 def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, stride_d, scale,
                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr):
-    """Everything is transposed: keys are the rows, so p^T and ds^T are computed directly."""
+    """Add BM queries to dk and dv of a tile of keys. Rows are keys here: the variables p and ds hold p^T and ds^T."""
     r = tl.arange(0, BM)
     q = _tile(Q, i, r, count, stride_q, K, D)                                  # (BM, D)
     do = _tile(DO, i, r, count, stride_d, K, D)
-    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))         # rows from `count` on: p = 0
+    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))  # inf: p = 0 for queries from `count` on
     delta = tl.load(DELTA + i + r, mask=r < count, other=0.0)
     p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])  # (BN, BM)
     if MASK:
@@ -334,8 +334,8 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, 
 def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_q, stride_k,
                  stride_v, stride_d, scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                  BN: tl.constexpr):
-    """One tile of BN keys of one group -> its dk and dv, summed over the g query heads of the group. Queries in
-    [BY_HI[0], BY_LO[1]) read some key of the tile, queries in [BY_HI[1], BY_LO[0]) read all of them: query_ranges."""
+    """Compute dk and dv of one tile of BN keys of one key/value head, summed over its g query heads. By query_ranges,
+    only queries in [BY_HI[0], BY_LO[1]) read keys of the tile; queries in [BY_HI[1], BY_LO[0]) read every key of it."""
     tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     start = tile * BN
     c, d = tl.arange(0, BN), tl.arange(0, D)
@@ -364,9 +364,9 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
 
 
 def query_ranges(lo, hi, M, block):
-    """The queries that read a tile of `block` keys, by binary search on the device -> by_hi, by_lo, both (2, tiles)
-    int32. by_hi: number of queries with hi <= the first key of the tile, and with hi <= its last key. by_lo: the same
-    with lo. Queries before by_hi[0] and queries from by_lo[1] on read no key of the tile."""
+    """Find the queries that read each tile of `block` keys, by binary search on the device -> by_hi, by_lo (2, tiles)
+    int32. by_hi[0] counts the queries with hi <= the first key of the tile, by_hi[1] those with hi <= its last key;
+    by_lo has these two counts for lo. Queries before by_hi[0] and queries from by_lo[1] on read no key of the tile."""
     first = torch.arange(0, M, block, dtype=torch.int32, device=lo.device)
     ends = torch.stack([first + 1, (first + block).clamp_(max=M)])
     return torch.searchsorted(hi, ends, out_int32=True), torch.searchsorted(lo, ends, out_int32=True)
@@ -374,9 +374,9 @@ def query_ranges(lo, hi, M, block):
 
 # ---- tile sizes -----------------------------------------------------------------------------------------------------
 
-# (architecture, padded head dim) -> for each kernel: queries, keys, warps, pipeline stages. None has been timed yet.
-# In Triton 3.6 and 3.7 no kernel spills registers (tests/kernels/test_attention.py), except one: backward_kv for heads
-# of 72 spills two on Hopper in Triton 3.6. Heads of 72, 80 and 96 are padded to 128 and cost as much as 128.
+# (architecture(q), padded head dim) -> for each kernel: queries and keys per tile, warps, pipeline stages. These sizes
+# have not been timed. In Triton 3.6 and 3.7 no kernel spills registers (tests/kernels/test_attention.py), except one:
+# backward_kv for head dim 72 spills two registers on Hopper in Triton 3.6. Head dims 72, 80 and 96 are padded to 128.
 ATTENTION_TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
@@ -385,11 +385,11 @@ ATTENTION_TILES = {
     (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
     (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
 }
-FP32_TILE = 32, 32, 8, 1  # no tensor cores: they do not keep 24 bits. Correct but slow: even small tiles spill
+FP32_TILE = 32, 32, 8, 1  # fp32 runs without tensor cores, which would round inputs. It is slow: registers spill
 
 
 def tile_sizes(q, kernel):
-    """-> keyword arguments for launching `kernel`: "forward", "backward_q" or "backward_kv" """
+    """-> keyword arguments to launch `kernel`, which is "forward", "backward_q" or "backward_kv" """
     K = q.shape[2]
     D = max(16, triton.next_power_of_2(K))
     tile = FP32_TILE if q.dtype == torch.float32 else ATTENTION_TILES[architecture(q), max(32, D)][kernel]
@@ -399,14 +399,14 @@ def tile_sizes(q, kernel):
 # ---- the operators registered with torch ----------------------------------------------------------------------------
 
 def heads_adjacent(*tensors):
-    """Copy tensors (N, H, K) whose heads are not adjacent in memory: the kernels assume a head stride of K, known at
-    compile time. With a stride of 72 given at run time, each element would be loaded by itself, because 16 does not
-    divide 72. A row stride may have any value for which a tile of 128 rows fits in int32."""
+    """Copy each tensor (N, H, K) whose heads are not adjacent in memory. The kernels assume that heads are K elements
+    apart, a constant at compile time: with a run-time stride such as 72, which 16 does not divide, Triton would load
+    elements one by one. The row stride must be below 2**24, so that offsets in a tile of 128 rows fit in int32."""
     return [t if t.stride()[1:] == (t.shape[2], 1) and t.stride(0) < 2**24 else t.contiguous() for t in tensors]
 
 
 def scale_and_group(q, k):
-    """scale: exp(s / sqrt(K)) = exp2(s * scale), scale = log2(e) / sqrt(K); g: query heads per key head"""
+    """-> scale = log2(e) / sqrt(K), for which exp(s / sqrt(K)) = exp2(s * scale); g: query heads per key head"""
     return dict(scale=q.shape[2]**-0.5 * 1.4426950408889634, g=q.shape[1] // k.shape[1])
 
 
@@ -460,7 +460,7 @@ def _fake_backward(do, q, k, v, lo, hi, out, lse):
 
 def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)                                         # otherwise zeros are allocated for lse
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros as the gradient of lse
     ctx.save_for_backward(*inputs, *output)
 
 
@@ -475,7 +475,7 @@ attention_triton.register_autograd(_gradients, setup_context=_setup)
 
 
 def attention(q, k, v, lo, hi):
-    """Span attention; the top of this file shows the shapes. fp64 and heads of more than 128 always use plain torch."""
+    """Span attention; the top of this file shows the shapes. Plain torch always computes fp64 and head dims > 128."""
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
     assert k.shape == v.shape and q.shape[2] == k.shape[2], \
         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

@@ -1,16 +1,16 @@
 """Linear cross-entropy: the sum of -log softmax(hidden @ weight.T)[label] over rows, one chunk of logits at a time.
 
-    R supervised rows   C width   V vocabulary entries   n rows of a chunk
+    R rows (one per token)   C width   V vocabulary entries   n rows of a chunk
     hidden (R, C)   weight (V, C)   labels (R,) int64, -100 = ignored   ->   scalar, fp32 (fp64 for fp64)
 
-The cost in bytes. Logits are R x V: 4 GiB in fp32 for 8,192 rows and 128k entries. Autograd would save them, their
-softmax and their gradient. But the gradient of a summed loss with respect to the logits is softmax - onehot, times one
-scalar that is given in backward. So the forward pass computes softmax - onehot, chunk by chunk: form the logits of a
-chunk, overwrite them with their gradient, then compute the gradients of hidden and weight. Peak memory is one
-chunk. Each row of logits is read twice (the gradient needs the sum over the row first) and written once: 3 V elements.
+The cost in bytes. The logits (R, V) take 4 GiB in fp32 for 8,192 rows and 128k entries. Plain autograd also holds their
+softmax and their gradient. But the gradient of a summed loss for the logits is softmax - onehot, times one scalar that
+backward receives. So the forward pass takes one chunk of rows at a time: it computes the logits of the chunk, replaces
+them by softmax - onehot, and computes from these the gradients of hidden and weight. Only one chunk of logits exists
+at a time. The kernel reads a row twice (for its sum, then for the gradient) and writes it once: 3 V elements.
 
-A chunk should have many rows. Its products do 6 V C flops per row. Adding to the weight's gradient in fp32 moves 10 V C
-bytes per chunk, for any number of rows. At 790 TFLOP/s and 4.3 TB/s both take the same time at 300 rows.
+A chunk should have many rows. Its matrix products do 6 V C flops per row. Adding to the weight's gradient in fp32 moves
+10 V C bytes per chunk, for any number of rows. At 790 TFLOP/s and 4.3 TB/s, both take equal time at 300 rows.
 """
 
 import torch
@@ -19,24 +19,24 @@ import torch.nn.functional as F
 from kernels import architecture, on_its_device, tl, triton, use_triton
 
 IGNORE = -100            # the label of a token that is not supervised
-CHUNK_BYTES = 256 << 20  # size of a chunk of logits
-CHUNK_ROWS = 2048        # smallest number of rows in a chunk
-SLICE = 8192             # vocabulary entries per product, if the weight's gradient has another dtype than the product
+CHUNK_BYTES = 256 << 20  # 256 MiB: the usual size of a chunk of logits
+CHUNK_ROWS = 2048        # a chunk has at least this many rows, even if it is then larger than CHUNK_BYTES
+SLICE = 8192             # in bf16, the weight's gradient is computed for this many vocabulary entries at a time
 
 
 def chunk_rows(V, dtype):
-    """How many rows of logits in `dtype` exist at the same time."""
+    """V: vocabulary entries, dtype: of the logits -> number of rows of a chunk"""
     return max(CHUNK_ROWS, CHUNK_BYTES // (V * dtype.itemsize))
 
 
 def kernel_applies(x):
-    """Is the kernel used for logits like x? It does not support fp64."""
+    """True if the Triton kernel is used for logits with the device and dtype of x. The kernel does not support fp64."""
     return use_triton(x) and x.dtype != torch.float64
 
 
 def logits_bytes(R, V, like):
-    """Peak bytes for the logits of R rows, with the dtype and device of `like`. The kernel works in place: it
-    holds one chunk. Plain torch also holds its exponentials and, in low precision, a copy in fp32 (for run/plan.py)."""
+    """-> peak bytes for the logits of R rows and V entries, in the dtype and on the device of `like`. The kernel holds
+    one chunk. Plain torch also holds the exponentials of the chunk and, in bf16, a copy in fp32."""
     each, wide = like.dtype.itemsize, max(4, like.dtype.itemsize)
     if not kernel_applies(like):
         each = 2 * wide + (each if each < wide else 0)
@@ -44,7 +44,7 @@ def logits_bytes(R, V, like):
 
 
 def linear_cross_entropy_ref(hidden, weight, labels):
-    """The definition; all logits exist at once."""
+    """The definition in plain torch. All logits exist at the same time."""
     logits = hidden @ weight.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -53,8 +53,8 @@ def linear_cross_entropy_ref(hidden, weight, labels):
 # ---- one chunk: logits -> loss and gradient -------------------------------------------------------------------------
 
 def logits_to_gradient_torch(logits, labels, gradient):
-    """logits (n, V), labels (n,) -> summed loss (), softmax - onehot (n, V), in place where no cast is needed.
-    With gradient=False the second result is None."""
+    """logits (n, V), labels (n,) -> summed loss (), gradient softmax - onehot (n, V), which overwrites fp32 or fp64
+    logits. With gradient=False the second result is None."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     keep = labels != IGNORE
     at = labels.where(keep, 0)[:, None]
@@ -63,25 +63,25 @@ def logits_to_gradient_torch(logits, labels, gradient):
     if not gradient:
         return loss, None
     g = wide.sub_(lse).exp_()                                                 # softmax overwrites the logits
-    g.scatter_add_(1, at, torch.full_like(at, -1, dtype=g.dtype))             # minus onehot
+    g.scatter_add_(1, at, torch.full_like(at, -1, dtype=g.dtype))             # subtract onehot
     return loss, g.mul_(keep[:, None]).to(logits.dtype)
 
 
-# architecture -> (logits that a program holds at a time, warps): tests show that no registers spill; not timed yet
+# architecture(x) -> (logits that a program holds at a time, warps). Tests check that no registers spill.
 LOGITS_TILES = {80: (4096, 8), 90: (4096, 8)}
 
 
 @triton.jit
 def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: X (n, V) logits, overwritten by their gradient; LABELS (n,); LOSS (n,) fp32."""
+    """One program computes one row. X (n, V): logits, overwritten by their gradient; LABELS (n,); LOSS (n,) fp32."""
     LOG2E = 1.4426950408889634               # exp(x) = exp2(x log2(e)): GPUs have an instruction for exp2 only
-    row = tl.program_id(0).to(tl.int64)      # int64: n * V exceeds 2**31 at 16,800 rows of 128k entries
+    row = tl.program_id(0).to(tl.int64)      # int64: row * V exceeds 2**31 from row 16,800 on, for 128k entries
     X += row * stride
-    c = tl.arange(0, BLOCK)                  # (BLOCK,); the tail of the last block is masked
+    c = tl.arange(0, BLOCK)                  # (BLOCK,) columns of a block; columns from V on are masked
     y = tl.load(LABELS + row)
     keep = y != IGNORE
-    valid = (0 <= y) & (y < V)               # a wrong label makes the loss nan; nothing out of bounds is read
-    xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)        # read before the gradient replaces it
+    valid = (0 <= y) & (y < V)               # a label outside [0, V) is no address; unless it is -100, the loss is nan
+    xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)  # the label's logit, before it is overwritten
 
     m, l = -float("inf"), 0.0                # running maximum, running sum of exp(x - m)
     for i in range(0, V, BLOCK):
@@ -95,12 +95,12 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
         scale = tl.where(keep, 1.0 / l, 0.0)
         for i in range(0, V, BLOCK):
             x = tl.load(X + i + c, mask=i + c < V, other=-float("inf")).to(tl.float32)
-            g = tl.exp2((x - m) * LOG2E) * scale - tl.where(i + c == y, 1.0, 0.0)  # i + c is never IGNORE
+            g = tl.exp2((x - m) * LOG2E) * scale - tl.where(i + c == y, 1.0, 0.0)  # the label -100 matches no column
             tl.store(X + i + c, g.to(X.dtype.element_ty), mask=i + c < V)
 
 
 def logits_to_gradient_triton(logits, labels, gradient):
-    """The same as logits_to_gradient_torch, by the kernel: one program per row, always in place."""
+    """logits_to_gradient_torch by the kernel: one program per row. The gradient always overwrites the logits."""
     n, V = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n:
@@ -115,14 +115,14 @@ def logits_to_gradient_triton(logits, labels, gradient):
 @on_its_device
 def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int, dtype: torch.dtype,
                        need_h: bool, need_w: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> summed loss (), its gradients for hidden (R, C) in `dtype` and for weight (V, C) in fp32. Chunks are summed in
-    fp32. A gradient that is not needed is an empty tensor."""
+    """-> summed loss (), its gradients for hidden (R, C) in `dtype` and for weight (V, C) in fp32 (fp64 for fp64).
+    chunk: rows per chunk; need_h, need_w: compute the gradient of hidden, of weight? If not, it is an empty tensor."""
     R, V = hidden.shape[0], weight.shape[0]
     hidden, weight, labels = hidden.to(dtype), weight.to(dtype), labels.contiguous()
     loss, dh, dw = _outputs(hidden, weight, dtype, need_h, need_w)
     loss, dw = loss.zero_(), dw.zero_()
     to_gradient = logits_to_gradient_triton if kernel_applies(hidden) else logits_to_gradient_torch
-    room = hidden.new_empty(min(chunk, R), V)                                 # one buffer for all chunks
+    room = hidden.new_empty(min(chunk, R), V)                                 # all chunks use this buffer in turn
     with torch.autocast(hidden.device.type, enabled=False):
         for i in range(0, R, chunk):
             h, y = hidden[i : i + chunk], labels[i : i + chunk]
@@ -133,14 +133,14 @@ def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
                 torch.mm(g, weight, out=dh[i : i + chunk])
             if need_w and dw.dtype == dtype:
                 dw.addmm_(g.T, h)
-            elif need_w:                                                      # slices avoid a second (V, C) tensor
+            elif need_w:  # without slices, the product would be a second (V, C) tensor
                 for j in range(0, V, SLICE):
                     dw[j : j + SLICE] += g[:, j : j + SLICE].T @ h
     return loss, dh, dw
 
 
 def _outputs(hidden, weight, dtype, need_h, need_w, *_):
-    """Uninitialised results of the right shapes and dtypes; torch.compile traces with these."""
+    """-> uninitialised outputs of loss_and_gradients, with their shapes and dtypes. torch.compile traces with them."""
     wide = torch.promote_types(torch.float32, dtype)
     return (hidden.new_empty((), dtype=wide), hidden.new_empty(hidden.shape if need_h else (0,), dtype=dtype),
             weight.new_empty(weight.shape if need_w else (0,), dtype=wide))
@@ -154,19 +154,19 @@ def _setup(ctx, inputs, output):
     _, dh, dw = output
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.mark_non_differentiable(dh, dw)
-    ctx.set_materialize_grads(False)                                          # otherwise autograd allocates zeros
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zero gradients
     ctx.save_for_backward(dh, dw)
 
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
-    """Multiply by the incoming scalar before rounding: a scalar in bf16 would change all gradients by up to 1/500. Two
-    (V, C) tensors exist here, because a compiled graph may not overwrite a saved tensor."""
+    """Multiply dh and dw by the incoming scalar `grad` in fp32, then round. A scalar rounded to bf16 would change all
+    gradients by up to 1/500. dw is not overwritten, because a compiled graph may not overwrite a saved tensor."""
     (dh, dw), (hidden, weight), (need_h, need_w, *_) = ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad
     if grad is None:
         return (None,) * 7
     dh = (dh.to(grad.dtype) * grad).to(hidden) if need_h else None
-    dw = torch.mul(dw, grad, out=dw.new_empty(dw.shape, dtype=weight)) if need_w else None  # `out` avoids a copy
+    dw = torch.mul(dw, grad, out=dw.new_empty(dw.shape, dtype=weight)) if need_w else None  # `out` avoids an fp32 copy
     return dh, dw if need_w else None, None, None, None, None, None
 
 
@@ -174,9 +174,9 @@ linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 
 def linear_cross_entropy(hidden, weight, labels, chunk=None):
-    """Sum of losses over rows whose label is not -100; the top of this file shows the shapes. chunk: how many
-    rows of logits exist at the same time. For labels outside [0, V) plain torch raises RuntimeError. The kernel returns
-    nan, because a check would cost a host-device sync."""
+    """-> sum of the losses of all rows whose label is not -100; the top of this file shows the shapes. chunk: rows of
+    logits at a time (None: chunk_rows decides). For a label outside [0, V), plain torch raises RuntimeError and the
+    kernel returns nan, because a check would cost a host-device sync."""
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

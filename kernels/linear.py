@@ -1,13 +1,13 @@
-"""Linear layers with a frozen weight, alone or with low-rank adapters (lora.py). The weight W may be in NF4.
+"""Linear layers with a frozen weight, alone or with low-rank adapters (lora.py). The weight W may be in NF4 (4 bits).
 
     N tokens   C input width   O output width, one per layer   r rank, one per layer   s = alpha / r
     x (N, C)   W (O, C) or its NF4 tensors   b (O,) or None   A (r, C)   B (O, r)   ->   y = x W^T + b + s (d A^T) B^T
-    d = dropout(x) = x * keep with a mask keep (N, C) bool; its factor 1 / (1 - p) is part of s; without dropout d = x
+    d = x * keep with the dropout mask keep (N, C) bool; s contains 1 / (1 - p) for probability p. No dropout: d = x
 
 The cost in bytes, for layers that read the same x (q, k and v; gate and up). Plain autograd adds each adapter's
 output to the base output, and each gradient of x to the others, in separate passes: 3 N O and 6 N C elements per layer.
-Here the matrix products also add (addmm). One product multiplies x by all A, all layers share a mask, x is stored once.
-A dequantized W is not stored; backward dequantizes it again.
+Here addmm adds its matrix product to the output without such a pass. One product multiplies x by the A of all layers.
+The layers share one dropout mask, and x is saved once. A dequantized W is not saved; backward dequantizes W again.
 """
 
 import torch
@@ -39,14 +39,14 @@ class FrozenLinear(torch.autograd.Function):
 
 
 class LoRALinears(torch.autograd.Function):
-    """AB: the A of all layers, then the B of all layers"""
+    """Layers with adapters that read the same x. bases: (W, b, s) of each layer; AB: A of all layers, then B of all."""
 
     @staticmethod
     def forward(ctx, x, keep, bases, *AB):
         A, B = AB[: len(bases)], AB[len(bases) :]
         with torch.autocast(x.device.type, enabled=False):
             xa = (x if keep is None else x * keep) @ torch.cat(A).to(x.dtype).T                        # (N, sum of r)
-            # in place, except in compiled code, where torch 2.11 would make the gradients zero
+            # addmm_ works in place. Compiled code uses addmm: with addmm_, torch 2.11 would make the gradients zero
             addmm, out = torch.addmm if torch.compiler.is_compiling() else torch.Tensor.addmm_, []
             for (W, b, s), B_i, xa_i in zip(bases, B, xa.split([a.shape[0] for a in A], 1)):
                 out.append(addmm(base_linear(x, W, b), xa_i, (s * B_i).to(x.dtype).T))                  # (N, O)
@@ -74,7 +74,7 @@ class LoRALinears(torch.autograd.Function):
 
 
 def autocasted(x):
-    """x in the dtype of autocast, if it is enabled: a custom Function must cast its inputs itself"""
+    """-> x in the dtype of autocast, if autocast is enabled. Autocast does not cast the inputs of a custom Function."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -87,8 +87,8 @@ def frozen_linear(x, W, b):
 
 
 def lora_linears(x, p, bases, A, B):
-    """x (..., C), p: probability of dropout, bases: [(W, b, s)], A, B: one item per layer -> [y (..., O)].
-    Gradients go to x, A and B."""
+    """x (..., C); p: dropout probability; bases: (W, b, s) of each layer; A, B: one matrix per layer -> list with the
+    output (..., O) of each layer. Only x, A and B get gradients."""
     z, keep = autocasted(x).flatten(0, -2), None                               # (N, C)
     if p:
         keep = torch.empty_like(z, dtype=torch.bool).bernoulli_(1 - p)

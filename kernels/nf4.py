@@ -4,15 +4,15 @@
     W (O, C)   ->   codes (O, C/2) uint8: two elements per byte, the first in the high half
                     absmax (m,) uint8   nested (m / 256,) fp32   offset () fp32
 
-Each block of 64 elements is divided by its largest absolute value, absmax, and each element is replaced by the nearest
-of 16 levels (quantiles of a normal distribution). The absmax values are quantised too ("double quantisation"): their
-mean `offset` is subtracted, blocks of 256 are divided by their largest absolute value `nested`, and each is replaced by
-the nearest of the 256 values in DYNAMIC_MAP. Blocks follow the memory order and may cross the end of a row, so any even
-width works.
+Each block of 64 elements is divided by its largest absolute value, absmax. Each element is replaced by the index of the
+nearest of 16 levels (quantiles of a normal distribution). The absmax values are quantised too ("double quantisation"):
+their mean `offset` is subtracted, each block of 256 absmax values is divided by its largest absolute value `nested`,
+and each value is replaced by the index of the nearest of the 256 values in DYNAMIC_MAP. Blocks follow the memory order
+and may cross the end of a row, so any even width C works.
 
 The cost in bytes. An element takes 1/2 + 1/64 + 4 / (64 * 256) = 0.516 bytes; in bf16 it takes 2. So 6.5 billion
-weights fit in 3.4 GB. Tensor cores cannot multiply codes, so the matrix is decoded to bf16 before each product. This
-reads n / 2 bytes and writes 2 n. At 4 TB/s decoding takes 1/35 of the time of the product for 8,192 tokens (cuBLAS).
+weights fit in 3.4 GB. Tensor cores cannot multiply codes, so W is dequantized to bf16 before each matrix product: a
+kernel reads n / 2 bytes and writes 2 n. At 4 TB/s it takes 1/35 of the time of the product for 8,192 tokens (cuBLAS).
 """
 
 import functools
@@ -25,13 +25,13 @@ BLOCK, NESTED = 64, 256
 LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
           -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
           0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-PARTS = "weight", "absmax", "nested", "offset"  # buffers of a quantised layer, in this order; "weight" holds codes
-NF4_ROWS, NF4_WARPS = 64, 4                     # NF4_ROWS: blocks per program, 32 elements per thread
+PARTS = "weight", "absmax", "nested", "offset"  # names of the buffers of a quantised layer; "weight" holds the codes
+NF4_ROWS, NF4_WARPS = 64, 4                     # a program dequantizes 64 blocks: 32 elements per thread
 
 
 def dynamic_map():
-    """(256,) the 8-bit values of bitsandbytes' dynamic map, ascending: 0, 1, and positive and
-    negative values in seven decades below 1, each with twice as many as the decade below it."""
+    """-> (256,) values of the 8-bit dynamic map of bitsandbytes, ascending: 0, 1, and positive and negative values in
+    seven decades below 1. Each decade has twice as many values as the next smaller decade."""
     positive = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
@@ -44,13 +44,13 @@ DYNAMIC_MAP = dynamic_map()
 
 @functools.cache
 def tables(device):
-    """LEVELS (16,) and DYNAMIC_MAP (256,) on `device`, copied once: each copy is a host-device sync."""
+    """-> LEVELS (16,), DYNAMIC_MAP (256,) on `device`. They are cached, because each copy is a host-device sync."""
     return torch.tensor(LEVELS).to(device), DYNAMIC_MAP.to(device)
 
 
 def nearest(x, size, values):
-    """Divide each block of `size` elements of x (n,) by its largest absolute value -> (n,) uint8 index of the nearest
-    of `values` (ascending), (m,) the largest absolute values"""
+    """Divide each block of `size` elements of x (n,) by its largest absolute value -> for each element the index of the
+    nearest of `values`, which ascend, (n,) uint8; for each block its largest absolute value (m,)"""
     blocks = torch.nn.functional.pad(x, (0, -len(x) % size)).view(-1, size)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
@@ -59,17 +59,17 @@ def nearest(x, size, values):
 
 
 def quantize(W):
-    """W (O, C), C even -> codes, absmax, nested, offset"""
+    """W (O, C), C even -> codes, absmax, nested, offset: the NF4 tensors that the top of this file describes"""
     O, C = W.shape
     assert C % 2 == 0, f"rows of {C} elements, an odd number: two elements share a byte"
-    codes, wide = nearest(W.detach().float().flatten(), BLOCK, torch.tensor(LEVELS))  # wide (m,): absmax in fp32
+    codes, wide = nearest(W.detach().float().flatten(), BLOCK, torch.tensor(LEVELS))  # wide (m,): absmax still in fp32
     offset = wide.mean()
     absmax, nested = nearest(wide - offset, NESTED, DYNAMIC_MAP)
     return (codes[::2] << 4 | codes[1::2]).view(O, C // 2), absmax, nested, offset
 
 
 def dequantize_ref(codes, absmax, nested, offset, dtype):
-    """The definition: -> W (O, C) in dtype, computed in fp32."""
+    """The definition in plain torch -> W (O, C), computed in fp32, then cast to dtype"""
     O, half = codes.shape
     levels, values = tables(codes.device)
     scale = values[absmax.int()] * nested.repeat_interleave(NESTED)[: len(absmax)] + offset                      # (m,)
@@ -103,7 +103,7 @@ def nf4_op(codes: torch.Tensor, absmax: torch.Tensor, nested: torch.Tensor, offs
         return dequantize_ref(codes, absmax, nested, offset, dtype)
     w = codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
     levels, values = tables(codes.device)
-    grid = triton.cdiv(len(absmax), NF4_ROWS),  # without fp_fusion, x y + z is rounded twice, as in the definition
+    grid = triton.cdiv(len(absmax), NF4_ROWS),  # enable_fp_fusion=False: x y + z is rounded twice, as in plain torch
     nf4_dequantize[grid](codes, absmax, nested, offset, levels, values, w, w.numel(), len(absmax), BLOCK, NESTED,
                          NF4_ROWS, num_warps=NF4_WARPS, enable_fp_fusion=False)
     return w

@@ -1,18 +1,18 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * w, and LayerNorm: y = (x - mean) / sqrt(var + eps) * w + b, over the last
-dimension. With `add`, x + add is the new residual, and the same pass normalises it.
+dimension. With an argument `add`, x + add is the new residual; one kernel adds and normalises.
 
     N tokens   C width        x, add (N, C)   w, b (C,)   ->   y (N, C), or (x + add, y)
 
 The cost in bytes. Plain torch reads and writes the whole tensor once per operator: cast, square, mean, multiply,
 cast, multiply. A row of 4,096 elements fits in the registers of one program. So the kernel moves 2 N C elements forward
-(4 N C with the addition) and 3 N C backward (4 N C if the residual has a gradient of its own). Only the input is saved:
-backward recomputes the row sums from the row, which is in registers.
+(4 N C with the addition) and 3 N C backward (4 N C if x + add also gets a gradient). Autograd saves only the input and
+w. The backward kernel recomputes the sums over a row, which is in registers.
 
-A first kernel in Triton. `norm_forward[p,](...)` starts p programs, each on num_warps x 32 threads. A program
-reads its index, computes addresses as integer tensors, loads a tile, works on it in registers and stores it.
-Tile sizes are powers of two; a mask disables the lanes beyond the edge: tl.load(addresses, mask, value for masked
-lanes). A tensor argument is a pointer X to its first element, of type X.dtype.element_ty. Triton compiles one kernel
-for each value of a tl.constexpr argument.
+How a Triton kernel works. `norm_forward[p,](...)` starts p programs, each on num_warps x 32 threads. A program reads
+its index, computes addresses as integer tensors, loads a tile, computes in registers and stores the result. Tile sizes
+are powers of two, so parts of a tile can lie outside the tensor. A mask switches these elements off: tl.load(addresses,
+mask, value where the mask is False). A tensor argument X is a pointer to its first element, of dtype
+X.dtype.element_ty. Triton compiles one kernel for each value of a tl.constexpr argument.
 """
 
 import torch
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 
 from kernels import on_its_device, tl, triton, use_triton
 
-NORM_TILE = 4096     # elements of a tile, 16 per thread; a longer row is a tile of its own
-NORM_PROGRAMS = 256  # programs of backward, two per multiprocessor of an H100; fixed: every GPU sums in the same order
+NORM_TILE = 4096     # elements of a tile, 16 per thread; a row with more elements is one larger tile
+NORM_PROGRAMS = 256  # programs in backward, two per multiprocessor of an H100; fixed: all GPUs add in the same order
 
 
 def rms_norm_ref(x, w, eps):
-    """The definition. x (..., C), w (C,). The normalised x is cast back to x's dtype before the product with w, as the
-    published Llamas do. The other order changed the bf16 logits of a toy model by 0.09."""
+    """The definition. x (..., C), w (C,). The normalised x is cast back to x's dtype before the product with w, as in
+    the published Llama models. A cast after the product changed the bf16 logits of a toy model by 0.09."""
     wide = x if x.dtype == torch.float64 else x.float()
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * r).to(x.dtype) * w.to(x.dtype)
@@ -36,7 +36,7 @@ layer_norm_ref = F.layer_norm  # for backward it saves only its input and two va
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """rms_norm_ref, saving only x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1). Autograd would also save x r."""
+    """rms_norm_ref that saves only x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1). Autograd would also save x * r."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -53,7 +53,7 @@ class RMSNormFunction(torch.autograd.Function):
         xhat, dy, dx, dw = x * r, dy.to(r.dtype), None, None
         if need_w:
             dw = (dy * xhat).flatten(0, -2).sum(0).to(w.dtype)
-        if need_x:  # scaling x does not change y, so dx has no component along x: remove it from g
+        if need_x:  # scaling x does not change y, so dx is orthogonal to x: subtract the part of g along xhat
             g = dy * w
             dx = g.addcmul_(xhat, (g * xhat).mean(-1, keepdim=True), value=-1).mul_(r).to(x.dtype)
         return dx, dw, None
@@ -63,40 +63,40 @@ class RMSNormFunction(torch.autograd.Function):
 
 @triton.jit
 def norm_forward(X, ADD, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One tile of ROWS rows: S = X + ADD if ADD is given, and Y = the norm of S or X."""
+    """One program computes a tile of ROWS rows: S = X + ADD if ADD is given; Y = the norm of S, or of X without ADD."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1); int64: N * C may exceed 2**31
     c = tl.arange(0, BLOCK)[None, :]                                        # (1, BLOCK), BLOCK >= C
     at, mask = n * C + c, (n < N) & (c < C)                                 # (ROWS, BLOCK)
     wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32   # dtype of all arithmetic
     x = tl.load(X + at, mask, 0).to(wide)
-    if ADD is not None:  # decided at compile time: one kernel with the addition, one without
+    if ADD is not None:  # Triton decides this at compile time: it builds one kernel with the addition and one without
         s = (x + tl.load(ADD + at, mask, 0).to(wide)).to(S.dtype.element_ty)
         tl.store(S + at, s, mask)
-        x = s.to(wide)  # normalise the residual as it is stored, after rounding
+        x = s.to(wide)  # normalise the residual as S stores it: rounded to the dtype of S
     if B is not None:
-        x = tl.where(c < C, x - tl.sum(x, 1)[:, None] / C, 0)  # masked lanes must stay 0, not become -mean
+        x = tl.where(c < C, x - tl.sum(x, 1)[:, None] / C, 0)  # columns from C on must stay 0; they would become -mean
     x *= tl.rsqrt(tl.sum(x * x, 1)[:, None] / C + eps)
     w = tl.load(W + c, c < C, 0).to(wide)
     if B is not None:
         y = x * w + tl.load(B + c, c < C, 0).to(wide)
     else:
-        y = x.to(Y.dtype.element_ty).to(wide) * w              # rounded before the product, as in rms_norm_ref
+        y = x.to(Y.dtype.element_ty).to(wide) * w  # round before the product with w, as rms_norm_ref does
     tl.store(Y + at, y, mask)
 
 
 @triton.jit
 def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexpr, LAYER: tl.constexpr,
                   ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The gradient of w is a sum over all rows. A fixed number of programs loops over the tiles; each writes its part
-    of the sum to one row of DW (programs, C). The caller adds these rows in a fixed order: the result is deterministic.
-    With atomic additions it would not be."""
+    """The gradients of w and b are sums over all rows. A fixed number of programs loops over the tiles. Each program
+    writes its part of the sums to one row of DW and DB (programs, C). The caller adds these rows in a fixed order, so
+    the gradients are deterministic. With atomic additions, the order of additions would vary."""
     c = tl.arange(0, BLOCK)[None, :]
     wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     w = tl.load(W + c, c < C, 0).to(wide)
     dw = tl.zeros([ROWS, BLOCK], wide)
     db = tl.zeros([ROWS, BLOCK], wide)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
-        # STAGES > 1: the next tile is loaded while this one is computed
+        # with STAGES > 1, the next tile is loaded while the current tile is computed
         n = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         at, mask = n * C + c, (n < N) & (c < C)
         x = tl.load(X + at, mask, 0).to(wide)
@@ -129,7 +129,7 @@ def norm_tile(C, element_size):
     block = triton.next_power_of_2(C)
     assert block <= 8192, f"rows of {C} elements exceed the registers of a program"
     rows = max(1, NORM_TILE // block)
-    stages = 2 if block * element_size <= 16384 else 1  # longer rows keep a multiprocessor busy without it
+    stages = 2 if block * element_size <= 16384 else 1  # long rows keep a multiprocessor busy without prefetching
     return dict(ROWS=rows, BLOCK=block), dict(num_warps=rows * block // 512), stages
 
 
@@ -139,7 +139,7 @@ def norm_tile(C, element_size):
 @on_its_device
 def norm_op(x: torch.Tensor, add: torch.Tensor | None, w: torch.Tensor, b: torch.Tensor | None,
             eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> x + add (empty if add is None), and its norm. RMSNorm if b is None, else LayerNorm."""
+    """-> s = x + add (an empty tensor if add is None), norm of s or x. RMSNorm if b is None, else LayerNorm."""
     s, y = norm_shapes(x, add, w, b, eps)
     x, add, w, b = (t if t is None else t.contiguous() for t in (x, add, w, b))
     C = x.shape[-1]
@@ -161,7 +161,7 @@ def norm_shapes(x, add, w, b, eps):
 @on_its_device
 def norm_backward_op(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, ds: torch.Tensor | None, eps: float,
                      layer: bool, need_w: bool, need_b: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x: the input of the norm, ds: gradient of x from the residual path -> dx, dw, db; dw, db empty if not needed."""
+    """x: input of the norm, ds: its gradient from the residual path -> dx, dw, db. dw, db are empty if not needed."""
     x, w, dy, ds = (t if t is None else t.contiguous() for t in (x, w, dy, ds))
     C = x.shape[-1]
     N = x.numel() // C
@@ -201,7 +201,7 @@ norm_op.register_autograd(norm_gradients, setup_context=norm_context)
 
 
 def norm(x, w, b, eps, add, plain):
-    """plain: this norm in plain torch -> y, the norm of x; with add: (x + add, the norm of x + add)"""
+    """plain: a function, the norm in plain torch -> norm of x; if add is given: (x + add, norm of x + add)"""
     assert w.shape == x.shape[-1:] and (add is None or add.shape == x.shape), \
         f"x {tuple(x.shape)}, weight {tuple(w.shape)}, add {None if add is None else tuple(add.shape)}"
     if use_triton(x):
@@ -213,11 +213,11 @@ def norm(x, w, b, eps, add, plain):
 
 
 def rms_norm(x, w, eps, add=None):
-    """x, add (..., C), w (C,) -> y (..., C); with add: (x + add, its norm)"""
+    """x, add (..., C), w (C,) -> RMSNorm of x (..., C); if add is given: (x + add, RMSNorm of x + add)"""
     return norm(x, w, None, eps, add, lambda s: RMSNormFunction.apply(s, w, eps) if torch.is_grad_enabled() else
-                rms_norm_ref(s, w, eps))  # both give the same bits
+                rms_norm_ref(s, w, eps))  # the two functions give identical results
 
 
 def layer_norm(x, w, b, eps, add=None):
-    """x, add (..., C), w, b (C,) -> y (..., C); with add: (x + add, its norm)"""
+    """x, add (..., C), w, b (C,) -> LayerNorm of x (..., C); if add is given: (x + add, LayerNorm of x + add)"""
     return norm(x, w, b, eps, add, lambda s: layer_norm_ref(s, w.shape, w, b, eps))

@@ -1,16 +1,16 @@
-"""Rotary positions (Su et al. 2021): (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are the two
-halves of a head.
+"""Rotary position embedding (Su et al. 2021): (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and
+x2 are the two halves of a head.
 
     N tokens   R tokens with a query   H query heads   G key heads   K head dim
     q (R, H, K)   k (N, G, K)   cos, sin (N, K/2)   rows (R,): the token of each query   ->   rotated q, k
 
-Published checkpoints of the Llama family are permuted for halves. Meta's original checkpoints and GGUF files rotate
-neighbouring pairs instead.
+The weights of Llama checkpoints on Hugging Face are ordered for rotations of halves. In Meta's original checkpoints
+and in GGUF files they are ordered for rotations of neighbouring pairs.
 
 The cost in bytes. One launch reads each element of q and k once and writes it once. For q and k of 32 heads each
 (K = 128, bf16), 16 KB are read and 16 KB written per token. Plain torch forms four products, two sums and a
-concatenation: 4.5 times the traffic. The inverse of a rotation is the rotation by the negative angle. So backward is
-the kernel with sin negated; q and k are not saved. In place would hardly help: they are freed right after the kernel.
+concatenation: 4.5 times the traffic. The inverse of a rotation is the rotation by the negative angle. So backward runs
+the kernel with -sin and does not need q and k. To overwrite q and k would save little: they are freed right afterwards.
 """
 
 import torch
@@ -21,7 +21,7 @@ from kernels import on_its_device, tl, triton, use_triton
 def rope_ref(x, cos, sin):
     """The definition, for one tensor. x (N, H, K), cos and sin (N, K/2) -> (N, H, K)"""
     x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # angles are fp32; only cos and sin are cast
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # the angles stay in fp32; cos and sin are cast
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
@@ -47,8 +47,8 @@ class RopeFunction(torch.autograd.Function):
 @triton.jit
 def rotate(X, Y, COS, SIN, n, at, H: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr, HEADS: tl.constexpr,
            BLOCK: tl.constexpr):
-    """Rotate all heads of row n by the angles of token `at`. The kernel calls this function; Triton inlines it."""
-    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]  # a tile: heads x pairs
+    """Y[n] = all heads of X[n], rotated by the angles of token `at`. Triton inlines this function into rope_kernel."""
+    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]  # a tile of heads x pairs (x1, x2)
     mask = (h < H) & (i < HALF)
     wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     cos = tl.load(COS + at * HALF + i, i < HALF, 0).to(wide)
@@ -78,7 +78,7 @@ def rope_kernel(Q, K, OUT_Q, OUT_K, COS, SIN, ROWS, R, H: tl.constexpr, G: tl.co
 @on_its_device
 def rope_op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rows: torch.Tensor | None,
             sign: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """sign: 1 rotates forward, -1 back."""
+    """sign: 1 for the rotation, -1 for its inverse -> rotated q, k"""
     (R, H, K), (N, G, _) = q.shape, k.shape
     q, k, cos, sin, rows = (t if t is None else t.contiguous() for t in (q, k, cos, sin, rows))
     out_q, out_k, size = torch.empty_like(q), torch.empty_like(k), triton.next_power_of_2
@@ -100,8 +100,8 @@ rope_op.register_autograd(rope_gradients, setup_context=rope_context)
 
 
 def rope_qk(q, k, cos, sin, rows=None):
-    """Rotate q and k. q (R, H, K): of the tokens `rows` (R,), or of all tokens if rows is None; k (N, G, K);
-    cos and sin (N, K/2) -> q, k of the same shapes"""
+    """Rotate q and k. k (N, G, K): keys of all tokens; q (R, H, K): queries of the tokens `rows` (R,), or of all tokens
+    if rows is None; cos, sin (N, K/2) -> rotated q and k with unchanged shapes"""
     queries = k.shape[0] if rows is None else rows.shape[0]
     assert q.shape[0] == queries <= k.shape[0] == cos.shape[0], \
         f"{q.shape[0]} queries for {queries} rows, {k.shape[0]} keys, {cos.shape[0]} positions"

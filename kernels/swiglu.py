@@ -4,8 +4,8 @@
 
 The cost in bytes. The kernels move 3 N F elements forward (two reads, one write) and 5 N F backward (three reads,
 two writes). Plain torch writes silu(gate), reads it again and saves it for backward: 5 N F forward, and three saved
-tensors instead of two. The kernel recomputes the sigmoid in backward. The kernels ignore the shape: a tensor is one
-long array, and each program takes SWIGLU_TILE elements.
+tensors instead of two. The backward kernel recomputes the sigmoid. The kernels treat a tensor as one long array. Each
+program computes SWIGLU_TILE elements.
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from kernels import on_its_device, tl, triton, use_triton
 
-SWIGLU_TILE, SWIGLU_WARPS = 4096, 8  # 16 elements per thread: two loads of 16 bytes from each tensor at a time
+SWIGLU_TILE, SWIGLU_WARPS = 4096, 8  # 16 elements per thread: in bf16, two loads of 16 bytes from each tensor
 
 
 def swiglu_ref(gate, up):
@@ -22,7 +22,7 @@ def swiglu_ref(gate, up):
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """swiglu_ref; only gate and up are saved for backward."""
+    """swiglu_ref, but autograd saves only gate and up."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -87,7 +87,7 @@ swiglu_op.register_autograd(lambda ctx, dy: swiglu_backward_op(*ctx.saved_tensor
 
 
 def swiglu(gate, up):
-    """gate, up (N, F) of one dtype -> (N, F)"""
+    """gate, up (N, F) of the same dtype -> silu(gate) * up (N, F)"""
     assert gate.shape == up.shape and gate.dtype == up.dtype, \
         f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}"
     if use_triton(gate):

@@ -1,10 +1,10 @@
 """LLaVA-1.5, stage 2 (Liu et al. 2023, arXiv:2310.03744): 665k conversations; connector and language model train;
-lr 2e-5, batch 128, one epoch, warm-up 3 %. The paper's LoRA variant: --lora_r=128 --lora_alpha=256
+lr 2e-5, batch 128, one epoch, warm-up 3 %. For the paper's LoRA variant add --lora_r=128 --lora_alpha=256
 --lora_dropout=0.05 --lr=2e-4 --connector_lr=2e-5.
 
     torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py --init=runs/align --data=FILE --images=DIR
 
-Not run in this project, because it has neither the data nor the weights. The values are from the paper and its scripts.
+This recipe was never run: the project has neither its data nor its weights. The values are from the paper and its code.
 """
 
 template = "vicuna_v1"

@@ -1,10 +1,10 @@
 """LLaVA-1.5, stage 1 (Liu et al. 2023, arXiv:2310.03744): 558k captions; the connector trains; lr 1e-3, batch 256,
-one epoch, warm-up 3 %. vision: CLIP-L/14-336, llm: Vicuna-7B v1.5; names or local folders.
+one epoch, warm-up 3 %. --vision is CLIP-L/14-336, --llm is Vicuna-7B v1.5, each a Hugging Face name or a folder.
 
     torchrun --nproc_per_node=8 train_align.py recipes/llava15_align.py --vision=openai/clip-vit-large-patch14-336 \\
         --llm=lmsys/vicuna-7b-v1.5 --data=FILE --images=DIR
 
-Not run in this project, because it has neither the data nor the weights. The values are from the paper and its scripts.
+This recipe was never run: the project has neither its data nor its weights. The values are from the paper and its code.
 """
 
 template = "plain"

@@ -1,1 +1,1 @@
-"""A run folder. The scripts call stage.py: begin -> World, load -> VLM and Folder, prepare -> Run, finish."""
+"""Everything around the training loop. The training scripts call begin, load, prepare and finish of run/stage.py."""

@@ -1,8 +1,8 @@
-"""Checkpoints: whole or absent folders (formats/whole.py) of safetensors and json only. A kill or a full disk
-never damages older checkpoints.
+"""Checkpoints: folders of safetensors and json files. A checkpoint is either complete or absent (formats/whole.py). A
+killed process or a full disk never damages older checkpoints.
 
-    trained.safetensors      trained weights by name, fp32       optimizer.safetensors    the optimizer's state, by name
-    rng.safetensors          torch's random state of each rank   state.json               step, counters, settings, base
+    trained.safetensors   trained weights by name, fp32        optimizer.safetensors   state of the optimizer, by name
+    rng.safetensors       torch's random state of each rank    state.json              step, counters, settings, digests
 """
 
 import json
@@ -21,7 +21,7 @@ from formats.whole import commit, remove, whole
 
 
 def discard(folder):
-    """Delete a checkpoint. It is renamed first, so a kill never leaves a part of it under its name."""
+    """Delete a checkpoint. It is renamed first: if the process is killed, an incomplete folder has another name."""
     tmp = folder.parent / f".tmp-{folder.name}"
     remove(tmp)
     os.rename(folder, tmp)
@@ -29,7 +29,7 @@ def discard(folder):
 
 
 def sweep(folder):
-    """After a killed run: delete incomplete folders (.tmp-*); rename a whole .old-* folder back if its name is free."""
+    """Clean up after a killed run: delete .tmp-* folders; rename a complete .old-* folder back if its name is free."""
     folder = Path(folder)
     for p in folder.glob(".old-*"):
         place = folder / p.name.removeprefix(".old-")
@@ -42,19 +42,19 @@ def sweep(folder):
 
 
 def steps_in(folder):
-    """[(step, path)] of the checkpoints below a run, sorted by step, oldest first."""
+    """-> [(step, path)] of the checkpoints in a run folder, sorted by step, lowest first"""
     paths = Path(folder, "checkpoints").glob("step_*")
     return sorted((int(m[1]), p) for p in paths if (m := re.fullmatch(r"step_(\d+)", p.name)))
 
 
 def save_checkpoint(out, step, model, optimizer, world, state):
-    """Write out/checkpoints/step_<step>. All ranks call it. Only rank 0 writes and holds a copy of everything."""
+    """Write out/checkpoints/step_<step>. All ranks must call this function. Rank 0 holds all tensors and writes."""
     trained, moments = {}, {}
     for n, p in unwrap(model).named_parameters():
         if p.requires_grad:
             for into, name, t in ((trained, n, p.detach()),
                                   *((moments, f"{n}.{k}", v) for k, v in optimizer.state[p].items())):
-                t = whole_tensor(t)                                      # every rank takes part in gathering it
+                t = whole_tensor(t)                                      # gathers shards: every rank must call it
                 if world.rank == 0:
                     into[name] = t.cpu().contiguous()
     rng = {"cpu": torch.get_rng_state().tolist()}
@@ -76,8 +76,8 @@ def save_checkpoint(out, step, model, optimizer, world, state):
 
 
 def retire(out, step, keep_last):
-    """Delete all checkpoints but the newest keep_last. Checkpoints after `step` (damaged, or left from before the run
-    was resumed at an older one) are deleted too."""
+    """Delete all checkpoints but the newest `keep_last`. Checkpoints of steps after `step` are deleted, too. They are
+    damaged, or the run was resumed from an earlier step."""
     steps = steps_in(out)
     kept = [s for s, _ in steps if s <= step][-keep_last:]
     for s, path in steps:
@@ -86,7 +86,7 @@ def retire(out, step, keep_last):
 
 
 def find_checkpoint(out, resume, say=print):
-    """The checkpoint to resume from, or None. resume: auto = the newest whole checkpoint of a run; none; or a path."""
+    """-> path of the checkpoint to resume from, or None. resume: "auto" (the newest complete one), "none", or a path"""
     if resume == "none":
         return None
     if resume != "auto":
@@ -107,8 +107,8 @@ def find_checkpoint(out, resume, say=print):
 
 
 def restore(path, model, optimizer, world):
-    """Load weights, optimizer state and random state, by name. A missing or unexpected tensor, one of
-    the wrong shape, or another kind of optimizer is an error."""
+    """Load weights, optimizer state and random state by name. Stop if a tensor of the weights or of the optimizer is
+    missing or unexpected, if a shape or dtype is wrong, or if the checkpoint is of another kind of optimizer."""
     named = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
     before, now = read_json(path / "state.json").get("optimizer", "AdamW"), type(optimizer).__name__
     if before != now:
@@ -118,7 +118,7 @@ def restore(path, model, optimizer, world):
         if odd := sorted(set(trained.keys()) ^ set(named)):
             known = "trained now but not in" if odd[0] in named else "not trained now but in"
             stop(f"{path}: {odd[0]} is {known} the checkpoint")
-        kinds = sorted({k.rpartition(".")[2] for k in moments.keys()})          # of AdamW: step, exp_avg, exp_avg_sq
+        kinds = sorted({k.rpartition(".")[2] for k in moments.keys()})          # for AdamW: step, exp_avg, exp_avg_sq
         if odd := sorted(set(moments.keys()) ^ {f"{n}.{k}" for n in named for k in kinds}):
             stop(f"{path}: the moment {odd[0]} is {'unexpected' if odd[0] in moments.keys() else 'missing'}")
 
@@ -127,7 +127,7 @@ def restore(path, model, optimizer, world):
             if (value.shape, value.dtype) != (like.shape, like.dtype):
                 want = f"{like.dtype} {tuple(like.shape)}"
                 stop(f"{path}: {name} is {value.dtype} {tuple(value.shape)}, the model's is {want}")
-            value = value.to(like.device, copy=True)             # `value` may be a view of the file
+            value = value.to(like.device, copy=True)             # a copy, because `value` may be a view of the file
             if hasattr(like, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
                 value = distribute_tensor(value, like.device_mesh, like.placements)
@@ -136,7 +136,7 @@ def restore(path, model, optimizer, world):
         def moment(name, like):
             if moments.get_slice(name).get_shape():
                 return get(moments, name, like)
-            return moments.get_tensor(name).to(like.device if on_device else "cpu", copy=True)       # a count of steps
+            return moments.get_tensor(name).to(like.device if on_device else "cpu", copy=True)     # AdamW's step count
 
         on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
         for n, p in named.items():

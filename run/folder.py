@@ -1,8 +1,8 @@
-"""The folder of a run: its files, whether this run may write there, where it is resumed, and its checkpoints.
+"""The folder of a run: which files it has, whether a run may write there, and from which checkpoint a run resumes.
 
-    config.json      settings, versions, code revision          log.jsonl        one object per logged step
-    samples.jsonl    answers to fixed questions on the way      checkpoints/     each whole or absent
-    model/           at the end: a complete llava-hf folder     adapter/         after LoRA, in PEFT form
+    config.json      settings, versions, code revision          log.jsonl        one json object per logged step
+    samples.jsonl    answers to fixed questions, in training    checkpoints/     each is complete or absent
+    model/           at the end: a complete llava-hf folder     adapter/         after LoRA: the adapter in PEFT form
     finished.json    written last: settings and digests of the finished run
 """
 
@@ -25,7 +25,7 @@ from formats.whole import write_file
 from run import checkpoint
 from run.log import trim
 
-OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")    # and config.json
+OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")  # run files except config.json
 TRIES = 3      # the run stops after this many checkpoints in a row that could not be written
 
 
@@ -35,13 +35,13 @@ def path_of(s):
 
 
 def existing(folder):
-    """The folder, or the nearest one above it that exists"""
+    """-> `folder` if it exists, else its nearest parent folder that exists"""
     at = Path(os.path.abspath(folder))
     return next(p for p in (at, *at.parents) if os.path.lexists(p))
 
 
 def unwritable(folder):
-    """Why no file can be created in `folder`, which may not exist yet -> a reason, or None. Nothing is written."""
+    """Check, without writing, if files can be created in `folder`, which may not exist yet -> None, or why not"""
     at = existing(folder)
     if not at.is_dir():
         return f"{at} is not a folder"
@@ -49,7 +49,7 @@ def unwritable(folder):
 
 
 def would_overwrite(folder):
-    """What a run would overwrite in a folder that is not a run folder -> a reason, or None"""
+    """Would a run overwrite files in a folder that is not a run folder? -> a message that says which, or None"""
     about, there = Path(folder, "config.json"), [n for n in (*OWN, "config.json") if os.path.lexists(Path(folder, n))]
     if there and not (about.is_file() and "settings" in read_json(about)):
         return f"it is no run, and its {there[0]} would be lost"
@@ -57,21 +57,21 @@ def would_overwrite(folder):
 
 def claim(folder, say=print):
     """Lock a folder for this process -> an open file, which holds the lock. A second run in the same folder stops. The
-    lock ends with the process, even if it is killed; loader processes do not inherit the lock."""
+    lock ends with the process, even if the process is killed. Loader processes do not inherit the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         stop(f"out={folder}: another run is writing there; --out=DIR writes elsewhere")
-    except OSError as e:                                         # the file system has no locks
+    except OSError as e:                                         # the file system does not support locks
         say(f"{folder} cannot be locked ({e.strerror}): a second run that writes there would not be noticed")
     return file
 
 
 def check_space(folder, checkpoint_bytes, model_bytes, keep_last, say=print):
-    """Before the first step: stop if the disk has no room for one checkpoint; print a note if it has no room for
-    model/ and keep_last + 1 checkpoints (a new one is written before an old one is deleted)."""
+    """Called before the first step. Stop if the disk has no room for one checkpoint. Print a note if it has no room for
+    model/ and keep_last + 1 checkpoints: a new checkpoint is written before an old one is deleted."""
     at = existing(folder)
     free, least, most = shutil.disk_usage(at).free, checkpoint_bytes, (keep_last + 1) * checkpoint_bytes + model_bytes
     if free < least:
@@ -81,7 +81,7 @@ def check_space(folder, checkpoint_bytes, model_bytes, keep_last, say=print):
 
 
 def versions():
-    """Versions of the software, for the config.json of a run."""
+    """-> versions of Python, torch and this code, for the config.json of a run"""
     here, revision = Path(__file__).resolve().parent.parent, ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         revision = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True,
@@ -91,7 +91,7 @@ def versions():
 
 
 def data_digest(samples):
-    """Digest of the data files and their mixture, so that a run is not resumed on other data."""
+    """-> digest (hash) of the data files and their mixture, so that a run is not resumed on other data"""
     h = hashlib.sha256()
     for rows, draws in zip(samples.files, samples.counts):
         h.update(b"%d of %d bytes" % (draws, len(rows.blob)))
@@ -100,7 +100,7 @@ def data_digest(samples):
 
 
 class RunFolder:
-    """The folder of one run, and all that defines this run: settings, data, and the frozen weights (the base)."""
+    """The folder of one run, and what defines the run: its settings, its data, and its frozen weights (the base)."""
 
     def __init__(self, s, world, steps, samples, folder, lrs):
         self.s, self.world, self.steps, self.out = s, world, steps, path_of(s)
@@ -113,22 +113,23 @@ class RunFolder:
         stop(f"{what} {made}; --resume=none starts again, --out=DIR writes elsewhere")
 
     def compare(self, what, old, kinds, but=()):
-        """Stop if `old`, the record of a finished run or a checkpoint (named `what`), belongs to another run."""
+        """Stop if `old`, the record of a finished run or of a checkpoint, has other data, frozen weights or settings.
+        kinds: values of setting(resume=...) to compare; but: settings to skip; what: name of `old` in messages."""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
         if old.get("base") != self.base:
             self.refuse(what, f"was trained on another base: a frozen weight of {self.origin} has changed since")
         for key, fact in setting_facts(type(self.s)).items():
-            before = old["settings"].get(key, getattr(type(self.s), key))  # default: the run is older than the setting
+            before = old["settings"].get(key, getattr(type(self.s), key))  # the default if the old run lacks the key
             if fact["resume"] in kinds and key not in but and before != getattr(self.s, key):
                 self.refuse(what, f"was trained with {key}={before}, not {getattr(self.s, key)}")
 
     def is_finished(self):
-        """Is this run already finished? Rank 0 checks for all ranks. Other settings or data are an error."""
+        """Is this run already finished? Rank 0 checks this for all ranks. It stops if settings or data have changed."""
         found = False
         if self.world.rank == 0 and self.s.resume == "auto" and not self.s.overfit:
             done = read_json(self.out / "finished.json", absent={})
-            if done.get("steps", -1) >= self.steps and (self.out / "model/config.json").is_file():  # else: train
+            if done.get("steps", -1) >= self.steps and (self.out / "model/config.json").is_file():
                 self.compare(f"the finished run in {self.out}", done, ("same", "say"), but=("steps", "epochs"))
                 self.world.print(f"{self.out} is finished ({done['steps']} steps): nothing to do. "
                                  "--resume=none starts again, --out=DIR writes elsewhere")
@@ -136,16 +137,15 @@ class RunFolder:
         return self.world.gather(found)[0]
 
     def resume(self, model, optimizer):
-        """Lock the folder; load weights, moments and random state of the newest checkpoint -> its state.json, or
-        {"step": 0}"""
+        """Lock the folder. Load the checkpoint to resume from, if there is one -> its state.json, or {"step": 0}"""
         s, world = self.s, self.world
         if world.rank == 0:
             try:
                 self.lock = claim(self.out, world.print)
-            except OSError as e:                                 # some errors occur only while writing
+            except OSError as e:                                 # unwritable() cannot find all errors in advance
                 stop(f"out={self.out}: {e.strerror}")
         path = world.rank == 0 and checkpoint.find_checkpoint(self.out, "none" if s.overfit else s.resume, world.print)
-        path = world.gather(str(path) if path else None)[0]      # rank 0 finds the path for all ranks
+        path = world.gather(str(path) if path else None)[0]      # all ranks use the path that rank 0 found
         if not path:
             return {"step": 0}
         state = read_json(Path(path, "state.json"))
@@ -163,8 +163,8 @@ class RunFolder:
         return state
 
     def begin(self, start):
-        """After the first step, whose gradients are checked: write config.json. Files of an older run are deleted
-        only now, so that a mistake in the settings of the new run does not destroy the old one."""
+        """Called after the first step: write config.json. Files of an older run are deleted only now: a new run with
+        wrong settings has stopped before this point, and does not destroy the older run."""
         if self.world.rank > 0:
             return
         try:
@@ -178,8 +178,8 @@ class RunFolder:
             stop(f"out={self.out}: {e.strerror}")
 
     def save(self, step, model, optimizer, log):
-        """Write the checkpoint after step `step` (from 0). If it cannot be written, training goes
-        on; after TRIES failures in a row the run stops."""
+        """Write the checkpoint after step `step` (counted from 0). If it cannot be written, training continues; after
+        TRIES failures in a row the run stops."""
         if self.s.overfit:
             return
         state = dict(settings=dataclasses.asdict(self.s), steps=self.steps, data=self.data, base=self.base,

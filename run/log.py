@@ -1,5 +1,5 @@
-"""Writes log.jsonl and the lines on the terminal; counts samples; and stops a run that has too many
-samples that cannot be used, or too many updates in a row without a finite gradient."""
+"""The log of a run: log.jsonl and lines on the terminal. It also counts samples, and stops a run that has too many
+unusable samples, or too many updates in a row without a finite gradient."""
 
 import contextlib
 import datetime
@@ -17,19 +17,19 @@ from config import stop
 from formats.whole import write_file
 from loss import supervised
 
-# dense bf16 FLOP/s, by name of the card
+# peak FLOP/s of a GPU in bf16 matrix products without sparsity, by the GPU's name
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 PATIENCE = 10  # the run stops after this many updates in a row without a finite gradient
 
 
 def tolerated(share, n):
-    """How many of n samples may be unusable: share * n plus three standard deviations, so that one bad sample among
-    the first few does not stop a run. A share of 0 allows none."""
+    """-> how many of n samples may be unusable: share * n plus three standard deviations, so that one bad sample among
+    the first samples does not stop a run. A share of 0 allows no unusable sample."""
     return share * n + (3 * math.sqrt(max(1, share * n)) if share else 0)
 
 
 def tally(world, dropped, reasons):
-    """Add the dropped samples of a step, [(sample, reason)] on each rank, to {reason: (count, first line)}."""
+    """Count the dropped samples [(name, reason)] of all ranks in `reasons`: {reason: (count, example)}."""
     names = [[why.split(": ")[0], f"{name}: {why}"] for name, why in dropped]
     for reason, line in (pair for rank in world.gather(names) for pair in rank):
         count, first = reasons.get(reason, (0, line))
@@ -44,8 +44,8 @@ def check_dropped(max_dropped, dropped, samples, reasons):
 
 
 class Log:
-    """Rates count real tokens over all ranks since the previous line. flops: {unit: FLOPs per unit} (run/plan.py).
-    state: the result of state() in the checkpoint from which the run is resumed."""
+    """Counts tokens and samples; writes log lines. Its rates per second are over all ranks, since the previous line.
+    flops: plan.flops(), FLOPs per token or image. state: result of state(), from the checkpoint to resume."""
 
     def __init__(self, out, world, steps, start=0, flops={}, max_dropped=0.01, state=None):
         self.file, self.world, self.steps, self.start = Path(out, "log.jsonl"), world, steps, start
@@ -60,7 +60,7 @@ class Log:
         return dict(seen=self.seen, reasons=self.reasons)
 
     def timed(self, batches):
-        """Yield the same batches, and add up the time that the loop waits for them."""
+        """Yield `batches` unchanged, and add up the time that the training loop waits for them."""
         batches, end = iter(batches), object()
         while True:
             began = time.time()
@@ -71,7 +71,7 @@ class Log:
             yield batch
 
     def count(self, step, batch, result):
-        """Called after every step, logged or not. batch: data.StepData; result: of engine.update."""
+        """Count one step; called after every step. batch: its data.StepData; result: what engine.update returned."""
         micro = batch.micro
         used, dropped, cut, animated, tokens, labels, images = (int(v) for v in self.world.sum([
             len(batch.names), len(batch.dropped), batch.truncated, batch.animated, sum(len(b.ids) for b in micro),
@@ -95,7 +95,7 @@ class Log:
                  f"used {', '.join(names[:8])} ...")
 
     def write(self, step, lr):
-        """Called after step `step` (from 0): one line in log.jsonl and on the terminal."""
+        """Write one line to log.jsonl and one to the terminal, after step `step` (counted from 0)."""
         now, done = time.time(), step + 1
         rate = 1 / max(1e-9, now - self.last)
         eta = (now - self.began) / (done - self.start) * (self.steps - done)
@@ -115,7 +115,7 @@ class Log:
         return row
 
     def append(self, row, file=None):
-        """Append one line of json, with null for nan. If the disk is full, only this line is lost."""
+        """Append one line of json, with null for nan and inf. If the disk is full, only this line is lost."""
         if self.world.rank > 0:
             return
         file = file or self.file
@@ -127,7 +127,7 @@ class Log:
             self.world.print(f"a line of {file} is lost: {e.strerror}")
 
     def summary(self):
-        """Samples that were not used, or not completely -> text for the last line; empty if there are none"""
+        """-> text on dropped samples, truncated samples and animated images, for the run's last line; "" if none"""
         seen = self.seen
         lost = f"; {seen['dropped']} of {seen['samples']} samples dropped, {seen['truncated']} truncated"
         moving = f"; {seen['animated']} images are animated, only the first frame was used"
@@ -135,18 +135,18 @@ class Log:
 
 
 def trim(file, step):
-    """Remove the lines after `step`, the checkpoint from which a killed run is resumed: each step appears once."""
+    """Remove the log lines of steps after `step`. The run is resumed there, and logs these steps again."""
     file = Path(file)
     if not file.is_file():
         return
     kept = []
     for line in file.read_text("utf-8", "replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):         # the last line may be cut off by a kill
+        with contextlib.suppress(ValueError, KeyError, TypeError):         # a killed run may have left half a line
             if json.loads(line)["step"] <= step:
                 kept.append(line)
     write_file(file, "".join(line + "\n" for line in kept))
 
 
 def peak_bytes():
-    """The most memory that this process has held"""
+    """-> peak memory of this process in bytes"""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

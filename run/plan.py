@@ -1,7 +1,7 @@
-"""The plan of a run, printed before training: what trains, and what a step costs in bytes and operations.
+"""The plan of a run, printed before training: what is trained, and what a step costs in bytes and operations.
 
-    N tokens of a packed sequence   R of them supervised   C, V, F: width, vocabulary, MLP width of the LLM
-    q, kv: width of all queries and of all keys in the LLM
+    P patches per image   C, F: width and MLP width of the LLM
+    q, kv: width of all query heads together and of all key heads together, in the LLM
 """
 
 import fnmatch
@@ -17,7 +17,7 @@ from loss import supervised
 
 
 def rows(cfg):
-    """How many rows each matrix is multiplied by, for flops(): name glob -> (unit, rows per unit)"""
+    """For flops(): {name pattern: (unit, rows per unit)}. A matrix is multiplied by so many rows per image or token."""
     last = f"language_model.model.layers.{cfg.text.num_hidden_layers - 1}"
     head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
     P, Q = cfg.vision.patches, cfg.image_tokens
@@ -29,26 +29,26 @@ def rows(cfg):
 
 
 def disk(model, dtype):
-    """Bytes of a checkpoint (trained weights and their two moments) and of model/ in dtype"""
+    """-> bytes of a checkpoint (trained weights and their two AdamW moments), bytes of model/ in `dtype`"""
     sizes = [(p.numel(), p.requires_grad * p.element_size()) for p in model.parameters()]
     return 3 * sum(n * size for n, size in sizes), sum(n for n, _ in sizes) * dtype.itemsize
 
 
 def memory(model, world, micro, s):
-    """Estimated bytes -> (weights, gradients and moments; activations of the largest micro-batch)."""
+    """-> estimated bytes: (weights, gradients and moments), (activations and logits of the largest micro-batch)"""
     cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
     states = sum(p.numel() * (4 * p.element_size() + 2 * low if p.requires_grad else p.element_size())
-                 for p in model.parameters())                       # 2 * low is the bf16 copy that autocast caches
+                 for p in model.parameters())                       # 2 * low: autocast caches a 16-bit copy (2 bytes)
     if engine.is_sharded(model, world, s.parallel):
         states /= world.size
-    states += sum(b.nbytes for b in model.buffers())                # NF4 weights are whole on every rank
+    states += sum(b.nbytes for b in model.buffers())                # every rank holds all NF4 (4-bit) weights
     t, size, like = cfg.text, torch.finfo(world.dtype).bits // 8, torch.empty(0, dtype=world.dtype, device=world.device)
     C, F = t.hidden_size, t.intermediate_size
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    block = 2 * C + q + 2 * kv + 2 * F                              # elements that a layer saves per token;
+    block = 2 * C + q + 2 * kv + 2 * F                              # elements saved for backward, per token and layer
     if any(p.requires_grad for p in model.language_model.parameters()):
-        block += 2 * C + q + F                                      # more if matrices or adapters train (test_model.py)
-    backward, again = 4 * C + 4 * F, s.recompute == "block"         # elements in one layer; are layers recomputed?
+        block += 2 * C + q + F                                      # more are saved if LLM weights or adapters train
+    backward, again = 4 * C + 4 * F, s.recompute == "block"         # backward: elements that one layer uses, per token
     most = 0
     for b in micro:
         saved = t.num_hidden_layers * C + block if again else t.num_hidden_layers * block
@@ -58,7 +58,7 @@ def memory(model, world, micro, s):
 
 
 def lines(model, lrs, world, micro, steps, s):
-    """-> lines of text"""
+    """-> the plan as lines of text"""
     out, parts = [f"{'':24}{'trained':>16}{'frozen':>16}"], {}
     for name, p, count in count_parameters(model):
         part = parts.setdefault(name.split(".")[0], [0, 0])
@@ -83,8 +83,8 @@ def lines(model, lrs, world, micro, steps, s):
 
 
 def count_parameters(model):
-    """-> (name, tensor, number of weights) in the order in which data passes them: parameters, and the buffers that
-    hold 4-bit matrices, two weights in each byte"""
+    """Yield (name, tensor, number of weights) in the order in which data passes the modules. The tensors are parameters
+    and 2-D buffers, which hold 4-bit matrices with two weights per byte."""
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(prefix, recurse=False):
             yield name, p, p.numel()
@@ -94,9 +94,9 @@ def count_parameters(model):
 
 
 def flops(model, table):
-    """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}. table: name glob -> (unit, rows per unit);
-    the last glob that fits decides. A weight costs 2 FLOPs per row in forward, 2 more if it trains, and 2 more if
-    an earlier parameter trains. Attention products and recomputation are not counted."""
+    """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}. table: {name pattern: (unit, rows per
+    unit)}; the last pattern that fits decides. A weight costs 2 FLOPs per row in forward, 2 more if it is trained,
+    and 2 more if an earlier parameter is trained. Attention products and recomputation are not counted."""
     out, below = Counter(), False
     for name, p, count in count_parameters(unwrap(model)):
         fits = [table[g] for g in table if fnmatch.fnmatchcase(name, g)]

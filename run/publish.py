@@ -1,4 +1,4 @@
-"""The end of a run writes model/ (a llava-hf folder), adapter/ after LoRA, and then finished.json."""
+"""At its end, a run writes model/ (a llava-hf folder), after LoRA also adapter/, and then finished.json."""
 
 import dataclasses
 from pathlib import Path
@@ -16,17 +16,17 @@ SAVE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def published_dtype(s, world):
-    """save_dtype=auto: dtype of the computation, but fp16 instead of fp32, as in LLaVA's published weights"""
+    """-> dtype of the published weights. save_dtype=auto: dtype of the computation, but fp16 for fp32, as in LLaVA"""
     return SAVE_DTYPES.get(s.save_dtype) or (torch.float16 if world.dtype == torch.float32 else world.dtype)
 
 
 def full_path(name):
-    """-> the absolute path of a folder (for a run: of its model/); a name of the hub stays as it is"""
+    """A folder -> its absolute path (for a run folder: that of its model/). A Hugging Face name stays unchanged."""
     return str((hub.model_in(Path(name)) or Path(name)).resolve()) if Path(name).exists() else name
 
 
 def publish(run, model, folder, log):
-    """run: RunFolder; folder: formats.llava.Folder. All ranks take part in gathering the weights, rank 0 writes."""
+    """Write the trained model. run: RunFolder; folder: formats.llava.Folder. All ranks must call it; rank 0 writes."""
     s, world, out = run.s, run.world, run.out
     model, state, seen = unwrap(model), {}, log.seen
     dtype, adapted = published_dtype(s, world), scales(model)
@@ -34,15 +34,15 @@ def publish(run, model, folder, log):
         stop(f"no update was made in {run.steps} steps ({seen['dropped']} of {seen['samples']} samples dropped), so no "
              "model is written")
     if log.start >= run.steps:
-        run.begin(log.start)                                     # no step was left to train: begin() has not run
+        run.begin(log.start)                                     # no step was left to train, so nothing called begin()
     for k, v in model.state_dict().items():
         v = whole_tensor(v.detach())
-        if world.rank == 0:                                      # merge_state() works in fp32
+        if world.rank == 0:                                      # with LoRA no cast: merge_state() needs fp32
             state[k] = (v if adapted or v.device.type == "cpu" else v.to(dtype)).cpu()
     if world.rank > 0:
         return
     try:
-        retire(out, max(run.steps, log.start), s.keep_last)      # a killed save may leave too many checkpoints
+        retire(out, max(run.steps, log.start), s.keep_last)      # a run killed while saving leaves one checkpoint more
         base = full_path(s.init) if s.init else None
         if adapted:
             trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}

@@ -1,7 +1,7 @@
-"""What every stage does around its loop:
+"""What every training stage does before and after its loop:
 
-    begin      settings and ranks -> World              prepare    data, plan, optimizer, resume -> Run
-    load       model and folder, empty settings filled  finish     publish
+    begin      check settings, join ranks -> World      prepare    open data, make optimizer, resume -> Run
+    load       load model, fill in empty settings       finish     publish the model
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from run.validate import Validation, check_overfit
 
 
 def begin(s, split):
-    """Stop if settings contradict each other, before any file is read. split: the part of the toy world that
-    this stage trains on -> World"""
+    """Check the settings before data and models are read. Join the other ranks -> engine.World (rank, device, dtype).
+    split: the part of the toy world (the generated example data) that this stage trains on"""
     check(s)
     world = engine.start(s.device, s.dtype, s.seed)
     choose_kernels(s.kernels, world.device)
@@ -61,7 +61,7 @@ def check(s):
 
 
 def toy_world(s, world, split):
-    """data=toy: draw the toy world, once, and point the settings at it."""
+    """For data=toy: generate the toy data if it is missing, and set data, images and val_data to its files."""
     if s.val_data or s.images != ".":
         stop("data=toy brings its own images and val_data; the given ones would not be read")
     from demo import toy
@@ -78,8 +78,8 @@ def toy_world(s, world, split):
 
 
 def load(s, world, template):
-    """-> VLM, Folder. Empty settings are filled from init, or for a new model as in LLaVA-1.5. template: used if
-    init has no template, or `plain`, which is only for captions."""
+    """Load the model -> model.VLM, formats.llava.Folder (tokenizer, configs). Empty settings are taken from `init`, or
+    for a new model from LLaVA-1.5. template: used if `init` has no template, or has `plain`, only for captions."""
     model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
     engine.set_threads(model, world)
     cfg = model.cfg
@@ -101,25 +101,25 @@ def load(s, world, template):
 @dataclasses.dataclass
 class Run:
     """The objects that the training loop of a stage uses."""
-    model: torch.nn.Module = None                # wrapped by engine.parallelize
+    model: torch.nn.Module = None                # as engine.parallelize returned it
     optimizer: torch.optim.Optimizer = None
     start: int = 0                               # the first step to train; not 0 in a resumed run
     steps: int = 0
-    batches: object = ()                         # data.StepData of the steps from `start` on
+    batches: object = ()                         # iterator: data.StepData of each step from `start` on
     first: object = None                         # data.StepData of step 0
-    folder: RunFolder = None                     # checkpoints
+    folder: RunFolder = None                     # writes checkpoints
     log: Log = None
     validation: Validation = None
-    signals: list = None                         # signals received since the start
-    exit_code: int | None = None                 # set only by a dry run, without any other field
+    signals: list = None                         # numbers of the signals received so far
+    exit_code: int | None = None                 # set only by a dry run, which sets no other field
 
     def due(self, step, every):
-        """True after the last step; if `every` > 0, also when step + 1 is a multiple of it. step counts from 0."""
+        """True after the last step; if `every` > 0, also if step + 1 is a multiple of `every`. `step` counts from 0."""
         return every > 0 and (step + 1) % every == 0 or step + 1 == self.steps
 
 
 def prepare(s, world, model, folder, lrs):
-    """Open the data, print the plan, rehearse or resume -> Run. folder: formats.llava.Folder; lrs: of choose()"""
+    """Open the data; print the plan; do a dry run or resume -> Run. folder: formats.llava.Folder; lrs: {name: lr}"""
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
     encode = Encoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system)
     samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size,
@@ -146,13 +146,13 @@ def prepare(s, world, model, folder, lrs):
 
 
 def stopped(run, step, world):
-    """After a signal, when the checkpoint of step `step` is written -> exit code"""
+    """Called when a run stops after a signal: print a message. The checkpoint is already written. -> exit code"""
     world.print(f"stopped by a signal after step {step + 1}/{run.steps}; the same command goes on")
-    return 128 + (run.signals or [signal.SIGTERM])[0]            # another rank may have received the signal
+    return 128 + (run.signals or [signal.SIGTERM])[0]            # no signal here: another rank got one
 
 
 def finish(run, s, world, folder):
-    """After the last step: publish the model; or report whether --overfit worked -> exit code"""
+    """Called after the last step: publish the model, or report whether --overfit worked -> exit code, or None"""
     if run.folder is None:                                       # a dry run, or the run was already finished
         return run.exit_code
     if s.overfit:
@@ -161,8 +161,8 @@ def finish(run, s, world, folder):
 
 
 def rehearse(s, world, samples, first):
-    """What --dry_run does after the plan: stop if the samples of the first step, or the validation file, would stop
-    the run; print the first usable sample with its loss mask -> exit code"""
+    """What --dry_run does after the plan. Stop if the samples of the first step, or the validation file, would stop a
+    real run. Print the first usable sample with its loss mask -> exit code, or None"""
     used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
     reasons = {}
     tally(world, first.dropped, reasons)

@@ -1,5 +1,5 @@
-"""Validation during a run: the loss on a file, and answers to its first questions. Training is not affected: module
-modes, gradients and torch's random state stay as they are."""
+"""Validation during a run: the loss on a validation file, and answers to its first questions. It does not affect
+training: train/eval modes, gradients and torch's random state are the same afterwards."""
 
 import math
 
@@ -14,7 +14,7 @@ from loss import supervised
 
 
 class Once(Steps):
-    """Takes every sample once, in one epoch; the last step may have fewer samples."""
+    """Steps that take every sample exactly once; the last step may have fewer samples."""
 
     def samples(self, step):
         return super().samples(step)[: max(0, self.total - step * self.batch_size)]
@@ -37,7 +37,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, step, model, loss_fn, log):
-        """Mean loss per supervised token, over all ranks"""
+        """Compute, log and print the mean validation loss per supervised token, over all ranks."""
         if not self.steps:
             return
         model.eval()
@@ -50,13 +50,13 @@ class Validation:
                 count += supervised(batch.labels)
         model.train()
         total, count, bad = self.world.sum([total, count, bad])
-        loss = total / count if count else math.nan                      # count is 0 if the images were deleted
+        loss = total / count if count else math.nan                      # count is 0 if all images were deleted
         log.append({"step": step + 1, "val_loss": loss, "val_dropped": int(bad)})
         self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}"
                          + (f" ({bad:.0f} of {self.steps.total} samples could not be used)" if bad else ""))
 
     def first_questions(self, n=4):
-        """[(id of the sample, question, true answer, prompt (n,), images)] from first turns of the validation file"""
+        """-> [(sample id, question, true answer, prompt ids, images)]: first turns of n usable samples with images"""
         out, encode = [], self.steps.encode
         for row in (self.steps.files[0][i] for i in range(len(self.steps.files[0]))):
             try:
@@ -74,12 +74,12 @@ class Validation:
         return out
 
     def answers(self, step, model, folder, log):
-        """Write the answers to the fixed questions to samples.jsonl; print the first one"""
+        """Answer the fixed questions, write the answers to samples.jsonl, and print the first answer."""
         if not self.questions:
             return
         s = self.s
         model = Chat.of(unwrap(model), folder, s.template, s.system, s.image_aspect)
-        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # else it compiles for each token
+        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # else torch compiles for each token
             answers = model.answers([p for *_, p, _ in self.questions], [x for *_, p in self.questions for x in p])
         for (i, question, truth, _, _), answer in zip(self.questions, answers):
             log.append({"step": step + 1, "id": i, "prompt": question, "expected": truth, "answer": answer},
@@ -91,7 +91,7 @@ class Validation:
 
 @torch.no_grad()
 def check_overfit(model, batch, world):
-    """After --overfit: does the model predict every supervised token of the batch? -> exit code"""
+    """After --overfit: does the model predict every supervised token of the batch? -> exit code, 0 if it does"""
     right = count = 0
     model.eval()
     with world.autocast():

@@ -2,8 +2,6 @@
 
 import gc
 import json
-import multiprocessing
-import os
 import pickle
 import re
 import subprocess
@@ -565,50 +563,31 @@ def test_a_broken_connection_is_reported_as_worker_death(broken, monkeypatch):
         next(got)
 
 
-def private(pid):
-    """Bytes of a process that it shares with nobody."""
-    text = open(f"/proc/{pid}/smaps_rollup").read()
-    return sum(int(kb) * 1024 for kb in re.findall(r"Private_(?:Clean|Dirty): *(\d+)", text))
-
-
 class Objects(Rows):
     def __init__(self, file):
         super().__init__(file)
         self.rows = [json.loads(self.blob[a:b]) for a, b in self.spans]
 
-    def __getitem__(self, i):
-        return json.loads(json.dumps(self.rows[i]))
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_no_process_holds_a_copy_of_the_data(name, tmp_path):
+    """A worker shares what its parent has mapped. Objects would be copied: reading one writes its reference count."""
+    lines = [json.dumps({**ROW, "id": i, "more": [{"from": "human", "value": "q"}] * 100}) for i in range(300)]
+    file = tmp_path / name
+    file.write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]")
 
-def held_alone(form, tok, folder):
-    """What one of 2 workers holds alone after a file of 5 MB is read, above what it holds after a small one, as a share
-    of the file."""
-    gc.collect()
-    gc.freeze()                                            # or collecting in a worker writes on what it inherited
-    if form == "objects":
-        data.Rows = Objects
-
-    def held(n):
-        rows = [{**ROW, "id": i, "more": [{"from": "human", "value": "q"}] * 400} for i in range(n)]
-        file = folder / f"{n}"
-        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        steps = Steps(str(file), "", Encoder(Tokenizer(tok), "plain", Layout(I, Q), 8, ""), ImageSpec(S), 8, 8, 0)
-        batches = iter(loader(steps, range(n // 8), 2))
-        for _ in range(n // 8 - 4):                    # the last ones stay, so that both workers are still there
-            next(batches)
-        return max(private(w.pid) for w in multiprocessing.active_children()), file.stat().st_size
-
-    (few, _), (many, size) = held(56), held(328)
-    return (many - few) / size
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="no /proc")
-def test_no_worker_holds_a_copy_of_the_data(bytes_folder, tmp_path):
-    """Objects would be copied: reading one writes its reference count."""
-    mapped, = fork(1, lambda _: held_alone("mapped", bytes_folder, tmp_path), tmp_path)
-    (tmp_path / "store").unlink()
-    objects, = fork(1, lambda _: held_alone("objects", bytes_folder, tmp_path), tmp_path)
-    assert mapped < objects / 2 and objects > 0.3, (mapped, objects) # a fork copies other pages, too
+    def held(kind):
+        """Bytes of Python objects and arrays that stay after all rows were read, as a share of the file"""
+        gc.collect()
+        tracemalloc.start()
+        rows = kind(file)
+        for i in range(len(rows)):
+            rows[i]
+        gc.collect()
+        share = tracemalloc.get_traced_memory()[0] / file.stat().st_size
+        tracemalloc.stop()
+        return share
+    assert held(Rows) < 0.05 and held(Objects) > 1
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------

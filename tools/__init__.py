@@ -1,1 +1,1 @@
-"""Programs for data, curves and results: python -m tools.NAME --help; check_data also runs as python data.py"""
+"""Programs for data, curves and results. python -m tools.NAME --help explains each; python data.py runs check_data."""

@@ -2,7 +2,7 @@
 
     python data.py FILE --images=DIR --model=DIR [--template=NAME --max_len=N --show=N --bad=FILE]
 
-The exit code is 1 if a sample is bad.
+The exit code is 1 if any sample is bad.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Settings:
 
 
 def encoder(s):
-    """The settings -> the Encoder that training would use."""
+    """-> the Encoder (row -> token ids, labels) that training with this model would use"""
     folder = Path(s.model)
     run = folder.parent if folder.name == "model" else folder
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
@@ -60,7 +60,7 @@ def main(argv):
     config.check_ranges(s)
     image_folder(s.images)
     encode, rows = encoder(s), Rows(files[0])
-    good, bad, began = [], [], time.monotonic()                # good: (tokens, supervised, images, animated, was cut)
+    good, bad, began = [], [], time.monotonic()                # good: (tokens, supervised, images, animated, is cut?)
     last = began
     for i in range(len(rows)):
         row, now = {}, time.monotonic()

@@ -1,4 +1,4 @@
-"""A LLaVA folder for llama.cpp.
+"""Convert a LLaVA folder to the two GGUF files that llama.cpp reads.
 
     python -m tools.export_gguf DIR [--out=DIR] [--dtype=f16]     # -> OUT/model-f16.gguf and OUT/mmproj-model-f16.gguf
 """
@@ -12,8 +12,8 @@ from formats.gguf import export
 
 @dataclass
 class Export:
-    out: str = ""          # folder of the two files; "" = DIR/gguf, or name/gguf if DIR is org/name of the hub
-    dtype: str = "f16"     # of matrices: f16, bf16, f32; vectors and position embeddings stay f32
+    out: str = ""          # folder for the two files; "" = DIR/gguf, or name/gguf if DIR is org/name on Hugging Face
+    dtype: str = "f16"     # dtype of matrices: f16, bf16, f32; vectors and position embeddings are always f32
 
 
 def main(argv):

@@ -21,7 +21,7 @@ class Settings:
 
 
 def read_log(run):
-    """A run folder or its log.jsonl -> {curve: [(step, value)]}; values that are not numbers are left out"""
+    """Path of a run folder or of a log.jsonl -> {curve: [(step, value)]}, without values that are not numbers"""
     file = Path(run) if Path(run).is_file() else Path(run) / "log.jsonl"
     try:
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]

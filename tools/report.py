@@ -1,4 +1,4 @@
-"""A page of a model's answers with their images, from the file that eval.py wrote: worst types and worst answers first.
+"""Make a page of answers and images from a file that eval.py wrote. The worst question types and answers come first.
 
     python -m tools.report runs/sft/answers_seeing.jsonl --images=runs/toy/images      # writes answers_seeing.html
 """
@@ -33,7 +33,7 @@ class Settings:
 
 
 def inline(path):
-    """An image file -> an img element that holds its pixels, reduced to the width of a card."""
+    """An image file -> an html img element that contains the pixels, reduced to the width of a card (see card())."""
     image, file = load_image(path), io.BytesIO()
     image.thumbnail((320, 320))
     kind, tiny = ("png", " class=tiny") if max(image.size) <= 128 else ("jpeg", "")
@@ -42,7 +42,7 @@ def inline(path):
 
 
 def card(row, images):
-    """One question: image, text, the expected answer, the answer given, right or wrong."""
+    """One row of the answers file -> html: image, question, expected answer, given answer, right or wrong."""
     e, text = html.escape, row["text"]
     try:
         image = inline(safe_path(images, row["image"])) if row["image"] else ""
@@ -56,7 +56,7 @@ def card(row, images):
 
 
 def page(rows, title, s):
-    """Rows of an answers file -> one page of html that needs no other file."""
+    """Rows of an answers file -> one html page, which contains its images and needs no other file."""
     e, types = html.escape, {}
     for row in rows:
         types.setdefault(row["type"], []).append(row)
@@ -84,7 +84,7 @@ def main(argv):
     file = Path(files[0])
     try:
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        text = page(rows, str(file.with_suffix("")), s).encode("utf-8", "backslashreplace")   # for lone surrogates
+        text = page(rows, str(file.with_suffix("")), s).encode("utf-8", "backslashreplace")   # escapes lone surrogates
         file.with_suffix(".html").write_bytes(text)
     except OSError as e:
         stop(f"{e.filename}: {e.strerror}")

@@ -152,16 +152,16 @@ def test_ratios_are_of_pairs(monkeypatch, capsys, tmp_path):
     row, = found["rows"]
     assert row["speed"] == 3 and row["speed_range"] == [2.5, 4] and row["memory"] == 0.5 and row["reached"]
     page = (tmp_path / "new" / "page.md").read_text()
-    assert page in out and "**3.00** (2.50 to 4.00)" in page and "2026-01-02" in page and "not the same" not in page
-    head, rule, cells = page.splitlines()[-3:]
-    assert head.count("|") == rule.count("|") == cells.count("|")
+    assert out.startswith(page) and page.startswith("# Training steps, 2026-01-02") and "NOT THE SAME" not in page
+    assert page.splitlines()[-1].startswith("- toy_sft: **3.00** times as fast as theirs (2.50 to 4.00), **0.50** of")
+    assert sum(line.startswith("- toy_sft ") for line in page.splitlines()) == 6       # one for each process
 
 
 def test_different_losses_are_reported(monkeypatch, capsys):
     Fake(monkeypatch, [1.0] * 2, (7.0, 0.5))
     out, found = run_step(capsys, repeats=1)
     assert not found["rows"][0]["agree"] and not found["rows"][0]["reached"]
-    assert "NOT THE SAME STEPS" in out and "**not the same steps**" in out
+    assert "**NOT THE SAME STEPS**" in out
 
 
 def test_a_peer_that_cannot_run_is_named(monkeypatch, capsys):
@@ -169,10 +169,8 @@ def test_a_peer_that_cannot_run_is_named(monkeypatch, capsys):
     out, found = run_step(capsys, rows="toy_align,toy_sft", repeats=1)
     assert [(r["row"], r["peer"]) for r in found["rows"]] == [("toy_align", None), ("toy_sft", "theirs")]
     assert "toy_align: 32.0 samples/s; no peer ran" in out                  # ours is told all the same
-    lines = [line for line in out.splitlines() if line.startswith("|")]
-    assert "| toy_align | none ran |" in lines[2] and len({line.count("|") for line in lines}) == 1
     assert found["failed"] == {"toy_align, theirs": "ModuleNotFoundError: No module named 'transformers'"}
-    assert "toy_align, theirs: did not run: ModuleNotFoundError" in out
+    assert "toy_align, theirs: did not run, ended with 1: ModuleNotFoundError" in out
     Fake(monkeypatch, [], (7.0, 0.0))
     assert "not begun" in run_step(capsys, seconds=0.0)[1]["failed"]["toy_sft, ours"]
 
@@ -187,11 +185,9 @@ def test_a_gpu_page_shows_its_shares(monkeypatch):
     assert r["reached"] and r["goal"] == 1.1
     alone = step.compare("S1", [pair[:1]], 2, "full", "cuda", ceilings, None)
     assert [alone[k] for k in ("mfu", "of_floor")] == [r[k] for k in ("mfu", "of_floor")]
-    s = step.Settings(device="cuda")
-    text = step.page([r, alone], {("S2", "ours"): "why"}, s, {"args": "", "machine": "m"}, ceilings)
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1
-    assert "theirs+liger (micro-batch x 0.5)" in text and "S2, ours" in text
+    assert "(micro-batch x 0.5)" in step.sentence(r) and "goal 1.1" in step.sentence(r)
+    for row in (r, alone):
+        assert f"MFU {r['mfu']:.1%}, " in step.sentence(row) and f"{r['of_floor']:.0%} of the floor" in step.sentence(row)
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
