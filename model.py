@@ -74,6 +74,7 @@ class TextConfig:
     rope_scaling: dict | None = None         # None, or a dict with rope_type: llama3 or linear
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
+    first_position: int = 0                  # PaliGemma counts the positions of a document from 1
     qkv_bias: bool = False                   # True in Qwen2
     o_bias: bool = False                     # Llama's attention_bias sets qkv_bias and o_bias
     mlp_bias: bool = False
@@ -194,17 +195,21 @@ class VisionModel(nn.Module):
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth))
 
-    def forward(self, images):
+    def tokens(self, images):
+        """-> x (I, T, D) before the first block, and the key ranges lo, hi (I T,) of the tokens"""
         x = self.embeddings(images)
-        I, T, D = x.shape
+        I, T, _ = x.shape
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         lo = torch.arange(0, I * T, T, dtype=torch.int32, device=x.device).repeat_interleave(T)            # (I T,)
-        hi = lo + T                                                       # a token attends only to its own image
-        x = x.reshape(I * T, D)
+        return x, lo, lo + T                                              # a token attends only to its own image
+
+    def forward(self, images):
+        x, lo, hi = self.tokens(images)
+        shape, x = x.shape, x.flatten(0, 1)                                                                # (I T, D)
         for block in self.encoder.layers:
             x = block(x, lo, hi)
-        return x.view(I, T, D)
+        return x.view(shape)
 
 
 class VisionTower(nn.Module):
@@ -371,7 +376,7 @@ class Llama(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(self, x, pos, lo, hi, rows=None, cache=None):
-        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)  # (N, K/2), fp32: bf16 rounds 257 to 256
+        angles = (pos[:, None] + self.cfg.first_position).float() * rope_frequencies(self.cfg, x.device)     # (N, K/2)
         cos, sin = angles.cos(), angles.sin()
         if self.cfg.sliding_window:
             lo = torch.maximum(lo, hi - self.cfg.sliding_window)

@@ -10,6 +10,7 @@ from config import stop
 from formats.strict_json import read_json
 from images import ImageSpec
 from model import ACTIVATIONS, TextConfig, VisionConfig
+from parts.gemma import GemmaConfig
 
 # defaults of the transformers classes, where they differ from the defaults of VisionConfig and TextConfig
 DINO = dict(hidden_act="gelu", layer_norm_eps=1e-6, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
@@ -24,7 +25,10 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
         "mistral": dict(architecture="MistralForCausalLM", intermediate_size=14336, num_key_value_heads=8,
                         head_dim=None, max_position_embeddings=131072, sliding_window=4096),
         "qwen2": dict(QWEN, architecture="Qwen2ForCausalLM", head_dim=None, sliding_window=4096),
-        "qwen3": dict(QWEN, architecture="Qwen3ForCausalLM", head_dim=128, sliding_window=4096)}
+        "qwen3": dict(QWEN, architecture="Qwen3ForCausalLM", head_dim=128, sliding_window=4096),
+        "gemma": dict(architecture="GemmaForCausalLM")}
+CLASSES = {"gemma": GemmaConfig}           # config classes of parts/, where TextConfig lacks a field or a default
+ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh")}      # activations of an LLM's MLP; Gemma's files name either for the same
 
 
 def read_config(folder):
@@ -94,14 +98,15 @@ def text_config(c):
     kind = c.get("model_type", "llama")
     if kind not in list(TEXT):
         stop(f"language model of type {kind!r}: {', '.join(TEXT)} are supported")
-    if (act := c.get("hidden_act", "silu")) != "silu":
-        stop(f"language model with hidden_act {act!r}: silu is supported")
+    Config, acts = CLASSES.get(kind, TextConfig), ACTS.get(kind, ("silu",))
+    if (act := c.get("hidden_activation") or c.get("hidden_act", acts[0])) not in acts:
+        stop(f"language model with hidden_act {act!r}: {' or '.join(acts)} is supported")
     null = ("num_key_value_heads", "head_dim", "sliding_window")              # for these keys, null is not the default
     d = TEXT[kind] | {k: x for k, x in c.items() if x is not None or k in null}
-    plain = typed(TextConfig, "language model", {k: x for k, x in d.items() if x is not None})
+    plain = typed(Config, "language model", {k: x for k, x in d.items() if x is not None})
     heads, L = plain.num_attention_heads, plain.num_hidden_layers
-    d["num_key_value_heads"] = d["num_key_value_heads"] or heads
-    d["head_dim"] = d["head_dim"] or plain.hidden_size // heads
+    d["num_key_value_heads"] = d.get("num_key_value_heads", plain.num_key_value_heads) or heads
+    d["head_dim"] = d.get("head_dim", plain.head_dim) or plain.hidden_size // heads
     if heads % d["num_key_value_heads"]:
         stop(f"language model with {heads} heads for {d['num_key_value_heads']} keys and values")
     d |= rope_settings(d, plain.max_position_embeddings)
@@ -116,7 +121,7 @@ def text_config(c):
     bias = d.get("attention_bias", False) if kind in ("llama", "qwen3") else False
     d |= dict(model_type=kind, sliding_window=window, qkv_bias=bias or kind == "qwen2", o_bias=bias,
               qk_norm=kind == "qwen3", mlp_bias=d.get("mlp_bias", False) if kind == "llama" else False)
-    return typed(TextConfig, "language model", d)
+    return typed(Config, "language model", d)
 
 
 def rope_settings(c, length):

@@ -11,7 +11,7 @@ _INST = "[INST] {% if system and ns.first %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{
 _SYSTEM, _USER, _ASSISTANT = (f"<|start_header_id|>{r}<|end_header_id|>\n\n" for r in ("system", "user", "assistant"))
 
 # name of a template -> its four texts: at the beginning, for a question, for an answer, before a generated answer
-_PARTS = {
+JINJA = {
     "plain": ("{{ bos_token }}", "{{ '<image>' * images }}", BEGIN + "{{ answer }}\n" + END, ""),
     "vicuna_v1": (
         "{{ bos_token }}{% if system %}{{ system + ' ' }}{% endif %}", "USER: {{ user }}",
@@ -27,7 +27,7 @@ _PARTS = {
         "<|im_start|>assistant\n"),
     "mistral": ("{{ bos_token }}", _INST, BEGIN + " {{ answer }} {{ eos_token }}" + END, "")}
 
-# _FRAME: the template around the texts of _PARTS. A message's content is a string or a list of parts. A single <image>
+# _FRAME: the template around the texts of JINJA. A message's content is a string or a list of parts. A single <image>
 # moves to the front of its message. _FRAME is one line, because programs treat a line break after a tag differently
 CONTENT = "{% set said = words(message['content']) %}"
 _FRAME = (
@@ -46,6 +46,6 @@ def jinja(name, system=None):
     """-> a template in Jinja. It renders the text that chat.encode tokenises, with one difference: if a user types the
     name of a control token, this text becomes a real control token. system: None = the template's default"""
     out, t = _FRAME, template(name)
-    for place, part in zip(("@begin@", "@user@", "@assistant@", "@prompt@"), _PARTS[name]):
+    for place, part in zip(("@begin@", "@user@", "@assistant@", "@prompt@"), JINJA[name]):
         out = out.replace(place, part)
     return out.replace("@system@", json.dumps(t.system if system is None else system, ensure_ascii=False))

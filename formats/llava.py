@@ -18,7 +18,10 @@ import torch.nn.functional as F
 
 from config import stop
 from formats.adapter_config import PATTERNS, rank_and_alpha, read_adapter_config
-from formats.configs import image_spec, read_config, read_pre, strategy, text_config, vision_config, vision_kind
+from formats.configs import (image_spec, one_line, read_config, read_pre, strategy, text_config, vision_config,
+                             vision_kind)
+from formats.families import FAMILIES, family_of
+from formats.family import family_files, read_names, write_names
 from formats.hub import find_folder, find_model, weights_file
 from formats.metadata import metadata
 from formats.names import account, published_tensors, renamed
@@ -120,22 +123,38 @@ def read_llava_repository(folder, c):
     return Folder(tok, v, t, pre, {}, {}), tensors, c.get("mm_vision_select_layer", -2)
 
 
+def read_family(folder, c, family):
+    """A folder of a family beside LLaVA and its config.json c -> Folder, {our name: tensor}, VLMConfig"""
+    v, t = c.get("vision_config") or {}, c.get("text_config") or {}
+    pre = read_json(folder / "preprocessor_config.json", {})
+    with one_line(f"{folder}: config.json"):
+        cfg = family.config(c, pre)
+    with torch.device("meta"):
+        wanted = build(cfg).state_dict()
+    tensors = read_names(renamed(read_tensors(folder), folder), wanted, family.names(cfg), folder)
+    meta = {"template": family.template, "system": "", "image_aspect": "squash"} | read_json(folder / "pumice.json", {})
+    return Folder(Tokenizer(folder, cfg.image_token_index), v, t, pre, {}, meta), tensors, cfg
+
+
 def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float32):
     """Load the LLaVA `init`, or load a vision tower and an LLM and create a connector -> VLM, Folder. With dtype=None,
     tensors keep their dtype and stay memory-mapped; engine.choose copies them later."""
-    where, layer = init or f"{vision} + {llm}", -2
+    where, layer, cfg = init or f"{vision} + {llm}", -2, None
     if init:
         at = find_model(init)
         c = read_config(at)
-        folder, tensors, layer = (read_llava_repository if "mm_vision_tower" in c else read_llava_hf)(at, c)
-        connector = "mlp" if any("linear_2" in k for k in tensors) else "linear"
+        if family := FAMILIES.get(c.get("model_type")):
+            folder, tensors, cfg = read_family(at, c, family)
+        else:
+            folder, tensors, layer = (read_llava_repository if "mm_vision_tower" in c else read_llava_hf)(at, c)
+            connector = "mlp" if any("linear_2" in k for k in tensors) else "linear"
     else:
         vision_at, llm_at = find_folder(vision), find_folder(llm)
         t, (v, pre, tensors) = read_config(llm_at), read_tower(vision_at)
         folder = Folder(Tokenizer(llm_at), v, t, pre, {}, {})
         tensors |= renamed(read_tensors(llm_at), llm_at)
-    cfg = VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector,
-                    folder.tok.image)
+    cfg = cfg or VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector,
+                           folder.tok.image)
     if (layers := max(cfg.vision.num_hidden_layers, cfg.text.num_hidden_layers)) > len(tensors):
         stop(f"{where}: {layers:,} layers in its config.json, but {len(tensors):,} tensors in its files")
     if (side := image_spec(folder.pre, "pad").side) != cfg.vision.image_size and init:
@@ -212,8 +231,11 @@ def aspect(folder, cfg):
 def save_model(out, state, cfg, folder, template, system, aspect, dtype=torch.float16, card=""):
     """Write a complete llava-hf folder, or nothing if an error occurs. state: {name: tensor} of a VLM. A tensor is
     rounded to dtype when its shard is written, so memory never holds a second model. card: text of README.md"""
-    files = metadata(folder, cfg, template, system, aspect, dtype) | {"README.md": card}
-    tensors = published_tensors({**folder.unused, **state}, cfg)
+    family, state = family_of(cfg), {**folder.unused, **state}
+    files = family_files(family, folder, cfg, template, system, aspect, dtype) if family else metadata(
+        folder, cfg, template, system, aspect, dtype)
+    tensors = write_names(state, family.names(cfg)) if family else published_tensors(state, cfg)
+    files["README.md"] = card
     if bad := next((k for k, x in tensors.items() if not x.to(dtype).isfinite().all()), None):
         stop(f"{out}: {bad} is not finite in {dtype} and is not published")
 

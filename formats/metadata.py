@@ -3,7 +3,7 @@ versions of transformers since 4.46 read the same settings from them."""
 
 import chat
 from formats.configs import TEXT, image_spec, positions, strategy
-from formats.jinja import jinja
+from formats.jinja import JINJA, jinja
 
 # image_aspect -> settings for transformers' image processor. S: side of the image; short: shorter side before a crop
 PROCESSORS = {
@@ -20,8 +20,9 @@ def tokenizer_files(tok, template, system, length):
     """-> {file name: content}. length: the longest document of the LLM, in tokens. eos_token is the token that ends an
     answer, even if the base model has another EOS, because programs stop generation at tokenizer.eos_token_id."""
     names = {i: name for name, i in tok.specials.items()}
-    talk = jinja(template, system)
-    return {
+    talk = jinja(template, system) if template in JINJA else None
+    files = {"chat_template.json": {"chat_template": talk}, "chat_template.jinja": talk}   # the first for LlavaProcessor
+    return (files if talk else {}) | {
         "tokenizer.json": tok.spec | {"post_processor": None},                # no second BOS: the template writes one
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tok.bos),
@@ -29,9 +30,7 @@ def tokenizer_files(tok, template, system, length):
             "unk_token": "<unk>" if "<unk>" in tok.specials else None, "model_max_length": length,
             "padding_side": "left", "clean_up_tokenization_spaces": False, "image_token": names[tok.image],
             "model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor",
-            "chat_template": talk},                                           # read by transformers before 4.50
-        "chat_template.json": {"chat_template": talk},                        # read by transformers' LlavaProcessor
-        "chat_template.jinja": talk}
+            **({"chat_template": talk} if talk else {})}}                     # read by transformers before 4.50
 
 
 def updated(published, cfg, keys):
@@ -40,35 +39,54 @@ def updated(published, cfg, keys):
     return kept | {k: getattr(cfg, k) for k in keys.split()}
 
 
-def metadata(folder, cfg, template, system, aspect, dtype):
-    """-> {file name: content} of all files except weights and model card. folder: formats.llava.Folder"""
-    v, t, tok, layer = cfg.vision, cfg.text, folder.tok, cfg.vision.feature_layer
-    text = updated(folder.text, t, SIZES + "num_key_value_heads head_dim vocab_size rms_norm_eps rope_theta "
+def text_part(folder, cfg):
+    """-> text_config of config.json"""
+    text = updated(folder.text, cfg.text, SIZES + "num_key_value_heads head_dim vocab_size rms_norm_eps rope_theta "
                    "rope_scaling max_position_embeddings tie_word_embeddings")
-    text["architectures"] = [TEXT[t.model_type]["architecture"]]
+    return text | {"architectures": [TEXT[cfg.text.model_type]["architecture"]]}
+
+
+def vision_part(folder, cfg):
+    """-> vision_config of config.json"""
+    v = cfg.vision
     vision = updated(folder.vision, v, SIZES + "image_size patch_size hidden_act layer_norm_eps") | {"num_channels": 3}
-    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):    # later blocks are absent
-        vision["num_hidden_layers"], layer = v.depth, -1
+    if not has_later_blocks(folder, cfg):
+        vision["num_hidden_layers"] = v.depth
     if v.model_type.startswith("dinov2"):
         vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
     if v.model_type == "siglip_vision_model":
         vision["vision_use_head"] = False                                     # the folder has no pooling head
+    return vision
+
+
+def has_later_blocks(folder, cfg):
+    """Does the folder hold the ViT's blocks after the feature layer? They are not part of the VLM."""
+    return cfg.vision.depth == cfg.vision.num_hidden_layers or any(".encoder." in k for k in folder.unused)
+
+
+def generation_config(tok, cfg, template):
+    return {"generation_config.json": {
+        "bos_token_id": tok.bos, "eos_token_id": chat.end_of_turn(tok, template), "pad_token_id": tok.pad,
+        "do_sample": False,
+        # never generate the image token or unused ids
+        "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), cfg.text.vocab_size)})}}
+
+
+def metadata(folder, cfg, template, system, aspect, dtype):
+    """-> {file name: content} of all files except weights and model card. folder: formats.llava.Folder"""
+    v, t, tok = cfg.vision, cfg.text, folder.tok
     pre = {k: x for k, x in folder.pre.items() if k != "do_pad"}
     short = image_spec(folder.pre, aspect).short or v.image_size
     files = tokenizer_files(tok, template, system, positions(t))
-    return files | {
+    return files | generation_config(tok, cfg, template) | {
         "config.json": {
             "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100,
             "image_token_index": cfg.image_token_index, "image_seq_length": v.patches,
             "projector_hidden_act": "gelu" if cfg.connector == "mlp" else "linear",
-            "multimodal_projector_bias": True, "vision_feature_layer": layer,
+            "multimodal_projector_bias": True, "vision_feature_layer": v.feature_layer if has_later_blocks(folder, cfg) else -1,
             "vision_feature_select_strategy": strategy(v), "pad_token_id": tok.pad,
             "tie_word_embeddings": t.tie_word_embeddings, "torch_dtype": str(dtype).removeprefix("torch."),
-            "text_config": text, "vision_config": vision},
-        "generation_config.json": {
-            "bos_token_id": tok.bos, "eos_token_id": chat.end_of_turn(tok, template), "pad_token_id": tok.pad,
-            "do_sample": False,                           # never generate the image token or unused ids:
-            "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},
+            "text_config": text_part(folder, cfg), "vision_config": vision_part(folder, cfg)},
         "preprocessor_config.json":
             pre | {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size, short),
         "processor_config.json": {

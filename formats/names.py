@@ -85,11 +85,13 @@ def account(model, tensors, where, new=()):
     """{our name: tensor} of a folder -> two dicts: the model's parameters, unused tensors. The ViT's blocks after the
     feature layer and its final norm are unused; all or none must exist. No name in the folder may begin with `new`."""
     cfg = model.cfg
-    with torch.device("meta"):
-        tower = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))
     want = {k: p.shape for k, p in model.named_parameters() if not k.startswith(new)}
-    unused = {f"vision_tower.{k}": p.shape for k, p in tower.named_parameters() if f"vision_tower.{k}" not in want}
-    unused |= {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}
+    unused = {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}
+    if isinstance(model.vision_tower, VisionTower):
+        with torch.device("meta"):
+            tower = VisionTower(dataclasses.replace(cfg.vision, feature_layer=-1))
+        unused |= {f"vision_tower.{k}": p.shape for k, p in tower.named_parameters()}
+    unused = {k: shape for k, shape in unused.items() if k not in want}
     if cfg.vision.model_type.startswith("dinov2"):
         ours = {dino_name(k): k for k in (*want, *unused)}
         tensors = renamed(tensors, where, lambda k: ours.get(k, k))

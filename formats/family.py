@@ -1,0 +1,74 @@
+"""A published family of models beside LLaVA: how its folders name what our VLM has. One file per family fills a Family.
+
+Our names of tensors are those of llava-hf folders. A family renames them by pairs (pattern, replacement), applied in order to
+our name. A replacement that ends in #i/n is the i-th of n equal parts of a published tensor, along its first dimension
+(for example, q, k and v in one matrix); #i/n/H means the same within each of H heads: its rows are (H, n, K).
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+
+from config import stop
+from formats.configs import positions
+from formats.metadata import generation_config, tokenizer_files
+
+
+class Family(NamedTuple):
+    model_type: str          # in config.json
+    template: str            # of chat.py: the prompt that the family's own processor writes
+    config: callable         # (config.json, preprocessor_config.json) -> VLMConfig
+    fits: callable           # VLMConfig -> can transformers' class of this family hold such a model?
+    names: callable          # VLMConfig -> [(pattern, replacement)], from our names to published ones
+    files: callable          # (Folder, VLMConfig) -> {file name: content} beside tokenizer and pumice.json
+
+
+def published_name(name, pairs):
+    """Our name -> published name, (i, n, H): the part of that tensor, or () if ours is the whole tensor"""
+    for pattern, replacement in pairs:
+        name = re.sub(pattern, replacement, name)
+    name, _, part = name.partition("#")
+    return name, tuple(int(n) for n in part.split("/")) if part else ()
+
+
+def read_names(tensors, names, pairs, where):
+    """{published name: tensor} -> {our name: tensor} for our names `names`. Tensors that we do not know keep their name."""
+    out, used = {}, set()
+    for ours in names:
+        name, part = published_name(ours, pairs)
+        if name not in tensors:
+            continue                                       # account() reports the tensor as missing
+        out[ours] = tensors[name]
+        used.add(name)
+        if part:
+            i, n, H = *part[:2], *(part[2:] or (1,))
+            if len(out[ours]) % (n * H):
+                stop(f"{where}: {name} has {len(out[ours])} rows, which are not {n * H} equal parts")
+            out[ours] = out[ours].unflatten(0, (H, n, -1))[:, i].flatten(0, 1)
+    return out | {k: x for k, x in tensors.items() if k not in used}
+
+
+def write_names(state, pairs):
+    """{our name: tensor} -> {published name: tensor}"""
+    out, parts = {}, {}
+    for ours, x in state.items():
+        name, part = published_name(ours, pairs)
+        if part:
+            parts.setdefault((name, *part[1:]), {})[part[0]] = x
+        else:
+            out[name] = x
+    for (name, n, *heads), x in parts.items():
+        split = [x[i].unflatten(0, ((heads or [1])[0], -1)) for i in range(n)]
+        out[name] = torch.stack(split, 1).flatten(0, 2)
+    return out
+
+
+def family_files(family, folder, cfg, template, system, aspect, dtype):
+    """-> {file name: content} of a folder, except weights and model card"""
+    files = tokenizer_files(folder.tok, template, system, positions(cfg.text)) | family.files(folder, cfg)
+    processor = files["preprocessor_config.json"]["processor_class"]
+    files["tokenizer_config.json"]["processor_class"] = processor
+    files["config.json"] |= {"torch_dtype": str(dtype).removeprefix("torch."), "pad_token_id": folder.tok.pad}
+    return files | generation_config(folder.tok, cfg, template) | {
+        "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}
