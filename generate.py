@@ -54,7 +54,7 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
     B, L = len(prompts), int(lengths.max()) + max_new_tokens
     cache = Cache(B, L)
     start = torch.arange(B) * L                               # first slot of each conversation
-    ids = torch.cat([p.to(device) for p in prompts])          # (N,) input tokens: first all prompts, then 1 per answer
+    ids = torch.cat([p.to(device) for p in prompts])          # (N,) step 1: all prompts; later: 1 token per answer
     pos = torch.cat([torch.arange(n) for n in lengths])       # (N,)
     lo = start.repeat_interleave(lengths)                     # (N,)
     labels = torch.full((len(pos),), IGNORE)                  # (N,) logits are computed where a label is not IGNORE
@@ -133,7 +133,7 @@ class Chat:
         return preprocess(load_image(image), self.spec)
 
     def prompt(self, turns, n_images):
-        """turns [(user text, assistant text)], the last assistant text is None -> (n,) ids, Q placeholders per image"""
+        """turns [(user text, assistant text)], the last (text, None) -> tensor of ids, with Q placeholders per image"""
         Q = self.cfg.vision.patches
         ids, _ = chat.encode(self.tok, self.template, turns, n_images, self.cfg.image_token_index, Q, self.system)
         return torch.tensor(ids)

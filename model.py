@@ -72,10 +72,10 @@ class TextConfig:
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
     qkv_bias: bool = False                   # True in Qwen2
-    o_bias: bool = False                     # Llama's attention_bias sets qkv_bias and o_bias
+    o_bias: bool = False                     # attention_bias in config.json sets qkv_bias and o_bias
     mlp_bias: bool = False
     qk_norm: bool = False                    # True in Qwen3
-    sliding_window: int | None = None        # a token reads at most this many keys (Mistral 7B v0.1: 4096)
+    sliding_window: int | None = None        # a token attends to at most this many keys (Mistral 7B v0.1: 4096)
 
 
 @dataclass
@@ -100,7 +100,7 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x, h):
-        """-> x + h, and the norm of x + h. On a GPU, one kernel computes the two results."""
+        """-> x + h, and LayerNorm of x + h. On a GPU, one kernel computes the two results."""
         return layer_norm(x, self.weight, self.bias, self.eps, h)
 
 
@@ -165,7 +165,7 @@ class ViTEmbeddings(nn.Module):
         x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)        # (I, rows, columns, 3, p, p)
         x = F.linear(x.reshape(x.shape[0], cfg.patches, 3 * p * p), conv.weight.flatten(1), conv.bias)       # (I, P, D)
         if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)            # (I, T, D)
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)        # (I, 1 + P, D)
         x = x + self.position_embedding.weight.to(x.dtype)
         if self.register_tokens is not None:  # register tokens have no position embedding
             x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
@@ -247,12 +247,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x, h):
-        """-> x + h, and the norm of x + h. On a GPU, one kernel computes the two results."""
+        """-> x + h, and RMSNorm of x + h. On a GPU, one kernel computes the two results."""
         return rms_norm(x, self.weight, self.eps, h)
 
 
 def rope_frequencies(cfg, device=None):
-    """-> (K/2,) angles per position, in fp32. They are not stored in a buffer: model.to(bf16) would round a buffer."""
+    """-> (K/2,) rotation angles for one step of position, fp32. Not kept in a buffer: model.to(bf16) would round it."""
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.int64, device=device).float()
     f = 1.0 / cfg.rope_theta ** (i / cfg.head_dim)
     s = cfg.rope_scaling or {}
@@ -345,11 +345,11 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self):
-        """-> weight of the output head (V, C). The loss multiplies by it in chunks; the head is never called."""
+        """-> weight of the output head (V, C). The loss multiplies by it in chunks; the layer lm_head is not called."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def forward(self, x, pos, lo, hi, rows=None, cache=None):
-        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)  # (N, K/2), fp32: bf16 rounds 257 to 256
+        angles = pos[:, None].float() * rope_frequencies(self.cfg, x.device)  # (N, K/2) fp32; bf16 makes pos 257 a 256
         cos, sin = angles.cos(), angles.sin()
         if self.cfg.sliding_window:
             lo = torch.maximum(lo, hi - self.cfg.sliding_window)
@@ -399,10 +399,10 @@ class VLM(nn.Module):
 
         Only the R tokens with a label pass the whole last layer. -> head(hidden (R, C), weight (V, C), labels (R,)):
         by default the loss, summed over these tokens."""
-        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). nonzero() makes the host wait: do it before other work
+        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). A host-device sync: do it before GPU work is queued
         x = self.language_model.model.embed_tokens(ids)                        # (N, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))                  # otherwise fp32 embeddings keep x fp32
+            x = x.to(torch.get_autocast_dtype(x.device.type))                  # autocast does not cast embeddings
         z = self.image_features(images).flatten(0, 1)                          # (I Q, C)
         # at: indices of the image placeholders, then -1 in unused places. The two checks need no host-device sync
         at = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]                 # (I Q + 1,)
@@ -434,6 +434,6 @@ def init_weights(model, seed=0):
             value = torch.zeros(p.shape)
         elif "embed" in name and "patch" not in name or "register_tokens" in name:
             value = torch.randn(p.shape, generator=g) * 0.02
-        else:  # matrices. The usual 0.02 is 1/sqrt(2,500); it is far too small for the width of 128 of the toy model
+        else:  # matrices. The usual 0.02 = 1/sqrt(2,500) suits width 2,500, but is far too small for the toy's 128
             value = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5
         p.copy_(value)
