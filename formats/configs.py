@@ -45,7 +45,7 @@ def one_line(what):
 
 
 def typed(Config, what, d):
-    """Build Config from a dict d; other keys are ignored. Stops at a wrong type, or (for most keys) a number <= 0."""
+    """Build Config from a dict d; unknown keys are ignored. Stops at a wrong type or, for most keys, a number <= 0."""
     fields = {f.name: f.type for f in dataclasses.fields(Config)}
     for k, x in d.items():
         kind = fields.get(k)
@@ -80,7 +80,7 @@ def vision_config(c, feature_layer=-2, pre={}):
         stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
     if not pre.get("do_normalize", True):
         cfg.image_mean, cfg.image_std = (0.0,) * 3, (1.0,) * 3
-    # for a byte x, transformers computes (rescale_factor x - mean) / std, we (x / 255 - mean) / std: adapt mean and std
+    # transformers: (rescale_factor * byte - mean) / std; ours: (byte / 255 - mean) / std: divide mean, std by factor
     factor = 255 * (pre.get("rescale_factor", 1 / 255) if pre.get("do_rescale", True) else 1)
     cfg.image_mean, cfg.image_std = (tuple(v / factor for v in t) for t in (cfg.image_mean, cfg.image_std))
     if cfg.hidden_act not in ACTIVATIONS:
@@ -96,7 +96,7 @@ def text_config(c):
         stop(f"language model of type {kind!r}: {', '.join(TEXT)} are supported")
     if (act := c.get("hidden_act", "silu")) != "silu":
         stop(f"language model with hidden_act {act!r}: silu is supported")
-    null = ("num_key_value_heads", "head_dim", "sliding_window")              # for these keys, null is not the default
+    null = ("num_key_value_heads", "head_dim", "sliding_window")              # here null is a value, not an absent key
     d = TEXT[kind] | {k: x for k, x in c.items() if x is not None or k in null}
     plain = typed(TextConfig, "language model", {k: x for k, x in d.items() if x is not None})
     heads, L = plain.num_attention_heads, plain.num_hidden_layers
@@ -120,7 +120,7 @@ def text_config(c):
 
 
 def rope_settings(c, length):
-    """-> {rope_theta, rope_scaling}. config.json has two keys for them, or one dict since transformers 5."""
+    """-> {rope_theta, rope_scaling}. In config.json they are two keys or, since transformers 5, one dict."""
     d = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
     theta, kind = d.pop("rope_theta", c.get("rope_theta", 1e4)), d.get("rope_type", d.get("type", "default"))
     need = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",

@@ -17,7 +17,7 @@ SIZES = "model_type hidden_size intermediate_size num_hidden_layers num_attentio
 
 
 def tokenizer_files(tok, template, system, length):
-    """-> {file name: content}. length: the longest document of the LLM, in tokens. eos_token is the token that ends an
+    """-> {file name: content}. length: how many tokens the LLM can read. eos_token is the token that ends an
     answer, even if the base model has another EOS, because programs stop generation at tokenizer.eos_token_id."""
     names = {i: name for name, i in tok.specials.items()}
     talk = jinja(template, system)
@@ -47,7 +47,7 @@ def metadata(folder, cfg, template, system, aspect, dtype):
                    "rope_scaling max_position_embeddings tie_word_embeddings")
     text["architectures"] = [TEXT[t.model_type]["architecture"]]
     vision = updated(folder.vision, v, SIZES + "image_size patch_size hidden_act layer_norm_eps") | {"num_channels": 3}
-    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):    # later blocks are absent
+    if v.depth < v.num_hidden_layers and not any(".encoder." in k for k in folder.unused):  # only `depth` blocks exist
         vision["num_hidden_layers"], layer = v.depth, -1
     if v.model_type.startswith("dinov2"):
         vision["mlp_ratio"] = vision.pop("intermediate_size") // v.hidden_size
@@ -67,13 +67,13 @@ def metadata(folder, cfg, template, system, aspect, dtype):
             "text_config": text, "vision_config": vision},
         "generation_config.json": {
             "bos_token_id": tok.bos, "eos_token_id": chat.end_of_turn(tok, template), "pad_token_id": tok.pad,
-            "do_sample": False,                           # never generate the image token or unused ids:
-            "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},
+            "do_sample": False,
+            "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), t.vocab_size)})},  # never generated
         "preprocessor_config.json":
             pre | {"processor_class": "LlavaProcessor"} | PROCESSORS[aspect](v.image_size, short),
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "patch_size": v.patch_size,
             "image_token": files["tokenizer_config.json"]["image_token"],
-            # transformers only counts an image's tokens with these: P patches + 1 - 1 (transformers 4.46 always adds 1)
+            # only to count image tokens: patches + 1 - 1 ("default"). transformers 4.46 adds the 1 without this key
             "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
         "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}
