@@ -1,7 +1,7 @@
 """The rows (cases) of `python -m bench step`: models of published shapes, conversations of realistic lengths, and the
 FLOPs of a step. bench/step.py measures them.
 
-    step_align, step_sft    6 layers each: ViT, width 192; Llama, 256, vocabulary 32,000; 4 conversations a step; CPU
+    step_align, step_sft    6 layers each: ViT, width 192; Llama, width 256; vocabulary 32,000; 4 conversations; CPU
     toy_align, toy_sft      the toy world's model, 32 conversations a step, on a CPU
     S1, S2, S3              CLIP ViT-L/336 and Llama 7B. S1: stage 1; S2: stage 2, LoRA of rank 128; S3: stage 2, full
     S4, S4b                 stage 2, full (LLM, connector): TinyLlama 1.1B; Llama 3.2 1B with its vocabulary of 128,256
