@@ -22,7 +22,7 @@ from config import BadSample, stop
 from kernels.cross_entropy import IGNORE
 
 IMAGE = "<image>"  # marks the place of an image in LLaVA's texts; the placeholder token has the same name
-LONGEST = 64       # encode() refuses more than LONGEST * max_len characters; real text has fewer characters per token
+LONGEST = 64       # characters per token of max(max_len, 2048): encode() refuses more; real text has fewer
 
 
 class Parts:
@@ -73,7 +73,7 @@ class Parts:
         return [i for i, _ in out], [i if supervised else IGNORE for i, supervised in out]
 
     def tokenise_text(self, texts, first):
-        """Adjacent text parts [(str, supervised)] -> [(token id, supervised)]. first: they begin the conversation."""
+        """Adjacent text parts [(str, supervised)] -> [(token id, supervised)]. first: are they the first tokens?"""
         text = "".join(s for s, _ in texts)
         mask = b"".join(bytes([supervised]) * len(s) for s, supervised in texts)  # 1 = supervised character, 0 = not
         if re.search("[\ud800-\udfff]", text):
@@ -189,7 +189,7 @@ def encode(tok, name, turns, blocks=(), system=None, max_len=None):
 
 
 def end_of_turn(tok, name):
-    """-> id of the token that ends an answer, or None. Published models use it as EOS. Template `plain`: tok.eos"""
+    """-> id of the token that ends an answer (`plain`: EOS; None without EOS). A published model has it as its EOS"""
     end = template(name).stop
     return tok.eos if end in ("", "\n") else tok.id(end)
 

@@ -49,7 +49,7 @@ def setting(default, about, least=None, most=None, choices=(), resume="same", gr
 
     about     what the setting is, with its unit      least, most, choices    which values are valid
     resume    may a resumed run have another value? "same": no. "say": yes, and the change is printed. "free": yes, the
-              published model does not depend on it (for `data`, the files' contents are compared).
+              published model does not depend on it (`data`: the path may change, the contents may not).
     group     heading that --help prints above this setting"""
     return dataclasses.field(default=default, metadata=dict(
         about=about, least=least, most=most, choices=choices, resume=resume, group=group))

@@ -1,4 +1,4 @@
-"""Turn LLaVA json or jsonl and a folder of images into packed sequences. Their order depends only on (seed, step).
+"""Turn LLaVA json or jsonl and a folder of images into packed sequences. A step's samples depend only on (seed, step).
 
     python data.py FILE --images=DIR --model=DIR [--template=NAME --max_len=N --show=N --bad=FILE]   # check a file
 
@@ -52,7 +52,7 @@ class Encoder:
         blocks = [self.layout.block(self.layout.needs_size and size(name)) for name in names]
         ids, labels = self.encode(turns, blocks, system)
         short, kept, images = chat.truncate(ids, labels, blocks, self.layout.image_id, self.max_len)
-        if all(y == IGNORE for y in kept[1:]):                 # no position predicts the first token
+        if all(y == IGNORE for y in kept[1:]):                 # [1:]: no position predicts the first token
             if len(short) == len(ids):
                 raise BadSample("no supervised token")
             first = next((i for i, y in enumerate(labels) if i and y != IGNORE), len(ids))
@@ -92,7 +92,7 @@ def pack(samples, side, span_ends=None):
 
 
 def share_out(costs, n):
-    """Sample costs -> n groups of indices of similar cost. Each index, highest cost first, joins the cheapest group."""
+    """Costs -> n groups of indices with similar cost sums. Each index, highest cost first, joins the cheapest group."""
     groups, load = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         k = min(range(n), key=lambda k: (load[k], k))
@@ -209,7 +209,7 @@ class Steps(torch.utils.data.Dataset):
         return image_size(safe_path(self.images, file))
 
     def pixels(self, file):
-        """-> pixels (n, 3, S, S) uint8, whether it is animated. n is 1, or the number of tiles that the layout cuts an
+        """-> pixels (n, 3, S, S) uint8, is the image animated? n is 1, or the number of tiles that the layout cuts the
         image into. The full-size image is freed before the next is read."""
         image = load_image(safe_path(self.images, file))
         return preprocess_all(self.encode.layout.cut(image), self.image_spec), image.info["animated"]
@@ -235,7 +235,7 @@ def outlive_signals(ended, open_end, worker):
     because training needs data until its step is done. The loader ends when the trainer closes the pipe or dies."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    open_end.close()         # the loader's copy of the trainer's end: while any copy is open, the pipe does not end
+    open_end.close()         # the loader's copy of the write end: `ended` sees the end only when all copies are closed
     threading.Thread(target=lambda: ended.poll(None) and os._exit(0), daemon=True).start()
 
 

@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from config import one_line_errors, parse, stop
 
-TIMEOUT = datetime.timedelta(minutes=30)   # time limit of a collective operation; a rank may read from a slow disk
-PARAMETERS_PER_THREAD = 10_000_000         # on a CPU, set_threads takes one more thread per 10 million parameters
+TIMEOUT = datetime.timedelta(minutes=30)   # of a collective operation; long: some rank may have a slow disk
+PARAMETERS_PER_THREAD = 10_000_000         # on a CPU, set_threads uses one thread per 10 million parameters
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ class World:
         return t.tolist()
 
     def gather(self, thing):
-        """thing: an object on each rank -> list of the objects of all ranks, sent as json: pickle could run code."""
+        """thing: an object on each rank -> list of the objects of all ranks. Sent as json: pickle could run code."""
         if self.size == 1:
             return [thing]
         text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8, device=self.device)
@@ -139,7 +139,7 @@ def run_script(main, Settings, doc):
 def choose(model, table, dtype=torch.bfloat16, device=None):
     """Choose the trained parameters. table: glob over names -> learning rate; the last match decides. A parameter
     without a match is frozen. Frozen weights get `dtype`, trained weights at least fp32. Weights move to the device
-    one at a time, out of files that load_model maps into memory: no rank holds a copy of all weights on the host.
+    one at a time, from the files that load_model memory-maps: no rank holds a copy of all weights on the host.
     -> {name: learning rate} of the trained parameters"""
     lrs, used = {}, set()
     for name, p in model.named_parameters():
@@ -184,7 +184,7 @@ def lr_at(step, steps, warmup, lr):
 
 
 def set_lr(optimizer, step, steps, warmup):
-    """Set the learning rates of update `step`. warmup: a share of the steps -> learning rate of the first group"""
+    """Set the learning rates of update `step`; warmup is a share of `steps`. -> the learning rate of the first group"""
     for g in optimizer.param_groups:
         g["lr"] = lr_at(step, steps, math.ceil(warmup * steps), g["peak"])
     return optimizer.param_groups[0]["lr"]
@@ -242,10 +242,10 @@ def whole_tensor(t):
 
 @contextlib.contextmanager
 def sync_gradients(model, enabled):
-    """Context manager for forward and backward. It all-reduces gradients only if enabled, in the last micro-batch."""
+    """Context for forward and backward. Gradients are synced between ranks only if enabled: in the last micro-batch."""
     if hasattr(model, "set_requires_gradient_sync"):       # only an FSDP model has this method
         model.set_requires_gradient_sync(enabled)
-    with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():  # DDP has no_sync
+    with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():  # only for DDP
         yield
 
 

@@ -7,9 +7,9 @@
     torchrun --nproc_per_node=8 eval.py ...                 # the questions are divided between the processes
 
 The file of questions is jsonl or a json list. Each question has question_id, image, text, answer (or answers, or POPE's
-label), and optionally type (or category).
-Tasks: exact (exact match), vqa (VQA accuracy, EvalAI's normalisation), vqa_official, pope (yes or no). The answers are
-written as jsonl; tools/report.py makes a page of them with images. The last line of the output is the scores as JSON.
+label), and optionally type (or category). Tasks: exact (exact match), vqa (VQA accuracy, normalised like EvalAI),
+vqa_official (VQA accuracy, normalised like the official script), pope (yes or no). The answers are written as jsonl;
+tools/report.py makes a page of them with images. The last line of the output is the scores as JSON.
 """
 
 import dataclasses

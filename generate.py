@@ -56,7 +56,7 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
     B, L = len(prompts), int(lengths.max()) + max_new_tokens
     cache = Cache(B, L)
     start = torch.arange(B) * L                               # first slot of each conversation
-    ids = torch.cat([p.to(device) for p in prompts])          # (N,) input tokens: first all prompts, then 1 per answer
+    ids = torch.cat([p.to(device) for p in prompts])          # (N,) step 1: all prompts; later: 1 token per answer
     pos = torch.cat([torch.arange(n) for n in lengths])       # (N,)
     lo = start.repeat_interleave(lengths)                     # (N,)
     labels = torch.full((len(pos),), IGNORE)                  # (N,) logits are computed where a label is not IGNORE
@@ -142,7 +142,7 @@ class Chat:
         return pixels, blocks
 
     def prompt(self, turns, blocks=()):
-        """turns [(user text, assistant text)], the last assistant text is None; blocks of look() -> (n,) ids"""
+        """turns [(user text, assistant text)], the last (text, None); blocks: from look() -> tensor of ids"""
         return torch.tensor(chat.encode(self.tok, self.template, turns, blocks, self.system)[0])
 
     def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0):

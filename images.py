@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from config import BadSample, stop
 
 MAX_PIXELS = 64_000_000    # limit per image, checked before decoding: a larger image may need too much memory
-MAX_SIDE = 8_000           # an image with a longer side is reduced first: padded to a square it may fill the memory
+MAX_SIDE = 8_000           # an image with a longer side is shrunk before padding: its square could fill the memory
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]        # not EPS: Pillow would start the program Ghostscript
 
 
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
 def safe_path(root, name):
-    """-> real path of the file `name` in `root`. BadSample if it is no file, or if it or its link target is outside."""
+    """-> real path of the file `name` in `root`. BadSample if it is no file, or outside (links are followed)."""
     shown = f"{name!r:.200}"                                   # repr escapes unprintable characters
     root = os.path.realpath(root)
     try:

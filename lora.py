@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021), without the peft library: y = W x + b + (alpha / r) B A dropout(x), with W and b frozen.
 
-add_adapters() replaces linear layers of a model. A wrapped layer keeps its weight under the published name and adds
+add_adapters() replaces linear layers of a model. The new layer keeps the weight under its published name and adds
 lora_A.weight (r, in) and lora_B.weight (out, r), the names of a PEFT adapter. B starts at zero, so a new adapter does
 not change the output. merge_state() computes W + s B A, s = alpha / r, to save a model without adapters.
 
@@ -94,8 +94,8 @@ def gate_up(mlp, x):
 
 
 def targets(model, pattern):
-    """-> names of the linear layers that `pattern` selects. "all-linear" selects all of the language model. Another
-    pattern is a list separated by commas: the last part of a layer name in the language model (q_proj), or a glob over
+    """-> names of the linear layers that `pattern` selects. "all-linear": all in the language model. Else a list with
+    commas; each entry is the last part of a layer name in the language model (q_proj) or, with a dot or *, a glob over
     whole names (vision_tower.*.q_proj). The output head is never selected, because it is not called as a layer."""
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search("lora_|lm_head", n)]
     if pattern == "all-linear":
@@ -148,7 +148,7 @@ def scales(model):
 
 
 def merged(W, A, B, scale, lengths=None):
-    """-> W + scale B A (O, C) in fp32 (fp64 for fp64). lengths (O,): for DoRA, the norm that each row is scaled to."""
+    """-> W + scale B A (O, C) in fp32 (fp64 if W is fp64). lengths (O,): for DoRA, the norm each row is scaled to."""
     wide = torch.promote_types(torch.float32, A.dtype if isinstance(W, tuple) else W.dtype)
     V = dense(W, wide) + B.to(wide) @ A.to(wide) * scale
     return V if lengths is None else V * (lengths.to(wide) / V.norm(dim=1))[:, None]
@@ -157,8 +157,8 @@ def merged(W, A, B, scale, lengths=None):
 @torch.no_grad()
 def merge_state(state, scales, dtype=None):
     """State dict of a model with adapters -> state dict of the merged model. scales: alpha / r of each layer with an
-    adapter, by name. Each merged matrix is computed in fp32 (fp64 for fp64) and rounded to dtype, if given, before the
-    next is computed. So a 7B model is never whole in memory in fp32. The tensors of `state` do not change."""
+    adapter, by name. Each merged matrix is computed in fp32 (fp64 if W is fp64) and, if dtype is given, rounded to it
+    before the next is computed: then a 7B model is never whole in memory in fp32. `state` does not change."""
     out, packed = {k: v for k, v in state.items() if ".lora_" not in k}, {}
     for name in [k.removesuffix(".absmax") for k in out if k.endswith(".absmax")]:
         packed[name] = tuple(out.pop(f"{name}.{part}") for part in nf4.PARTS)

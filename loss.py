@@ -9,5 +9,5 @@ def supervised(labels):
 
 
 def token_loss(model, batch):
-    """-> scalar: the sum of -log p(label) over the supervised tokens of `batch`, a Batch"""
+    """-> scalar: the sum of -log p(label) over the supervised tokens of the data.Batch"""
     return model(*batch, head=linear_cross_entropy)

@@ -32,8 +32,8 @@ _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
 def vqa_normalise(s, evalai=True):
-    """Normalise an answer like EvalAI's VQA scorer (as LLaVA and lmms-eval do), or else like the official script. Both
-    remove punctuation and articles, write number words as digits, and add missing apostrophes (dont -> don't)."""
+    """Normalise an answer like EvalAI's VQA scorer, as LLaVA and lmms-eval do; evalai=False: like the official script.
+    Both remove punctuation and articles, write number words as digits, and add missing apostrophes (dont -> don't)."""
     if evalai:
         s = s.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     out = s = s.replace("\n", " ").replace("\t", " ").strip()

@@ -76,10 +76,10 @@ class TextConfig:
     tie_word_embeddings: bool = False
     first_position: int = 0                  # PaliGemma counts the positions of a document from 1
     qkv_bias: bool = False                   # True in Qwen2
-    o_bias: bool = False                     # Llama's attention_bias sets qkv_bias and o_bias
+    o_bias: bool = False                     # attention_bias in config.json sets qkv_bias and o_bias
     mlp_bias: bool = False
     qk_norm: bool = False                    # True in Qwen3
-    sliding_window: int | None = None        # a token reads at most this many keys (Mistral 7B v0.1: 4096)
+    sliding_window: int | None = None        # a token attends to at most this many keys (Mistral 7B v0.1: 4096)
 
 
 @dataclass
@@ -112,7 +112,7 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x, h):
-        """-> x + h, and the norm of x + h. On a GPU, one kernel computes the two results."""
+        """-> x + h, and LayerNorm of x + h. On a GPU, one kernel computes the two results."""
         return layer_norm(x, self.weight, self.bias, self.eps, h)
 
 
@@ -177,7 +177,7 @@ class ViTEmbeddings(nn.Module):
         x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)        # (I, rows, columns, 3, p, p)
         x = F.linear(x.reshape(x.shape[0], cfg.patches, 3 * p * p), conv.weight.flatten(1), conv.bias)       # (I, P, D)
         if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)            # (I, T, D)
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)        # (I, 1 + P, D)
         x = x + self.position_embedding.weight.to(x.dtype)
         if self.register_tokens is not None:  # register tokens have no position embedding
             x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
@@ -267,12 +267,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x, h):
-        """-> x + h, and the norm of x + h. On a GPU, one kernel computes the two results."""
+        """-> x + h, and RMSNorm of x + h. On a GPU, one kernel computes the two results."""
         return rms_norm(x, self.weight, self.eps, h)
 
 
 def rope_frequencies(cfg, device=None):
-    """-> (K/2,) angles per position, in fp32. They are not stored in a buffer: model.to(bf16) would round a buffer."""
+    """-> (K/2,) rotation angles for one step of position, fp32. Not kept in a buffer: model.to(bf16) would round it."""
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.int64, device=device).float()
     f = 1.0 / cfg.rope_theta ** (i / cfg.head_dim)
     s = cfg.rope_scaling or {}
@@ -365,7 +365,7 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self):
-        """-> weight of the output head (V, C). The loss multiplies by it in chunks; the head is never called."""
+        """-> weight of the output head (V, C). The loss multiplies by it in chunks; the layer lm_head is not called."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     @property
@@ -438,7 +438,7 @@ class VLM(nn.Module):
         values are further arguments of the decoder."""
         x = self.language_model.embed(ids)                                     # (N, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))                  # otherwise fp32 embeddings keep x fp32
+            x = x.to(torch.get_autocast_dtype(x.device.type))                  # autocast does not cast embeddings
         z = self.image_features(images).flatten(0, 1)                          # (I Q, C)
         # at: indices of the image placeholders, then -1 in unused places. The two checks need no host-device sync
         at = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]                 # (I Q + 1,)

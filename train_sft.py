@@ -64,7 +64,7 @@ def main(s):
             with engine.sync_gradients(model, enabled=b is batch.micro[-1]):
                 with world.autocast():
                     loss = token_loss(model, b.to(world.device))           # a sum over the supervised tokens of b
-                (loss * world.size / n).backward()                         # DDP and FSDP divide by world.size
+                (loss * world.size / n).backward()                         # * world.size: DDP and FSDP divide by it
             total += loss.detach()
         if step == start and batch.micro:                                  # batch.micro is [] if no sample is usable
             engine.check_gradients(model)

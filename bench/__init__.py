@@ -20,8 +20,8 @@ import config
 ROOT = Path(__file__).resolve().parent.parent
 LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # dtype of the measurements
 
-# LLaVA's 665k conversations, simulated. Each part: conversations in thousands; mean and std / mean of text tokens
-# (log-normal); their supervised share; images. Only the first number is published; the others are assumed.
+# LLaVA's 665k conversations, simulated. Each part: conversations in thousands; text tokens (log-normal): mean,
+# std / mean, supervised share; images. Only the number of conversations is published; the others are assumed.
 MIX = [(58, 290, .35, .62, 1), (23, 160, .30, .68, 1), (77, 215, .30, .75, 1),    # conversation, detail, reasoning
        (40, 1150, .55, .65, 0), (83, 150, .25, .14, 1), (72, 285, .60, .15, 1),   # ShareGPT, VQAv2, GQA
        (9, 75, .10, .05, 1), (80, 160, .20, .25, 1), (66, 105, .15, .02, 1),      # OKVQA, OCR-VQA, A-OKVQA
@@ -93,7 +93,7 @@ def timed(f, device, ms):
 
 
 def ceilings(device, ms=200):
-    """Limits of this device -> FLOP/s of a large matrix product, bytes/s (read + written) of a large copy. The values
+    """Limits of this device -> FLOP/s of a large matrix product, bytes/s (read + written) of a large copy. The inputs
     are random, because a product of zeros ran 13 % faster."""
     n, size = (8192, 1 << 30) if device == "cuda" else (512, 1 << 24)
     a, b = (torch.randn(n, n, device=device).to(LOW[device]) for _ in range(2))

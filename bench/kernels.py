@@ -1,6 +1,6 @@
-"""Each kernel and its alternatives, in one process, on the same values. A row is one case (bench/rows.py).
+"""Each kernel and its alternatives (contenders), in one process, on the same values. A row is one case (bench/rows.py).
 
-A contender is built, run once for its error against the definition in float64 and once for its memory. Then all
+Each contender is built, run for its error against the definition in float64, then run for its memory. Then all
 contenders are timed in turns. A contender that cannot run is listed with the reason. Rows run in a child process, the
 most important first; if this process dies, a new one continues with the next row.
 """
@@ -96,7 +96,7 @@ def measure(name, row, device, ms, rounds):
 def judge(r):
     """Add two entries to a row. right: each error of ours is at most twice that of plain torch. beside, for forward
     and backward: [time of the best alternative / ours, its name]. An alternative counts if its errors are at most four
-    times those of plain torch. 2^-22 is added to each limit: the error of a single value, a loss, is random."""
+    times those of plain torch. Both limits grow by 2^-22: the error of a single value (a loss) may be 0 by chance."""
     def exact(who, factor):
         e = r["found"][who]["error"]
         return not e or not r["plain"] or all(a <= factor * b + 2**-22 for a, b in zip(e, r["plain"]))

@@ -34,7 +34,7 @@ class Contender:
 @dataclasses.dataclass
 class Row:
     what: str
-    contenders: dict               # name -> function that builds a Contender; first "ours"; "torch": the definition
+    contenders: dict               # name -> function that builds a Contender; "ours" is first; "torch": the definition
     truth: object                  # () -> outputs and gradients in float64, in the common layout
     plain: object = None           # () -> the same as truth, in low precision; needed if "torch" is no contender
     flops: tuple = (0, 0)          # FLOPs that forward, backward need
@@ -86,7 +86,7 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
     shared = dict(enable_gqa=True) if g > 1 else {}
 
     def first(ts):
-        """The heads of the first group: float64 errors of all heads would not fit in memory"""
+        """Keep only the heads of the first group: float64 results of all heads would not fit in memory"""
         return [t[:, :heads] for t, heads in zip(ts, (g, g, 1, 1))]
 
     def definition(*tensors):
@@ -338,7 +338,7 @@ def nf4_row(O, C, device, dtype):
 
 
 def packed(tokens, scale=1.0):
-    """Lengths of documents from the mixture that fill a packed sequence of `tokens` tokens; an image has 576"""
+    """Lengths of documents that fill `tokens` tokens, drawn from bench.MIX, times `scale`; an image has 576 tokens"""
     out, g = [], torch.Generator().manual_seed(0)
     while sum(out) < tokens:
         for text, _, images in bench.draw_lengths(64, g):

@@ -1,10 +1,10 @@
 """Whole training steps compared with transformers' LLaVA: same weights, same ragged conversations, same trained
 parameters. A row is one such comparison (bench/systems.py).
 
-The vision tower is frozen; neither side builds its graph. Ours packs the conversations and runs the loop of the
-training scripts. transformers gets them padded, with a mask. Its loop does the same steps: sdpa, fused AdamW, tower in
-no_grad, pixels normalised before timing starts. theirs+liger uses Liger's kernels, theirs+ckpt recomputes its
-layers, theirs+sorted puts conversations of similar length together, because packing must be faster than sorting, too.
+The vision tower is frozen and needs no autograd graph. `ours` packs the conversations and runs the loop of the training
+scripts. `theirs` is transformers on padded batches with a mask, in a loop with sdpa, fused AdamW, the tower in no_grad,
+and pixels normalised before timing starts. theirs+liger adds Liger's kernels; theirs+ckpt recomputes its layers;
+theirs+sorted puts conversations of similar length in one batch, so there is less padding.
 
 Every measurement has its own process; ours and theirs alternate. On a CPU the time is CPU time (user + system) of one
 thread, which depends little on the load; on a GPU it is the time between two events. Ratios compare neighbouring runs.
@@ -25,13 +25,13 @@ from bench.systems import NAMES, conversations, fill, pad, system, work
 from config import setting
 
 LR, CLIP = 1e-3, 1.0
-AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest allowed difference of the first losses: bf16, fp32
-MEMORY = 0.6                                # goal: peak memory of ours / theirs
+AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest allowed difference between the sides' first losses (bf16; fp32)
+MEMORY = 0.6                                # goal: peak memory of ours / theirs is at most this
 CLOCK = {"cuda": "Time between events", "cpu": "CPU time"}
 
 
 # ---- the two sides --------------------------------------------------------------------------------------------------
-# Each returns prepare(samples, part) -> micro-batches of `part` (0 to 1) times the usual size, not timed;
+# Each returns three things: prepare(samples, part) -> micro-batches, `part` (0 to 1) times the usual size, not timed;
 # step(micro-batches) -> mean loss before the update; and the optimizer
 
 def ours(s, device):
@@ -93,7 +93,7 @@ def theirs(s, device, *how):
     def names(k):
         k = "lm_head.weight" if "lm_head" in k else "model." + k.replace("language_model.model.", "language_model.")
         return k.replace("vision_tower.vision_model.", "vision_tower."), k    # transformers 5.20; older versions
-    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."      # transformers runs this block for nothing
+    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."  # transformers runs this block; its output is unused
     besides = fill(s.cfg, model, device, names)
     assert all(re.search(re.escape(last) + r"|post_layernorm|vision_tower.*\.head\.", k) for k in besides), besides
 
@@ -113,7 +113,7 @@ def theirs(s, device, *how):
     model.train()
     tower = model.model.vision_tower.eval()
     tower.forward = torch.no_grad()(tower.forward)
-    # fp32 embeddings would make the whole stream fp32
+    # embeddings in fp32 (if trained) would make all hidden states fp32, so cast them
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.to(dtype))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
@@ -125,7 +125,7 @@ def theirs(s, device, *how):
         return [pad(s.cfg, made[i : i + n]) for i in range(0, len(made), n)]
 
     def step(micro):
-        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)         # the first label is -100
+        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)  # no shift needed: the first label is -100
         total = 0.0
         for batch in micro:
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -200,7 +200,7 @@ def measure(name, side, steps, size="full", device="cpu"):
 
 
 def compare(name, pairs, steps, size, device, ceilings, peer):
-    """[(ours, theirs)] of one row and one peer, or [(ours,)] without a peer -> a row of the table"""
+    """[(ours, theirs)] of one row and one peer, or [(ours,)] without a peer -> a row of the result"""
     s = system(name, size)
     batches = [conversations(s, n) for n in range(1, steps + 1)]
     real = sum(len(ids) for made in batches for ids, _, _ in made)
@@ -214,7 +214,7 @@ def compare(name, pairs, steps, size, device, ceilings, peer):
            "supervised": supervised / real, "ms": [1e3 * t for t in seconds],
            "samples_per_s": [s.samples / t for t in seconds],
            "mib": [mid(p["peak"] for p in side) / 2**20 for side in sides], "part": [side[0]["part"] for side in sides]}
-    if ceilings:                           # best published attention: 600 and 500 TFLOP/s; matrix product: 790
+    if ceilings:  # best published TFLOP/s: attention forward 600, backward 500; matrix product 790
         rate = ceilings["matmul"]
         floor = products / rate + forward / (rate * 600 / 790) + backward / (rate * 500 / 790)
         flops = products + forward + backward
@@ -239,7 +239,7 @@ def peak_flops():
 
 
 def sentence(r):
-    """A row and one peer, or no peer, in one line"""
+    """A row of compare() as one line of text"""
     ms, mib = (" / ".join(f"{x:.0f}" for x in r[key]) for key in ("ms", "mib"))
     text = f"{r['row']}: {r['samples_per_s'][0]:.1f} samples/s; no peer ran"
     if r["peer"]:

@@ -1,11 +1,11 @@
 """The rows (cases) of `python -m bench step`: models of published shapes, conversations of realistic lengths, and the
 FLOPs of a step. bench/step.py measures them.
 
-    step_align, step_sft    a ViT of 6 x 192, a Llama of 6 x 256, vocabulary 32,000, 4 conversations a step, on a CPU
+    step_align, step_sft    6 layers each: ViT, width 192; Llama, width 256; vocabulary 32,000; 4 conversations; CPU
     toy_align, toy_sft      the toy world's model, 32 conversations a step, on a CPU
-    S1, S2, S3              CLIP ViT-L/336 and Llama 7B: stage 1; stage 2 with LoRA of rank 128; stage 2, all weights
-    S4, S4b                 stage 2, all weights: TinyLlama 1.1B; Llama 3.2 1B with its vocabulary of 128,256
-    S5                      stage 2, all weights: SigLIP-B/16-512 and SmolLM2 360M
+    S1, S2, S3              CLIP ViT-L/336 and Llama 7B. S1: stage 1; S2: stage 2, LoRA of rank 128; S3: stage 2, full
+    S4, S4b                 stage 2, full (LLM, connector): TinyLlama 1.1B; Llama 3.2 1B with its vocabulary of 128,256
+    S5                      stage 2, full: SigLIP-B/16-512 and SmolLM2 360M
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ class System:
     samples: int                   # conversations per step
     peers: tuple                   # what ours is compared with
     goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs / time of ours
-    spread: float | None = None    # sigma of log-normal text lengths, median 90; None: mixture, align: captions
+    spread: float | None = None    # sigma of log-normal lengths, median 90; None: captions if align, else mixture
     room: int = 1 << 30            # maximum tokens per packed sequence (ours)
     micro: int = 1 << 30           # maximum conversations per batch (theirs)
     r: int = 0                     # rank of the adapters
@@ -81,9 +81,9 @@ def system(name, size="full"):
 # ---- the inputs of both sides --------------------------------------------------------------------------------------
 
 def conversations(s, step, mean=90, asked=10, answered=3):
-    """The samples of one step, as data.pack takes them: BOS, an image, turns. On a CPU lengths are log-normal around
-    `mean`, so a padded batch has 1.3 to 1.75 times the tokens, as with real conversations. On a GPU lengths are drawn
-    from LLaVA's mixture; stage align has captions of about 18 tokens, all supervised."""
+    """The samples of one step, as data.pack takes them: BOS, an image, turns. Rows for a CPU draw log-normal lengths
+    around `mean`, so a padded batch has 1.3 to 1.75 times the tokens, as with real conversations. Rows for a GPU draw
+    lengths from LLaVA's mixture, but in stage align they have captions of about 18 tokens, all supervised."""
     g = torch.Generator().manual_seed(1000 + step)
     if s.spread is not None:
         lengths = (mean * (s.spread * torch.randn(s.samples, generator=g)).exp()).long().clamp(8, 5 * mean).tolist()
@@ -118,8 +118,8 @@ def pad(cfg, made):
 
 
 def fill(cfg, model, device, names=lambda k: [k]):
-    """Set the parameters that `model` shares with model.VLM to fixed random values. names(k): names that k of VLM
-    may have here -> names of the other parameters."""
+    """Set the parameters that `model` shares with model.VLM to fixed random values. names(k): names that
+    VLM's parameter k may have in `model` -> names of the parameters of `model` that VLM lacks."""
     from model import VLM
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in VLM(cfg).state_dict().items()}
@@ -136,9 +136,9 @@ def fill(cfg, model, device, names=lambda k: [k]):
 # ---- FLOPs ---------------------------------------------------------------------------------------------------------
 
 def work(s, made):
-    """FLOPs that a step needs -> matrix products, attention forward, attention backward. A weight costs 2 per row in
+    """FLOPs of a step -> matrix products, attention forward, attention backward. Per token, a weight costs 2 in
     forward, 2 for the gradient of its input, 2 more if it is trained. Padding and recomputation do not count. In the
-    last layer, tokens without a label only need k, v. Attention counts pairs that see each other, in backward x 5/2."""
+    last layer, tokens without a label need only k, v. Attention counts unmasked pairs; backward costs 5/2 as much."""
     v, t = s.cfg.vision, s.cfg.text
     N = sum(len(ids) for ids, _, _ in made)
     R = sum(i >= 0 for _, labels, _ in made for i in labels[1:])

@@ -1,18 +1,18 @@
 """The training data of the toy world's LLM: three lessons. A lesson is a series of documents (ids, labels, no images).
 
     pairs       red circle top left; blue star middle right        drill    circle red now -> top left
-    records     red top small left circle; 7 sign bottom center    drills   row circle red -> top  left top color -> red
+    records     red top small left circle; 7 sign bottom center    drills   row circle red -> top; left top color -> red
     questions   top left: small red circle; ... USER: Where is the red circle? ASSISTANT: top left
 
-A drill is a key and its answer. To answer "where is the red circle" from a text, the model must copy both words of the
-question to the position of the answer, combine the words of each thing in the text, and compare. None of these skills
-lowers the loss alone: trained on questions alone, the model still guessed after 6,000 steps. So the first two lessons
-train one skill after the other. In short runs with one seed each (hints, not proof) these choices mattered:
+A drill is a key and its answer; "row" in a key asks for the row. To answer "where is the red circle" from a text, the
+model must copy "red circle" to the position of the answer, combine the words of each thing in the text, and compare.
+One skill without the others does not lower the loss: with questions only, the model still guessed after 6,000 steps.
+So the first two lessons train one skill after the other. These choices mattered in short runs (one seed, so no proof):
 
-    distance    Between key and answer are no, one, two or four filler words. With always two or always five fillers,
-                the loss did not fall within 500 steps. With mixed distances, it fell for all of them within 400 steps.
-    order       A key is "red circle" or "circle red", or one word if one is enough. Without these variants, the model
-                compared only the word next to the answer, and so it confused two red things.
+    distance    Between key and answer are 0, 1, 2 or 4 filler words. With always two or always five fillers, the loss
+                did not fall within 500 steps. With mixed distances, it fell for each of them within 400 steps.
+    order       A key is "red circle" or "circle red", or one word if only one thing has it. Without these variants, the
+                model compared only the word next to the answer, and so it confused two red things.
     sequence    With all lessons mixed from the start, the model learned nothing in 2,000 steps. With the lessons one
                 after the other, `pairs` took at most 600 steps.
 """
@@ -24,7 +24,7 @@ FILLERS = ["is", "now", "there", "then", "and", "so"]
 
 
 def dialogue_document(tok, opening, questions, short):
-    """A document: an opening text, then questions [(question, short answer, sentence)] -> (ids, labels, [])"""
+    """Make a document of an opening text and questions [(question, short answer, sentence)] -> (ids, labels, [])"""
     c = toy.dialogue(questions, short, opening)
     turns = [(u["value"], a["value"]) for u, a in zip(c[::2], c[1::2])]
     return (*encode(tok, "vicuna_v1", turns, system=""), [])
@@ -35,7 +35,7 @@ def shuffled(rng, items):
 
 
 def records(scene, rng, easy):
-    """-> things of a scene as {attribute: word}, their texts; in random order. easy: place comes last in a text"""
+    """-> the things of a scene in random order: [{attribute: word}], [text]. easy: no sign, no size, the place last"""
     things, texts = [], []
     for o in shuffled(rng, scene["objects"] if easy else toy.things(scene)):
         name = ({"shape": "sign", "number": str(o["digit"])} if "digit" in o else
@@ -94,8 +94,8 @@ def caption_document(tok, rng):
 
 
 def question_document(tok, rng):
-    """A document with the text of a scene and two questions about it. After many different questions about one scene,
-    the model could exclude earlier answers without reading the text."""
+    """A document with the text of a scene and only two questions about it: after many different questions about one
+    scene, the model could exclude earlier answers without reading the text."""
     scene = toy.make_scene(rng)
     pool = sum((toy.scene_questions(scene, rng) for _ in range(3)), [])
     opening = toy.scene_text(scene, rng) if rng.random() < 0.7 else "; ".join(records(scene, rng, False)[1])

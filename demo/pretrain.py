@@ -104,7 +104,7 @@ def update(optimizers, step, steps, warmup=100, hold=0):
 
 
 def train(model, s, out, steps, hold, loss_of_step, score, about, prefix=""):
-    """The training loop of both towers. hold: steps at the peak learning rate; loss_of_step(step) -> a scalar; score()
+    """The training loop, for one tower. hold: steps at the peak learning rate; loss_of_step(step) -> a scalar; score()
     -> dict for training.json; about: content of config.json; prefix: only tensors with this prefix are saved"""
     optimizers, began, log = make_optimizers(model, s.lr, s.matrix_lr), time.time(), []
     for step in range(steps):
@@ -170,8 +170,8 @@ def train_tokenizer(folder, vocab=1024, scenes=3000):
 
 @torch.no_grad()
 def reading_score(lm, tok, scenes=100, seed="exam"):
-    """Exact match on questions about the text of held-out scenes -> {"all": share, type: share}. An answer is right if
-    each of its tokens is the most likely token after the true tokens before it: greedy decoding would produce it."""
+    """Exact match on questions about the text of held-out scenes -> {"all": share right, type: share right}. An answer
+    is right if greedy decoding would give it: after the true tokens before it, each token is the most likely one."""
     right = {}
     for i in range(scenes):
         rng = random.Random(f"{seed}/{i}")
@@ -207,12 +207,12 @@ def train_llm(s):
     with torch.no_grad():
         lm.model.embed_tokens.weight.mul_(s.embed / 0.02)
         for layer in lm.model.layers:
-            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # with zeros, training is slower
+            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # trains faster than with zeros
                 p.copy_(torch.randn(p.shape, generator=g) * s.residual * p.shape[1] ** -0.5)
     print(f"LLM: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} vocabulary entries", flush=True)
 
     def loss_of_step(step):
-        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # demo/llm was trained with this seed
+        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # keep "tongue": demo/llm was trained with it
         while sum(len(d[0]) for d in docs) < s.tokens:
             docs.append(lessons.lesson_document(plan[step], tok, rng))
         b = pack(docs, 1)
@@ -230,7 +230,7 @@ def train_llm(s):
 VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=toy.SIDE,
            patch_size=12)
 CLASSES = {"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES, "digit": [*range(10)],  # content of a cell
-           "row": [*range(3)], "column": [*range(3)]}      # place of a cell: else no patch learns its position
+           "row": [*range(3)], "column": [*range(3)]}      # place of a cell: without it, no patch learns its place
 COUNTS = [len(v) + 1 for v in CLASSES.values()]            # class 0: the cell has no such attribute
 PER_CELL = toy.SIDE // VIT["patch_size"] // 3              # patches along a cell's side
 CELLS = torch.arange(9).view(3, 1, 3, 1).expand(3, PER_CELL, 3, PER_CELL).flatten()  # (T - 1,) cell of each patch
@@ -315,7 +315,7 @@ def make_examples(n, seed, test=False):
 @torch.no_grad()
 def probe(model, train, test, layer):
     """Train a linear probe on a block of the frozen ViT: ridge regression from the concatenated patches of a cell to
-    its classes -> {kind: accuracy on the held-out scenes, over the cells in which this attribute exists}"""
+    its classes -> {attribute: accuracy on the held-out scenes, over the cells that have this attribute}"""
     def features(images):
         out = []
         for part in images.split(500):
@@ -366,7 +366,7 @@ def train_vit(s):
         if s.head == "classes":    # a third of the images becomes grey, so the ViT must recognise shapes without colour
             grey = torch.rand(len(i), generator=g) < 1 / 3
             pixels[grey] = pixels[grey].float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
-            truth[grey, :, 0] = IGNORE                                                  # grey images: no colour loss
+            truth[grey, :, 0] = IGNORE                                                  # grey: no target for colour
         return model(pixels, pack([(docs[j], docs[j], []) for j in i], 1), truth)
 
     def score():                                                                        # LLaVA uses block -2

@@ -5,7 +5,7 @@ like any other data.
     python demo/toy.py OUT [--align=N --sft=N --seed=N]    # OUT/{align,sft,val_align,val_sft}.json,
                                                            # OUT/questions.jsonl, OUT/images/
 
-A scene has one to four objects (coloured shapes) on a 3 x 3 grid. No two objects have the same colour and shape.
+A scene has one to four objects (coloured shapes) on a 3 x 3 grid. No two objects share both colour and shape.
 Some scenes also have a sign with a digit. An example:
 
     scene      large red circle top left, small blue star middle right, sign 7 bottom center
@@ -164,7 +164,7 @@ def scene_text(scene, rng=None):
 def scene_questions(scene, rng):
     """-> [(type, question, short answer, answer in a sentence)]: one random question of each type that fits the
     scene. Each question has exactly one right answer. Yes and no are equally likely. In most questions with the answer
-    "no", the colour or the shape exists in the scene; in about a third, both exist, on different objects."""
+    "no", the colour or the shape exists in the scene; in about a third of them, both do, on different objects."""
     objects, out = scene["objects"], []
     count = {k: {} for k in ("color", "shape", "size")}
     for o in objects:
@@ -249,9 +249,9 @@ def dialogue(asked, short, opening=""):
 
 
 def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
-    """-> LLaVA turns: up to `turns` different questions about one scene. Among different questions, more have the
-    answer "no" than "yes", because few of the possible objects exist. tally: {"yes": n, "no": n}, answers so far in the
-    file. A question is left out if its answer is the more frequent one there."""
+    """-> LLaVA turns: up to `turns` different questions about one scene. Few of the possible objects exist, so more of
+    these questions have the answer "no" than "yes". tally: {"yes": n, "no": n}, the answers so far in the file. To
+    balance them, a question is left out if its answer is already the more frequent one of the two."""
     asked = {}
     while len(asked) < turns:
         before = len(asked)
@@ -278,8 +278,8 @@ SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
 
 def write_world(out, split="all", seed=0, **sizes):
     """Write the toy world into the folder `out`: OUT/SPLIT.json (for test: OUT/questions.jsonl) and OUT/images/. split:
-    all, test, or align or sft (these also write their validation file and the test). sizes: {split: number of scenes}.
-    A split that already exists with the same size, seed and version is kept. -> names of the splits written"""
+    "all", "test", "align" or "sft"; align and sft include their validation file and the test. sizes: {split: number of
+    scenes}. A split that exists with the same size, seed and version is kept. -> names of the splits written"""
     out, sizes = Path(out), {**SCENES, **sizes}
     (out / "images").mkdir(parents=True, exist_ok=True)
     written = []

@@ -1,6 +1,6 @@
 """Read and write published model folders. The rest of the repository uses these functions:
 
-    llava.load_model, save_model, aspect     load a LLaVA; write a llava-hf folder; find its image_aspect
+    llava.load_model, save_model, aspect     load a LLaVA; write a llava-hf folder; find a folder's image_aspect
     peft.save_adapter, load_merged           write a LoRA as a PEFT folder; load a base model with a LoRA merged into it
     configs.image_spec, positions            the image preprocessing of a folder; how many tokens an LLM can read
     hub.find_folder, find_model              find a model by its path or by its name on the Hugging Face hub

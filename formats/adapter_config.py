@@ -9,7 +9,7 @@ from formats.strict_json import read_json
 # PEFT options that change the forward pass and are refused
 REFUSED = ("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
            "kasa_config", "monteclora_config", "layer_replication", "target_parameters")
-# initialisations of a LoRA that keep the base weights; others (PiSSA, OLoRA, CorDA ...) change them and are refused
+# initialisations of a LoRA that leave the base weights unchanged; others (PiSSA, OLoRA, CorDA ...) are refused
 INIT = (None, True, False, "gaussian", "eva", "orthogonal")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -38,7 +38,7 @@ def matches(pattern, name):
 
 
 def rank_and_alpha(folder, c, name=""):
-    """-> rank r and alpha of a layer. The adapter is (alpha / r) B A. For rsLoRA, alpha is multiplied by sqrt(r).
+    """-> rank r and alpha of a layer's adapter (alpha / r) B A. rsLoRA divides by sqrt(r): we return alpha sqrt(r).
     name: the layer's name in the PEFT file; of several patterns that match it, the first is used, as in PEFT."""
     r, alpha = (next((v for p, v in (c.get(patterns) or {}).items() if matches(p, name)), c.get(key))
                 for key, patterns in zip(("r", "lora_alpha"), PATTERNS))

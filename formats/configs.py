@@ -28,7 +28,7 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
         "qwen3": dict(QWEN, architecture="Qwen3ForCausalLM", head_dim=128, sliding_window=4096),
         "gemma": dict(architecture="GemmaForCausalLM")}
 CLASSES = {"gemma": GemmaConfig}           # config classes of parts/, where TextConfig lacks a field or a default
-ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh")}      # activations of an LLM's MLP; Gemma's files name either for the same
+ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh")}      # activation of an LLM's MLP, if it is not silu; both names mean tanh
 
 
 def read_config(folder):
@@ -49,7 +49,7 @@ def one_line(what):
 
 
 def typed(Config, what, d):
-    """Build Config from a dict d; other keys are ignored. Stops at a wrong type, or (for most keys) a number <= 0."""
+    """Build Config from a dict d; unknown keys are ignored. Stops at a wrong type or, for most keys, a number <= 0."""
     fields = {f.name: f.type for f in dataclasses.fields(Config)}
     for k, x in d.items():
         kind = fields.get(k)
@@ -84,7 +84,7 @@ def vision_config(c, feature_layer=-2, pre={}):
         stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
     if not pre.get("do_normalize", True):
         cfg.image_mean, cfg.image_std = (0.0,) * 3, (1.0,) * 3
-    # for a byte x, transformers computes (rescale_factor x - mean) / std, we (x / 255 - mean) / std: adapt mean and std
+    # transformers: (rescale_factor * byte - mean) / std; ours: (byte / 255 - mean) / std: divide mean, std by factor
     factor = 255 * (pre.get("rescale_factor", 1 / 255) if pre.get("do_rescale", True) else 1)
     cfg.image_mean, cfg.image_std = (tuple(v / factor for v in t) for t in (cfg.image_mean, cfg.image_std))
     if cfg.hidden_act not in ACTIVATIONS:
@@ -101,7 +101,7 @@ def text_config(c):
     Config, acts = CLASSES.get(kind, TextConfig), ACTS.get(kind, ("silu",))
     if (act := c.get("hidden_activation") or c.get("hidden_act", acts[0])) not in acts:
         stop(f"language model with hidden_act {act!r}: {' or '.join(acts)} is supported")
-    null = ("num_key_value_heads", "head_dim", "sliding_window")              # for these keys, null is not the default
+    null = ("num_key_value_heads", "head_dim", "sliding_window")              # here null is a value, not an absent key
     d = TEXT[kind] | {k: x for k, x in c.items() if x is not None or k in null}
     plain = typed(Config, "language model", {k: x for k, x in d.items() if x is not None})
     heads, L = plain.num_attention_heads, plain.num_hidden_layers
@@ -125,7 +125,7 @@ def text_config(c):
 
 
 def rope_settings(c, length):
-    """-> {rope_theta, rope_scaling}. config.json has two keys for them, or one dict since transformers 5."""
+    """-> {rope_theta, rope_scaling}. In config.json they are two keys or, since transformers 5, one dict."""
     d = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
     theta, kind = d.pop("rope_theta", c.get("rope_theta", 1e4)), d.get("rope_type", d.get("type", "default"))
     need = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",

@@ -1,7 +1,7 @@
 """A published family of models beside LLaVA: how its folders name what our VLM has. One file per family fills a Family.
 
-Our names of tensors are those of llava-hf folders. A family renames them by pairs (pattern, replacement), applied in order to
-our name. A replacement that ends in #i/n is the i-th of n equal parts of a published tensor, along its first dimension
+Our names of tensors are those of llava-hf folders. A family renames them by pairs (pattern, replacement), applied in
+order to our name. A replacement that ends in #i/n is the i-th of n equal parts of a published tensor, along dimension 0
 (for example, q, k and v in one matrix); #i/n/H means the same within each of H heads: its rows are (H, n, K).
 """
 
@@ -33,7 +33,7 @@ def published_name(name, pairs):
 
 
 def read_names(tensors, names, pairs, where):
-    """{published name: tensor} -> {our name: tensor} for our names `names`. Tensors that we do not know keep their name."""
+    """{published name: tensor} -> {our name: tensor}, for our names `names`. Unknown tensors keep their name."""
     out, used = {}, set()
     for ours in names:
         name, part = published_name(ours, pairs)

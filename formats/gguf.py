@@ -1,8 +1,8 @@
 """A LLaVA folder -> two GGUF files for llama.cpp: the language model, and the vision tower with the connector (mmproj).
 
 Keys and tensor names are those that llama.cpp's converter writes (conversion/llama.py, qwen.py) and its loaders read
-(src/llama-vocab.cpp, tools/mtmd/clip.cpp; at commit 0c1e570, October 2026). The converter does not read
-the vision tower of our folders, and it knows only published tokenizers, by a hash of their ids for one test string.
+(src/llama-vocab.cpp, tools/mtmd/clip.cpp; at commit 0c1e570, October 2026). We do not use the converter: it does not
+read the vision tower of our folders, and it knows a tokenizer only if the hash of its ids for a test string is listed.
 This file compares a tokenizer's rules with llama.cpp's and refuses a tokenizer that llama.cpp would run differently.
 
     V vocabulary size   K width of an attention head
@@ -39,7 +39,7 @@ BLOCK = {"layer_norm1": "ln1", "self_attn.q_proj": "attn_q", "self_attn.k_proj":
          "self_attn.out_proj": "attn_out", "layer_norm2": "ln2", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 CONNECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
-# BYTE_LEVEL: the steps of a byte-level pre-tokenizer -> its name in llama.cpp. _SPLIT: regular expression in a step
+# _SPLIT: regular expression of a Split step. BYTE_LEVEL: steps of a byte-level pre-tokenizer -> its name in llama.cpp
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTE_LEVEL = {
     (("Split", _SPLIT % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
@@ -162,7 +162,7 @@ def steps_of(part, key):
 
 
 def pre_tokenizer(spec, where):
-    """-> (llama.cpp's name of the pre-tokenizer, None for SentencePiece; is a space added before the text?)"""
+    """-> (name of the pre-tokenizer in llama.cpp, or None for SentencePiece; is a space added before the text?)"""
     options = {"Split": lambda s: (s["pattern"].get("Regex"), s["behavior"], s["invert"]),
                "ByteLevel": lambda s: (s["add_prefix_space"], s.get("use_regex", True)),
                "Digits": lambda s: (s["individual_digits"],),
@@ -172,15 +172,15 @@ def pre_tokenizer(spec, where):
                   for s in steps_of(spec.get("pre_tokenizer"), "pretokenizers"))
     ignore_merges = bool(spec["model"].get("ignore_merges"))            # true: a word in the vocabulary is one token
     if steps in BYTE_LEVEL and norms in ((), ("NFC",)) and ignore_merges == (BYTE_LEVEL[steps] == "llama-bpe"):
-        return BYTE_LEVEL[steps], False                                 # Qwen normalises text (NFC), llama.cpp does not
+        return BYTE_LEVEL[steps], False  # NFC is accepted, but llama.cpp skips it: other ids for text that is not NFC
     if (norms, steps) not in SENTENCEPIECE or ignore_merges or not spec["model"].get("byte_fallback"):
         stop(f"{where}: llama.cpp has no such pre-tokenizer: {[*norms, *(s[0] for s in steps)]}")
     return None, SENTENCEPIECE[norms, steps]
 
 
 def scores(vocab, merges, where):
-    """Vocabulary {piece: id}, merges [(left, right)] with the best first -> {piece: score} for SentencePiece. It has no
-    list of merges: of all neighbours that together form a piece, the two with the highest score merge first."""
+    """Vocabulary {piece: id}, merges [(left, right)] with the best first -> {piece: score} for SentencePiece, which has
+    no list of merges: it always merges the two neighbours that together form the piece with the highest score."""
     out, last = {}, None
     for rank, (a, b) in enumerate(merges):
         if a + b != last and a + b in out:
@@ -237,8 +237,8 @@ def own_template(folder):
 
 
 def with_media_marker(text):
-    """Adapt our jinja template to llama.cpp, which marks an image in the text with <__media…__>. The adapted template
-    moves this marker to the beginning of its message and adds a newline, as training does with <image>."""
+    """Adapt our jinja template to llama.cpp, which marks an image in the text with <__media…__>. A single marker
+    moves to the beginning of its message and gets a newline, as a single <image> does in training."""
     text = text.replace(jinja.BEGIN, "").replace(jinja.END, "")               # some programs do not know these tags
     marker = ("{% set mark = '<__media' + said.split('<__media')[1].split('__>')[0] + '__>' if '<__media' in said "
               "else '<image>' %}")

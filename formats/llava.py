@@ -42,7 +42,7 @@ LARGER = 4  # limit of (image side / image side in training): the number of toke
 
 
 class Folder(NamedTuple):
-    """The contents of a model folder except the weights of the VLM. save_model writes them again."""
+    """What a model folder holds besides the weights of the VLM. save_model needs it to write a complete folder."""
     tok: Tokenizer
     vision: dict                # config of the vision tower, as published
     text: dict                  # config of the LLM, as published
@@ -201,16 +201,16 @@ def add_token_rows(tensors, cfg, tok, where):
     cfg.vocab_size = -(-len(tok) // 64) * 64
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         x = tensors.get(name)
-        if x is not None and x.shape[:1] == (V,):                             # `account` reports a wrong shape
-            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # same on every machine
+        if x is not None and x.shape[:1] == (V,):                             # `account` refuses other shapes
+            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # fp64: equal on all machines
             tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
     return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
             f"{cfg.vocab_size:,}"]
 
 
 def resampled(table, v, side):
-    """Position table (first + n n, D) -> (first + m m, D), for images with another side. A class token is kept.
-    Bicubic, as interpolate_pos_encoding of transformers, which antialiases only DINOv2 with registers."""
+    """Position table (first + n n, D) -> (first + m m, D), for images with another side; first: 1 with a class token,
+    else 0. Bicubic, and antialiased only for DINOv2 with registers, as interpolate_pos_encoding of transformers."""
     n, m, first = v.image_size // v.patch_size, side // v.patch_size, int(v.class_token)
     if not v.patch_size <= side <= LARGER * v.image_size:
         stop(f"preprocessor_config.json makes images of side {side}; this vision tower was trained on {v.image_size}")

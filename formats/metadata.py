@@ -17,11 +17,11 @@ SIZES = "model_type hidden_size intermediate_size num_hidden_layers num_attentio
 
 
 def tokenizer_files(tok, template, system, length):
-    """-> {file name: content}. length: the longest document of the LLM, in tokens. eos_token is the token that ends an
+    """-> {file name: content}. length: how many tokens the LLM can read. eos_token is the token that ends an
     answer, even if the base model has another EOS, because programs stop generation at tokenizer.eos_token_id."""
     names = {i: name for name, i in tok.specials.items()}
     talk = jinja(template, system) if template in JINJA else None
-    files = {"chat_template.json": {"chat_template": talk}, "chat_template.jinja": talk}   # the first for LlavaProcessor
+    files = {"chat_template.json": {"chat_template": talk}, "chat_template.jinja": talk}     # json: for LlavaProcessor
     return (files if talk else {}) | {
         "tokenizer.json": tok.spec | {"post_processor": None},                # no second BOS: the template writes one
         "tokenizer_config.json": {
@@ -60,7 +60,7 @@ def vision_part(folder, cfg):
 
 
 def has_later_blocks(folder, cfg):
-    """Does the folder hold the ViT's blocks after the feature layer? They are not part of the VLM."""
+    """Does the folder hold all blocks of the ViT, also those after the feature layer, which are not in the VLM?"""
     return cfg.vision.depth == cfg.vision.num_hidden_layers or any(".encoder." in k for k in folder.unused)
 
 
@@ -68,8 +68,7 @@ def generation_config(tok, cfg, template):
     return {"generation_config.json": {
         "bos_token_id": tok.bos, "eos_token_id": chat.end_of_turn(tok, template), "pad_token_id": tok.pad,
         "do_sample": False,
-        # never generate the image token or unused ids
-        "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), cfg.text.vocab_size)})}}
+        "suppress_tokens": sorted({cfg.image_token_index, *range(len(tok), cfg.text.vocab_size)})}}   # never generated
 
 
 def metadata(folder, cfg, template, system, aspect, dtype):
@@ -83,7 +82,8 @@ def metadata(folder, cfg, template, system, aspect, dtype):
             "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "ignore_index": -100,
             "image_token_index": cfg.image_token_index, "image_seq_length": v.patches,
             "projector_hidden_act": "gelu" if cfg.connector == "mlp" else "linear",
-            "multimodal_projector_bias": True, "vision_feature_layer": v.feature_layer if has_later_blocks(folder, cfg) else -1,
+            "multimodal_projector_bias": True,
+            "vision_feature_layer": v.feature_layer if has_later_blocks(folder, cfg) else -1,
             "vision_feature_select_strategy": strategy(v), "pad_token_id": tok.pad,
             "tie_word_embeddings": t.tie_word_embeddings, "torch_dtype": str(dtype).removeprefix("torch."),
             "text_config": text_part(folder, cfg), "vision_config": vision_part(folder, cfg)},
@@ -92,6 +92,6 @@ def metadata(folder, cfg, template, system, aspect, dtype):
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "patch_size": v.patch_size,
             "image_token": files["tokenizer_config.json"]["image_token"],
-            # transformers only counts an image's tokens with these: P patches + 1 - 1 (transformers 4.46 always adds 1)
+            # only to count image tokens: patches + 1 - 1 ("default"). transformers 4.46 adds the 1 without this key
             "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
         "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}

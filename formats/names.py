@@ -20,12 +20,12 @@ SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
     (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),   # LLaVA repository's names
     (r"^(model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
-    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),                   # and names in LLM files
+    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),  # LLM files' and LLaVA repository's names
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # names in memory, transformers >= 4.52
     (r"^model\.language_model\.", "language_model.model."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # names in files, transformers >= 5
-# pairs: part of our name, this part in published DINOv2 files
+# (part of our name, what published DINOv2 files have in its place)
 DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "position_embeddings"),
               ("patch_embedding.", "patch_embeddings.projection."), ("encoder.layers.", "encoder.layer."),
               ("self_attn.q_proj", "attention.attention.query"), ("self_attn.k_proj", "attention.attention.key"),
@@ -82,8 +82,8 @@ def name_in_transformers(name, dino=False):
 
 
 def account(model, tensors, where, new=()):
-    """{our name: tensor} of a folder -> two dicts: the model's parameters, unused tensors. The ViT's blocks after the
-    feature layer and its final norm are unused; all or none must exist. No name in the folder may begin with `new`."""
+    """{our name: tensor} of a folder -> two dicts: the model's parameters, unused tensors (the ViT's blocks after the
+    feature layer and its final norm: all or none exist). new: prefix of parameters that the folder must not hold."""
     cfg = model.cfg
     want = {k: p.shape for k, p in model.named_parameters() if not k.startswith(new)}
     unused = {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}
@@ -116,7 +116,7 @@ def published_tensors(state, cfg):
     """-> {name: tensor} of a VLM, with the names and shapes of transformers' LLaVA. A connector of one matrix gets the
     identity as its second matrix, with no activation between them, so its output stays exactly the same."""
     D, norm = cfg.vision.hidden_size, "vision_tower.vision_model.post_layernorm."
-    out = {f"{norm}weight": torch.ones(D), f"{norm}bias": torch.zeros(D)} | state      # required, but never used
+    out = {f"{norm}weight": torch.ones(D), f"{norm}bias": torch.zeros(D)} | state  # required by transformers, not used
     if cfg.connector == "linear":
         C = cfg.text.hidden_size
         out["multi_modal_projector.linear_2.weight"] = torch.eye(C)
@@ -128,5 +128,5 @@ def published_tensors(state, cfg):
         k = dino_name(k.replace(".vision_model.", "."))
         tokens = re.search("cls_token|register_tokens|position_embeddings", k)
         out[k] = x.reshape(1, -1, x.shape[-1]) if tokens else x
-    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, D))            # required, but never used
+    out.setdefault("vision_tower.embeddings.mask_token", torch.zeros(1, D))     # required by transformers, not used
     return out

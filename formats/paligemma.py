@@ -1,4 +1,4 @@
-"""PaliGemma folders (arXiv 2407.07726): SigLIP with its last norm, one linear layer, Gemma, and a prefix that sees itself."""
+"""Folders of PaliGemma (arXiv 2407.07726): SigLIP with its last norm, a linear layer, Gemma, and prefix attention."""
 
 from config import stop
 from formats.configs import text_config, vision_config
@@ -33,7 +33,8 @@ def files(folder, cfg):
     C, Q, S = cfg.text.hidden_size, cfg.image_tokens, cfg.vision.image_size
     return {"config.json": {
         "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", "projection_dim": C,
-        "hidden_size": C, "image_token_index": cfg.image_token_index, "tie_word_embeddings": cfg.text.tie_word_embeddings,
+        "hidden_size": C, "image_token_index": cfg.image_token_index,
+        "tie_word_embeddings": cfg.text.tie_word_embeddings,
         "text_config": text_part(folder, cfg) | {"use_bidirectional_attention": True},
         "vision_config": vision_part(folder, cfg) | {"projection_dim": C}},
         "preprocessor_config.json": folder.pre | {

@@ -21,7 +21,7 @@ from lora import DoRALinear, LoRALinear, add_adapters, merge_state, quantize_bas
 from parts.build import build
 
 PREFIX = "base_model.model."  # every tensor name in a PEFT file begins with this
-# vision tower: blocks and final norm. PEFT also adapts those after the feature layer, but the VLM does not use them
+# the ViT's blocks and final norm. PEFT adapts them all; load_adapter drops adapters of those that our VLM does not have
 BEHIND = re.compile(r"vision_tower\.vision_model\.(?:post_layernorm|layernorm|encoder\.layers?\.(\d+))\.")
 
 
@@ -36,7 +36,7 @@ def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="",
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base and str(base), "r": r,
               "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none",
               "target_modules": sorted({k.split(".lora_")[0] for k in tensors if ".lora_" in k}),
-              # only outermost modules: PEFT would wrap a module inside another listed module twice
+              # outermost modules only: if a module inside a listed one were listed too, PEFT would wrap it twice
               "modules_to_save": [k for k in extra if not k.startswith(tuple(f"{m}." for m in extra))] or None,
               "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True,
               "inference_mode": True}
@@ -103,7 +103,7 @@ def load_merged(folder, dtype):
     """Folder of an adapter -> VLM, Folder as in load_model, with the adapter merged into its base model. Files of the
     adapter name the base model; a relative path there is relative to the working directory."""
     says = read_json(Path(folder) / "pumice.json", {})
-    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]         # the base: a ViT and an LLM
+    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]  # if the base was a ViT and an LLM
     base = " and ".join(towers) or read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
     file = "its pumice.json" if towers else "base_model_name_or_path in its adapter_config.json"
     where = f"{folder} was trained on {base}: {file} says where that lies"

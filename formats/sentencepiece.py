@@ -18,7 +18,7 @@ def protobuf_fields(blob):
     """A protobuf message -> [(field number, value)]. A value is an int of up to 64 bits, or bytes for other types."""
     file, out = io.BytesIO(blob), []
 
-    def varint():                                              # 7 bits per byte, lowest first; bit 8: more bytes follow
+    def varint():                                   # 7 bits per byte, lowest first; top bit set: more bytes follow
         n = 0
         for shift in range(0, 70, 7):
             byte, = file.read(1)

@@ -58,8 +58,8 @@ def read_pickle(file):
 
 
 def tensor_digest(tensor):
-    """A tensor's shape, the sum of its fp32 bits, and at least 1,024 of its elements in order -> 16 hex digits. This is
-    fast (SHA-256 over 7B weights takes a minute), but does not protect against forgery."""
+    """A tensor -> 16 hex digits: hash of its shape, the sum of its fp32 bits, >= 1,024 elements (all if it has fewer).
+    SHA-256 over 7B weights would take a minute. This is faster, but does not protect against forgery."""
     flat = tensor.detach().cpu().flatten()
     total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # one part at a time is fp32
     some = flat[:: max(1, len(flat) // 1024)].float().view(torch.int32).tolist()

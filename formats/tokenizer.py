@@ -74,9 +74,9 @@ def name_token(spec, name, fits):
 def add_missing_tokens(spec, names, image_id=None):
     """Add the tokens for images and for padding if they are missing -> image id, padding id, [notes for the user].
 
-    The image token is `<image>`, else the token image_id of config.json, else a reserved token, else a new token.
-    A padding token is added only together with `<image>`, as in LLaVA-HF. If possible, the padding token is not EOS,
-    because programs that ignore padding would also ignore the EOS of answers."""
+    If `<image>` is missing, a token is renamed to it: the one with id image_id (from config.json) or, if that is None,
+    a reserved one. If no token fits, `<image>` is added. A padding token is added only together with `<image>`, as in
+    LLaVA-HF. If possible, it is not EOS: programs that ignore padding would also ignore the EOS of answers."""
     def fits(t):
         return RESERVED.fullmatch(t["content"]) if image_id is None else t["id"] == image_id
 
@@ -100,8 +100,8 @@ def add_missing_tokens(spec, names, image_id=None):
 
 
 def without_control_tokens(spec, roles, *scheme):
-    """-> a tokenizer that treats control tokens as ordinary text. These are the tokens with the flag `special` (Qwen
-    flags only some), in `roles`, or like <|...|> or [INST]. scheme: (old, new) text to replace in pre_tokenizer"""
+    """-> a tokenizer that treats control tokens as text: those with the flag `special` (Qwen flags only some),
+    those in `roles`, and those like <|...|> or [INST]. scheme: (old, new) text to replace in pre_tokenizer"""
     tokens = [t | {"special": t["special"] or t["content"] in roles
                    or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]
     spec = spec | dict(post_processor=None, truncation=None, padding=None, added_tokens=tokens)
@@ -157,8 +157,8 @@ class Tokenizer:
         return i
 
     def text(self, s, first=True):
-        """Plain text -> ids, [(first character, end)] of each token; no part of it becomes a control token. first: the
-        text begins the sequence. Some tokenizers add a space only there."""
+        """Plain text -> ids (no control tokens), [(first character, end)] of each token. first: does the text begin the
+        sequence? Some tokenizers add a space only there."""
         try:
             e = (self.start if first else self.inside).encode(s, add_special_tokens=False)
         except BaseException as e:  # a Rust panic is no subclass of Exception, and its class cannot be imported

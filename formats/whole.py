@@ -32,7 +32,7 @@ def commit(folder, fill):
     tmp, old = (folder.parent / f".{kind}-{folder.name}" for kind in ("tmp", "old"))
     remove(tmp)
     try:
-        tmp.mkdir()                                              # fails if tmp is a link: fill() would follow it
+        tmp.mkdir()                                              # must fail on a link: fill() would follow it
         fill(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         for p in files:

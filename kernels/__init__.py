@@ -1,6 +1,6 @@
 """This file imports Triton, if it is installed, and decides for each call: a Triton kernel, or plain torch.
 
-Read each file of this folder from top to bottom: the cost in bytes of memory traffic, the definition, the kernels, the
+Each file of this folder has the same order: the cost in bytes of memory traffic, the definition, the kernels, the
 operators registered with torch, the function for other files. A name ending in _ref is a definition in plain torch.
 To learn Triton, read in this order: norm, swiglu, rope, cross_entropy, attention."""
 

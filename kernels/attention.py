@@ -49,7 +49,7 @@ def segments(lo, hi):
     assert (lo[1:] >= lo[:-1]).all() and (hi[1:] >= hi[:-1]).all(), "spans may not move backwards"
     at, empty = torch.arange(N), hi <= lo
     start = torch.ones(N, dtype=torch.bool)
-    start[1:] = lo[1:] >= hi[:-1]                     # a segment starts where no key was read by an earlier query
+    start[1:] = lo[1:] >= hi[:-1]                     # a segment starts at a query that shares no key with earlier ones
     start[1:] &= ~(empty[1:] & empty[:-1])            # adjacent empty spans form one segment
     start[1:] |= empty[1:] != empty[:-1]
     a = start.nonzero()[:, 0]
@@ -91,7 +91,7 @@ def _chunks(lo, hi):
 
 def chunks(lo, hi):
     """-> entries like those of segments(), but long segments are cut into chunks of CHUNK_QUERIES queries. A "causal"
-    chunk of n queries masks a triangle over its last n keys. Results are cached: all layers use the same spans."""
+    chunk of L queries needs a mask only on its last L keys, a triangle. Layers share spans, so results are cached."""
     return _chunks(*(t.to("cpu", torch.int32).numpy().tobytes() for t in (lo, hi))) if lo.shape[0] else []
 
 
@@ -169,10 +169,10 @@ attention_torch.register_autograd(_torch_gradients,
 # A tile has a first and a last query. lo and hi never decrease, so no query of the tile reads a key outside
 # [lo[first], hi[last]). Every query of the tile reads all keys in [lo[last], hi[first]): blocks of keys in this range
 # need no mask. In a long document almost all blocks are of this kind.
-# Only this file uses three features of Triton. The grid has two dimensions: tiles x heads. tl.dot multiplies tiles on
-# tensor cores; with "ieee", fp32 inputs do not use tensor cores, which would round them to TF32 (10-bit mantissa).
-# do_not_specialize lists integer arguments. For any other integer argument, Triton compiles another kernel if its value
-# is 1 or divisible by 16.
+# Three features of Triton appear only in this file. The grid has two dimensions: tiles x heads. tl.dot multiplies tiles
+# on tensor cores; with "ieee", fp32 inputs do not use tensor cores, which would round them to TF32 (10-bit mantissa).
+# do_not_specialize: one compiled kernel serves all values of these arguments. For any other integer argument, Triton
+# compiles separate kernels for the value 1, for multiples of 16 and for the rest.
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
-    """Load B rows of X from row `start` on -> (B, D). rows (B,): 0 ... B - 1; stride: from row to row of X. In the
+    """Load B rows of X from row `start` on -> (B, D). rows (B,): 0 ... B - 1; stride: row stride of X. In the
     result, rows from `count` on and columns from K on are zero. start * stride is int64, because the product can exceed
     2**31. If count = B and K = D, the compiler removes the mask, which saves 20 registers."""
     d = tl.arange(0, D)
@@ -314,7 +314,7 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q
 @triton.jit
 def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, stride_d, scale,
                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr):
-    """Add BM queries to dk and dv of a tile of keys. Rows are keys here: the variables p and ds hold p^T and ds^T."""
+    """Add what BM queries contribute to dk, dv of a tile of keys. Rows are keys here, so p and ds hold p^T and ds^T."""
     r = tl.arange(0, BM)
     q = _tile(Q, i, r, count, stride_q, K, D)                                  # (BM, D)
     do = _tile(DO, i, r, count, stride_d, K, D)
@@ -334,8 +334,8 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, 
 def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_q, stride_k,
                  stride_v, stride_d, scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                  BN: tl.constexpr):
-    """Compute dk and dv of one tile of BN keys of one key/value head, summed over its g query heads. By query_ranges,
-    only queries in [BY_HI[0], BY_LO[1]) read keys of the tile; queries in [BY_HI[1], BY_LO[0]) read every key of it."""
+    """Compute dk and dv of one tile of BN keys of one key/value head, summed over its g query heads. Only queries
+    in [BY_HI[0], BY_LO[1]) read keys of the tile; those in [BY_HI[1], BY_LO[0]) read all of them (see query_ranges)."""
     tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     start = tile * BN
     c, d = tl.arange(0, BN), tl.arange(0, D)
@@ -385,7 +385,7 @@ ATTENTION_TILES = {
     (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
     (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
 }
-FP32_TILE = 32, 32, 8, 1  # fp32 runs without tensor cores, which would round inputs. It is slow: registers spill
+FP32_TILE = 32, 32, 8, 1  # fp32 is slow: it avoids tensor cores, which would round inputs, and registers spill
 
 
 def tile_sizes(q, kernel):
@@ -400,7 +400,7 @@ def tile_sizes(q, kernel):
 
 def heads_adjacent(*tensors):
     """Copy each tensor (N, H, K) whose heads are not adjacent in memory. The kernels assume that heads are K elements
-    apart, a constant at compile time: with a run-time stride such as 72, which 16 does not divide, Triton would load
+    apart, a constant at compile time. With a run-time stride that is no multiple of 16, such as 72, Triton would load
     elements one by one. The row stride must be below 2**24, so that offsets in a tile of 128 rows fit in int32."""
     return [t if t.stride()[1:] == (t.shape[2], 1) and t.stride(0) < 2**24 else t.contiguous() for t in tensors]
 
@@ -475,7 +475,7 @@ attention_triton.register_autograd(_gradients, setup_context=_setup)
 
 
 def attention(q, k, v, lo, hi):
-    """Span attention; the top of this file shows the shapes. Plain torch always computes fp64 and head dims > 128."""
+    """Span attention; the top of this file shows the shapes. fp64 inputs and head dims > 128 always use plain torch."""
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
     assert k.shape == v.shape and q.shape[2] == k.shape[2], \
         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

@@ -10,7 +10,7 @@ them by softmax - onehot, and computes from these the gradients of hidden and we
 at a time. The kernel reads a row twice (for its sum, then for the gradient) and writes it once: 3 V elements.
 
 A chunk should have many rows. Its matrix products do 6 V C flops per row. Adding to the weight's gradient in fp32 moves
-10 V C bytes per chunk, for any number of rows. At 790 TFLOP/s and 4.3 TB/s, both take equal time at 300 rows.
+10 V C bytes per chunk of any size. At 790 TFLOP/s and 4.3 TB/s, products and addition take equal time at 300 rows.
 """
 
 import torch
@@ -80,7 +80,7 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
     c = tl.arange(0, BLOCK)                  # (BLOCK,) columns of a block; columns from V on are masked
     y = tl.load(LABELS + row)
     keep = y != IGNORE
-    valid = (0 <= y) & (y < V)               # a label outside [0, V) is no address; unless it is -100, the loss is nan
+    valid = (0 <= y) & (y < V)               # for other labels nothing is loaded: the loss is nan, or 0 for IGNORE
     xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)  # the label's logit, before it is overwritten
 
     m, l = -float("inf"), 0.0                # running maximum, running sum of exp(x - m)
@@ -100,7 +100,7 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
 
 
 def logits_to_gradient_triton(logits, labels, gradient):
-    """logits_to_gradient_torch by the kernel: one program per row. The gradient always overwrites the logits."""
+    """logits_to_gradient_torch as a kernel, one program per row. The gradient overwrites logits of any dtype."""
     n, V = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n:
@@ -175,8 +175,8 @@ linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 def linear_cross_entropy(hidden, weight, labels, chunk=None):
     """-> sum of the losses of all rows whose label is not -100; the top of this file shows the shapes. chunk: rows of
-    logits at a time (None: chunk_rows decides). For a label outside [0, V), plain torch raises RuntimeError and the
-    kernel returns nan, because a check would cost a host-device sync."""
+    logits at a time (None: chunk_rows decides). For any other label outside [0, V), plain torch raises RuntimeError;
+    the kernel returns nan, because a check would cost a host-device sync."""
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

@@ -2,7 +2,7 @@
 
     N tokens   C input width   O output width, one per layer   r rank, one per layer   s = alpha / r
     x (N, C)   W (O, C) or its NF4 tensors   b (O,) or None   A (r, C)   B (O, r)   ->   y = x W^T + b + s (d A^T) B^T
-    d = x * keep with the dropout mask keep (N, C) bool; s contains 1 / (1 - p) for probability p. No dropout: d = x
+    With dropout of probability p: d = x * keep, keep (N, C) bool is the mask, s is divided by 1 - p. Without: d = x
 
 The cost in bytes, for layers that read the same x (q, k and v; gate and up). Plain autograd adds each adapter's
 output to the base output, and each gradient of x to the others, in separate passes: 3 N O and 6 N C elements per layer.

@@ -12,7 +12,7 @@ and may cross the end of a row, so any even width C works.
 
 The cost in bytes. An element takes 1/2 + 1/64 + 4 / (64 * 256) = 0.516 bytes; in bf16 it takes 2. So 6.5 billion
 weights fit in 3.4 GB. Tensor cores cannot multiply codes, so W is dequantized to bf16 before each matrix product: a
-kernel reads n / 2 bytes and writes 2 n. At 4 TB/s it takes 1/35 of the time of the product for 8,192 tokens (cuBLAS).
+kernel reads n / 2 bytes and writes 2 n. At 4 TB/s it takes 1/35 of the time that cuBLAS needs for 8,192 tokens.
 """
 
 import functools
@@ -49,8 +49,8 @@ def tables(device):
 
 
 def nearest(x, size, values):
-    """Divide each block of `size` elements of x (n,) by its largest absolute value -> for each element the index of the
-    nearest of `values`, which ascend, (n,) uint8; for each block its largest absolute value (m,)"""
+    """Divide each block of `size` elements of x (n,) by its largest absolute value -> (n,) uint8: for each element
+    the index of the nearest of `values`, which must ascend; (m,): the largest absolute value of each block"""
     blocks = torch.nn.functional.pad(x, (0, -len(x) % size)).view(-1, size)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)

@@ -6,7 +6,7 @@ dimension. With an argument `add`, x + add is the new residual; one kernel adds 
 The cost in bytes. Plain torch reads and writes the whole tensor once per operator: cast, square, mean, multiply,
 cast, multiply. A row of 4,096 elements fits in the registers of one program. So the kernel moves 2 N C elements forward
 (4 N C with the addition) and 3 N C backward (4 N C if x + add also gets a gradient). Autograd saves only the input and
-w. The backward kernel recomputes the sums over a row, which is in registers.
+w. The backward kernel holds a row in registers, so it recomputes the sums over the row.
 
 How a Triton kernel works. `norm_forward[p,](...)` starts p programs, each on num_warps x 32 threads. A program reads
 its index, computes addresses as integer tensors, loads a tile, computes in registers and stores the result. Tile sizes
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from kernels import on_its_device, tl, triton, use_triton
 
 NORM_TILE = 4096     # elements of a tile, 16 per thread; a row with more elements is one larger tile
-NORM_PROGRAMS = 256  # programs in backward, two per multiprocessor of an H100; fixed: all GPUs add in the same order
+NORM_PROGRAMS = 256  # programs in backward, 2 per multiprocessor of an H100; fixed, so that all GPUs add in one order
 
 
 def rms_norm_ref(x, w, eps):
@@ -74,7 +74,7 @@ def norm_forward(X, ADD, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS
         tl.store(S + at, s, mask)
         x = s.to(wide)  # normalise the residual as S stores it: rounded to the dtype of S
     if B is not None:
-        x = tl.where(c < C, x - tl.sum(x, 1)[:, None] / C, 0)  # columns from C on must stay 0; they would become -mean
+        x = tl.where(c < C, x - tl.sum(x, 1)[:, None] / C, 0)  # columns from C on must stay 0, not become -mean
     x *= tl.rsqrt(tl.sum(x * x, 1)[:, None] / C + eps)
     w = tl.load(W + c, c < C, 0).to(wide)
     if B is not None:
@@ -139,7 +139,7 @@ def norm_tile(C, element_size):
 @on_its_device
 def norm_op(x: torch.Tensor, add: torch.Tensor | None, w: torch.Tensor, b: torch.Tensor | None,
             eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> s = x + add (an empty tensor if add is None), norm of s or x. RMSNorm if b is None, else LayerNorm."""
+    """-> s = x + add (empty if add is None), norm of s, or of x without add. RMSNorm if b is None, else LayerNorm."""
     s, y = norm_shapes(x, add, w, b, eps)
     x, add, w, b = (t if t is None else t.contiguous() for t in (x, add, w, b))
     C = x.shape[-1]
@@ -201,7 +201,7 @@ norm_op.register_autograd(norm_gradients, setup_context=norm_context)
 
 
 def norm(x, w, b, eps, add, plain):
-    """plain: a function, the norm in plain torch -> norm of x; if add is given: (x + add, norm of x + add)"""
+    """The norm by a kernel, or by the function `plain` -> norm of x; if add is given: (x + add, norm of x + add)"""
     assert w.shape == x.shape[-1:] and (add is None or add.shape == x.shape), \
         f"x {tuple(x.shape)}, weight {tuple(w.shape)}, add {None if add is None else tuple(add.shape)}"
     if use_triton(x):

@@ -1,4 +1,4 @@
-"""Gemma, the language model of PaliGemma (arXiv 2407.07726, section 3.1; arXiv 2403.08295). It differs from Llama in four things:
+"""Gemma, the language model of PaliGemma (arXiv 2403.08295, section 2). It differs from Llama in four things:
 
     norms        multiply by 1 + w, so that w = 0 leaves the normalised value
     MLP          gelu(gate) up instead of silu(gate) up

@@ -4,7 +4,7 @@ lr 2e-5, batch 128, one epoch, warm-up 3 %. For the paper's LoRA variant add --l
 
     torchrun --nproc_per_node=8 train_sft.py recipes/llava15.py --init=runs/align --data=FILE --images=DIR
 
-This recipe was never run: the project has neither its data nor its weights. The values are from the paper and its code.
+This recipe was never run: its data and weights are not in this project. The values are from the paper and its code.
 """
 
 template = "vicuna_v1"

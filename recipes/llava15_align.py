@@ -4,7 +4,7 @@ one epoch, warm-up 3 %. --vision is CLIP-L/14-336, --llm is Vicuna-7B v1.5, each
     torchrun --nproc_per_node=8 train_align.py recipes/llava15_align.py --vision=openai/clip-vit-large-patch14-336 \\
         --llm=lmsys/vicuna-7b-v1.5 --data=FILE --images=DIR
 
-This recipe was never run: the project has neither its data nor its weights. The values are from the paper and its code.
+This recipe was never run: its data and weights are not in this project. The values are from the paper and its code.
 """
 
 template = "plain"

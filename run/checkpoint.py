@@ -21,7 +21,7 @@ from formats.whole import commit, remove, whole
 
 
 def discard(folder):
-    """Delete a checkpoint. It is renamed first: if the process is killed, an incomplete folder has another name."""
+    """Delete a checkpoint. Rename it first: if the process is killed here, no incomplete folder has the old name."""
     tmp = folder.parent / f".tmp-{folder.name}"
     remove(tmp)
     os.rename(folder, tmp)
@@ -76,8 +76,8 @@ def save_checkpoint(out, step, model, optimizer, world, state):
 
 
 def retire(out, step, keep_last):
-    """Delete all checkpoints but the newest `keep_last`. Checkpoints of steps after `step` are deleted, too. They are
-    damaged, or the run was resumed from an earlier step."""
+    """Delete all checkpoints but the newest `keep_last`. Checkpoints of steps after `step` are deleted, too: they
+    are damaged, or were written before the run was resumed from an earlier step."""
     steps = steps_in(out)
     kept = [s for s, _ in steps if s <= step][-keep_last:]
     for s, path in steps:

@@ -114,7 +114,7 @@ class RunFolder:
 
     def compare(self, what, old, kinds, but=()):
         """Stop if `old`, the record of a finished run or of a checkpoint, has other data, frozen weights or settings.
-        kinds: values of setting(resume=...) to compare; but: settings to skip; what: name of `old` in messages."""
+        kinds: settings whose `resume` is one of these are compared; but: not these. what: name of `old` in messages."""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
         if old.get("base") != self.base:
@@ -125,7 +125,7 @@ class RunFolder:
                 self.refuse(what, f"was trained with {key}={before}, not {getattr(self.s, key)}")
 
     def is_finished(self):
-        """Is this run already finished? Rank 0 checks this for all ranks. It stops if settings or data have changed."""
+        """Is this run already finished? Rank 0 checks it for all ranks, and stops if settings or data have changed."""
         found = False
         if self.world.rank == 0 and self.s.resume == "auto" and not self.s.overfit:
             done = read_json(self.out / "finished.json", absent={})
@@ -164,7 +164,7 @@ class RunFolder:
 
     def begin(self, start):
         """Called after the first step: write config.json. Files of an older run are deleted only now: a new run with
-        wrong settings has stopped before this point, and does not destroy the older run."""
+        wrong settings stops before this point, so it does not destroy the older run."""
         if self.world.rank > 0:
             return
         try:

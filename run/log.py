@@ -45,7 +45,7 @@ def check_dropped(max_dropped, dropped, samples, reasons):
 
 class Log:
     """Counts tokens and samples; writes log lines. Its rates per second are over all ranks, since the previous line.
-    flops: plan.flops(), FLOPs per token or image. state: result of state(), from the checkpoint to resume."""
+    flops: FLOPs per token or image, from plan.flops(). state: what state() returned, from the checkpoint to resume."""
 
     def __init__(self, out, world, steps, start=0, flops={}, max_dropped=0.01, state=None):
         self.file, self.world, self.steps, self.start = Path(out, "log.jsonl"), world, steps, start

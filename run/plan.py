@@ -17,7 +17,7 @@ from loss import supervised
 
 
 def rows(cfg):
-    """For flops(): {name pattern: (unit, rows per unit)}. A matrix is multiplied by so many rows per image or token."""
+    """-> the table for flops(), {name pattern: (unit, rows that a matrix multiplies for each image or token)}"""
     last = f"language_model.model.layers.{cfg.text.num_hidden_layers - 1}"
     head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
     P, Q = cfg.vision.patches, cfg.image_tokens
@@ -84,7 +84,7 @@ def lines(model, lrs, world, micro, steps, s):
 
 def count_parameters(model):
     """Yield (name, tensor, number of weights) in the order in which data passes the modules. The tensors are parameters
-    and 2-D buffers, which hold 4-bit matrices with two weights per byte."""
+    and 2-D buffers. Such a buffer is a 4-bit matrix with two weights per byte."""
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(prefix, recurse=False):
             yield name, p, p.numel()
@@ -95,8 +95,8 @@ def count_parameters(model):
 
 def flops(model, table):
     """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}. table: {name pattern: (unit, rows per
-    unit)}; the last pattern that fits decides. A weight costs 2 FLOPs per row in forward, 2 more if it is trained,
-    and 2 more if an earlier parameter is trained. Attention products and recomputation are not counted."""
+    unit)}; the last pattern that fits decides. A weight costs 2 FLOPs per row in forward, 2 more if it is trained
+    (its gradient), 2 more if an earlier parameter is (gradient of the input). Not counted: attention, recomputation."""
     out, below = Counter(), False
     for name, p, count in count_parameters(unwrap(model)):
         fits = [table[g] for g in table if fnmatch.fnmatchcase(name, g)]

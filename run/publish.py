@@ -16,7 +16,7 @@ SAVE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def published_dtype(s, world):
-    """-> dtype of the published weights. save_dtype=auto: dtype of the computation, but fp16 for fp32, as in LLaVA"""
+    """-> dtype of published weights. save_dtype=auto: that of the computation, but fp16 if that is fp32 (as LLaVA)"""
     return SAVE_DTYPES.get(s.save_dtype) or (torch.float16 if world.dtype == torch.float32 else world.dtype)
 
 
@@ -42,7 +42,7 @@ def publish(run, model, folder, log):
     if world.rank > 0:
         return
     try:
-        retire(out, max(run.steps, log.start), s.keep_last)      # a run killed while saving leaves one checkpoint more
+        retire(out, max(run.steps, log.start), s.keep_last)      # a run killed while saving leaves one too many
         base = full_path(s.init) if s.init else None
         if adapted:
             trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}

@@ -79,7 +79,7 @@ def toy_world(s, world, split):
 
 def load(s, world, template):
     """Load the model -> model.VLM, formats.llava.Folder (tokenizer, configs). Empty settings are taken from `init`, or
-    for a new model from LLaVA-1.5. template: used if `init` has no template, or has `plain`, only for captions."""
+    for a new model from LLaVA-1.5. template: the one to use if `init` has none, or only `plain` (for captions)."""
     model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
     engine.set_threads(model, world)
     cfg = model.cfg
@@ -119,7 +119,7 @@ class Run:
 
 
 def prepare(s, world, model, folder, lrs):
-    """Open the data; print the plan; do a dry run or resume -> Run. folder: formats.llava.Folder; lrs: {name: lr}"""
+    """Open data; print the plan; do a dry run, start or resume -> Run. folder: formats.llava.Folder; lrs: {name: lr}"""
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
     encode = Encoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system)
     samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size,
@@ -148,7 +148,7 @@ def prepare(s, world, model, folder, lrs):
 def stopped(run, step, world):
     """Called when a run stops after a signal: print a message. The checkpoint is already written. -> exit code"""
     world.print(f"stopped by a signal after step {step + 1}/{run.steps}; the same command goes on")
-    return 128 + (run.signals or [signal.SIGTERM])[0]            # no signal here: another rank got one
+    return 128 + (run.signals or [signal.SIGTERM])[0]            # SIGTERM if only another rank got a signal
 
 
 def finish(run, s, world, folder):

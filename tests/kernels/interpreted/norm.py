@@ -57,7 +57,7 @@ def test_low_precision_errs_at_most_twice_as_much(name, dtype):
 BROKEN = {
     "mean over the tile": ("[:, None] / C + eps)\n    w = ", "[:, None] / BLOCK + eps)\n    w = "),
     "no eps": ("x *= tl.rsqrt(tl.sum(x * x, 1)[:, None] / C + eps)", "x *= tl.rsqrt(tl.sum(x * x, 1)[:, None] / C)"),
-    "masked lanes become -mean": ("C, 0)  # masked lanes", "C, x - tl.sum(x, 1)[:, None] / C)  # masked lanes"),
+    "masked lanes become -mean": ("C, 0)  #", "C, x - tl.sum(x, 1)[:, None] / C)  #"),
     "weight before the rounding": ("y = x.to(Y.dtype.element_ty).to(wide) * w", "y = x * w"),
     "component along x kept": ("dx = g - x * (tl.sum(g * x, 1)[:, None] / C)", "dx = g"),
     "residual's gradient forgotten": ("dx += tl.load(DS + at, mask, 0).to(wide)", "dx += 0"),
