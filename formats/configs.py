@@ -28,7 +28,7 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
         "qwen3": dict(QWEN, architecture="Qwen3ForCausalLM", head_dim=128, sliding_window=4096),
         "gemma": dict(architecture="GemmaForCausalLM")}
 CLASSES = {"gemma": GemmaConfig}           # config classes of parts/, where TextConfig lacks a field or a default
-ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh")}      # activation of an LLM's MLP, if it is not silu; both names mean tanh
+ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh")}      # of an LLM's MLP, if it is not silu; for Gemma both mean tanh
 
 
 def read_config(folder):

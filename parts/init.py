@@ -1,4 +1,4 @@
-"""How the weights of a new part begin."""
+"""The first values of the weights of a new model or part."""
 
 import torch
 
@@ -15,7 +15,7 @@ def init_weights(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     params = dict(sorted(model.named_parameters()))
     for name, p in params.items():
-        if "linear_" in name:  # the connector, in a VLM or alone
+        if "linear_" in name:  # linear_1 and linear_2 of the connector
             fan_in = params[name.replace("bias", "weight")].shape[1]
             value = (2 * torch.rand(p.shape, generator=g) - 1) * fan_in**-0.5
         elif "norm" in name or "layer_scale" in name:
@@ -24,6 +24,6 @@ def init_weights(model, seed=0):
             value = torch.zeros(p.shape)
         elif "embed" in name and "patch" not in name or "register_tokens" in name:
             value = torch.randn(p.shape, generator=g) * 0.02
-        else:  # 1/sqrt(fan in). The usual 0.02 fits a width of 2,500; it is far too small for the toy's width of 128
+        else:  # matrices. The usual 0.02 = 1/sqrt(2,500) suits width 2,500, but is far too small for the toy's 128
             value = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5
         p.copy_(value)
