@@ -25,7 +25,7 @@ import torch
 import chat
 from config import BadSample, stop
 from formats.rows import Rows, conversation
-from images import image_folder, image_size, load_image, preprocess_all, safe_path
+from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
 
 # ---- rows -> samples -------------------------------------------------------------------------------------------------
@@ -45,11 +45,14 @@ class Encoder:
         return chat.encode(self.tok, self.template, turns, blocks, self.system if system is None else system,
                            self.max_len)
 
-    def __call__(self, row, size=None):
-        """A row -> ids, labels, names of the images that fit into max_len, number of tokens cut off. size: a function
-        image name -> (width, height), for layouts that need it"""
+    def blocks(self, names, root):
+        """Names of images below the folder root -> for each, the ids that stand for it"""
+        return [self.layout.block(safe_path(root, name) if self.layout.needs_image else None) for name in names]
+
+    def __call__(self, row, root=""):
+        """A row -> ids, labels, names of the images that fit into max_len, number of tokens cut off"""
         turns, names, system = conversation(row)
-        blocks = [self.layout.block(self.layout.needs_size and size(name)) for name in names]
+        blocks = self.blocks(names, root)
         ids, labels = self.encode(turns, blocks, system)
         short, kept, images = chat.truncate(ids, labels, blocks, self.layout.image_id, self.max_len)
         if all(y == IGNORE for y in kept[1:]):                 # [1:]: no position predicts the first token
@@ -180,7 +183,7 @@ class Steps(torch.utils.data.Dataset):
             try:
                 row = self.files[f][i]
                 name += f" id={row.get('id')!r:.80}"
-                ids, labels, names, cut = self.encode(row, self.size)
+                ids, labels, names, cut = self.encode(row, self.images)
                 encoded.append((name, ids, labels, names))
                 truncated += mine and cut > 0
             except BadSample as e:                             # all ranks find this error; only one rank reports it
@@ -204,15 +207,12 @@ class Steps(torch.utils.data.Dataset):
             micro.append(pack(samples, self.image_spec.side, self.span_ends))
         return StepData(micro, names, dropped, truncated, animated)
 
-    def size(self, file):
-        """Name of an image -> (width, height), read from the header of its file"""
-        return image_size(safe_path(self.images, file))
-
     def pixels(self, file):
         """-> pixels (n, 3, S, S) uint8, is the image animated? n is 1, or the number of tiles that the layout cuts the
         image into. The full-size image is freed before the next is read."""
         image = load_image(safe_path(self.images, file))
-        return preprocess_all(self.encode.layout.cut(image), self.image_spec), image.info["animated"]
+        tiles = [preprocess(tile, self.image_spec) for tile in self.encode.layout.cut(image)]
+        return torch.stack(tiles), image.info["animated"]
 
 
 # ---- loader processes -----------------------------------------------------------------------------------------------

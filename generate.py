@@ -16,7 +16,7 @@ import chat
 import engine
 from config import stop
 from formats import configs, hub, llava, peft
-from images import load_image, preprocess_all
+from images import load_image, preprocess
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
 from model import logits_head
@@ -137,8 +137,8 @@ class Chat:
         """Paths or PIL images -> list of pixels (n, 3, S, S) uint8 as in training, list of blocks of ids"""
         pixels, blocks = [], []
         for image in map(load_image, images):
-            pixels.append(preprocess_all(self.layout.cut(image), self.spec))
-            blocks.append(self.layout.block(image.size))
+            pixels.append(torch.stack([preprocess(tile, self.spec) for tile in self.layout.cut(image)]))
+            blocks.append(self.layout.block(image))
         return pixels, blocks
 
     def prompt(self, turns, blocks=()):

@@ -30,10 +30,10 @@ class Layout(NamedTuple):
     """The ids of an image in the sequence: `tokens` placeholders. Other systems have other layouts (parts/tiles.py)."""
     image_id: int
     tokens: int
-    needs_size = False         # does the block depend on the size of the image?
+    needs_image = False        # does the block depend on the size of the image?
 
-    def block(self, size=None):
-        """size: (width, height) -> the ids of one image"""
+    def block(self, image=None):
+        """A path or a PIL image -> the ids of this image"""
         return [self.image_id] * self.tokens
 
     def cut(self, image):
@@ -92,16 +92,6 @@ def load_image(source):
         raise BadSample("image cannot be read", f"{name} ({type(e).__name__})") from None
 
 
-def image_size(path):
-    """(width, height) as load_image gives it, read from the header. BadSample if that is not possible."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5       # EXIF orientations 5 to 8 exchange the sides
-            return image.size[::-1] if turned else image.size
-    except Exception as e:
-        raise BadSample("image cannot be read", f"{os.path.basename(path)!r} ({type(e).__name__})") from None
-
-
 def upright(image):
     """Rotate or flip a PIL image as its EXIF orientation says -> always a new image"""
     try:
@@ -152,8 +142,3 @@ def preprocess(image, spec):
         box = (left * w / W, top * h / H, (left + S) * w / W, (top + S) * h / H)
         image = image.resize((S, S), spec.resample, box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def preprocess_all(images, spec):
-    """PIL RGB images -> (n, 3, S, S) uint8"""
-    return torch.stack([preprocess(image, spec) for image in images])

@@ -60,6 +60,9 @@ def typed(Config, what, d):
     return Config(**{k: x for k, x in d.items() if k in fields})
 
 
+OURS = ("first_position", "feature_norm", "keep_class")    # fields that no published config.json may set
+
+
 def vision_kind(c):
     """config.json of a vision tower -> its model_type. Stops if this type is not supported."""
     kind = c.get("model_type", "clip_vision_model")
@@ -75,7 +78,7 @@ def vision_config(c, feature_layer=-2, pre={}):
     if c.get("use_swiglu_ffn") or c.get("num_channels", 3) != 3:
         stop(f"vision tower with use_swiglu_ffn={c.get('use_swiglu_ffn', False)} and num_channels="
              f"{c.get('num_channels', 3)}: false and 3 are supported")
-    d = VISION[kind] | {k: x for k, x in c.items() if x is not None}
+    d = VISION[kind] | {k: x for k, x in c.items() if x is not None and k not in OURS}
     d |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if pre.get(k) is not None}
     if kind.startswith("dinov2"):
         d["intermediate_size"] = int(d.get("hidden_size", VisionConfig.hidden_size) * d.get("mlp_ratio", 4))
@@ -102,7 +105,7 @@ def text_config(c):
     if (act := c.get("hidden_activation") or c.get("hidden_act", acts[0])) not in acts:
         stop(f"language model with hidden_act {act!r}: {' or '.join(acts)} is supported")
     null = ("num_key_value_heads", "head_dim", "sliding_window")              # here null is a value, not an absent key
-    d = TEXT[kind] | {k: x for k, x in c.items() if x is not None or k in null}
+    d = TEXT[kind] | {k: x for k, x in c.items() if k not in OURS and (x is not None or k in null)}
     plain = typed(Config, "language model", {k: x for k, x in d.items() if x is not None})
     heads, L = plain.num_attention_heads, plain.num_hidden_layers
     d["num_key_value_heads"] = d.get("num_key_value_heads", plain.num_key_value_heads) or heads

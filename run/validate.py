@@ -62,9 +62,8 @@ class Validation:
             try:
                 turns, names, system = conversation(row)
                 if names and turns[0][0].count(chat.IMAGE) == len(names):
-                    encode(row, self.steps.size)                         # raises BadSample if training would drop `row`
-                    blocks = [encode.layout.block(self.steps.size(name)) for name in names]
-                    prompt, _ = encode.encode([(turns[0][0], None)], blocks, system)
+                    encode(row, self.s.images)                           # raises BadSample if training would drop `row`
+                    prompt, _ = encode.encode([(turns[0][0], None)], encode.blocks(names, self.s.images), system)
                     pixels = [self.steps.pixels(name)[0] for name in names]
                     out.append((row.get("id"), *turns[0], torch.tensor(prompt), pixels))
             except BadSample:

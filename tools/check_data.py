@@ -19,7 +19,7 @@ from data import Encoder
 from formats.rows import Rows
 from formats.strict_json import read_json
 from formats.tokenizer import Tokenizer
-from images import Layout, image_folder, image_size, load_image, safe_path
+from images import Layout, image_folder, load_image, safe_path
 from kernels.cross_entropy import IGNORE
 
 
@@ -69,7 +69,7 @@ def main(argv):
             print(f"{i:,} of {len(rows):,} samples, {left:.0f} s left", file=sys.stderr)
         try:
             row = rows[i]
-            ids, labels, names, cut = encode(row, lambda name: image_size(safe_path(s.images, name)))
+            ids, labels, names, cut = encode(row, s.images)
             moving = [load_image(safe_path(s.images, name)).info["animated"] for name in names]
         except BadSample as e:
             bad.append({"index": i, "id": row.get("id"), "reason": e.reason, "detail": str(e)[len(e.reason) + 2 :]})

@@ -230,7 +230,8 @@ def test_text_defaults_are_those_of_the_class(kind):
         ours = configs.text_config({"model_type": kind.lower()} | given)
         names = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
                  "rms_norm_eps max_position_embeddings tie_word_embeddings").split()
-        want = {k: getattr(c, k) for k in names} | {"model_type": kind.lower(), "qk_norm": kind == "Qwen3"}
+        want = {k: getattr(c, k) for k in names} | {"model_type": kind.lower(), "qk_norm": kind == "Qwen3",
+                                                    "first_position": 0}
         want["head_dim"] = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         bias = getattr(c, "attention_bias", False) if kind in ("Llama", "Qwen3") else False
         want |= {"qkv_bias": kind == "Qwen2" or bias, "o_bias": bias}
