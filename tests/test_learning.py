@@ -11,6 +11,7 @@ from tiny_runs import run
 import chat
 import data
 import images
+from generate import generate
 from kernels.cross_entropy import IGNORE
 
 COLORS = ["red", "black", "white"]
@@ -33,7 +34,7 @@ def trained(world, tmp_path):
         asked = generate.Chat(tmp_path / "run", "cpu")
         prompt = asked.prompt([(QUESTION, None)], [asked.layout.block()])
         pixels = torch.cat(asked.look(tmp_path / "images" / f"{c}.png" for c in COLORS)[0])
-        answers = generate.generate(asked.model, [prompt] * 3, pixels, asked.stop_ids, 24, banned=asked.banned)
+        answers = generate(asked.model, [prompt] * 3, pixels, asked.stop_ids, 24, banned=asked.banned)
         return [(asked.tok.decode(ids).strip(), len(ids)) for ids in answers]
     return go
 
