@@ -88,7 +88,8 @@ class VLMConfig:
     text: TextConfig = field(default_factory=TextConfig)
     connector: str = "mlp"                   # linear, mlp; parts/ has others
     image_token_index: int = 32000
-    tokens: int = 0                          # per image, behind the connector; 0 = one per patch
+    tokens: int = 0                          # tokens of one image after the connector; 0 = one per patch
+    connector_args: dict = field(default_factory=dict)   # further settings of a connector of parts/
     mask: str = "causal"                     # who sees whom: parts/spans.py has others
     layout: dict = field(default_factory=dict)           # of images in the sequence: parts/tiles.py; {} = images.Layout
     second: VisionConfig | None = None       # COMM's second tower: parts/features.py

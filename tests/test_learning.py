@@ -11,7 +11,7 @@ from tiny_runs import run
 import chat
 import data
 import images
-from generate import generate
+from generate import Chat, generate
 from kernels.cross_entropy import IGNORE
 
 COLORS = ["red", "black", "white"]
@@ -31,7 +31,7 @@ def trained(world, tmp_path):
         (tmp_path / "data.json").write_text(json.dumps(rows))
         run("sft", world, tmp_path / "run", data=str(tmp_path / "data.json"), images=str(tmp_path / "images"),
             batch_size=3, steps=60, lr=1e-2, log_every=100, save_every=0)
-        asked = generate.Chat(tmp_path / "run", "cpu")
+        asked = Chat(tmp_path / "run", "cpu")
         prompt = asked.prompt([(QUESTION, None)], [asked.layout.block()])
         pixels = torch.cat(asked.look(tmp_path / "images" / f"{c}.png" for c in COLORS)[0])
         answers = generate(asked.model, [prompt] * 3, pixels, asked.stop_ids, 24, banned=asked.banned)
