@@ -10,8 +10,7 @@ from tiny_runs import run
 
 import chat
 import data
-import images
-from generate import Chat, generate
+import generate
 from kernels.cross_entropy import IGNORE
 
 COLORS = ["red", "black", "white"]
@@ -31,10 +30,10 @@ def trained(world, tmp_path):
         (tmp_path / "data.json").write_text(json.dumps(rows))
         run("sft", world, tmp_path / "run", data=str(tmp_path / "data.json"), images=str(tmp_path / "images"),
             batch_size=3, steps=60, lr=1e-2, log_every=100, save_every=0)
-        asked = Chat(tmp_path / "run", "cpu")
+        asked = generate.Chat(tmp_path / "run", "cpu")
         prompt = asked.prompt([(QUESTION, None)], [asked.layout.block()])
         pixels = torch.cat(asked.look(tmp_path / "images" / f"{c}.png" for c in COLORS)[0])
-        answers = generate(asked.model, [prompt] * 3, pixels, asked.stop_ids, 24, banned=asked.banned)
+        answers = generate.generate(asked.model, [prompt] * 3, pixels, asked.stop_ids, 24, banned=asked.banned)
         return [(asked.tok.decode(ids).strip(), len(ids)) for ids in answers]
     return go
 
@@ -46,7 +45,8 @@ def test_it_answers_by_the_image_and_stops(trained):
 
 
 def test_a_model_without_its_images_would_be_seen(trained, monkeypatch):
-    monkeypatch.setattr(images, "preprocess", lambda image, spec: torch.zeros(3, 8, 8, dtype=torch.uint8))
+    for module in (data, generate):
+        monkeypatch.setattr(module, "preprocess", lambda image, spec: torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert sum(text == f"It is {c}." for (text, _), c in zip(trained(), COLORS)) <= 1, "chance"
 
 
