@@ -26,7 +26,7 @@ LONGEST = 64       # characters per token of max(max_len, 2048): encode() refuse
 
 
 class Parts:
-    """One conversation as parts: ("id", token id, supervised) or ("text", str, supervised). blocks: of the images"""
+    """One conversation as parts: ("id", token id, supervised) or ("text", str, supervised). blocks: ids per image"""
 
     def __init__(self, tok, blocks):
         self.tok, self.images, self.blocks, self.parts = tok, len(blocks), iter(blocks), []
@@ -73,7 +73,7 @@ class Parts:
         return [i for i, _ in out], [i if supervised else IGNORE for i, supervised in out]
 
     def tokenise_text(self, texts, first):
-        """Adjacent text parts [(str, supervised)] -> [(token id, supervised)]. first: are they the first tokens?"""
+        """Adjacent text parts [(str, supervised)] -> [(token id, supervised)]. first: do they begin the sequence?"""
         text = "".join(s for s, _ in texts)
         mask = b"".join(bytes([supervised]) * len(s) for s, supervised in texts)  # 1 = supervised character, 0 = not
         if re.search("[\ud800-\udfff]", text):
@@ -189,7 +189,7 @@ def encode(tok, name, turns, blocks=(), system=None, max_len=None):
 
 
 def end_of_turn(tok, name):
-    """-> id of the token that ends an answer (`plain`: EOS; None without EOS). A published model has it as its EOS"""
+    """-> id of the token that ends an answer, or None if there is none. In a published model, this token is the EOS"""
     end = template(name).stop
     return tok.eos if end in ("", "\n") else tok.id(end)
 

@@ -158,7 +158,7 @@ class Steps(torch.utils.data.Dataset):
         if self._epoch[0] != e:
             draws = []
             for f, (rows, count) in enumerate(zip(self.files, self.counts)):
-                first, end = e * count, (e + 1) * count        # draws from this file are counted over all epochs
+                first, end = e * count, (e + 1) * count        # epoch e makes the draws first ... end - 1 of this file
                 laps = range(first // len(rows), -(-end // len(rows)))
                 order = [np.random.default_rng([self.seed, f, lap]).permutation(len(rows)) for lap in laps]
                 picked = np.concatenate([[], *order]).astype(int)[first % len(rows):][:count]

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from config import one_line_errors, parse, stop
 
-TIMEOUT = datetime.timedelta(minutes=30)   # of a collective operation; long: some rank may have a slow disk
+TIMEOUT = datetime.timedelta(minutes=30)   # for a collective operation; long, because a rank may have a slow disk
 PARAMETERS_PER_THREAD = 10_000_000         # on a CPU, set_threads uses one thread per 10 million parameters
 
 

@@ -121,7 +121,7 @@ def main(s):
     data, images = (s.data, s.images or str(Path(s.data).parent)) if s.data else toy_questions(world)
     rows = read_questions(data, s.task if s.data else "exact")
     if s.task == "pope":
-        rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # skip toy questions with other answers
+        rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # keep only yes/no questions
     rows = rows[: s.limit or None]
     image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"

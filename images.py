@@ -30,7 +30,7 @@ class Layout(NamedTuple):
     """The ids of an image in the sequence: `tokens` placeholders. Other systems have other layouts (parts/tiles.py)."""
     image_id: int
     tokens: int
-    needs_image = False        # does the block depend on the size of the image?
+    needs_image = False        # do the ids depend on the size of the image?
 
     def block(self, image=None):
         """A path or a PIL image -> the ids of this image"""

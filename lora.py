@@ -156,9 +156,9 @@ def merged(W, A, B, scale, lengths=None):
 
 @torch.no_grad()
 def merge_state(state, scales, dtype=None):
-    """State dict of a model with adapters -> state dict of the merged model. scales: alpha / r of each layer with an
-    adapter, by name. Each merged matrix is computed in fp32 (fp64 if W is fp64) and, if dtype is given, rounded to it
-    before the next is computed: then a 7B model is never whole in memory in fp32. `state` does not change."""
+    """State dict of a model with adapters -> state dict of the merged model. scales: {layer name: alpha / r}. A merged
+    matrix is computed in fp32 (fp64 if W is fp64). If dtype is given, the matrix is rounded to it before the next is
+    computed, so that a 7B model is never whole in memory in fp32. `state` does not change."""
     out, packed = {k: v for k, v in state.items() if ".lora_" not in k}, {}
     for name in [k.removesuffix(".absmax") for k in out if k.endswith(".absmax")]:
         packed[name] = tuple(out.pop(f"{name}.{part}") for part in nf4.PARTS)

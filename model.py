@@ -37,7 +37,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
     num_register_tokens: int = 0             # DINOv2 with registers: 4
     feature_layer: int | tuple = -2          # index into outputs [embeddings, block 1, ..., block L]; -2: block L - 1
-    feature_norm: bool = False               # parts/features.py: the features pass the last norm (PaliGemma)
+    feature_norm: bool = False               # parts/features.py: the ViT's final norm is applied (PaliGemma)
     keep_class: bool = False                 # parts/features.py: the class token is a feature, too (BLIP-2)
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # per colour channel; ViTEmbeddings normalises with them
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
@@ -435,14 +435,14 @@ class VLM(nn.Module):
         return head(hidden, self.language_model.head_weight, labels[rows])
 
     def inputs(self, ids, pos, images, cache=None):
-        """-> [x (N, C)]: token embeddings, with image features at the placeholders. A subclass may return more: these
-        values are further arguments of the decoder."""
+        """-> [x (N, C)]: token embeddings, with image features at the placeholders. A subclass may return more
+        values: the decoder gets them as further arguments."""
         x = self.language_model.embed(ids)                                     # (N, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))                  # autocast does not cast embeddings
         z = self.image_features(images).flatten(0, 1)                          # (I Q, C)
-        # at: indices of the image placeholders, then -1 in unused places. The two checks need no host-device sync
+        # at: indices of the image placeholders, then -1 in unused places. The two asserts need no host-device sync
         at = (ids == self.cfg.image_token_index).nonzero_static(size=len(z) + 1)[:, 0]                 # (I Q + 1,)
         torch._assert_async(at[-1] < 0, "there are more image placeholders than image features")
         torch._assert_async((at[:-1] >= 0).all(), "there are more image features than image placeholders")
-        return [x.index_copy(0, at[:-1], z.to(x.dtype))]                       # masked_scatter needs a sync in backward
+        return [x.index_copy(0, at[:-1], z.to(x.dtype))]  # not masked_scatter, whose backward waits for the GPU

@@ -20,8 +20,8 @@ import config
 ROOT = Path(__file__).resolve().parent.parent
 LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # dtype of the measurements
 
-# LLaVA's 665k conversations, simulated. Each part: conversations in thousands; text tokens (log-normal): mean,
-# std / mean, supervised share; images. Only the number of conversations is published; the others are assumed.
+# LLaVA's 665k conversations, simulated. Each part: (thousands of conversations, mean number of text tokens, ratio of
+# its standard deviation to the mean, supervised share, images). Only the first is published; the others are assumed.
 MIX = [(58, 290, .35, .62, 1), (23, 160, .30, .68, 1), (77, 215, .30, .75, 1),    # conversation, detail, reasoning
        (40, 1150, .55, .65, 0), (83, 150, .25, .14, 1), (72, 285, .60, .15, 1),   # ShareGPT, VQAv2, GQA
        (9, 75, .10, .05, 1), (80, 160, .20, .25, 1), (66, 105, .15, .02, 1),      # OKVQA, OCR-VQA, A-OKVQA
@@ -66,8 +66,8 @@ def sync(device):
 
 
 def timed(f, device, ms):
-    """Median milliseconds of f(); all calls together take about `ms`. On a GPU: time between two events. Before each
-    call 1 GiB is overwritten, so that the L2 cache is cold and the host has time to queue the call, as in a model."""
+    """Median milliseconds of f(). All calls together take about `ms`. On a GPU, two events measure it. Before each
+    call, 1 GiB is overwritten. This removes f's inputs from the L2 cache, and gives the host time to queue the call."""
     f()
     sync(device)
     began = time.perf_counter()

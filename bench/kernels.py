@@ -46,7 +46,7 @@ def peak_mib(c):
 
 
 def times(c, together, device, ms):
-    """-> [ms of forward, ms of backward], or [ms of both]"""
+    """-> [ms of forward, ms of backward]; if `together`, [ms of forward + backward]"""
     if together:
         return [bench.timed(c.run, device, ms)]
     out = c.forward()

@@ -21,7 +21,7 @@ class Contender:
     forward: object                # () -> tuple of outputs
     leaves: list                   # tensors that get gradients
     ups: list                      # gradients of the outputs
-    common: object = list          # [outputs..., gradients...] -> the same in the layout in which errors are measured
+    common: object = list          # [outputs..., gradients...] -> these tensors in the layout that all contenders share
     note: str = ""
 
     def run(self):
@@ -35,7 +35,7 @@ class Contender:
 class Row:
     what: str
     contenders: dict               # name -> function that builds a Contender; "ours" is first; "torch": the definition
-    truth: object                  # () -> outputs and gradients in float64, in the common layout
+    truth: object                  # () -> true outputs and gradients in float64, in the layout of Contender.common
     plain: object = None           # () -> the same as truth, in low precision; needed if "torch" is no contender
     flops: tuple = (0, 0)          # FLOPs that forward, backward need
     bytes: tuple = (0, 0)          # bytes that forward, backward must read or write
@@ -78,7 +78,7 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
     n, at = torch.tensor(lengths, device=device), torch.arange(N, device=device)
     starts = n.cumsum(0) - n
     doc = torch.arange(B, device=device).repeat_interleave(n)                   # (N,) document of a token
-    place = doc * L + at - starts[doc]                                          # (N,) its index in a padded batch
+    place = doc * L + at - starts[doc]                                          # (N,) a token's index in a padded batch
     lo = starts[doc].int()
     hi = (at + 1 if causal else (starts + n)[doc]).int()
     pairs = sum(t * (t + 1) // 2 if causal else t * t for t in lengths)
@@ -338,7 +338,7 @@ def nf4_row(O, C, device, dtype):
 
 
 def packed(tokens, scale=1.0):
-    """Lengths of documents that fill `tokens` tokens, drawn from bench.MIX, times `scale`; an image has 576 tokens"""
+    """Document lengths with the sum `tokens`: drawn from bench.MIX, 576 tokens per image, and multiplied by `scale`"""
     out, g = [], torch.Generator().manual_seed(0)
     while sum(out) < tokens:
         for text, _, images in bench.draw_lengths(64, g):

@@ -25,8 +25,8 @@ from bench.systems import NAMES, conversations, fill, pad, system, work
 from config import setting
 
 LR, CLIP = 1e-3, 1.0
-AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest allowed difference between the sides' first losses (bf16; fp32)
-MEMORY = 0.6                                # goal: peak memory of ours / theirs is at most this
+AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest allowed difference between our first loss and a peer's
+MEMORY = 0.6                                # goal: our peak memory is at most this share of a peer's
 CLOCK = {"cuda": "Time between events", "cpu": "CPU time"}
 
 
@@ -125,7 +125,7 @@ def theirs(s, device, *how):
         return [pad(s.cfg, made[i : i + n]) for i in range(0, len(made), n)]
 
     def step(micro):
-        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)  # no shift needed: the first label is -100
+        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)  # the model's shift drops the first label: -100
         total = 0.0
         for batch in micro:
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -143,7 +143,7 @@ def theirs(s, device, *how):
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 def memory(key):
-    """Bytes of this process. VmRSS: now; VmHWM: peak. getrusage would include the peak of the parent process."""
+    """Bytes of memory of this process: VmRSS now, VmHWM peak. getrusage would include the parent's peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
@@ -187,8 +187,8 @@ def measure(name, side, steps, size="full", device="cpu"):
             if part <= 1 / 16:
                 raise
             took = None
-        if took is None:                                      # start again with smaller micro-batches; keep the first
-            part, seconds, losses = part / 2, [], losses[:1]  # loss, from before any update
+        if took is None:                                      # out of memory: start again with smaller micro-batches
+            part, seconds, losses = part / 2, [], losses[:1]  # keep the first loss: no update came before it
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             continue
@@ -214,7 +214,7 @@ def compare(name, pairs, steps, size, device, ceilings, peer):
            "supervised": supervised / real, "ms": [1e3 * t for t in seconds],
            "samples_per_s": [s.samples / t for t in seconds],
            "mib": [mid(p["peak"] for p in side) / 2**20 for side in sides], "part": [side[0]["part"] for side in sides]}
-    if ceilings:  # best published TFLOP/s: attention forward 600, backward 500; matrix product 790
+    if ceilings:  # best published TFLOP/s: matrix product 790, attention forward 600, attention backward 500
         rate = ceilings["matmul"]
         floor = products / rate + forward / (rate * 600 / 790) + backward / (rate * 500 / 790)
         flops = products + forward + backward

@@ -21,10 +21,10 @@ class System:
     stage: str                     # what trains: align = connector; sft = connector, LLM; lora = connector, adapters
     samples: int                   # conversations per step
     peers: tuple                   # what ours is compared with
-    goals: dict = dataclasses.field(default_factory=dict)  # peer -> time of theirs / time of ours
+    goals: dict = dataclasses.field(default_factory=dict)  # peer -> least speed-up wanted over it
     spread: float | None = None    # sigma of log-normal lengths, median 90; None: captions if align, else mixture
-    room: int = 1 << 30            # maximum tokens per packed sequence (ours)
-    micro: int = 1 << 30           # maximum conversations per batch (theirs)
+    room: int = 1 << 30            # for our code: maximum tokens per packed sequence
+    micro: int = 1 << 30           # for the peers: maximum conversations per batch
     r: int = 0                     # rank of the adapters
 
 
@@ -119,7 +119,7 @@ def pad(cfg, made):
 
 def fill(cfg, model, device, names=lambda k: [k]):
     """Set the parameters that `model` shares with model.VLM to fixed random values. names(k): names that
-    VLM's parameter k may have in `model` -> names of the parameters of `model` that VLM lacks."""
+    VLM's parameter k may have in `model`. Returns the names of the parameters of `model` that VLM does not have."""
     from model import VLM
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in VLM(cfg).state_dict().items()}

@@ -231,7 +231,7 @@ VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_atte
            patch_size=12)
 CLASSES = {"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES, "digit": [*range(10)],  # content of a cell
            "row": [*range(3)], "column": [*range(3)]}      # place of a cell: without it, no patch learns its place
-COUNTS = [len(v) + 1 for v in CLASSES.values()]            # class 0: the cell has no such attribute
+COUNTS = [len(v) + 1 for v in CLASSES.values()]            # + 1: class 0 means that the cell has no such attribute
 PER_CELL = toy.SIDE // VIT["patch_size"] // 3              # patches along a cell's side
 CELLS = torch.arange(9).view(3, 1, 3, 1).expand(3, PER_CELL, 3, PER_CELL).flatten()  # (T - 1,) cell of each patch
 

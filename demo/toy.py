@@ -258,7 +258,7 @@ def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
         for _, q, a, s in scene_questions(scene, rng):
             asked.setdefault(q, (q, a, s))
         if len(asked) == before and rng.random() < 0.2:
-            break                                          # a scene with one object has few different questions
+            break                                          # no new question: a scene with one object has few
     asked = list(asked.values())
     rng.shuffle(asked)
     asked = asked[:turns]

@@ -38,7 +38,7 @@ def matches(pattern, name):
 
 
 def rank_and_alpha(folder, c, name=""):
-    """-> rank r and alpha of a layer's adapter (alpha / r) B A. rsLoRA divides by sqrt(r): we return alpha sqrt(r).
+    """-> rank r and alpha of a layer's adapter (alpha / r) B A. rsLoRA is (a / sqrt(r)) B A: then alpha = a sqrt(r).
     name: the layer's name in the PEFT file; of several patterns that match it, the first is used, as in PEFT."""
     r, alpha = (next((v for p, v in (c.get(patterns) or {}).items() if matches(p, name)), c.get(key))
                 for key, patterns in zip(("r", "lora_alpha"), PATTERNS))

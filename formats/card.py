@@ -121,7 +121,7 @@ def peft_reads(base):
 
 
 def adapter(run, base):
-    """-> README.md for adapter/. base: the LLaVA that was trained; None: the run began with a ViT and an LLM"""
+    """-> README.md for adapter/. base: the VLM that was trained; None if it was put together from a ViT and an LLM"""
     s, *_ = facts(run)
     first, names = head("peft", f"{Path(run).resolve().name}: adapter", "", s, base)
     bits = "The language model was in four bits (NF4) while it was trained.\n" if s.get("bits") == 4 else ""

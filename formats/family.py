@@ -21,7 +21,7 @@ class Family(NamedTuple):
     config: callable         # (config.json, preprocessor_config.json) -> VLMConfig
     fits: callable           # VLMConfig -> can transformers' class of this family hold such a model?
     names: callable          # VLMConfig -> [(pattern, replacement)], from our names to published ones
-    files: callable          # (Folder, VLMConfig) -> {file name: content} beside tokenizer and pumice.json
+    files: callable          # (Folder, VLMConfig) -> {file name: content}, without tokenizer and pumice.json
 
 
 def published_name(name, pairs):

@@ -3,8 +3,8 @@
     folder        a path, or a name `org/name` on the Hugging Face hub
     vision        a folder of a vision tower: CLIP or SigLIP (with or without its text encoder) or DINOv2
     llm           a folder of a language model: Llama, Mistral, Qwen2 or Qwen3, with its tokenizer
-    init          a LLaVA: a run; a llava-hf folder; a folder of the LLaVA repository with all weights, with only
-                  mm_projector.bin, or with a LoRA and non_lora_trainables.bin
+    init          a LLaVA: a run; a llava-hf folder; a folder that LLaVA's own code saved: all weights, only
+                  mm_projector.bin, or a LoRA and non_lora_trainables.bin
 
     V vocabulary size   D ViT width   n, m patches along the side of an image, before and after resampling
 """
@@ -33,7 +33,7 @@ from model import VLMConfig
 from parts.build import build
 from parts.init import init_weights
 
-# config.json of the LLaVA repository. LLAVA_TEXT: model_type -> type of the LLM. LLAVA_KEYS: supported values of keys
+# config.json of LLaVA's own code. LLAVA_TEXT: model_type -> type of the LLM. LLAVA_KEYS: supported values of keys
 LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
@@ -50,7 +50,7 @@ class Folder(NamedTuple):
     unused: dict                # {name: tensor} of ViT blocks after the feature layer: not in our VLM, saved unchanged
     meta: dict                  # template, system text and image_aspect, if this repository trained the model
     digests: dict = {}          # {name: tensor_digest(tensor)} of the VLM's tensors
-    notes: list = []            # lines for the user, about added tokens and resampled positions
+    notes: list = []            # lines for the user, about added tokens and resampled position embeddings
 
 
 def read_tower(folder):
@@ -89,8 +89,8 @@ def read_llava_hf(folder, c):
 
 
 def read_llava_repository(folder, c):
-    """A folder of the LLaVA repository and its config.json c -> Folder, {our name: tensor}, index of the feature layer.
-    The vision tower comes from another folder; the LLM, too, if only a connector or a LoRA was trained."""
+    """A folder saved by LLaVA's own code, its config.json c -> Folder, {our name: tensor}, index of the feature layer.
+    The vision tower is read from another folder. So is the LLM, if only a connector or a LoRA was trained."""
     for key, known in LLAVA_KEYS.items():
         if (value := c.get(key)) not in (None, *known):
             stop(f"{folder}: {key}={value!r}, where {' or '.join(map(repr, known))} is supported")
@@ -124,7 +124,7 @@ def read_llava_repository(folder, c):
 
 
 def read_family(folder, c, family):
-    """A folder of a family beside LLaVA and its config.json c -> Folder, {our name: tensor}, VLMConfig"""
+    """A folder of another family (formats/family.py), its config.json c -> Folder, {our name: tensor}, VLMConfig"""
     v, t = c.get("vision_config") or {}, c.get("text_config") or {}
     pre = read_json(folder / "preprocessor_config.json", {})
     with one_line(f"{folder}: config.json"):
@@ -201,8 +201,8 @@ def add_token_rows(tensors, cfg, tok, where):
     cfg.vocab_size = -(-len(tok) // 64) * 64
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         x = tensors.get(name)
-        if x is not None and x.shape[:1] == (V,):                             # `account` refuses other shapes
-            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # fp64: equal on all machines
+        if x is not None and x.shape[:1] == (V,):                             # else account() stops: wrong shape
+            mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(4096)) / V     # fp64: same on all machines
             tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
     return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
             f"{cfg.vocab_size:,}"]

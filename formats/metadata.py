@@ -92,6 +92,6 @@ def metadata(folder, cfg, template, system, aspect, dtype):
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "patch_size": v.patch_size,
             "image_token": files["tokenizer_config.json"]["image_token"],
-            # only to count image tokens: patches + 1 - 1 ("default"). transformers 4.46 adds the 1 without this key
+            # both keys only count image tokens: patches + 1, and "default" subtracts 1. transformers 4.46 always adds 1
             "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
         "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}

@@ -82,8 +82,8 @@ def name_in_transformers(name, dino=False):
 
 
 def account(model, tensors, where, new=()):
-    """{our name: tensor} of a folder -> two dicts: the model's parameters, unused tensors (the ViT's blocks after the
-    feature layer and its final norm: all or none exist). new: prefix of parameters that the folder must not hold."""
+    """{our name: tensor} of a folder -> (the model's parameters, unused tensors). Unused are the ViT's final norm and
+    its blocks after the feature layer: all or none exist. new: prefix of parameters that the folder must not hold."""
     cfg = model.cfg
     want = {k: p.shape for k, p in model.named_parameters() if not k.startswith(new)}
     unused = {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}

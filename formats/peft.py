@@ -21,13 +21,13 @@ from lora import DoRALinear, LoRALinear, add_adapters, merge_state, quantize_bas
 from parts.build import build
 
 PREFIX = "base_model.model."  # every tensor name in a PEFT file begins with this
-# the ViT's blocks and final norm. PEFT adapts them all; load_adapter drops adapters of those that our VLM does not have
+# the ViT's blocks and final norm. A PEFT file may adapt blocks that our VLM does not have: load_adapter drops these
 BEHIND = re.compile(r"vision_tower\.vision_model\.(?:post_layernorm|layernorm|encoder\.layers?\.(\d+))\.")
 
 
 def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="", folder=None):
     """Write a PEFT folder completely or not at all. state: {name: trained tensor}; trained modules without an adapter
-    are listed in modules_to_save. base: folder or name of a LLaVA; None if training began with a ViT and an LLM.
+    are listed in modules_to_save. base: folder or name of the VLM that was trained; None if a ViT and an LLM were.
     digest: base_digest of the frozen tensors. about: other keys of pumice.json (template, system, image_aspect ...).
     card: text of README.md. folder: formats.llava.Folder; its tokenizer and chat template are written, too."""
     dino = folder is not None and folder.vision.get("model_type", "").startswith("dinov2")
@@ -103,7 +103,7 @@ def load_merged(folder, dtype):
     """Folder of an adapter -> VLM, Folder as in load_model, with the adapter merged into its base model. Files of the
     adapter name the base model; a relative path there is relative to the working directory."""
     says = read_json(Path(folder) / "pumice.json", {})
-    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]  # if the base was a ViT and an LLM
+    towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]  # [] if the base was one whole VLM
     base = " and ".join(towers) or read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
     file = "its pumice.json" if towers else "base_model_name_or_path in its adapter_config.json"
     where = f"{folder} was trained on {base}: {file} says where that lies"

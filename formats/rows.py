@@ -16,7 +16,7 @@ from config import BadSample, stop
 from formats.strict_json import STRICT, strict_json
 
 SPACE = r"[ \t\n\r]*"
-FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")  # before/after a value
+FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")  # text before a row
 MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
 MAX_IMAGES = 256           # limit for one row
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # role names in LLaVA, in OpenAI
@@ -84,7 +84,7 @@ class Rows:
 
     def __getitem__(self, i):
         a, b = self.spans[i]
-        if self.blob.size() < b:                               # reading beyond the file's end would kill the process
+        if self.blob.size() < b:                               # to read beyond the file's end would kill the process
             raise BadSample("the file has become shorter since it was opened")
         if b - a > MAX_BYTES:
             raise BadSample("a row is too large", f"{b - a:,} bytes, the limit is {MAX_BYTES:,}")

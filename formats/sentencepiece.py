@@ -31,7 +31,7 @@ def protobuf_fields(blob):
         number, wire = divmod(varint(), 8)
         if wire not in (0, 1, 2, 5):
             raise ValueError(f"wire type {wire}")
-        size = {1: 8, 5: 4}.get(wire, 0) or varint()           # for wire type 0, this integer is the value
+        size = {1: 8, 5: 4}.get(wire, 0) or varint()           # type 0 has no size: this is the value itself
         if wire and file.tell() + size > len(blob):
             raise ValueError("the last field is cut off")
         out.append((number, file.read(size) if wire else size))

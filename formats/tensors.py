@@ -47,7 +47,7 @@ def read_safetensors(file):
 
 
 def read_pickle(file):
-    """A file of torch.save -> {name: tensor}. Other contents are refused. weights_only=True runs no code in it."""
+    """A file of torch.save -> {name: tensor}. Stops on other contents. weights_only=True executes no code."""
     try:
         found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:  # damaged files raise many types of errors

@@ -36,7 +36,7 @@ def commit(folder, fill):
         fill(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         for p in files:
-            os.chmod(p, tmp.stat().st_mode & 0o666)              # without this, only the owner can read safetensors
+            os.chmod(p, tmp.stat().st_mode & 0o666)              # safetensors makes files that only the owner can read
             sync(p)
         (tmp / MANIFEST).write_text(json.dumps({str(p.relative_to(tmp)): file_digest(p) for p in files}, indent=1))
         sync(tmp / MANIFEST)

@@ -23,11 +23,11 @@ from kernels import architecture, on_its_device, tl, triton, use_triton
 # ---- the definition, and what a CPU runs ----------------------------------------------------------------------------
 
 WHOLE_SEGMENT = 512  # a segment (adjacent queries that share keys) with at most this many keys is computed at once
-CHUNK_QUERIES = 64   # a longer segment is computed in chunks of this many queries; large chunks have more masked scores
+CHUNK_QUERIES = 64   # queries per chunk of a segment longer than WHOLE_SEGMENT; larger chunks waste more masked scores
 
 
 def attention_ref(q, k, v, lo, hi):
-    """The definition of span attention, with the full (N, M) mask. The top of this file shows the shapes."""
+    """Span attention by its definition, with the full (N, M) mask. The top of this file shows the shapes."""
     N, H, K = q.shape
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (M, H, K): query head h uses k/v head h // g
     j = torch.arange(k.shape[0], device=q.device)
@@ -385,7 +385,7 @@ ATTENTION_TILES = {
     (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
     (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
 }
-FP32_TILE = 32, 32, 8, 1  # fp32 is slow: it avoids tensor cores, which would round inputs, and registers spill
+FP32_TILE = 32, 32, 8, 1  # slow: fp32 does not use tensor cores, which would round the inputs, and registers spill
 
 
 def tile_sizes(q, kernel):

@@ -25,7 +25,7 @@ SLICE = 8192             # in bf16, the weight's gradient is computed for this m
 
 
 def chunk_rows(V, dtype):
-    """V: vocabulary entries, dtype: of the logits -> number of rows of a chunk"""
+    """V vocabulary entries, dtype of the logits -> number of rows in a chunk of logits"""
     return max(CHUNK_ROWS, CHUNK_BYTES // (V * dtype.itemsize))
 
 
@@ -53,8 +53,8 @@ def linear_cross_entropy_ref(hidden, weight, labels):
 # ---- one chunk: logits -> loss and gradient -------------------------------------------------------------------------
 
 def logits_to_gradient_torch(logits, labels, gradient):
-    """logits (n, V), labels (n,) -> summed loss (), gradient softmax - onehot (n, V), which overwrites fp32 or fp64
-    logits. With gradient=False the second result is None."""
+    """logits (n, V), labels (n,) -> summed loss (); its gradient (n, V), which is softmax minus one-hot labels.
+    The gradient overwrites fp32 and fp64 logits. With gradient=False, the second result is None."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     keep = labels != IGNORE
     at = labels.where(keep, 0)[:, None]
@@ -154,7 +154,7 @@ def _setup(ctx, inputs, output):
     _, dh, dw = output
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.mark_non_differentiable(dh, dw)
-    ctx.set_materialize_grads(False)  # otherwise autograd allocates zero gradients
+    ctx.set_materialize_grads(False)  # else autograd allocates zero gradients for dh and dw
     ctx.save_for_backward(dh, dw)
 
 

@@ -87,8 +87,8 @@ def frozen_linear(x, W, b):
 
 
 def lora_linears(x, p, bases, A, B):
-    """x (..., C); p: dropout probability; bases: (W, b, s) of each layer; A, B: one matrix per layer -> list with the
-    output (..., O) of each layer. Only x, A and B get gradients."""
+    """x (..., C); p: dropout probability; bases: (W, b, s = alpha / r) of each layer; A, B: lists, one matrix per
+    layer -> list of outputs (..., O), one per layer. Only x, A and B get gradients."""
     z, keep = autocasted(x).flatten(0, -2), None                               # (N, C)
     if p:
         keep = torch.empty_like(z, dtype=torch.bool).bernoulli_(1 - p)

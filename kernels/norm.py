@@ -215,7 +215,7 @@ def norm(x, w, b, eps, add, plain):
 def rms_norm(x, w, eps, add=None):
     """x, add (..., C), w (C,) -> RMSNorm of x (..., C); if add is given: (x + add, RMSNorm of x + add)"""
     return norm(x, w, None, eps, add, lambda s: RMSNormFunction.apply(s, w, eps) if torch.is_grad_enabled() else
-                rms_norm_ref(s, w, eps))  # the two functions give identical results
+                rms_norm_ref(s, w, eps))  # RMSNormFunction and rms_norm_ref give identical results
 
 
 def layer_norm(x, w, b, eps, add=None):

@@ -21,7 +21,7 @@ from kernels import on_its_device, tl, triton, use_triton
 def rope_ref(x, cos, sin):
     """The definition, for one tensor. x (N, H, K), cos and sin (N, K/2) -> (N, H, K)"""
     x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # cast cos and sin, computed from fp32 angles
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # the caller computes cos and sin in fp32
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""From a config to a model: LLaVA's own parts, or those of other systems that the config names."""
+"""Build a model from its config, with LLaVA's own parts or with parts of other systems that the config names."""
 
 import images
 import model

@@ -27,7 +27,7 @@ class FeatureTower(VisionTower):
     def forward(self, images):
         x, lo, hi = self.vision_model.tokens(images)
         shape, x = x.shape, x.flatten(0, 1)                                                # (I T, D)
-        outputs = {0: x}                                                                   # only those in self.layers
+        outputs = {0: x}  # {layer: output}; 0: the embeddings. Other layers are kept only if they are in self.layers
         for n, block in enumerate(self.vision_model.encoder.layers, 1):
             x = block(x, lo, hi)
             if n in self.layers:

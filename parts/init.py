@@ -1,4 +1,4 @@
-"""The first values of the weights of a new model or part."""
+"""Initial weights of a new model or part."""
 
 import torch
 

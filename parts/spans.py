@@ -20,8 +20,8 @@ def causal(ids, labels, pos, lo, image_id):
 def prefix(ids, labels, pos, lo, image_id):
     """Prefix-LM (PaLI-3, PaliGemma): image and question see each other; the answer is causal. -> hi (N,)
 
-    labels (N,) are shifted: the token before the first supervised one carries the first label, and is the last one of
-    the prefix. A document without labels is all prefix. Source: PaliGemma, arXiv 2407.07726, section 3.2."""
+    labels (N,) are shifted: the last token of the prefix carries the first label, because it predicts the first
+    supervised token. A document without labels is all prefix. Source: PaliGemma, arXiv 2407.07726, section 3.2."""
     doc = (pos == 0).cumsum(0) - 1                                                                        # (N,)
     p = doc.bincount()                                                                                    # (D,)
     rows = labels != IGNORE

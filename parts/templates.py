@@ -1,11 +1,11 @@
-"""Prompts of other systems, as their own processors write them: more templates for chat.py. (See its Parts.)"""
+"""Prompt templates of other systems, as their own processors write them. They are added to chat.TEMPLATES."""
 
 import chat
 from chat import IMAGE, Template
 
 
 def paligemma(p, system, turns):
-    """All images, BOS, the question, a newline; the answer, EOS. Questions after the first follow in the same way."""
+    """Write all images, BOS, the question, a newline, the answer, EOS. Later questions follow in the same way."""
     p.image(sum(user.count(IMAGE) for user, _ in turns) if p.images else 0).control(p.tok.bos)
     for user, answer in turns:
         p.text((user.replace(IMAGE, "") if p.images else user).strip() + "\n")

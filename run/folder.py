@@ -114,7 +114,7 @@ class RunFolder:
 
     def compare(self, what, old, kinds, but=()):
         """Stop if `old`, the record of a finished run or of a checkpoint, has other data, frozen weights or settings.
-        kinds: settings whose `resume` is one of these are compared; but: not these. what: name of `old` in messages."""
+        Compared are settings whose `resume` is in `kinds`, except those in `but`. what: name of `old` in messages."""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
         if old.get("base") != self.base:
@@ -151,7 +151,7 @@ class RunFolder:
         state = read_json(Path(path, "state.json"))
         self.compare(path, state, ("same",))
         planned = state.get("steps", state["step"])
-        if state["step"] >= self.steps < planned:                # no step is left, but the learning rate is still high
+        if state["step"] >= self.steps < planned:                # no step left, but the learning rate has not come down
             self.refuse(path, f"is of step {state['step']} of {planned} and only {self.steps} are asked for: its "
                               f"learning rate has not come down by then. --steps={planned} goes on")
         checkpoint.restore(Path(path), model, optimizer, world)

@@ -175,7 +175,7 @@ def rehearse(s, world, samples, first):
         return 1
     if world.rank == 0 and first.names:
         b, encode = next(b for b in first.micro if len(b.ids)), samples.encode
-        n = int((b.lo == 0).sum())                               # tokens of the first sample; its labels are shifted
+        n = int((b.lo == 0).sum())                               # tokens of the first sample in this sequence
         images = int((b.ids[:n] == encode.layout.image_id).sum()) // encode.layout.tokens
         print(f"  {first.names[0]}, {n} tokens, {images} image(s), its loss mask:")
         chat.show(encode.tok, b.ids[:n].tolist(), [IGNORE, *b.labels[: n - 1].tolist()], encode.layout.image_id)

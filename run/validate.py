@@ -78,7 +78,7 @@ class Validation:
             return
         s = self.s
         model = Chat.of(unwrap(model), folder, s.template, s.system, s.image_aspect)
-        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # else torch compiles for each token
+        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # else torch recompiles for each token
             answers = model.answers([p for *_, p, _ in self.questions], [x for *_, p in self.questions for x in p])
         for (i, question, truth, _, _), answer in zip(self.questions, answers):
             log.append({"step": step + 1, "id": i, "prompt": question, "expected": truth, "answer": answer},
