@@ -69,6 +69,9 @@ class Common:
     vision: str = setting("", "where init is empty, CLIP, SigLIP or DINOv2: folder or org/name", resume="say")
     llm: str = setting("", "where init is empty, Llama, Mistral or Qwen: folder or org/name", resume="say")
     connector: str = setting("mlp", "of a new model", choices=("mlp", "linear"))
+    parts: str = setting("", "of a new model, beyond LLaVA: field=value ... (parts/settings.py)")
+    train: str = setting("", "who trains: glob=lr ...; the last glob that fits decides; empty: as the stage says",
+                         resume="say")
 
     batch_size: int = setting(16, "samples per optimizer step, over all processes", 1, 2**20, group="optimisation")
     max_tokens: int = setting(4096, "tokens of one packed sequence; the gradient stays the same", 1, resume="free")
@@ -199,7 +202,7 @@ def show_help(Settings, doc):
 
 def parse(Settings, argv, doc=""):
     """Command-line arguments (without the script's name) -> an instance of Settings."""
-    for stream in (sys.stdout, sys.stderr):                # escape characters that the output encoding does not have
+    for stream in (sys.stdout, sys.stderr):                # a character missing in the output encoding is escaped
         if hasattr(stream, "reconfigure"):                 # the output streams of a notebook have no such method
             stream.reconfigure(errors="backslashreplace")
     hints = typing.get_type_hints(Settings)

@@ -33,7 +33,8 @@ class Settings(Common):                          # config.Common: the settings o
 def main(s):
     world = stage.begin(s, "align")
     model, folder = stage.load(s, world, "plain")
-    lrs = engine.choose(model, {"multi_modal_projector.*": s.lr}, world.dtype, world.device)  # the connector trains
+    table = stage.who_trains(s, {"multi_modal_projector.*": s.lr})         # the connector
+    lrs = engine.choose(model, table, world.dtype, world.device)
     run = stage.prepare(s, world, model, folder, lrs)
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------

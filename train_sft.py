@@ -51,7 +51,8 @@ def who_trains(s, model):
 def main(s):
     world = stage.begin(s, "sft")
     model, folder = stage.load(s, world, "vicuna_v1")
-    lrs = engine.choose(model, who_trains(s, model), world.dtype, world.device)
+    table = stage.who_trains(s, who_trains(s, model))
+    lrs = engine.choose(model, table, world.dtype, world.device)
     run = stage.prepare(s, world, model, folder, lrs)
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------

@@ -27,8 +27,8 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
         "qwen2": dict(QWEN, architecture="Qwen2ForCausalLM", head_dim=None, sliding_window=4096),
         "qwen3": dict(QWEN, architecture="Qwen3ForCausalLM", head_dim=128, sliding_window=4096),
         "gemma": dict(architecture="GemmaForCausalLM")}
-CLASSES = {"gemma": GemmaConfig}           # config classes of parts/, where TextConfig lacks a field or a default
-ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh")}      # of an LLM's MLP, if it is not silu; for Gemma both mean tanh
+CLASSES = {"gemma": GemmaConfig}           # LLMs with a config class of their own, as TextConfig does not fit
+ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh")}  # allowed hidden_act (others: silu); Gemma computes both with tanh
 
 
 def read_config(folder):
@@ -48,6 +48,9 @@ def one_line(what):
         stop(f"{what} cannot be read: {type(e).__name__}: {e}")
 
 
+MAY_BE_ZERO = ("feature_layer", "num_register_tokens", "first_position", "tokens")
+
+
 def typed(Config, what, d):
     """Build Config from a dict d; unknown keys are ignored. Stops at a wrong type or, for most keys, a number <= 0."""
     fields = {f.name: f.type for f in dataclasses.fields(Config)}
@@ -55,7 +58,7 @@ def typed(Config, what, d):
         kind = fields.get(k)
         if kind in (int, float, bool, str) and type(x) is not kind and not (kind is float and type(x) is int):
             stop(f"{what}: {k}={x!r} in its config.json, where {kind.__name__} belongs")
-        if kind in (int, float) and x <= 0 and k not in ("feature_layer", "num_register_tokens"):
+        if kind in (int, float) and x <= 0 and k not in MAY_BE_ZERO:
             stop(f"{what}: {k}={x} in its config.json")
     return Config(**{k: x for k, x in d.items() if k in fields})
 
@@ -87,7 +90,7 @@ def vision_config(c, feature_layer=-2, pre={}):
         stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
     if not pre.get("do_normalize", True):
         cfg.image_mean, cfg.image_std = (0.0,) * 3, (1.0,) * 3
-    # transformers: (rescale_factor * byte - mean) / std; ours: (byte / 255 - mean) / std: divide mean, std by factor
+    # (factor * byte / 255 - mean) / std = (byte / 255 - mean / factor) / (std / factor), and the model computes this
     factor = 255 * (pre.get("rescale_factor", 1 / 255) if pre.get("do_rescale", True) else 1)
     cfg.image_mean, cfg.image_std = (tuple(v / factor for v in t) for t in (cfg.image_mean, cfg.image_std))
     if cfg.hidden_act not in ACTIVATIONS:
@@ -104,7 +107,7 @@ def text_config(c):
     Config, acts = CLASSES.get(kind, TextConfig), ACTS.get(kind, ("silu",))
     if (act := c.get("hidden_activation") or c.get("hidden_act", acts[0])) not in acts:
         stop(f"language model with hidden_act {act!r}: {' or '.join(acts)} is supported")
-    null = ("num_key_value_heads", "head_dim", "sliding_window")              # here null is a value, not an absent key
+    null = ("num_key_value_heads", "head_dim", "sliding_window")              # in other keys, null means absent
     d = TEXT[kind] | {k: x for k, x in c.items() if k not in OURS and (x is not None or k in null)}
     plain = typed(Config, "language model", {k: x for k, x in d.items() if x is not None})
     heads, L = plain.num_attention_heads, plain.num_hidden_layers

@@ -1,17 +1,20 @@
-"""The families of published models that folders are read from and written as, beside LLaVA itself."""
+"""Families of published models beside LLaVA. Each has its own folder format, which we read and write."""
 
 from formats.paligemma import PALIGEMMA
+from formats.pumice import PUMICE
+from model import TextConfig, VisionConfig
 
-FAMILIES = {family.model_type: family for family in (PALIGEMMA,)}
+FAMILIES = {family.model_type: family for family in (PALIGEMMA, PUMICE)}     # PUMICE, the last, fits all
 
 
 def is_llava(cfg):
     """VLMConfig -> can transformers' LLaVA hold such a model?"""
     v = cfg.vision
-    return (cfg.mask == "causal" and cfg.connector in ("linear", "mlp") and not (cfg.tokens or cfg.layout or cfg.second)
+    return (type(cfg.text) is TextConfig and type(v) is VisionConfig and cfg.mask == "causal"
+            and cfg.connector in ("linear", "mlp") and not (cfg.tokens or cfg.layout or cfg.second)
             and isinstance(v.feature_layer, int) and not (v.feature_norm or v.keep_class or cfg.text.first_position))
 
 
 def family_of(cfg):
-    """VLMConfig -> the Family as which a folder is written; None: LLaVA"""
+    """VLMConfig -> the Family in whose format its folder is written; None: in LLaVA's format"""
     return None if is_llava(cfg) else next(f for f in FAMILIES.values() if f.fits(cfg))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from config import stop
 from formats.adapter_config import PATTERNS, rank_and_alpha, read_adapter_config
-from formats.configs import (image_spec, one_line, read_config, read_pre, strategy, text_config, vision_config,
+from formats.configs import (CLASSES, image_spec, one_line, read_config, read_pre, strategy, text_config, vision_config,
                              vision_kind)
 from formats.families import FAMILIES, family_of
 from formats.family import family_files, read_names, write_names
@@ -31,7 +31,8 @@ from formats.tokenizer import Tokenizer
 from formats.whole import commit, write_file
 from model import VLMConfig
 from parts.build import build
-from parts.init import init_weights
+from parts.init import init_new
+from parts.settings import apply_parts
 
 # config.json of LLaVA's own code. LLAVA_TEXT: model_type -> type of the LLM. LLAVA_KEYS: supported values of keys
 LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -136,7 +137,7 @@ def read_family(folder, c, family):
     return Folder(Tokenizer(folder, cfg.image_token_index), v, t, pre, {}, meta), tensors, cfg
 
 
-def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float32):
+def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float32, parts=""):
     """Load the LLaVA `init`, or load a vision tower and an LLM and create a connector -> VLM, Folder. With dtype=None,
     tensors keep their dtype and stay memory-mapped; engine.choose copies them later."""
     where, layer, cfg = init or f"{vision} + {llm}", -2, None
@@ -164,8 +165,12 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         cfg.text.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
     with torch.device("meta"):
+        towers = set() if init else {k for k in build(cfg).state_dict() if not k.startswith("multi_modal_projector.")}
+        apply_parts(cfg, parts, CLASSES)
         model = build(cfg)
-    tensors, unused = account(model, tensors, where, () if init else "multi_modal_projector.")
+    new = set() if init else {k for k, _ in model.named_parameters() if k.startswith("multi_modal_projector.")
+                              or k not in towers and k not in tensors}
+    tensors, unused = account(model, tensors, where, new)
     for k, x in (tensors | unused).items():
         if not all(v.isfinite() for v in x.aminmax()):                        # 20 times as fast as x.isfinite().all()
             stop(f"{where}: {k} holds values that are not finite")
@@ -181,8 +186,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
     for k in tensors if dtype else ():                                        # one at a time, to save memory
         tensors[k] = tensors[k].to(dtype, copy=True)                          # a copy, because the file may change
     model.load_state_dict(tensors, strict=False, assign=True)
-    if not init:
-        init_weights(model.multi_modal_projector.to_empty(device="cpu"), seed)
+    init_new(model, new, seed)
     return model, folder._replace(unused=unused, digests=digests, notes=notes)
 
 

@@ -16,15 +16,15 @@ FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 # rename() applies these patterns in order, so that any known name of a tensor becomes our name
 SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
-    (r"^base_model\.model\.", ""),                                                            # names in PEFT files
-    (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),   # LLaVA repository's names
+    (r"^base_model\.model\.", ""),                                                            # PEFT files
+    (r"^(model\.)?mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),  # files of LLaVA's own code
     (r"^(model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
-    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),  # LLM files' and LLaVA repository's names
+    (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),  # files of an LLM or of LLaVA's own code
     (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # names in memory, transformers >= 4.52
+    (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # modules of transformers >= 4.52
     (r"^model\.language_model\.", "language_model.model."),
-    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # names in files, transformers >= 5
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # files of transformers >= 5
 # (part of our name, what published DINOv2 files have in its place)
 DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "position_embeddings"),
               ("patch_embedding.", "patch_embeddings.projection."), ("encoder.layers.", "encoder.layer."),
@@ -83,9 +83,9 @@ def name_in_transformers(name, dino=False):
 
 def account(model, tensors, where, new=()):
     """{our name: tensor} of a folder -> (the model's parameters, unused tensors). Unused are the ViT's final norm and
-    its blocks after the feature layer: all or none exist. new: prefix of parameters that the folder must not hold."""
+    its blocks after the feature layer: all or none exist. new: parameters that the folder must not hold."""
     cfg = model.cfg
-    want = {k: p.shape for k, p in model.named_parameters() if not k.startswith(new)}
+    want = {k: p.shape for k, p in model.named_parameters() if k not in new}
     unused = {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}
     if isinstance(model.vision_tower, VisionTower):
         with torch.device("meta"):

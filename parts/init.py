@@ -2,6 +2,8 @@
 
 import torch
 
+from model import CONNECTORS
+
 
 @torch.no_grad()
 def init_weights(model, seed=0):
@@ -27,3 +29,22 @@ def init_weights(model, seed=0):
         else:  # matrices. The usual 0.02 = 1/sqrt(2,500) suits width 2,500, but is far too small for the toy's 128
             value = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5
         p.copy_(value)
+
+
+def init_new(model, names, seed=0):
+    """Fill the parameters `names` of a model; they are on the meta device. A connector of LLaVA begins as init_weights
+    says. Another new part begins as its modules do: by their method reset_parameters, or N(0, 0.02) without one."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        for prefix, module in model.named_modules():
+            own = [k for k, _ in module.named_parameters(prefix, recurse=False) if k in names]
+            if not own:
+                continue
+            for k in own:
+                k = k.rpartition(".")[2]
+                p = getattr(module, k)
+                setattr(module, k, torch.nn.Parameter(torch.empty_like(p, device="cpu").normal_(0, 0.02)))
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    if names and model.cfg.connector in CONNECTORS:
+        init_weights(model.multi_modal_projector, seed)

@@ -80,7 +80,9 @@ def toy_world(s, world, split):
 def load(s, world, template):
     """Load the model -> model.VLM, formats.llava.Folder (tokenizer, configs). Empty settings are taken from `init`, or
     for a new model from LLaVA-1.5. template: the one to use if `init` has none, or only `plain` (for captions)."""
-    model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None)
+    if s.init and s.parts:
+        stop(f"init={s.init} brings its own parts, so parts={s.parts} would not be read")
+    model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None, parts=s.parts)
     engine.set_threads(model, world)
     cfg = model.cfg
     if s.connector not in (type(s).connector, cfg.connector):
@@ -96,6 +98,17 @@ def load(s, world, template):
     if s.system is None:
         s.system = folder.meta.get("system")
     return model, folder
+
+
+def who_trains(s, usual):
+    """-> {name glob: learning rate}: the setting `train`, or the table `usual` of the stage if it is empty"""
+    if not s.train:
+        return usual
+    table = dict(item.rpartition("=")[::2] for item in s.train.split())
+    try:
+        return {glob: float(lr) for glob, lr in table.items()}
+    except ValueError:
+        stop(f"train={s.train}: expected glob=lr, separated by spaces, as in 'multi_modal_projector.*=1e-3'")
 
 
 @dataclasses.dataclass
