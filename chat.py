@@ -22,7 +22,7 @@ from config import BadSample, stop
 from kernels.cross_entropy import IGNORE
 
 IMAGE = "<image>"  # marks the place of an image in LLaVA's texts; the placeholder token has the same name
-LONGEST = 64       # characters per token of max(max_len, 2048): encode() refuses more; real text has fewer
+LONGEST = 64       # most characters per token: encode() refuses texts longer than LONGEST * max(max_len, 2048)
 
 
 class Parts:

@@ -232,10 +232,10 @@ def loader(steps, order, workers):
 
 def outlive_signals(ended, open_end, worker):
     """Runs in a loader process. It ignores the signals with which a scheduler or Ctrl-C stops all processes of a job,
-    because training needs data until its step is done. The loader ends when the trainer closes the pipe or dies."""
+    because a step that has begun needs its data. The loader ends when the trainer closes the pipe or dies."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    open_end.close()         # the loader's copy of the write end: `ended` sees the end only when all copies are closed
+    open_end.close()  # the loader's copy of this end: `ended` reports EOF only when all processes have closed theirs
     threading.Thread(target=lambda: ended.poll(None) and os._exit(0), daemon=True).start()
 
 

@@ -134,7 +134,7 @@ class Chat:
         return self.answers([prompt], pixels, max_new_tokens, temperature, seed)[0]
 
     def look(self, images):
-        """Paths or PIL images -> list of pixels (n, 3, S, S) uint8 as in training, list of blocks of ids"""
+        """Paths or PIL images -> two lists with an entry per image: pixels (n, 3, S, S) uint8; its ids in the prompt"""
         pixels, blocks = [], []
         for image in map(load_image, images):
             pixels.append(torch.stack([preprocess(tile, self.spec) for tile in self.layout.cut(image)]))

@@ -104,7 +104,7 @@ def rgb(image):
     """A PIL image of any mode -> RGB image on a white background. Raises BadSample for floats outside 0..255."""
     if image.mode.startswith("I"):                             # 16 or 32 bits: convert("RGB") would clip at 255
         a = np.asarray(image).astype(np.int64).clip(0, 65535)
-        if image.mode != "I" or a.max() > 255:                 # some 32-bit files hold 8-bit values: keep these
+        if image.mode != "I" or a.max() > 255:                 # some 32-bit files hold 8-bit values: not divided
             a = a // 257
         image = Image.fromarray(a.astype(np.uint8))
     elif image.mode == "F":

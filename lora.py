@@ -72,7 +72,7 @@ def apply_shared_input(x, *layers):
     """x (..., C) -> list of layer(x) (..., O), one for each of `layers`. The LoRALinear layers share one dropout mask,
     while PEFT draws one mask per layer."""
     adapters = [f for f in layers if type(f) is LoRALinear]
-    if len({f.dropout for f in adapters}) != 1:                    # no layer has an adapter, or their dropout differs
+    if len({f.dropout for f in adapters}) != 1:                    # no adapters, or adapters with unequal dropout
         return [f(x) for f in layers]
     ys = lora_linears(x, adapters[0].dropout if adapters[0].training else 0.0,
                       [(base_weight(f), f.bias, f.scale) for f in adapters],

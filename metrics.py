@@ -32,7 +32,7 @@ _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
 def vqa_normalise(s, evalai=True):
-    """Normalise an answer like EvalAI's VQA scorer, as LLaVA and lmms-eval do; evalai=False: like the official script.
+    """Normalise an answer as EvalAI's VQA scorer (like LLaVA, lmms-eval); evalai=False: as the official VQA script.
     Both remove punctuation and articles, write number words as digits, and add missing apostrophes (dont -> don't)."""
     if evalai:
         s = s.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
@@ -42,7 +42,7 @@ def vqa_normalise(s, evalai=True):
             out = out.replace(p, "")
         else:
             out = out.replace(p, " ")
-    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)  # errors copied from the official script: (?!<= and count
+    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)  # (?!<= and count are errors of the official script
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 

@@ -90,9 +90,9 @@ class VLMConfig:
     image_token_index: int = 32000
     tokens: int = 0                          # tokens of one image after the connector; 0 = one per patch
     connector_args: dict = field(default_factory=dict)   # further settings of a connector of parts/
-    mask: str = "causal"                     # who sees whom: parts/spans.py has others
-    layout: dict = field(default_factory=dict)           # of images in the sequence: parts/tiles.py; {} = images.Layout
-    second: VisionConfig | None = None       # COMM's second tower: parts/features.py
+    mask: str = "causal"                     # attention mask; parts/spans.py has others
+    layout: dict = field(default_factory=dict)           # how images become tokens: parts/tiles.py; {}: images.Layout
+    second: VisionConfig | None = None       # a second vision tower, as in COMM (parts/features.py)
 
     @property
     def image_tokens(self):
@@ -366,7 +366,7 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self):
-        """-> weight of the output head (V, C). The loss multiplies by it in chunks; the layer lm_head is not called."""
+        """-> weight of the output head (V, C). The loss uses it in chunks and never calls the layer lm_head."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     @property

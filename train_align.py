@@ -33,8 +33,7 @@ class Settings(Common):                          # config.Common: the settings o
 def main(s):
     world = stage.begin(s, "align")
     model, folder = stage.load(s, world, "plain")
-    table = stage.who_trains(s, {"multi_modal_projector.*": s.lr})         # the connector
-    lrs = engine.choose(model, table, world.dtype, world.device)
+    lrs = engine.choose(model, stage.who_trains(s, {"multi_modal_projector.*": s.lr}), world.dtype, world.device)
     run = stage.prepare(s, world, model, folder, lrs)
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------

@@ -51,8 +51,7 @@ def who_trains(s, model):
 def main(s):
     world = stage.begin(s, "sft")
     model, folder = stage.load(s, world, "vicuna_v1")
-    table = stage.who_trains(s, who_trains(s, model))
-    lrs = engine.choose(model, table, world.dtype, world.device)
+    lrs = engine.choose(model, stage.who_trains(s, who_trains(s, model)), world.dtype, world.device)
     run = stage.prepare(s, world, model, folder, lrs)
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------

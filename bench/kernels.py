@@ -59,7 +59,7 @@ def measure(name, row, device, ms, rounds):
     failed, found, built = {}, {}, {}
 
     def attempt(who, f, *args):
-        """-> f(*args), or None if it fails (reason: failed[who]). If the device no longer works, this process ends."""
+        """-> f(*args). If f fails: None, with the reason in failed[who]. If the device is lost, this process ends."""
         try:
             return f(*args)
         except Exception as e:
@@ -94,9 +94,9 @@ def measure(name, row, device, ms, rounds):
 
 
 def judge(r):
-    """Add two entries to a row. right: each error of ours is at most twice that of plain torch. beside, for forward
-    and backward: [time of the best alternative / ours, its name]. An alternative counts if its errors are at most four
-    times those of plain torch. Both limits grow by 2^-22: the error of a single value (a loss) may be 0 by chance."""
+    """Add two entries to a row. "right": is each error of our kernel at most twice that of plain torch? "beside": for
+    forward and for backward, [time of the best alternative / our time, its name]. Alternatives with more than four
+    times the error of plain torch are left out. Both limits get + 2^-22: the error of one value may be 0 by chance."""
     def exact(who, factor):
         e = r["found"][who]["error"]
         return not e or not r["plain"] or all(a <= factor * b + 2**-22 for a, b in zip(e, r["plain"]))
@@ -120,7 +120,7 @@ def failed_row(name, why):
 
 
 def cells(r, ceilings):
-    """A row -> a list of COLUMNS for each contender"""
+    """A row -> one list per contender: its values for COLUMNS"""
     for who, c in r["found"].items():
         key, rate = ("flops", "matmul") if any(r["flops"]) else ("bytes", "copy")
         work = [sum(r[key])] if r["together"] else r[key]
@@ -149,14 +149,14 @@ class Settings:
 
 
 def measure_rows(s, names):
-    """In the child process: print the ceilings, then measure one row after another."""
+    """In the child process: print the ceilings (see bench.ceilings), then measure one row after another."""
     low = bench.LOW[s.device]
     torch._functorch.config.donated_buffer = False     # else torch.compile's result refuses a second backward pass
     if s.device == "cpu":
         torch.set_num_threads(1)
     bench.print_json({"ceilings": bench.ceilings(s.device)})
     for name in names:
-        faulthandler.dump_traceback_later(s.row_seconds, exit=True)     # uses a thread: works if the GPU hangs
+        faulthandler.dump_traceback_later(s.row_seconds, exit=True)     # runs in a thread: works even if the GPU hangs
         torch.manual_seed(0)
         bench.print_json({"began": name})
         make, *sizes = ROWS[name] if s.size == "full" else shrink(*ROWS[name])

@@ -36,9 +36,9 @@ class Row:
     what: str
     contenders: dict               # name -> function that builds a Contender; "ours" is first; "torch": the definition
     truth: object                  # () -> true outputs and gradients in float64, in the layout of Contender.common
-    plain: object = None           # () -> the same as truth, in low precision; needed if "torch" is no contender
-    flops: tuple = (0, 0)          # FLOPs that forward, backward need
-    bytes: tuple = (0, 0)          # bytes that forward, backward must read or write
+    plain: object = None           # () -> outputs and gradients of plain torch, if no contender is "torch"
+    flops: tuple = (0, 0)          # FLOPs of forward, FLOPs of backward
+    bytes: tuple = (0, 0)          # bytes that must be read or written in forward, in backward
     together: bool = False         # forward and backward are one measurement
 
 
@@ -200,7 +200,7 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
 
 
 def elementwise(what, ours, definition, liger, args, ups, moved):
-    """moved: bytes forward, backward; liger(args, ups) -> Contender"""
+    """moved: (bytes that forward must read or write, these bytes of backward). liger: f(args, ups) -> Contender"""
     who = {"ours": lambda: simple(ours, args, ups), "torch": lambda: simple(definition, args, ups),
            "torch.compile": lambda: simple(torch.compile(definition, dynamic=False), args, ups),
            "liger": lambda: liger(args, ups)}
@@ -220,7 +220,7 @@ def norm_row(N, C, residual, device, dtype):
 
         def forward():
             out = layer(*tensors[:-1])
-            return out[::-1] if residual else (out,)                            # Liger: y first, then the sum
+            return out[::-1] if residual else (out,)                            # Liger returns y, then the sum
         return Contender(forward, tensors, ups)
 
     def ours(*t):

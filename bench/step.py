@@ -31,8 +31,8 @@ CLOCK = {"cuda": "Time between events", "cpu": "CPU time"}
 
 
 # ---- the two sides --------------------------------------------------------------------------------------------------
-# Each returns three things: prepare(samples, part) -> micro-batches, `part` (0 to 1) times the usual size, not timed;
-# step(micro-batches) -> mean loss before the update; and the optimizer
+# Each function returns prepare, step and the optimizer. prepare(samples, part) makes micro-batches of `part` (0 to 1)
+# times the usual size; it is not timed. step(micro-batches) does one update -> the mean loss before it
 
 def ours(s, device):
     import data
@@ -92,7 +92,7 @@ def theirs(s, device, *how):
 
     def names(k):
         k = "lm_head.weight" if "lm_head" in k else "model." + k.replace("language_model.model.", "language_model.")
-        return k.replace("vision_tower.vision_model.", "vision_tower."), k    # transformers 5.20; older versions
+        return k.replace("vision_tower.vision_model.", "vision_tower."), k  # transformers 5.20's name; the older name
     last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."  # transformers runs this block; its output is unused
     besides = fill(s.cfg, model, device, names)
     assert all(re.search(re.escape(last) + r"|post_layernorm|vision_tower.*\.head\.", k) for k in besides), besides
@@ -150,7 +150,7 @@ def memory(key):
 
 
 def clocked(f, device):
-    """-> result of f, seconds: CPU time, or time between two events"""
+    """-> result of f(), seconds (on a CPU: CPU time; on a GPU: time between two CUDA events)"""
     if device == "cpu":
         began = time.process_time()
         return f(), time.process_time() - began
@@ -163,7 +163,7 @@ def clocked(f, device):
 
 
 def measure(name, side, steps, size="full", device="cpu"):
-    """Run one side of one row in this process -> losses, seconds of the median step, peak bytes, bytes after import"""
+    """Run "ours" or one peer in this process -> losses, seconds of the median step, peak bytes, bytes after import"""
     if device == "cpu":
         torch.set_num_threads(1)
     if side == "ours":
@@ -200,7 +200,7 @@ def measure(name, side, steps, size="full", device="cpu"):
 
 
 def compare(name, pairs, steps, size, device, ceilings, peer):
-    """[(ours, theirs)] of one row and one peer, or [(ours,)] without a peer -> a row of the result"""
+    """A row of the result. pairs: results of measure(), [(ours, the peer's)], or [(ours,)] if the row has no peer"""
     s = system(name, size)
     batches = [conversations(s, n) for n in range(1, steps + 1)]
     real = sum(len(ids) for made in batches for ids, _, _ in made)
@@ -293,7 +293,7 @@ def main(s, args):
         f"medians over {s.repeats} processes; ratios are of pairs, least and most in brackets.\n")
 
     def once(name, side):
-        """Measure one side of a row in its own process -> the result of measure(), or None"""
+        """Measure "ours" or one peer in a new process -> the result of measure(), or None if it failed"""
         left = end - time.time()
         if left < 1:
             failed[name, side] = f"not begun within {s.seconds:.0f} s"

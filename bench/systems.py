@@ -20,9 +20,9 @@ class System:
     cfg: object                    # model.VLMConfig
     stage: str                     # what trains: align = connector; sft = connector, LLM; lora = connector, adapters
     samples: int                   # conversations per step
-    peers: tuple                   # what ours is compared with
+    peers: tuple                   # programs that our training loop is compared with
     goals: dict = dataclasses.field(default_factory=dict)  # peer -> least speed-up wanted over it
-    spread: float | None = None    # sigma of log-normal lengths, median 90; None: captions if align, else mixture
+    spread: float | None = None    # sigma of log-normal lengths with median 90; None: lengths as in LLaVA's data
     room: int = 1 << 30            # for our code: maximum tokens per packed sequence
     micro: int = 1 << 30           # for the peers: maximum conversations per batch
     r: int = 0                     # rank of the adapters
@@ -32,7 +32,7 @@ NAMES = {"cpu": ("step_align", "step_sft", "toy_align", "toy_sft"), "cuda": ("S1
 
 
 def system(name, size="full"):
-    """A row's name -> System. size tiny: a model of a few thousand parameters, to check that the row runs."""
+    """A row's name -> System. size="tiny": a model of a few thousand parameters, to check that the row runs."""
     from model import TextConfig, VisionConfig, VLMConfig
 
     def vision(D, F, L, H, side, patch, **more):
@@ -136,9 +136,9 @@ def fill(cfg, model, device, names=lambda k: [k]):
 # ---- FLOPs ---------------------------------------------------------------------------------------------------------
 
 def work(s, made):
-    """FLOPs of a step -> matrix products, attention forward, attention backward. Per token, a weight costs 2 in
-    forward, 2 for the gradient of its input, 2 more if it is trained. Padding and recomputation do not count. In the
-    last layer, tokens without a label need only k, v. Attention counts unmasked pairs; backward costs 5/2 as much."""
+    """-> FLOPs of a step: matrix products, attention forward, attention backward. For each token, an LLM weight costs 2
+    in forward, 2 for the gradient of its input and, if trained, 2 for its own. Padding and recomputation do not count.
+    In the last layer, unlabelled tokens need only k, v. Attention: unmasked pairs; backward is 5/2 of forward."""
     v, t = s.cfg.vision, s.cfg.text
     N = sum(len(ids) for ids, _, _ in made)
     R = sum(i >= 0 for _, labels, _ in made for i in labels[1:])

@@ -50,8 +50,8 @@ def records(scene, rng, easy):
 
 
 def drill(rng, easy):
-    """-> texts of the things in a random scene, four drills [(key, answer)]. A key fits exactly one thing. easy: drills
-    of the lesson `pairs`. Drills may repeat, so the model cannot exclude things that earlier drills asked for."""
+    """-> two lists: texts of the things in a random scene; four drills (key, answer); a key fits only one thing. easy:
+    drills of lesson `pairs`. A drill may occur twice, so the model cannot exclude what earlier drills asked."""
     things, texts = records(toy.make_scene(rng), rng, easy)
     keys = ([("color", "shape")] * 2 + [("color",), ("shape",)]
             + ([] if easy else [("row", "column")] * 2 + [("row",), ("column",)]))

@@ -207,7 +207,7 @@ def train_llm(s):
     with torch.no_grad():
         lm.model.embed_tokens.weight.mul_(s.embed / 0.02)
         for layer in lm.model.layers:
-            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # trains faster than with zeros
+            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # zeros would train more slowly
                 p.copy_(torch.randn(p.shape, generator=g) * s.residual * p.shape[1] ** -0.5)
     print(f"LLM: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} vocabulary entries", flush=True)
 
@@ -230,7 +230,7 @@ def train_llm(s):
 VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=toy.SIDE,
            patch_size=12)
 CLASSES = {"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES, "digit": [*range(10)],  # content of a cell
-           "row": [*range(3)], "column": [*range(3)]}      # place of a cell: without it, no patch learns its place
+           "row": [*range(3)], "column": [*range(3)]}      # place of a cell, so that features encode it
 COUNTS = [len(v) + 1 for v in CLASSES.values()]            # + 1: class 0 means that the cell has no such attribute
 PER_CELL = toy.SIDE // VIT["patch_size"] // 3              # patches along a cell's side
 CELLS = torch.arange(9).view(3, 1, 3, 1).expand(3, PER_CELL, 3, PER_CELL).flatten()  # (T - 1,) cell of each patch
@@ -366,11 +366,11 @@ def train_vit(s):
         if s.head == "classes":    # a third of the images becomes grey, so the ViT must recognise shapes without colour
             grey = torch.rand(len(i), generator=g) < 1 / 3
             pixels[grey] = pixels[grey].float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
-            truth[grey, :, 0] = IGNORE                                                  # grey: no target for colour
+            truth[grey, :, 0] = IGNORE                                                  # no colour loss for grey images
         return model(pixels, pack([(docs[j], docs[j], []) for j in i], 1), truth)
 
-    def score():                                                                        # LLaVA uses block -2
-        return {"probe": {str(layer): probe(model, probed, test, layer) for layer in (-2, -1)}}
+    def score():
+        return {"probe": {str(layer): probe(model, probed, test, layer) for layer in (-2, -1)}}  # LLaVA uses block -2
     train(model, s, out, s.steps, 0, loss_of_step, score, about, prefix="vision_model.")
 
 

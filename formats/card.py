@@ -117,7 +117,7 @@ def peft_reads(base):
         c = read_json(find_model(base) / "config.json") if base else {}
     except Error:
         return False
-    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # only the LLaVA repository has this key
+    return c.get("model_type") == "llava" and "mm_vision_tower" not in c      # only LLaVA's own code writes this key
 
 
 def adapter(run, base):

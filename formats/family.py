@@ -16,8 +16,8 @@ from formats.metadata import generation_config, tokenizer_files
 
 
 class Family(NamedTuple):
-    model_type: str          # in config.json
-    template: str            # of chat.py: the prompt that the family's own processor writes
+    model_type: str          # the value of this key in config.json
+    template: str            # name in chat.TEMPLATES: writes prompts as the family's own processor does
     config: callable         # (config.json, preprocessor_config.json) -> VLMConfig
     fits: callable           # VLMConfig -> can transformers' class of this family hold such a model?
     names: callable          # VLMConfig -> [(pattern, replacement)], from our names to published ones
@@ -25,7 +25,7 @@ class Family(NamedTuple):
 
 
 def published_name(name, pairs):
-    """Our name -> published name, (i, n, H): the part of that tensor, or () if ours is the whole tensor"""
+    """Our name -> name of the published tensor, and which part of it is ours: (i, n), (i, n, H), or () for all of it"""
     for pattern, replacement in pairs:
         name = re.sub(pattern, replacement, name)
     name, _, part = name.partition("#")

@@ -112,8 +112,8 @@ def interleaved(x, heads):
 
 
 def gguf_name(name, table, block={}, prefix=""):
-    """Our name of a parameter -> its name in llama.cpp. table: {our name: llama.cpp's} for parameters outside blocks;
-    block: a dict of this form for parameters inside a block; prefix: llama.cpp's names inside a block begin with it"""
+    """Our name of a parameter -> its name in llama.cpp. table, block: {our name: llama.cpp's}, `table` for
+    parameters outside the blocks, `block` for those inside. prefix: the start of llama.cpp's names inside a block"""
     stem, _, last = name.rpartition(".")
     if layer := re.match(r"(?:model|encoder)\.layers\.(\d+)\.(.*)", stem):
         return f"{prefix}.{layer[1]}.{block[layer[2]]}.{last}"
@@ -170,9 +170,9 @@ def pre_tokenizer(spec, where):
     norms = tuple(n["type"] for n in steps_of(spec.get("normalizer"), "normalizers"))
     steps = tuple((s["type"], *options.get(s["type"], lambda s: ())(s))
                   for s in steps_of(spec.get("pre_tokenizer"), "pretokenizers"))
-    ignore_merges = bool(spec["model"].get("ignore_merges"))            # true: a word in the vocabulary is one token
+    ignore_merges = bool(spec["model"].get("ignore_merges"))            # true: a word of the vocabulary is not split
     if steps in BYTE_LEVEL and norms in ((), ("NFC",)) and ignore_merges == (BYTE_LEVEL[steps] == "llama-bpe"):
-        return BYTE_LEVEL[steps], False  # NFC is accepted, but llama.cpp skips it: other ids for text that is not NFC
+        return BYTE_LEVEL[steps], False  # llama.cpp skips NFC, so text that is not in NFC gets other ids there
     if (norms, steps) not in SENTENCEPIECE or ignore_merges or not spec["model"].get("byte_fallback"):
         stop(f"{where}: llama.cpp has no such pre-tokenizer: {[*norms, *(s[0] for s in steps)]}")
     return None, SENTENCEPIECE[norms, steps]

@@ -4,7 +4,7 @@ import json
 
 from chat import template
 
-# by these tags, transformers finds the text that chat.encode supervises (option return_assistant_tokens_mask)
+# these tags show transformers which text is supervised (option return_assistant_tokens_mask)
 BEGIN, END = "{% generation %}", "{% endgeneration %}"
 
 _INST = "[INST] {% if system and ns.first %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ user }} [/INST]"

@@ -77,7 +77,7 @@ def read_llava_hf(folder, c):
         stop(f"{folder}: vision_feature_select_strategy {how!r} with {v.get('model_type')} is not supported")
     meta = read_json(folder / "pumice.json", {})
     tensors = renamed(read_tensors(folder), folder)
-    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # we write this for a one-matrix connector
+    if (act := c.get("projector_hidden_act", "gelu")) == "linear":            # save_model wrote a one-matrix connector
         unit, bias = (tensors.pop(f"multi_modal_projector.linear_2.{k}", None) for k in ("weight", "bias"))
         if unit is None or bias is None or bias.any() or not unit.equal(torch.eye(*unit.shape, dtype=unit.dtype)):
             stop(f"{folder}: a linear connector of two matrices is not supported")

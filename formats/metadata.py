@@ -34,7 +34,7 @@ def tokenizer_files(tok, template, system, length):
 
 
 def updated(published, cfg, keys):
-    """A published config.json -> a copy in which the keys (names in one string) have the values of cfg"""
+    """A published config.json -> a copy with the values of cfg for `keys` (one string, names separated by spaces)"""
     kept = {k: x for k, x in published.items() if k not in ("rope_parameters", "dtype", "torch_dtype")}
     return kept | {k: getattr(cfg, k) for k in keys.split()}
 
@@ -60,7 +60,7 @@ def vision_part(folder, cfg):
 
 
 def has_later_blocks(folder, cfg):
-    """Does the folder hold all blocks of the ViT, also those after the feature layer, which are not in the VLM?"""
+    """Does the folder hold all blocks of the ViT? The VLM itself has none after the feature layer."""
     return cfg.vision.depth == cfg.vision.num_hidden_layers or any(".encoder." in k for k in folder.unused)
 
 

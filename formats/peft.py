@@ -66,7 +66,7 @@ def load_adapter(model, folder):
         if block and (block[1] is None or v.depth <= int(block[1]) < v.num_hidden_layers):
             del found[k]
     tensors = renamed(found, folder, spell)
-    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}    # our name: PEFT's
+    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}  # our name: PEFT's
     if not there:
         stop(f"{folder} holds no adapter")
     if strange := sorted(there.keys() - set(targets(model, "*"))):
@@ -100,8 +100,8 @@ def load_adapter(model, folder):
 
 
 def load_merged(folder, dtype):
-    """Folder of an adapter -> VLM, Folder as in load_model, with the adapter merged into its base model. Files of the
-    adapter name the base model; a relative path there is relative to the working directory."""
+    """An adapter's folder -> VLM, Folder (as from load_model), with the adapter merged into its base model. Files of
+    the adapter name the base model. If this name is a relative path, it starts at the working directory."""
     says = read_json(Path(folder) / "pumice.json", {})
     towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]  # [] if the base was one whole VLM
     base = " and ".join(towers) or read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
@@ -113,7 +113,7 @@ def load_merged(folder, dtype):
         at = [find_folder(t) for t in towers] or [find_model(base)]
     except Error as e:
         stop(f"{where}, and {e}")
-    if towers:                                                                # the adapter's files hold the connector
+    if towers:                                                                # the connector is in the adapter's files
         mlp = any("linear_2" in k for k in read_tensors(folder, "adapter_model"))
         model, source = load_model(*at, connector="mlp" if mlp else "linear", dtype=None)
     else:

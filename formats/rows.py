@@ -36,7 +36,7 @@ def elements(blob):
             b = STRICT.raw_decode(text, a)[1]
         except json.JSONDecodeError:
             raise
-        except (ValueError, RecursionError) as e:              # these errors name no sample
+        except (ValueError, RecursionError) as e:              # these errors do not say which sample
             raise ValueError(f"sample {len(spans)}: {e}") from None
         begin = at + len(text[i:a].encode())
         at, i = begin + len(text[a:b].encode()), b
@@ -67,12 +67,12 @@ class Rows:
                 spans = elements(self.blob)
             except ValueError as e:
                 stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
-        elif first[:1] != b"{" or first == b"{":               # { alone in a line: an object over several lines
+        elif first[:1] != b"{" or first == b"{":               # a line "{" begins an object over several lines
             stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line (pandas converts tables: "
                  "read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True))")
         else:
             spans = [m.span() for m in re.finditer(rb"[^\n]+", self.blob) if m[0].strip()]
-        self.spans = np.array(spans, np.int64)                                                        # (rows, 2)
+        self.spans = np.array(spans, np.int64)                                            # (rows, 2): begin, end
         if not len(self.spans):
             stop(f"{file} holds no samples")
 

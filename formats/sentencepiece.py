@@ -85,11 +85,11 @@ def read_sentencepiece(path):
                   "byte_fallback": bool(trainer.get(35)), "vocab": {name: i for i, name in enumerate(names)},
                   "merges": [f"{name[:i]} {name[i:]}" for name in merged for i in range(1, len(name))
                              if name[:i] in normal and name[i:] in normal]}}
-    roles = {"bos_token": trainer.get(41, 1), "eos_token": trainer.get(42, 2)}        # no token: -1, read as 2**64 - 1
+    roles = {"bos_token": trainer.get(41, 1), "eos_token": trainer.get(42, 2)}  # id -1 (read as 2**64 - 1): no token
     return spec, {role: names[i] for role, i in roles.items() if i < len(names) and types[i] == CONTROL}
 
 
 def added_token(i, content, special=True):
-    """-> an entry of added_tokens in tokenizer.json, which matches its exact text without the spaces around it."""
+    """-> an entry of added_tokens in tokenizer.json. The token is exactly `content`, without spaces around it."""
     return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
             "special": special}

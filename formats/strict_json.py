@@ -37,7 +37,7 @@ def strict_json(text, where):
 
 
 def read_json(path, absent=None):
-    """A file that holds one JSON object -> dict. absent: result if the file is missing; None: stop in this case."""
+    """A file that holds one JSON object -> dict. If the file is missing: return absent, or stop if absent is None."""
     if absent is not None and not Path(path).is_file():
         return absent
     try:

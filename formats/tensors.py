@@ -40,7 +40,7 @@ def read_tensors(folder, stem="model"):
 def read_safetensors(file):
     try:
         with safe_open(file, "pt") as f, open(file, "rb") as raw:
-            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")  # stops at equal names
+            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")  # no name may repeat
             return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError) as e:
         stop(f"{file} is not a whole safetensors file: {e}")
@@ -58,8 +58,8 @@ def read_pickle(file):
 
 
 def tensor_digest(tensor):
-    """A tensor -> 16 hex digits: hash of its shape, the sum of its fp32 bits, >= 1,024 elements (all if it has fewer).
-    SHA-256 over 7B weights would take a minute. This is faster, but does not protect against forgery."""
+    """A tensor -> 16 hex digits: one hash of its shape, the sum of its fp32 bit patterns (int32), and >= 1,024 elements
+    (all of a small tensor). SHA-256 of 7B weights would take a minute; this is faster, but no help against forgery."""
     flat = tensor.detach().cpu().flatten()
     total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # one part at a time is fp32
     some = flat[:: max(1, len(flat) // 1024)].float().view(torch.int32).tolist()

@@ -51,7 +51,7 @@ def token_text(token):
 def vocabulary(spec):
     """-> {piece: id}, added tokens included"""
     own = spec["model"]["vocab"]
-    own = own if isinstance(own, dict) else {piece: i for i, (piece, _) in enumerate(own)}      # Unigram stores a list
+    own = own if isinstance(own, dict) else {piece: i for i, (piece, _) in enumerate(own)}  # Unigram: a list of pairs
     return own | {t["content"]: t["id"] for t in spec["added_tokens"]}
 
 

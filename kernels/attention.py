@@ -314,7 +314,7 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q
 @triton.jit
 def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, stride_d, scale,
                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr):
-    """Add what BM queries contribute to dk, dv of a tile of keys. Rows are keys here, so p and ds hold p^T and ds^T."""
+    """Add the part of BM queries to dk, dv of a tile of keys. Here p and ds are transposed: one row per key."""
     r = tl.arange(0, BM)
     q = _tile(Q, i, r, count, stride_q, K, D)                                  # (BM, D)
     do = _tile(DO, i, r, count, stride_d, K, D)

@@ -133,7 +133,7 @@ def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
                 torch.mm(g, weight, out=dh[i : i + chunk])
             if need_w and dw.dtype == dtype:
                 dw.addmm_(g.T, h)
-            elif need_w:  # without slices, the product would be a second (V, C) tensor
+            elif need_w:  # in slices: the whole product would be a second (V, C) tensor
                 for j in range(0, V, SLICE):
                     dw[j : j + SLICE] += g[:, j : j + SLICE].T @ h
     return loss, dh, dw

@@ -49,8 +49,8 @@ def tables(device):
 
 
 def nearest(x, size, values):
-    """Divide each block of `size` elements of x (n,) by its largest absolute value -> (n,) uint8: for each element
-    the index of the nearest of `values`, which must ascend; (m,): the largest absolute value of each block"""
+    """Divide each block of `size` elements of x (n,) by its largest absolute value -> two tensors: for each
+    element, the index of the nearest of `values` (in ascending order), (n,) uint8; the largest values, (m,)"""
     blocks = torch.nn.functional.pad(x, (0, -len(x) % size)).view(-1, size)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
@@ -103,9 +103,9 @@ def nf4_op(codes: torch.Tensor, absmax: torch.Tensor, nested: torch.Tensor, offs
         return dequantize_ref(codes, absmax, nested, offset, dtype)
     w = codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
     levels, values = tables(codes.device)
-    grid = triton.cdiv(len(absmax), NF4_ROWS),  # enable_fp_fusion=False: x y + z is rounded twice, as in plain torch
+    grid = triton.cdiv(len(absmax), NF4_ROWS),
     nf4_dequantize[grid](codes, absmax, nested, offset, levels, values, w, w.numel(), len(absmax), BLOCK, NESTED,
-                         NF4_ROWS, num_warps=NF4_WARPS, enable_fp_fusion=False)
+                         NF4_ROWS, num_warps=NF4_WARPS, enable_fp_fusion=False)  # x y + z rounds twice, as in torch
     return w
 
 

@@ -36,7 +36,7 @@ layer_norm_ref = F.layer_norm  # for backward it saves only its input and two va
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """rms_norm_ref that saves only x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1). Autograd would also save x * r."""
+    """rms_norm_ref, but saves only x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1). Autograd would also save x * r."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -139,7 +139,7 @@ def norm_tile(C, element_size):
 @on_its_device
 def norm_op(x: torch.Tensor, add: torch.Tensor | None, w: torch.Tensor, b: torch.Tensor | None,
             eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> s = x + add (empty if add is None), norm of s, or of x without add. RMSNorm if b is None, else LayerNorm."""
+    """-> s = x + add, y = norm of s. Without add: s is empty, y = norm of x. b=None: RMSNorm; else LayerNorm."""
     s, y = norm_shapes(x, add, w, b, eps)
     x, add, w, b = (t if t is None else t.contiguous() for t in (x, add, w, b))
     C = x.shape[-1]

@@ -22,7 +22,7 @@ def swiglu_ref(gate, up):
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """swiglu_ref, but autograd saves only gate and up."""
+    """swiglu_ref, but saves only gate and up for backward. Autograd would also save silu(gate)."""
 
     @staticmethod
     def forward(ctx, gate, up):

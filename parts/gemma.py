@@ -61,6 +61,6 @@ class Gemma(Llama):
         self.model.norm = GemmaNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def embed(self, ids):
-        """ids (N,) -> (N, C). transformers rounds sqrt(C) to the dtype of the embeddings, too."""
+        """ids (N,) -> (N, C). As in transformers, sqrt(C) is rounded to the dtype of the embeddings."""
         x = self.model.embed_tokens(ids)
         return x * torch.tensor(self.cfg.hidden_size**0.5, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""Who sees whom: the end of the span of keys that each token sees.
+"""Attention masks: for each token, the end of the span of keys that it attends to.
 
 A span [lo, hi) begins at the first token of the document, so a mask is a choice of hi (kernels/attention.py).
 
@@ -34,7 +34,7 @@ def image_block(ids, labels, pos, lo, image_id):
     image = ids == image_id
     last = image & ~torch.cat([(image & (pos > 0))[1:], image.new_zeros(1)])                              # (N,)
     at = torch.arange(len(ids))
-    end = torch.where(last, at, len(ids)).flip(0).cummin(0).values.flip(0)              # the next last row of an image
+    end = torch.where(last, at, len(ids)).flip(0).cummin(0).values.flip(0)           # the next token that ends an image
     return torch.where(image, lo + pos + end - at, lo + pos) + 1
 
 
@@ -42,5 +42,5 @@ SPANS = {"causal": causal, "prefix": prefix, "image": image_block, "mmca": causa
 
 
 def span_ends(cfg):
-    """A VLMConfig -> its function (ids, labels, pos, lo), all (N,) -> hi (N,)"""
+    """Choose the mask of a VLMConfig -> a function. It takes ids, labels, pos, lo, each (N,), and returns hi (N,)."""
     return functools.partial(SPANS[cfg.mask], image_id=cfg.image_token_index)

@@ -17,7 +17,7 @@ from loss import supervised
 
 
 def rows(cfg):
-    """-> the table for flops(), {name pattern: (unit, rows that a matrix multiplies for each image or token)}"""
+    """-> the table for flops(): {pattern of a weight's name: (unit, rows that the weight multiplies per unit)}"""
     last = f"language_model.model.layers.{cfg.text.num_hidden_layers - 1}"
     head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
     P, Q = cfg.vision.patches, cfg.image_tokens
@@ -94,9 +94,9 @@ def count_parameters(model):
 
 
 def flops(model, table):
-    """FLOPs of the matrices in one training step -> {unit: FLOPs per unit}. table: {name pattern: (unit, rows per
-    unit)}; the last pattern that fits decides. A weight costs 2 FLOPs per row in forward, 2 more if it is trained
-    (its gradient), 2 more if an earlier parameter is (gradient of the input). Not counted: attention, recomputation."""
+    """FLOPs of the matrix products in a training step -> {unit: FLOPs per unit}. table: see rows(); the last pattern
+    that fits decides. A weight costs 2 FLOPs per row in forward; 2 for its gradient, if trained; 2 for the gradient of
+    its input, if an earlier parameter is trained. Attention and recomputation are not counted."""
     out, below = Counter(), False
     for name, p, count in count_parameters(unwrap(model)):
         fits = [table[g] for g in table if fnmatch.fnmatchcase(name, g)]

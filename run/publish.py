@@ -37,12 +37,12 @@ def publish(run, model, folder, log):
         run.begin(log.start)                                     # no step was left to train, so nothing called begin()
     for k, v in model.state_dict().items():
         v = whole_tensor(v.detach())
-        if world.rank == 0:                                      # with LoRA no cast: merge_state() needs fp32
-            state[k] = (v if adapted or v.device.type == "cpu" else v.to(dtype)).cpu()
+        if world.rank == 0:
+            state[k] = (v if adapted or v.device.type == "cpu" else v.to(dtype)).cpu()  # adapters are merged in fp32
     if world.rank > 0:
         return
     try:
-        retire(out, max(run.steps, log.start), s.keep_last)      # a run killed while saving leaves one too many
+        retire(out, max(run.steps, log.start), s.keep_last)      # a killed run may have one checkpoint too many
         base = full_path(s.init) if s.init else None
         if adapted:
             trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}

@@ -60,7 +60,7 @@ def main(argv):
     config.check_ranges(s)
     image_folder(s.images)
     encode, rows = encoder(s), Rows(files[0])
-    good, bad, began = [], [], time.monotonic()                # good: (tokens, supervised, images, animated, is cut?)
+    good, bad, began = [], [], time.monotonic()  # good: per sample (tokens, supervised, images, animated, cut?)
     last = began
     for i in range(len(rows)):
         row, now = {}, time.monotonic()
