@@ -46,7 +46,7 @@ class Encoder:
                            self.max_len)
 
     def blocks(self, names, root):
-        """Names of images below the folder root -> for each, the ids that stand for it"""
+        """Names of images below the folder root -> for each image, the list of ids that stand for it"""
         return [self.layout.block(safe_path(root, name) if self.layout.needs_image else None) for name in names]
 
     def __call__(self, row, root=""):

@@ -110,7 +110,7 @@ class Chat:
         if not template:
             template = "vicuna_v1"
             world.print(f"note: {path} does not say with which template it was trained: {template} is used; "
-                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout: only answers
+                        f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout gets only answers
         system = source.meta.get("system") if system is None else system
         vars(self).update(vars(Chat.of(model.to(world.device), source, template, system,
                                        llava.aspect(source, model.cfg))))
@@ -146,7 +146,7 @@ class Chat:
         return torch.tensor(chat.encode(self.tok, self.template, turns, blocks, self.system)[0])
 
     def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0):
-        """prompts: list of id tensors; pixels: of the images of all prompts, in order -> one string per prompt"""
+        """prompts: list of id tensors; pixels: images of all prompts, in order -> one string per prompt"""
         S = self.cfg.vision.image_size
         images = torch.cat(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
         answers = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop_ids,

@@ -90,7 +90,7 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
         return [t[:, :heads] for t, heads in zip(ts, (g, g, 1, 1))]
 
     def definition(*tensors):
-        """-> out, dq, dk, dv of the first group, computed one document at a time"""
+        """-> out, dq, dk, dv of the first group of heads, computed one document at a time"""
         spans = [(int(s), int(s) + t) for s, t in zip(starts, lengths)]
         parts = [gradients(lambda *x: attention_ref(*x, lo[a:b] - a, hi[a:b] - a), [t[a:b] for t in tensors[:3]],
                            [tensors[3][a:b]]) for a, b in spans]
@@ -158,7 +158,7 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
     R, some = rows.numel(), share < 1
 
     def contender(f, gathered=True):
-        """f(hidden, weight, labels) -> summed loss; gathered: f gets only the supervised tokens"""
+        """f(hidden, weight, labels) -> summed loss; gathered=True: f gets only the supervised tokens"""
         def loss(h, head=w):
             return f(h[rows], head, y[rows]) if gathered and some else f(h, head, y)
         return simple(loss, [h, w][: 1 + trained], [torch.ones((), device=device)])

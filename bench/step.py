@@ -278,7 +278,7 @@ def main(s, args):
     config.check_ranges(s)
     if s.device == "cpu" and not Path("/proc/self/status").is_file():
         config.stop("memory is read from Linux's /proc, which this machine does not have")
-    sizes = {n: "full" if n in NAMES["cpu"] else s.size for n in names}       # rows for a CPU have one size
+    sizes = {n: "full" if n in NAMES["cpu"] else s.size for n in names}       # rows for a CPU have only this size
     if s.side == "ceilings":
         return bench.print_json(bench.ceilings(s.device))
     if s.side:

@@ -105,7 +105,7 @@ def conversations(s, step, mean=90, asked=10, answered=3):
 
 
 def pad(cfg, made):
-    """The samples as transformers takes them: a padded batch"""
+    """The samples -> a padded batch, as models of transformers take it"""
     longest = max(len(ids) for ids, _, _ in made)
 
     def rows(lists, filler):

@@ -27,7 +27,7 @@ BEHIND = re.compile(r"vision_tower\.vision_model\.(?:post_layernorm|layernorm|en
 
 def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="", folder=None):
     """Write a PEFT folder completely or not at all. state: {name: trained tensor}; trained modules without an adapter
-    are listed in modules_to_save. base: folder or name of the VLM that was trained; None if a ViT and an LLM were.
+    are listed in modules_to_save. base: folder or name of the VLM to adapt; None if it was built of a ViT and an LLM.
     digest: base_digest of the frozen tensors. about: other keys of pumice.json (template, system, image_aspect ...).
     card: text of README.md. folder: formats.llava.Folder; its tokenizer and chat template are written, too."""
     dino = folder is not None and folder.vision.get("model_type", "").startswith("dinov2")

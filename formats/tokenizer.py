@@ -100,7 +100,7 @@ def add_missing_tokens(spec, names, image_id=None):
 
 
 def without_control_tokens(spec, roles, *scheme):
-    """-> a tokenizer that treats control tokens as text: those with the flag `special` (Qwen flags only some),
+    """-> a tokenizer that treats control tokens as text: tokens with the flag `special` (Qwen flags only some of them),
     those in `roles`, and those like <|...|> or [INST]. scheme: (old, new) text to replace in pre_tokenizer"""
     tokens = [t | {"special": t["special"] or t["content"] in roles
                    or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]

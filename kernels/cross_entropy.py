@@ -80,7 +80,7 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
     c = tl.arange(0, BLOCK)                  # (BLOCK,) columns of a block; columns from V on are masked
     y = tl.load(LABELS + row)
     keep = y != IGNORE
-    valid = (0 <= y) & (y < V)               # for other labels nothing is loaded: the loss is nan, or 0 for IGNORE
+    valid = (0 <= y) & (y < V)               # without a valid label, the loss is 0 if the label is IGNORE, else nan
     xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)  # the label's logit, before it is overwritten
 
     m, l = -float("inf"), 0.0                # running maximum, running sum of exp(x - m)

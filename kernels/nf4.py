@@ -62,7 +62,7 @@ def quantize(W):
     """W (O, C), C even -> codes, absmax, nested, offset: the NF4 tensors that the top of this file describes"""
     O, C = W.shape
     assert C % 2 == 0, f"rows of {C} elements, an odd number: two elements share a byte"
-    codes, wide = nearest(W.detach().float().flatten(), BLOCK, torch.tensor(LEVELS))  # wide (m,): absmax still in fp32
+    codes, wide = nearest(W.detach().float().flatten(), BLOCK, torch.tensor(LEVELS))  # wide (m,): absmax, unquantised
     offset = wide.mean()
     absmax, nested = nearest(wide - offset, NESTED, DYNAMIC_MAP)
     return (codes[::2] << 4 | codes[1::2]).view(O, C // 2), absmax, nested, offset

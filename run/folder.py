@@ -41,7 +41,7 @@ def existing(folder):
 
 
 def unwritable(folder):
-    """Check, without writing, if files can be created in `folder`, which may not exist yet -> None, or why not"""
+    """Check, without writing, if files can be created in `folder`, which may not exist yet -> None, or the reason"""
     at = existing(folder)
     if not at.is_dir():
         return f"{at} is not a folder"
@@ -114,7 +114,7 @@ class RunFolder:
 
     def compare(self, what, old, kinds, but=()):
         """Stop if `old`, the record of a finished run or of a checkpoint, has other data, frozen weights or settings.
-        Compared are settings whose `resume` is in `kinds`, except those in `but`. what: name of `old` in messages."""
+        It compares settings whose `resume` is in `kinds`, except those in `but`. what: name of `old` in messages."""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
         if old.get("base") != self.base:

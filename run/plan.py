@@ -47,7 +47,7 @@ def memory(model, world, micro, s):
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
     block = 2 * C + q + 2 * kv + 2 * F                              # elements saved for backward, per token and layer
     if any(p.requires_grad for p in model.language_model.parameters()):
-        block += 2 * C + q + F                                      # more are saved if LLM weights or adapters train
+        block += 2 * C + q + F                                      # saved, too, if LLM weights or adapters train
     backward, again = 4 * C + 4 * F, s.recompute == "block"         # backward: elements that one layer uses, per token
     most = 0
     for b in micro:

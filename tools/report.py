@@ -84,7 +84,7 @@ def main(argv):
     file = Path(files[0])
     try:
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        text = page(rows, str(file.with_suffix("")), s).encode("utf-8", "backslashreplace")  # against lone surrogates
+        text = page(rows, str(file.with_suffix("")), s).encode("utf-8", "backslashreplace")  # UTF-8 has no surrogates
         file.with_suffix(".html").write_bytes(text)
     except OSError as e:
         stop(f"{e.filename}: {e.strerror}")
