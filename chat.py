@@ -91,7 +91,7 @@ class Parts:
 # ---- templates: each writes turns as its language models expect them ------------------------------------------------
 
 def plain(p, system, turns):
-    """Template of stage 1: image, caption, newline. The images of a question are used, its text is not."""
+    """Template of stage 1: image, caption, newline. It uses the images of a question, but not its text."""
     if p.tok.bos is not None:                           # Qwen's tokenizers have no BOS token
         p.control(p.tok.bos)
     for user, answer in turns:

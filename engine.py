@@ -193,7 +193,7 @@ def set_lr(optimizer, step, steps, warmup):
 # ---- applied from outside -------------------------------------------------------------------------------------------
 
 def is_sharded(model, world, parallel):
-    """True if FSDP shards the parameters. parallel=auto shards if more than half of them train, on several GPUs."""
+    """True if FSDP shards the parameters. parallel=auto: on several GPUs, if more than half of the parameters train."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     most = 2 * sum(n for n, trains in sizes if trains) > sum(n for n, _ in sizes)
     return world.size > 1 and (parallel == "fsdp" or (parallel == "auto" and most and world.device.type == "cuda"))

@@ -86,7 +86,7 @@ class TextConfig:
 class VLMConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    connector: str = "mlp"                   # linear, mlp; parts/ has others
+    connector: str = "mlp"                   # "linear" or "mlp"; parts/ has others
     image_token_index: int = 32000
     tokens: int = 0                          # tokens of one image after the connector; 0 = one per patch
     connector_args: dict = field(default_factory=dict)   # further settings of a connector of parts/

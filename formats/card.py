@@ -62,7 +62,7 @@ def facts(run):
     try:
         c = read_json(Path(run, "config.json"))
         for line in Path(run, "log.jsonl").read_text("utf-8", "replace").splitlines():
-            row = json.loads(line)                  # raises on an incomplete last line; the rows before it count
+            row = json.loads(line)                  # fails on an incomplete last line; earlier lines are kept
             steps, loss = max(steps, row.get("step", 0)), row.get("val_loss", loss)
     except (Error, OSError, ValueError):
         pass
