@@ -66,7 +66,7 @@ def sync(device):
 
 
 def timed(f, device, ms):
-    """Median milliseconds of f(). All calls together take about `ms`. On a GPU, two events measure it. Before each
+    """Median milliseconds of f(). All calls together take about `ms`. On a GPU, two events time a call. Before each
     call, 1 GiB is overwritten. This removes f's inputs from the L2 cache, and gives the host time to queue the call."""
     f()
     sync(device)

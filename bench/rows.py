@@ -77,7 +77,7 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
     q, k, v, do = normal(*((N, heads, K) for heads in (H, G, G, H)), device=device, dtype=dtype)
     n, at = torch.tensor(lengths, device=device), torch.arange(N, device=device)
     starts = n.cumsum(0) - n
-    doc = torch.arange(B, device=device).repeat_interleave(n)                   # (N,) document of a token
+    doc = torch.arange(B, device=device).repeat_interleave(n)                   # (N,) each token's document
     place = doc * L + at - starts[doc]                                          # (N,) a token's index in a padded batch
     lo = starts[doc].int()
     hi = (at + 1 if causal else (starts + n)[doc]).int()

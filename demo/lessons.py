@@ -35,7 +35,7 @@ def shuffled(rng, items):
 
 
 def records(scene, rng, easy):
-    """-> two lists of a scene's things shuffled: [{attribute: word}], [text]. easy: no sign, no size, place last"""
+    """-> a scene's things, shuffled, as two lists: [{attribute: word}], [text]. easy: no sign, no size, place last"""
     things, texts = [], []
     for o in shuffled(rng, scene["objects"] if easy else toy.things(scene)):
         name = ({"shape": "sign", "number": str(o["digit"])} if "digit" in o else

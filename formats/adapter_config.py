@@ -38,8 +38,8 @@ def matches(pattern, name):
 
 
 def rank_and_alpha(folder, c, name=""):
-    """-> rank r and alpha of a layer's adapter (alpha / r) B A. rsLoRA is (a / sqrt(r)) B A: then alpha = a sqrt(r).
-    name: the layer's name in the PEFT file; of several patterns that match it, the first is used, as in PEFT."""
+    """-> r, alpha of a layer's adapter (alpha / r) B A. For rsLoRA, (lora_alpha / sqrt(r)) B A, the returned alpha is
+    lora_alpha sqrt(r). name: the layer's name in the PEFT file; the first pattern that matches counts, as in PEFT."""
     r, alpha = (next((v for p, v in (c.get(patterns) or {}).items() if matches(p, name)), c.get(key))
                 for key, patterns in zip(("r", "lora_alpha"), PATTERNS))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float):

@@ -34,7 +34,7 @@ from parts.build import build
 from parts.init import init_new
 from parts.settings import apply_parts
 
-# config.json of LLaVA's own code. LLAVA_TEXT: model_type -> type of the LLM. LLAVA_KEYS: supported values of keys
+# config.json written by LLaVA's code. LLAVA_TEXT: model_type -> type of the LLM. LLAVA_KEYS: supported values of keys
 LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),

@@ -145,7 +145,7 @@ class Tokenizer:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.start.encode_special_tokens = self.inside.encode_special_tokens = True    # pickle loses this flag
+        self.start.encode_special_tokens = self.inside.encode_special_tokens = True    # set again: pickle loses it
 
     def __len__(self):
         return self.size
