@@ -143,7 +143,7 @@ def theirs(s, device, *how):
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 def memory(key):
-    """Bytes of memory of this process: VmRSS now, VmHWM peak. getrusage would include the parent's peak."""
+    """Memory of this process in bytes. key: "VmRSS" = now, "VmHWM" = peak. getrusage also counts the parent's peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
