@@ -13,12 +13,15 @@ from model import ACTIVATIONS, TextConfig, VisionConfig
 from parts.gemma import GemmaConfig
 
 # defaults of the transformers classes, where they differ from the defaults of VisionConfig and TextConfig
+from parts.internvit import InternViTConfig
+from parts.opt import OptConfig
 DINO = dict(hidden_act="gelu", layer_norm_eps=1e-6, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 VISION = {"clip_vision_model": {},
           "siglip_vision_model": dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, patch_size=16,
                                       image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)),
           "dinov2": dict(DINO, patch_size=14),
-          "dinov2_with_registers": dict(DINO, patch_size=16, num_register_tokens=4)}
+          "dinov2_with_registers": dict(DINO, patch_size=16, num_register_tokens=4),
+          "internvl_vision": {}, "blip_2_vision_model": {}}
 QWEN = dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768)
 TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None, head_dim=None,
                       max_position_embeddings=2048),
@@ -26,9 +29,13 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
                         head_dim=None, max_position_embeddings=131072, sliding_window=4096),
         "qwen2": dict(QWEN, architecture="Qwen2ForCausalLM", head_dim=None, sliding_window=4096),
         "qwen3": dict(QWEN, architecture="Qwen3ForCausalLM", head_dim=128, sliding_window=4096),
-        "gemma": dict(architecture="GemmaForCausalLM")}
-CLASSES = {"gemma": GemmaConfig}           # LLMs with a config class of their own, as TextConfig does not fit
-ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh")}  # allowed hidden_act (others: silu); Gemma computes both with tanh
+        "gemma": dict(architecture="GemmaForCausalLM"),
+        "opt": dict(architecture="OPTForCausalLM", num_key_value_heads=None, head_dim=None)}
+READ = {"opt": read_opt}                   # LLMs whose config.json has keys of its own
+# model_types with a config class of their own: TextConfig or VisionConfig does not fit
+CLASSES = {"gemma": GemmaConfig, "opt": OptConfig, "blip_2_vision_model": EvaConfig, "internvl_vision": InternViTConfig}
+# allowed hidden_act (others: silu); Gemma computes both with tanh
+ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh"), "opt": ("relu",)}
 
 
 def read_config(folder):
@@ -85,7 +92,10 @@ def vision_config(c, feature_layer=-2, pre={}):
     d |= {k: tuple(pre[k]) for k in ("image_mean", "image_std") if pre.get(k) is not None}
     if kind.startswith("dinov2"):
         d["intermediate_size"] = int(d.get("hidden_size", VisionConfig.hidden_size) * d.get("mlp_ratio", 4))
-    cfg = typed(VisionConfig, "vision tower", d | dict(model_type=kind, feature_layer=feature_layer))
+    for k in ("image_size", "patch_size"):                                    # InternVL: [448, 448]
+        if isinstance(side := d.get(k), list) and len(set(side)) == 1:
+            d[k] = side[0]
+    cfg = typed(CLASSES.get(kind, VisionConfig), "vision tower", d | dict(model_type=kind, feature_layer=feature_layer))
     if not -cfg.num_hidden_layers - 1 <= feature_layer <= cfg.num_hidden_layers:
         stop(f"feature layer {feature_layer} of a vision tower of {cfg.num_hidden_layers} blocks")
     if not pre.get("do_normalize", True):

@@ -6,14 +6,18 @@ order to our name. A replacement that ends in #i/n is the i-th of n equal parts 
 """
 
 import re
+import json
 from typing import NamedTuple
 
 import torch
 
 from config import stop
+import chat
+from chat import IMAGE
 from formats.configs import positions
 from formats.metadata import generation_config, tokenizer_files
 
+from formats.names import rename
 
 class Family(NamedTuple):
     model_type: str          # the value of this key in config.json
@@ -29,20 +33,24 @@ def published_name(name, pairs):
     for pattern, replacement in pairs:
         name = re.sub(pattern, replacement, name)
     name, _, part = name.partition("#")
-    return name, tuple(int(n) for n in part.split("/")) if part else ()
+    return name, tuple(int(n) for n in part.split("/")) if part else (), int(dims or 0)
+    name, _, dims = name.partition("@")
 
 
 def read_names(tensors, names, pairs, where):
-    """{published name: tensor} -> {our name: tensor}, for our names `names`. Unknown tensors keep their name."""
+    """{published name, spelled as by names.rename: tensor} -> {our name: tensor}. names: {our name: tensor of the right
+    shape}. Unknown tensors keep their name."""
     out, used = {}, set()
     for ours in names:
-        name, part = published_name(ours, pairs)
-        if name not in tensors:
+        name, part, dims = published_name(ours, pairs)
+        if (name := rename(name)) not in tensors:
             continue                                       # account() reports the tensor as missing
         out[ours] = tensors[name]
         used.add(name)
         if part:
             i, n, H = *part[:2], *(part[2:] or (1,))
+        if dims == out[ours].ndim:
+            out[ours] = out[ours].squeeze(tuple(range(dims - names[ours].ndim)))       # account() checks the shape
             if len(out[ours]) % (n * H):
                 stop(f"{where}: {name} has {len(out[ours])} rows, which are not {n * H} equal parts")
             out[ours] = out[ours].unflatten(0, (H, n, -1))[:, i].flatten(0, 1)
@@ -53,7 +61,8 @@ def write_names(state, pairs):
     """{our name: tensor} -> {published name: tensor}"""
     out, parts = {}, {}
     for ours, x in state.items():
-        name, part = published_name(ours, pairs)
+        name, part, dims = published_name(ours, pairs)
+        x = x[(None,) * max(0, dims - x.ndim)]
         if part:
             parts.setdefault((name, *part[1:]), {})[part[0]] = x
         else:
@@ -66,7 +75,20 @@ def write_names(state, pairs):
 
 def family_files(family, folder, cfg, template, system, aspect, dtype):
     """-> {file name: content} of a folder, except weights and model card"""
-    files = tokenizer_files(folder.tok, template, system, positions(cfg.text)) | family.files(folder, cfg)
+def with_ids(layout, tok):
+    """A layout of images (VLMConfig.layout) with the names of tokens -> the same with their ids"""
+    return {k: [t if isinstance(t, int) else tok.id(t) for t in x] if k in ("before", "after", "row_end") else x
+            for k, x in layout.items()}
+
+
+    files, own = tokenizer_files(folder.tok, template, system, positions(cfg.text)), family.files(folder, cfg)
+    extra = own.pop("tokenizer_config.json", {})
+    if placeholder := extra.get("image_token"):                # the family's name for the token <image>
+        for name, content in files.items():                    # a vocabulary may have other tokens that contain <image>
+            old, new = (f'"{t}"' if name == "tokenizer.json" else t for t in (IMAGE, placeholder))
+            files[name] = json.loads(json.dumps(content).replace(old, new))
+    files |= own
+    files["tokenizer_config.json"] |= extra
     processor = files["preprocessor_config.json"]["processor_class"]
     files["tokenizer_config.json"]["processor_class"] = processor
     files["config.json"] |= {"torch_dtype": str(dtype).removeprefix("torch."), "pad_token_id": folder.tok.pad}

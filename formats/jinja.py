@@ -26,6 +26,7 @@ JINJA = {
         "<|im_start|>assistant\n" + BEGIN + "{{ answer }}<|im_end|>" + END + "{{ '\\n' }}",
         "<|im_start|>assistant\n"),
     "mistral": ("{{ bos_token }}", _INST, BEGIN + " {{ answer }} {{ eos_token }}" + END, "")}
+JINJA["internvl"] = JINJA["chatml"]
 
 # _FRAME: the template around the texts of JINJA. A message's content is a string or a list of parts. A single <image>
 # moves to the front of its message. _FRAME is one line, because programs treat a line break after a tag differently

@@ -21,7 +21,7 @@ from formats.adapter_config import PATTERNS, rank_and_alpha, read_adapter_config
 from formats.configs import (CLASSES, image_spec, one_line, read_config, read_pre, strategy, text_config, vision_config,
                              vision_kind)
 from formats.families import FAMILIES, family_of
-from formats.family import family_files, read_names, write_names
+from formats.family import family_files, read_names, with_ids, write_names
 from formats.hub import find_folder, find_model, weights_file
 from formats.metadata import metadata
 from formats.names import account, published_tensors, renamed
@@ -134,7 +134,9 @@ def read_family(folder, c, family):
         wanted = build(cfg).state_dict()
     tensors = read_names(renamed(read_tensors(folder), folder), wanted, family.names(cfg), folder)
     meta = {"template": family.template, "system": "", "image_aspect": "squash"} | read_json(folder / "pumice.json", {})
-    return Folder(Tokenizer(folder, cfg.image_token_index), v, t, pre, {}, meta), tensors, cfg
+    tok = Tokenizer(folder, cfg.image_token_index)
+    cfg.layout = with_ids(cfg.layout, tok)
+    return Folder(tok, v, t, pre, {}, meta), tensors, cfg
 
 
 def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float32, parts=""):

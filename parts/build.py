@@ -7,9 +7,28 @@ from parts.features import FeatureTower
 from parts.gemma import Gemma
 
 CONNECTORS = {name: lambda cfg, kind=kind: kind(cfg.vision.hidden_size, cfg.text.hidden_size)
+from parts.mmca import MMCADecoder, VisualChat
+from parts.norm_connectors import LinearNorm, NormMLP
+from parts.opt import Opt
+from parts.qformer import QFormer, QFormerConfig
+from parts.internvit import InternViT
+from parts.perceiver import Perceiver
+from parts.shuffle import ShuffleConnector, group_side
+from parts.tiles import layout
+from parts.two_towers import CommConnector, TwoTowers
               for name, kind in model.CONNECTORS.items()}                        # name -> function VLMConfig -> module
-TOWERS = {}                                                                      # model_type -> class
-DECODERS = {"gemma": Gemma}                                                      # model_type -> class
+CONNECTORS["qformer"] = lambda cfg: QFormer(cfg.vision.hidden_size, cfg.text.hidden_size, cfg.tokens,
+                                            QFormerConfig(**cfg.connector_args))
+CONNECTORS["shuffle"] = lambda cfg: ShuffleConnector(cfg.vision.hidden_size, cfg.text.hidden_size,
+                                                     group_side(cfg.vision.patches, cfg.tokens))
+CONNECTORS["norm_mlp"] = lambda cfg: NormMLP(width(cfg), cfg.text.hidden_size, **cfg.connector_args)
+CONNECTORS["linear_norm"] = lambda cfg: LinearNorm(width(cfg), cfg.text.hidden_size, **cfg.connector_args)
+CONNECTORS["perceiver"] = lambda cfg: Perceiver(width(cfg), **cfg.connector_args)
+CONNECTORS["comm"] = lambda cfg: comm(cfg)
+TOWERS = {"internvl_vision": InternViT}                                          # model_type -> class
+DECODERS = {"gemma": Gemma, "opt": Opt}                                                      # model_type -> class
+DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca is a mask
+VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat}                       # the same keys -> class
 
 
 def build(cfg):
@@ -27,4 +46,4 @@ def build_tower(v):
 
 def image_layout(cfg):
     """VLMConfig -> what an image is in the sequence: images.Layout, or one of parts/tiles.py"""
-    return images.Layout(cfg.image_token_index, cfg.image_tokens)
+    return layout(cfg) if cfg.layout else images.Layout(cfg.image_token_index, cfg.image_tokens)

@@ -13,4 +13,15 @@ def paligemma(p, system, turns):
             p.text(answer, supervised=True).control(p.tok.eos, supervised=True)
 
 
-chat.TEMPLATES |= {"paligemma": Template(paligemma, "", "")}
+def blip(p, system, turns):
+    """All images, BOS, the question; a space, the answer, a newline. An empty question asks for a caption."""
+    p.image(sum(user.count(IMAGE) for user, _ in turns) if p.images else 0).control(p.tok.bos)
+    for user, answer in turns:
+        user = (user.replace(IMAGE, "") if p.images else user).strip()
+        p.text(user)
+        if answer is not None:
+            p.text(" " * bool(user) + answer + "\n", supervised=True)
+
+
+chat.TEMPLATES |= {"paligemma": Template(paligemma, "", ""), "internvl": Template(chat.chatml, "", "<|im_end|>"),
+                   "blip": Template(blip, "", "\n")}
