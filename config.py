@@ -103,6 +103,7 @@ class Common:
     eval_every: int = setting(100, "steps between validation losses", 0, resume="free")
     sample_every: int = setting(100, "steps between answers to fixed questions, in samples.jsonl", 0, resume="free")
     dry_run: bool = setting(False, "print the plan and one sample, and stop", resume="free")
+    paper: dict | None = setting(None, "of a recipe: facts for a plan at the paper's size (run/paper.py)", resume="free")
     overfit: bool = setting(False, "train on the first batch only, and check that the model predicts it", resume="free")
 
 
@@ -177,16 +178,16 @@ def checked(value, annotation, where):
     return value
 
 
-def run_recipe(file):
-    """Run a recipe file -> {name: value} of its settings"""
+def run_recipe(file, given={}):
+    """Run a recipe file -> {name: value} of its settings. given: names that the recipe may read (stage, toy)"""
     if not Path(file).is_file():
         stop(f"no recipe {file}")
     try:
-        found = runpy.run_path(file)
+        found = runpy.run_path(file, given)
     except Exception as e:
         line = e.lineno if isinstance(e, SyntaxError) else traceback.extract_tb(e.__traceback__)[-1].lineno
         stop(f"{file}, line {line}: {type(e).__name__}: {e}")
-    return {k: v for k, v in found.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+    return {k: v for k, v in found.items() if k[0] != "_" and k not in given and type(v) not in (types.ModuleType, type)}
 
 
 def show_help(Settings, doc):
@@ -228,7 +229,8 @@ def parse(Settings, argv, doc=""):
                 stop(f"{arg}: write --{key}=value")
             values[key] = read_value(text, fields[key], key) if equals else True   # --blind means --blind=true
         elif arg.endswith(".py"):
-            for key, value in run_recipe(arg).items():
+            given = {"stage": getattr(Settings, "stage", ""), "toy": "--data=toy" in argv}
+            for key, value in run_recipe(arg, given).items():
                 known(key, arg)
                 values[key] = checked(value, fields[key], f"{arg}: {key}")
         else:

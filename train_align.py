@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Settings(Common):                          # config.Common: the settings of all stages
+    stage = "align"                              # name of the stage, also for recipes and the toy data
     template: str = "plain"
     vision: str = str(HERE / "demo/vit")
     llm: str = str(HERE / "demo/llm")
@@ -31,8 +32,7 @@ class Settings(Common):                          # config.Common: the settings o
 
 
 def main(s):
-    world = stage.begin(s, "align")
-    model, folder = stage.load(s, world, "plain")
+    world, model, folder = stage.begin(s, "plain")
     lrs = engine.choose(model, stage.who_trains(s, {"multi_modal_projector.*": s.lr}), world.dtype, world.device)
     run = stage.prepare(s, world, model, folder, lrs)
 

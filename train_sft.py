@@ -19,6 +19,7 @@ from run import stage
 
 @dataclass
 class Settings(Common):
+    stage = "sft"
     init: str = "runs/align"
     lr: float = 3e-3                             # learning rate of the language model, or of its adapters
     out: str = "runs/sft"
@@ -49,8 +50,7 @@ def who_trains(s, model):
 
 
 def main(s):
-    world = stage.begin(s, "sft")
-    model, folder = stage.load(s, world, "vicuna_v1")
+    world, model, folder = stage.begin(s, "vicuna_v1")
     lrs = engine.choose(model, stage.who_trains(s, who_trains(s, model)), world.dtype, world.device)
     run = stage.prepare(s, world, model, folder, lrs)
 

@@ -68,9 +68,7 @@ def lines(model, lrs, world, micro, steps, s):
     for lr in sorted(set(lrs.values())):
         names = [n for n in lrs if lrs[n] == lr]
         out.append(f"  lr {lr:g}: {len(names)} tensors, {names[0]} ... {names[-1]}")
-    seen = dict(tokens=sum(len(b.ids) for b in micro), supervised=sum(supervised(b.labels) for b in micro),
-                images=sum(len(b.images) for b in micro))
-    cost = sum(f * seen[unit] for unit, f in flops(model, rows(model.cfg)).items())
+    seen, cost = units(micro), step_flops(model, micro)
     states, work = memory(model, world, micro, s)
     return [*out,
             f"  {steps} steps of {s.batch_size} samples; the first one, on this rank: {seen['tokens']:,} tokens in "
@@ -80,6 +78,17 @@ def lines(model, lrs, world, micro, steps, s):
             f"  {cost / 1e9:,.2f} GFLOP per step and rank in matrix products; "
             f"{world.size} x {world.device}, {world.dtype}, "
             f"{'Triton kernels' if use_triton(torch.empty(0, device=world.device)) else 'plain torch'}"]
+
+
+def units(micro):
+    """-> {unit: how many of them the micro-batches have}, for the units of rows()"""
+    return dict(tokens=sum(len(b.ids) for b in micro), supervised=sum(supervised(b.labels) for b in micro),
+                images=sum(len(b.images) for b in micro))
+
+
+def step_flops(model, micro):
+    """-> FLOPs of the matrix products for these micro-batches"""
+    return sum(f * units(micro)[unit] for unit, f in flops(model, rows(model.cfg)).items())
 
 
 def count_parameters(model):

@@ -1,7 +1,7 @@
 """What every training stage does before and after its loop:
 
-    begin      check settings, join ranks -> World      prepare    open data, make optimizer, resume -> Run
-    load       load model, fill in empty settings       finish     publish the model
+    begin      check settings, join ranks, load the model      prepare    open data, make optimizer, resume -> Run
+    finish     publish the model
 """
 
 import dataclasses
@@ -21,28 +21,32 @@ from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
 from parts.build import image_layout
 from parts.spans import span_ends
-from run import plan
+from run import paper, plan
 from run.folder import RunFolder, check_space, path_of, unwritable, would_overwrite
 from run.log import Log, check_dropped, tally
 from run.publish import publish, published_dtype
 from run.validate import Validation, check_overfit
 
 
-def begin(s, split):
-    """Check the settings before data and models are read. Join the other ranks -> engine.World (rank, device, dtype).
-    split: the part of the toy world (the generated example data) that this stage trains on"""
+def begin(s, template):
+    """Check the settings, join the other ranks, load the model -> World, VLM, Folder. template: see load()"""
     check(s)
     world = engine.start(s.device, s.dtype, s.seed)
     choose_kernels(s.kernels, world.device)
+    if s.paper and s.dry_run and not s.data:
+        paper.show(s, world, who_trains(s, {}))
+        engine.leave()
     if s.data == "toy":
-        toy_world(s, world, split)
-    return world
+        toy_world(s, world)
+    return world, *load(s, world, template)
 
 
 def check(s):
     check_ranges(s)
     if not s.out:
         stop("out is empty: it names the folder of the run")
+    if not s.data and not (s.paper and s.dry_run):
+        stop("data is empty: it names the training data")
     if not s.init and not (s.vision and s.llm):
         stop("init is empty, so vision and llm must name a vision tower and a language model")
     if (problem := unwritable(path_of(s)) or would_overwrite(path_of(s))) and not s.dry_run:
@@ -60,7 +64,7 @@ def check(s):
         stop(f"resume={s.resume} is no checkpoint: those of a run are called checkpoints/step_*")
 
 
-def toy_world(s, world, split):
+def toy_world(s, world):
     """For data=toy: generate the toy data if it is missing, and set data, images and val_data to its files."""
     if s.val_data or s.images != ".":
         stop("data=toy brings its own images and val_data; the given ones would not be read")
@@ -68,12 +72,12 @@ def toy_world(s, world, split):
     place = Path("runs/toy")
     if world.rank == 0:
         try:
-            if toy.write_world(place, split):
-                world.print(f"drew the toy world's images for {split} in {place}")
+            if toy.write_world(place, s.stage):
+                world.print(f"drew the toy world's images for {s.stage} in {place}")
         except OSError as e:
             stop(f"the toy world cannot be drawn in {place}: {e.strerror or e}")
     world.gather("drawn")                                        # the other ranks wait for rank 0
-    s.data, s.images, s.val_data = (str(place / n) for n in (f"{split}.json", "images", f"val_{split}.json"))
+    s.data, s.images, s.val_data = (str(place / n) for n in (f"{s.stage}.json", "images", f"val_{s.stage}.json"))
     s.system = s.system or ""                                    # the toy's LLM was trained without a system text
 
 
