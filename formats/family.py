@@ -2,7 +2,8 @@
 
 Our names of tensors are those of llava-hf folders. A family renames them by pairs (pattern, replacement), applied in
 order to our name. A replacement that ends in #i/n is the i-th of n equal parts of a published tensor, along dimension 0
-(for example, q, k and v in one matrix); #i/n/H means the same within each of H heads: its rows are (H, n, K).
+(for example, q, k and v in one matrix); #i/n/H means the same within each of H heads: its rows are (H, n, K). One that
+ends in @n is a published tensor of n dimensions; ours has fewer, and the other ones, of size 1, come first.
 """
 
 import re
@@ -29,7 +30,8 @@ class Family(NamedTuple):
 
 
 def published_name(name, pairs):
-    """Our name -> name of the published tensor, and which part of it is ours: (i, n), (i, n, H), or () for all of it"""
+    """Our name -> name of the published tensor; which part of it is ours: (i, n), (i, n, H), or () for all of it; the
+    number of dimensions of the published tensor, or 0 if ours has as many"""
     for pattern, replacement in pairs:
         name = re.sub(pattern, replacement, name)
     name, _, part = name.partition("#")
