@@ -1,0 +1,33 @@
+"""Attention in which the tokens of one sequence see the tokens of another one. Connectors with learned queries need it.
+
+Both sequences are packed, without padding: the queries of all images, and the keys of all images. So "the queries of an
+image see the features of the same image" is one span [lo, hi) for each query (kernels/attention.py).
+
+    I images   Q queries and M keys per image   N queries and L keys in all   C width of queries   E width of keys
+"""
+
+import torch
+import torch.nn as nn
+
+from kernels.attention import attention
+
+
+def own_keys(images, Q, M, device):
+    """Each query sees all M keys of its own image, and no others -> lo, hi (I Q,) int32"""
+    lo = torch.arange(images, dtype=torch.int32, device=device).repeat_interleave(Q) * M
+    return lo, lo + M
+
+
+class CrossAttention(nn.Module):
+    """q (N, C), k and v (L, E) -> (N, C)"""
+
+    def __init__(self, C, heads, E=None):
+        super().__init__()
+        self.heads, E = heads, E or C
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(C, C), nn.Linear(E, C), nn.Linear(E, C)
+        self.out_proj = nn.Linear(C, C)
+
+    def forward(self, q, k, v, lo, hi):
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1))
+                   for f, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))             # (N or L, H, K)
+        return self.out_proj(attention(q, k, v, lo, hi).flatten(1))
