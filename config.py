@@ -103,7 +103,7 @@ class Common:
     eval_every: int = setting(100, "steps between validation losses", 0, resume="free")
     sample_every: int = setting(100, "steps between answers to fixed questions, in samples.jsonl", 0, resume="free")
     dry_run: bool = setting(False, "print the plan and one sample, and stop", resume="free")
-    paper: dict | None = setting(None, "of a recipe: facts for a plan at the paper's size (run/paper.py)", resume="free")
+    paper: dict | None = setting(None, "of a recipe: facts for a plan of its paper's size (paper.py)", resume="free")
     overfit: bool = setting(False, "train on the first batch only, and check that the model predicts it", resume="free")
 
 
@@ -183,11 +183,11 @@ def run_recipe(file, given={}):
     if not Path(file).is_file():
         stop(f"no recipe {file}")
     try:
-        found = runpy.run_path(file, given)
+        out = runpy.run_path(file, given)
     except Exception as e:
         line = e.lineno if isinstance(e, SyntaxError) else traceback.extract_tb(e.__traceback__)[-1].lineno
         stop(f"{file}, line {line}: {type(e).__name__}: {e}")
-    return {k: v for k, v in found.items() if k[0] != "_" and k not in given and type(v) not in (types.ModuleType, type)}
+    return {k: v for k, v in out.items() if k[0] != "_" and k not in given and type(v) not in (types.ModuleType, type)}
 
 
 def show_help(Settings, doc):
