@@ -427,7 +427,7 @@ class VLM(nn.Module):
     def forward(self, ids, labels, pos, lo, hi, images, head=linear_cross_entropy, cache=None):
         """One packed sequence: token ids, labels, positions, key ranges [lo, hi), all (N,); images (I, 3, S, S) uint8.
 
-        Only the R tokens with a label pass the whole last layer. -> head(hidden (R, C), weight (V, C), labels (R,)):
+        In the last layer, only the R labelled tokens are queries. -> head(hidden (R, C), weight (V, C), labels (R,)):
         by default the loss, summed over these tokens."""
         rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). nonzero() makes the host wait: do it before other work
         x, *seen = self.inputs(ids, pos, images, cache)                        # (N, C)

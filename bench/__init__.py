@@ -105,7 +105,7 @@ def ceilings(device, ms=200):
 
 def child(command, args, seconds):
     """Run `python -m bench command args` in a child process, as it may run out of memory, hang or lose the GPU.
-    Kill it after `seconds`. -> its JSON objects, then {"ended": exit code, "because": time limit or end of stderr}"""
+    Kill it after `seconds`. -> its JSON objects, then {"ended": exit code, "because": time limit or last errors}"""
     with tempfile.TemporaryFile("w+") as errors:
         p = subprocess.Popen([sys.executable, "-m", "bench", command, *args], stdout=subprocess.PIPE, stderr=errors,
                              text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})

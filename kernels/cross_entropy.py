@@ -67,7 +67,7 @@ def logits_to_gradient_torch(logits, labels, gradient):
     return loss, g.mul_(keep[:, None]).to(logits.dtype)
 
 
-# architecture(x) -> (logits that a program holds at a time, warps). Tests check that no registers spill.
+# GPU type 80 or 90 -> (logits per program at a time, warps). Tests check that no registers spill.
 LOGITS_TILES = {80: (4096, 8), 90: (4096, 8)}
 
 

@@ -105,7 +105,7 @@ def nf4_op(codes: torch.Tensor, absmax: torch.Tensor, nested: torch.Tensor, offs
     levels, values = tables(codes.device)
     grid = triton.cdiv(len(absmax), NF4_ROWS),
     nf4_dequantize[grid](codes, absmax, nested, offset, levels, values, w, w.numel(), len(absmax), BLOCK, NESTED,
-                         NF4_ROWS, num_warps=NF4_WARPS, enable_fp_fusion=False)  # x y + z rounds twice, as in torch
+                         NF4_ROWS, num_warps=NF4_WARPS, enable_fp_fusion=False)  # as torch: round after * and +
     return w
 
 
