@@ -39,7 +39,7 @@ LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistra
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
-LARGER = 4  # limit of the ratio image side / side in training: the number of tokens grows with the square of this ratio
+LARGER = 4  # limit of an image side, in multiples of the side in training: the number of tokens grows with its square
 
 
 class Folder(NamedTuple):
