@@ -7,14 +7,16 @@ import dataclasses
 from PIL import Image
 
 from config import stop
+from formats.opt import read_opt
 from formats.strict_json import read_json
 from images import ImageSpec
 from model import ACTIVATIONS, TextConfig, VisionConfig
+from parts.eva import EvaConfig
 from parts.gemma import GemmaConfig
-
-# defaults of the transformers classes, where they differ from the defaults of VisionConfig and TextConfig
 from parts.internvit import InternViTConfig
 from parts.opt import OptConfig
+
+# defaults of the transformers classes, where they differ from the defaults of VisionConfig and TextConfig
 DINO = dict(hidden_act="gelu", layer_norm_eps=1e-6, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 VISION = {"clip_vision_model": {},
           "siglip_vision_model": dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, patch_size=16,
@@ -34,7 +36,7 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
 READ = {"opt": read_opt}                   # LLMs whose config.json has keys of its own
 # model_types with a config class of their own: TextConfig or VisionConfig does not fit
 CLASSES = {"gemma": GemmaConfig, "opt": OptConfig, "blip_2_vision_model": EvaConfig, "internvl_vision": InternViTConfig}
-# allowed hidden_act (others: silu); Gemma computes both with tanh
+# allowed hidden_act; other LLMs: silu. Gemma's two mean tanh gelu
 ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh"), "opt": ("relu",)}
 
 
@@ -114,6 +116,7 @@ def text_config(c):
     kind = c.get("model_type", "llama")
     if kind not in list(TEXT):
         stop(f"language model of type {kind!r}: {', '.join(TEXT)} are supported")
+    c = READ.get(kind, dict)(c)
     Config, acts = CLASSES.get(kind, TextConfig), ACTS.get(kind, ("silu",))
     if (act := c.get("hidden_activation") or c.get("hidden_act", acts[0])) not in acts:
         stop(f"language model with hidden_act {act!r}: {' or '.join(acts)} is supported")
@@ -134,7 +137,7 @@ def text_config(c):
         if window and 0 < slides < L and window < plain.max_position_embeddings:
             stop(f"language model with a sliding window in {slides} of its {L} layers: all or none is supported")
         window = window if slides == L else None
-    bias = d.get("attention_bias", False) if kind in ("llama", "qwen3") else False
+    bias = d.get("attention_bias", False) if kind in ("llama", "qwen3") else kind == "opt"
     d |= dict(model_type=kind, sliding_window=window, qkv_bias=bias or kind == "qwen2", o_bias=bias,
               qk_norm=kind == "qwen3", mlp_bias=d.get("mlp_bias", False) if kind == "llama" else False)
     return typed(Config, "language model", d)

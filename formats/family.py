@@ -6,19 +6,19 @@ order to our name. A replacement that ends in #i/n is the i-th of n equal parts 
 ends in @n is a published tensor of n dimensions; ours has fewer, and the other ones, of size 1, come first.
 """
 
-import re
 import json
+import re
 from typing import NamedTuple
 
 import torch
 
-from config import stop
 import chat
 from chat import IMAGE
+from config import stop
 from formats.configs import positions
 from formats.metadata import generation_config, tokenizer_files
-
 from formats.names import rename
+
 
 class Family(NamedTuple):
     model_type: str          # the value of this key in config.json
@@ -34,9 +34,9 @@ def published_name(name, pairs):
     number of dimensions of the published tensor, or 0 if ours has as many"""
     for pattern, replacement in pairs:
         name = re.sub(pattern, replacement, name)
+    name, _, dims = name.partition("@")
     name, _, part = name.partition("#")
     return name, tuple(int(n) for n in part.split("/")) if part else (), int(dims or 0)
-    name, _, dims = name.partition("@")
 
 
 def read_names(tensors, names, pairs, where):
@@ -49,10 +49,10 @@ def read_names(tensors, names, pairs, where):
             continue                                       # account() reports the tensor as missing
         out[ours] = tensors[name]
         used.add(name)
-        if part:
-            i, n, H = *part[:2], *(part[2:] or (1,))
         if dims == out[ours].ndim:
             out[ours] = out[ours].squeeze(tuple(range(dims - names[ours].ndim)))       # account() checks the shape
+        if part:
+            i, n, H = *part[:2], *(part[2:] or (1,))
             if len(out[ours]) % (n * H):
                 stop(f"{where}: {name} has {len(out[ours])} rows, which are not {n * H} equal parts")
             out[ours] = out[ours].unflatten(0, (H, n, -1))[:, i].flatten(0, 1)
@@ -75,14 +75,14 @@ def write_names(state, pairs):
     return out
 
 
-def family_files(family, folder, cfg, template, system, aspect, dtype):
-    """-> {file name: content} of a folder, except weights and model card"""
 def with_ids(layout, tok):
     """A layout of images (VLMConfig.layout) with the names of tokens -> the same with their ids"""
     return {k: [t if isinstance(t, int) else tok.id(t) for t in x] if k in ("before", "after", "row_end") else x
             for k, x in layout.items()}
 
 
+def family_files(family, folder, cfg, template, system, aspect, dtype):
+    """-> {file name: content} of a folder, except weights and model card"""
     files, own = tokenizer_files(folder.tok, template, system, positions(cfg.text)), family.files(folder, cfg)
     extra = own.pop("tokenizer_config.json", {})
     if placeholder := extra.get("image_token"):                # the family's name for the token <image>
@@ -94,5 +94,9 @@ def with_ids(layout, tok):
     processor = files["preprocessor_config.json"]["processor_class"]
     files["tokenizer_config.json"]["processor_class"] = processor
     files["config.json"] |= {"torch_dtype": str(dtype).removeprefix("torch."), "pad_token_id": folder.tok.pad}
-    return files | generation_config(folder.tok, cfg, template) | {
-        "pumice.json": {"template": template, "system": system, "image_aspect": aspect}}
+    files |= generation_config(folder.tok, cfg, template)
+    if chat.template(template).stop == "\n":                   # BLIP-2's class asks text_config where an answer ends
+        ends = [i for i in (folder.tok.eos, folder.tok.text("\n", first=False)[0][-1]) if i is not None]
+        for settings in (files["generation_config.json"], files["config.json"].get("text_config", {})):
+            settings["eos_token_id"] = ends
+    return files | {"pumice.json": {"template": template, "system": system, "image_aspect": aspect}}

@@ -1,0 +1,114 @@
+"""BLIP-2's folders, as test_families.py has others: their processor puts the images first and sees no marker."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import example, make_tokenizer
+from PIL import Image
+from safetensors.torch import load_file
+from test_families import TEXT, exact_norms
+from test_llava import random
+from test_model import PARITY, all_logits, pixels
+
+from conftest import error
+from data import pack
+from formats import llava
+from generate import Chat, generate
+
+T = pytest.importorskip("transformers")
+EVA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+QFORMER = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, vocab_size=50)
+OPT = dict(vocab_size=2048, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
+           eos_token_id=2, pad_token_id=4, max_position_embeddings=64)
+PRE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 3,
+       "image_processor_type": "BlipImageProcessor", "size": {"height": 8, "width": 8},
+       "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+Q = 3                                                             # queries; the tower has 5 tokens per image
+
+
+def blip2(text):
+    config = T.Blip2Config(vision_config=EVA, qformer_config=QFORMER, text_config=text, num_query_tokens=Q,
+                           image_token_index=3, attn_implementation="sdpa")
+    return T.Blip2ForConditionalGeneration(config)
+
+
+CASES = {"blip2-opt": lambda: blip2(OPT | {"model_type": "opt"}),
+         "blip2-llama": lambda: blip2(TEXT | {"model_type": "llama", "num_key_value_heads": 2})}
+EXAMPLES = [example(1, model_patches=Q), example(2, images=0, text=14), example(3, images=3, text=5, model_patches=Q)]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def family(request, tmp_path_factory):
+    """-> folder as transformers writes it, their model in float64, our model, our folder's parts"""
+    at = tmp_path_factory.mktemp(request.param)
+    theirs = CASES[request.param]()
+    random(theirs).save_pretrained(at)
+    make_tokenizer(at)
+    (at / "preprocessor_config.json").write_text(json.dumps(PRE))
+    mine, folder = llava.load_model(init=at, dtype=torch.float64)
+    return at, exact_norms(theirs.double().eval()), mine, folder
+
+
+def their_logits(model, mine, ids, images):
+    """One document -> its logits (N, V). Their model cannot do without images: text alone goes to its language model"""
+    one = torch.tensor([ids])
+    with torch.no_grad():
+        if not len(images):
+            return model.language_model(input_ids=one, attention_mask=torch.ones_like(one)).logits[0]
+        return model(input_ids=one, pixel_values=pixels(images, mine.cfg.vision).double()).logits[0]
+
+
+def test_logits_are_those_of_transformers(family):
+    _, theirs, mine, _ = family
+    true = torch.cat([their_logits(theirs, mine, ids, images) for ids, _, images in EXAMPLES])
+    with torch.no_grad():
+        error = (all_logits(mine, pack(EXAMPLES, 8)) - true).abs().max() / true.abs().max()
+    assert error < PARITY and true.std() > 0.05, error
+
+
+def test_greedy_tokens_are_those_of_transformers(family):
+    _, theirs, mine, _ = family
+    how = dict(max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2, pad_token_id=4)
+    for ids, _, images in EXAMPLES:
+        one = torch.tensor([ids])
+        seen = {"pixel_values": pixels(images, mine.cfg.vision).double()} if len(images) else {}
+        asked = theirs if seen else theirs.language_model
+        out = asked.generate(input_ids=one, attention_mask=torch.ones_like(one), **seen, **how)
+        answer, = generate(mine, [one[0]], images, {2}, 6)
+        assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
+
+
+def test_tensors_return_bit_equal(family, tmp_path):
+    at, _, mine, folder = family
+    state = llava.load_model(init=at, dtype=None)[0].state_dict()
+    llava.save_model(tmp_path / "out", state, mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
+    there, here = load_file(at / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert there.keys() == here.keys() and all(torch.equal(there[k], here[k]) for k in there)
+    assert llava.load_model(init=tmp_path / "out", dtype=torch.float64)[0].cfg == mine.cfg
+
+
+def test_transformers_opens_our_folder(family, tmp_path):
+    """No missing or unexpected tensors; its processor gives our ids and pixels; equal logits; it stops where we do."""
+    _, theirs, mine, folder = family
+    out = tmp_path / "out"
+    llava.save_model(out, mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
+    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
+    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    model = exact_norms(model.double().eval())
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8))
+    asked = Chat(out, device="cpu", dtype="fp64")
+    shown, blocks = asked.look([image])
+    for question in ("What is this?", ""):
+        prompt = asked.prompt([("<image>\n" + question, None)], blocks)
+        there = T.AutoProcessor.from_pretrained(out, backend="pil")(images=image, text=question, return_tensors="pt")
+        assert there["input_ids"][0].tolist() == prompt.tolist()
+        assert (there["pixel_values"] - pixels(shown[0], mine.cfg.vision)).abs().max() < 1e-6
+        with torch.no_grad():
+            batch = pack([(prompt.tolist(), [-100] * len(prompt), shown[0])], 8)
+            true = model(**{**there, "pixel_values": pixels(shown[0], mine.cfg.vision).double()}).logits[0]
+            assert (all_logits(asked.model, batch) - true).abs().max() < PARITY * true.abs().max()
+    newline = asked.tok.text("\n")[0][-1]
+    assert newline in asked.stop_ids
+    assert {newline, asked.tok.eos} == set(model.language_model.generation_config.eos_token_id)
