@@ -3,10 +3,10 @@
 import images
 import model
 import parts.templates  # noqa: F401  (adds to chat.TEMPLATES)
-from parts.features import FeatureTower
+from config import stop
+from parts.cross_attention import Flamingo, FlamingoDecoder, IdeficsDecoder
+from parts.features import FeatureTower, levels
 from parts.gemma import Gemma
-
-CONNECTORS = {name: lambda cfg, kind=kind: kind(cfg.vision.hidden_size, cfg.text.hidden_size)
 from parts.mmca import MMCADecoder, VisualChat
 from parts.norm_connectors import LinearNorm, NormMLP
 from parts.opt import Opt
@@ -16,6 +16,8 @@ from parts.perceiver import Perceiver
 from parts.shuffle import ShuffleConnector, group_side
 from parts.tiles import layout
 from parts.two_towers import CommConnector, TwoTowers
+
+CONNECTORS = {name: lambda cfg, kind=kind: kind(width(cfg), cfg.text.hidden_size)
               for name, kind in model.CONNECTORS.items()}                        # name -> function VLMConfig -> module
 CONNECTORS["qformer"] = lambda cfg: QFormer(cfg.vision.hidden_size, cfg.text.hidden_size, cfg.tokens,
                                             QFormerConfig(**cfg.connector_args))
@@ -27,15 +29,34 @@ CONNECTORS["perceiver"] = lambda cfg: Perceiver(width(cfg), **cfg.connector_args
 CONNECTORS["comm"] = lambda cfg: comm(cfg)
 TOWERS = {"internvl_vision": InternViT}                                          # model_type -> class
 DECODERS = {"gemma": Gemma, "opt": Opt}                                                      # model_type -> class
-DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca is a mask
+DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca: cfg.mask
 VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat}                       # the same keys -> class
 
 
 def build(cfg):
     """VLMConfig -> VLM"""
     assert cfg.connector in CONNECTORS, f"connector {cfg.connector!r}: {', '.join(CONNECTORS)}"
-    decoder = DECODERS.get(cfg.text.model_type, model.Llama)(cfg.text)
-    return model.VLM(cfg, build_tower(cfg.vision), CONNECTORS[cfg.connector](cfg), decoder)
+    kind = cfg.text.model_type
+    if cfg.mask == "mmca":
+        if kind in DECODERS:
+            stop(f"mask=mmca with a language model of type {kind!r}: only Llama, Mistral and Qwen have MMCA")
+        kind = "mmca"
+    tower = TwoTowers(cfg.vision, cfg.second) if cfg.second else build_tower(cfg.vision)
+    decoder = DECODERS.get(kind, model.Llama)(cfg.text)
+    return VLMS.get(kind, model.VLM)(cfg, tower, CONNECTORS[cfg.connector](cfg), decoder)
+
+
+def width(cfg):
+    """VLMConfig -> width of the image features: those of several layers and of two towers stand side by side"""
+    return sum(levels(v) * v.hidden_size for v in (cfg.vision, cfg.second) if v)
+
+
+def comm(cfg):
+    """VLMConfig -> COMM's connector"""
+    if cfg.second is None:
+        stop("connector=comm needs a second vision tower")
+    a, b = cfg.vision, cfg.second
+    return CommConnector(a.hidden_size, levels(a), b.hidden_size, levels(b), cfg.text.hidden_size, **cfg.connector_args)
 
 
 def build_tower(v):

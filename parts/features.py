@@ -12,13 +12,22 @@ import torch
 from model import LayerNorm, VisionTower
 
 
+def feature_layers(cfg):
+    """VisionConfig -> the indices of its feature layers, as a tuple"""
+    return cfg.feature_layer if isinstance(cfg.feature_layer, tuple) else (cfg.feature_layer,)
+
+
+def levels(cfg):
+    """VisionConfig -> M"""
+    return len(feature_layers(cfg))
+
+
 class FeatureTower(VisionTower):
     """images (I, 3, S, S) uint8 -> features (I, P, M D)"""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        layers = cfg.feature_layer if isinstance(cfg.feature_layer, tuple) else (cfg.feature_layer,)
-        self.layers = [layer % (cfg.num_hidden_layers + 1) for layer in layers]
+        self.layers = [layer % (cfg.num_hidden_layers + 1) for layer in feature_layers(cfg)]
         if cfg.keep_class:
             self.skip = 0
         norm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) if cfg.feature_norm else None

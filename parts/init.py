@@ -2,7 +2,7 @@
 
 import torch
 
-from model import CONNECTORS
+from model import CONNECTORS, RMSNorm
 
 
 @torch.no_grad()
@@ -46,5 +46,7 @@ def init_new(model, names, seed=0):
                 setattr(module, k, torch.nn.Parameter(torch.empty_like(p, device="cpu").normal_(0, 0.02)))
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+            elif isinstance(module, RMSNorm):
+                torch.nn.init.ones_(module.weight)
     if names and model.cfg.connector in CONNECTORS:
         init_weights(model.multi_modal_projector, seed)

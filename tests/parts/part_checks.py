@@ -1,0 +1,90 @@
+"""What every connector, tower, decoder and mask must satisfy, as functions for the tests of parts/."""
+
+import torch
+from conftest import example, tiny_config
+from test_model import all_logits, gradients
+
+from data import pack
+from generate import generate
+from parts.build import build
+from parts.spans import span_ends
+
+
+def random_model(cfg, seed=0):
+    """VLMConfig -> a float64 model with random weights; norms near 1, gates open"""
+    torch.manual_seed(seed)
+    model = build(cfg)
+    for n, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in n and n.endswith("weight") else 0.0, std=0.2)
+    return model.double()
+
+
+def config(text=None, vision=None, **fields):
+    """The tiny LLaVA of conftest.py with other fields; text: a config class of parts/"""
+    cfg = tiny_config()
+    if text:
+        cfg.text = text
+    for k, x in (vision or {}).items():
+        setattr(cfg.vision, k, x)
+    for k, x in fields.items():
+        setattr(cfg, k, x)
+    return cfg
+
+
+def samples(cfg):
+    """One image, none, three, one again. Every document has supervised tokens"""
+    Q = cfg.image_tokens
+    return [example(1, model_patches=Q), example(2, images=0, text=14), example(3, images=3, text=5, model_patches=Q),
+            example(4, text=20, model_patches=Q)]
+
+
+def check_packed(model):
+    """One stream of several documents = each document alone: loss and all gradients"""
+    ends = span_ends(model.cfg)
+    loss, together = gradients(model, [pack(samples(model.cfg), 8, ends)])
+    alone, single = gradients(model, [pack([s], 8, ends) for s in samples(model.cfg)])
+    assert abs(loss - alone) <= 1e-13 * abs(alone) and loss > 0
+    assert together.keys() == single.keys() == {n for n, _ in model.named_parameters()}
+    largest = max(float(g.abs().max()) for g in single.values())
+    for n, g in single.items():
+        error, scale = float((together[n] - g).abs().max()), float(g.abs().max())
+        if n.endswith("k_proj.bias"):                          # its true gradient is 0: a bias adds the same to all scores
+            assert error <= 1e-12 * largest, n
+        else:
+            assert error <= 1e-12 * scale and scale > 0, (n, error, scale)
+
+
+def check_no_images(model):
+    """Text alone: every parameter gets a gradient, those of tower and connector 0; nothing at all: no error, too"""
+    ends = span_ends(model.cfg)
+    for stream in ([example(2, images=0, text=14)], []):
+        _, grads = gradients(model, [pack(stream, 8, ends)])
+        assert grads.keys() == {n for n, _ in model.named_parameters()}
+        for n, g in grads.items():
+            assert not n.startswith(("vision_tower.", "multi_modal_")) or not g.any(), n
+
+
+def check_rows(model):
+    """The last layer computes only the rows with a label. Their logits = those of all rows"""
+    batch = pack(samples(model.cfg), 8, span_ends(model.cfg))
+    rows = torch.arange(len(batch.ids)) % 3 == 1                 # some of them are image tokens
+    with torch.no_grad():
+        some = all_logits(model, batch)[rows]
+        few = model(*batch._replace(labels=torch.where(rows, 0, -100)), head=lambda h, w, y: h @ w.T)
+    assert (some - few).abs().max() < 1e-12 * some.abs().max()
+
+
+def check_cache(model, tokens=6):
+    """Greedy answers with the cache, all prompts at once = each token by a forward pass over all tokens so far"""
+    prompts = [(torch.tensor(ids), images) for ids, _, images in samples(model.cfg)]
+    fast = generate(model, [ids for ids, _ in prompts], torch.cat([i for _, i in prompts]), set(), tokens)
+    for (ids, images), answer in zip(prompts, fast):
+        ids = ids.tolist()
+        for token in answer:
+            batch = pack([(ids, [-100] * len(ids), images)], 8, span_ends(model.cfg))
+            with torch.no_grad():
+                logits = all_logits(model, batch)[-1]
+            logits[model.cfg.image_token_index] = -torch.inf
+            assert logits.argmax() == token
+            ids.append(token)
+    assert len({tuple(a) for a in fast}) > 1                     # the prompts do not all give one answer

@@ -1,0 +1,125 @@
+"""Gated cross-attention: who sees which image, closed gates, cache, packing, both forms of the block."""
+
+import copy
+
+import pytest
+import torch
+from conftest import error, example
+from part_checks import check_cache, check_no_images, check_packed, check_rows, config, random_model
+from test_model import all_logits
+
+from data import pack
+from model import Llama
+from parts.build import build
+from parts.cross_attention import FlamingoConfig, IdeficsConfig, last_image
+from parts.init import init_new
+
+SIZES = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, cross_width=32, cross_every=2)
+PERCEIVER = dict(latents=3, depth=2, heads=2, head_dim=6)
+KINDS = {"flamingo": FlamingoConfig(**SIZES), "idefics": IdeficsConfig(**SIZES, cross_qk_norm=True, gate_width=32)}
+
+
+def flamingo(kind="flamingo"):
+    return config(copy.deepcopy(KINDS[kind]), {"keep_class": True}, connector="perceiver", tokens=1,
+                  connector_args=PERCEIVER)
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return random_model(flamingo(request.param))
+
+
+def test_spans_of_the_last_image():
+    """Two documents: text, image, text, image, text | text, image. Latents per image: 3"""
+    marker = torch.tensor([0, 1, 0, 1, 0, 0, 1], dtype=torch.bool)
+    lo, hi = last_image(marker, torch.tensor([0, 1, 2, 3, 4, 0, 1]), 3)
+    assert lo.tolist() == [0, 0, 0, 3, 3, 6, 6] and hi.tolist() == [0, 3, 3, 6, 6, 6, 9]
+    assert [len(t) for t in last_image(marker[:0], torch.zeros(0, dtype=torch.long), 3)] == [0, 0]
+
+
+def test_a_token_sees_the_last_image_alone(model):
+    """BOS, image, 3 words, image, 3 words. Another first image moves tokens 1 to 4 through its latents, later ones only
+    through earlier tokens: with self-attention switched off, tokens 5 to 8 stay."""
+    ids, images = [1, 3, 7, 8, 9, 3, 7, 8, 9], example(1, images=2)[2]
+    for layer in model.language_model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    other = images.clone()
+    other[0] = 255 - other[0]
+    with torch.no_grad():
+        a, b = (all_logits(model, pack([(ids, [-100] * 9, x)], 8)) for x in (images, other))
+    moved = (a != b).any(1).tolist()
+    assert moved == [False] + [True] * 4 + [False] * 4
+
+
+def test_closed_gates_give_the_bare_language_model(model):
+    for n, p in model.named_parameters():
+        if "alpha_" in n:
+            p.data.zero_()
+    bare = Llama(model.cfg.text).double()
+    bare.load_state_dict({k: x for k, x in model.language_model.state_dict().items() if not k.startswith("gated")})
+    batch = pack([example(1, model_patches=1), example(2, images=0), example(3, images=3, model_patches=1)], 8)
+    with torch.no_grad():
+        hidden = bare(bare.embed(batch.ids), batch.pos, batch.lo, batch.hi)
+        assert torch.equal(all_logits(model, batch), hidden @ bare.head_weight.T)
+
+
+def test_new_blocks_begin_closed_and_learn(model):
+    """parts.init.init_new: gates 0, norms 1; the gates get a gradient, and after they open, all else does"""
+    cfg = model.cfg
+    with torch.device("meta"):
+        fresh = build(cfg)
+    new = {n for n, _ in fresh.named_parameters() if "gated_layers" in n or n.startswith("multi_modal")}
+    fresh.load_state_dict({n: x for n, x in model.state_dict().items() if n not in new}, strict=False, assign=True)
+    init_new(fresh, new)
+    fresh = fresh.double()
+    values = {n: p for n, p in fresh.named_parameters() if n in new}
+    assert len(values) == len(new)
+    for n, p in values.items():
+        if "alpha_" in n:
+            assert not p.any()
+        elif "norm" in n:
+            assert (p == (0 if n.endswith("bias") else 1)).all(), n
+        else:
+            assert 0 < p.std() < 1, n
+    fresh(*pack([example(1, model_patches=1)], 8)).backward()
+    for n, p in values.items():
+        assert p.grad.any() == ("alpha_" in n), n
+
+
+def test_packed(model):
+    check_packed(model)
+
+
+def test_no_images(model):
+    check_no_images(model)
+
+
+def test_only_some_rows(model):
+    check_rows(model)
+
+
+def test_cache(model):
+    check_cache(model)
+
+
+def test_blocks_are_listed_for_sharding(model):
+    assert {id(b) for b in model.blocks} >= {id(b) for b in model.language_model.gated_layers}
+    assert len(model.language_model.gated_layers) == 2
+
+
+def test_wrong_settings_stop():
+    cfg = flamingo()
+    cfg.tokens = 3
+    assert "tokens=1" in error(build, cfg)
+    cfg.tokens, cfg.connector, cfg.connector_args = 1, "mlp", {}
+    assert "connector=perceiver" in error(build, cfg)
+    cfg = flamingo()
+    cfg.text.cross_width = 5
+    assert error(build, cfg) == "image features of width 32 need text.cross_width=32, not 5"
+
+
+def test_a_lost_marker_is_an_error(model):
+    ids, labels, images = example(1, model_patches=1)
+    with pytest.raises(RuntimeError, match="as many image tokens as images"):
+        model(*pack([([7 if i == 3 else i for i in ids], labels, images)], 8))
