@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from config import BadSample
-from images import FORMATS
+from images import FORMATS, MAX_PIXELS
 
 
 def image_size(source):
@@ -26,6 +26,10 @@ def image_size(source):
         return source.size
     try:
         with Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:        # load_image refuses the image, so its size does not matter
+                return image.size
+            if image.format == "TIFF":                         # Pillow turns a TIFF itself when it decodes the file
+                image.load()
             turned = False
             with contextlib.suppress(Exception):               # broken EXIF: load_image does not turn the image
                 turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)    # these orientations exchange the sides
