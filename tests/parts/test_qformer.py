@@ -54,10 +54,10 @@ def test_every_second_layer_sees_the_image(model):
     assert [layer.cross is not None for layer in former.layers] == [True, False, True]
     x = torch.randn(2, 5, 32, dtype=torch.float64)
     with torch.no_grad():
-        assert not torch.equal(former(x)[0], former(x)[1])
+        assert (former(x)[0] - former(x)[1]).abs().max() > 0.1
         for layer in former.layers[::2]:
             layer.cross.out_proj.weight.zero_()
-        assert torch.equal(former(x)[0], former(x)[1])
+        assert (former(x)[0] - former(x)[1]).abs().max() < 1e-12
 
 
 def test_a_new_one_begins_with_different_small_queries():
