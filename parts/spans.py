@@ -30,7 +30,7 @@ def prefix(ids, labels, pos, lo, image_id):
 
 
 def image_block(ids, labels, pos, lo, image_id):
-    """Tokens of one image see each other; all else is causal (Gemma 3). -> hi (N,)"""
+    """Tokens of an image see each other, and adjacent images count as one; all else is causal (Gemma 3). -> hi (N,)"""
     image = ids == image_id
     last = image & ~torch.cat([(image & (pos > 0))[1:], image.new_zeros(1)])                              # (N,)
     at = torch.arange(len(ids))

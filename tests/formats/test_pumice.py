@@ -1,0 +1,67 @@
+"""Models that only we can read: trained from towers with parts, written, read back, and resumed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import error
+from tiny_runs import refusal, run, state
+
+from formats import families, llava
+from generate import Chat
+
+PREFIX = "mask=prefix vision.feature_layer=-1 vision.feature_norm=true text.first_position=1"
+
+
+@pytest.fixture(scope="module")
+def prefix_run(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prefix") / "align"
+    assert run("align", world, out, parts=PREFIX, connector="linear") is None
+    return out
+
+
+def test_the_folder_says_that_only_we_read_it(prefix_run):
+    c = json.loads((prefix_run / "model" / "config.json").read_text())
+    assert c["model_type"] == "pumice" and c["mask"] == "prefix" and c["vision"]["feature_norm"] is True
+
+
+def test_it_returns_as_it_left(prefix_run, tmp_path):
+    model, folder = llava.load_model(init=prefix_run, dtype=torch.float32)
+    assert model.cfg.mask == "prefix" and model.cfg.text.first_position == 1
+    llava.save_model(tmp_path / "out", model.state_dict(), model.cfg, folder, "plain", "", "pad", torch.float32)
+    again, _ = llava.load_model(init=tmp_path / "out", dtype=torch.float32)
+    assert again.cfg == model.cfg
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_the_next_stage_keeps_the_parts(prefix_run, world, tmp_path):
+    assert run("sft", world, tmp_path / "sft", init=str(prefix_run), template="vicuna_v1") is None
+    asked = Chat(tmp_path / "sft", "cpu")
+    assert asked.cfg.mask == "prefix" and isinstance(asked.ask(None, "What?", 4), str)
+
+
+def test_parts_of_a_whole_model_are_refused(prefix_run, world, tmp_path):
+    assert "brings its own parts" in refusal("sft", world, tmp_path / "x", init=str(prefix_run), parts="mask=causal")
+
+
+def test_a_resumed_run_ends_bit_equal(prefix_run, world, tmp_path):
+    assert run("align", world, tmp_path / "again", parts=PREFIX, connector="linear",
+               resume=str(prefix_run / "checkpoints" / "step_0000004")) is None
+    assert state(tmp_path / "again") == state(prefix_run)
+
+
+def test_llava_stays_llava(aligned):
+    model, _ = llava.load_model(init=aligned)
+    assert families.family_of(model.cfg) is None
+    model.cfg.mask = "prefix"
+    assert families.family_of(model.cfg).model_type == "pumice"
+
+
+def test_an_unknown_key_is_refused(prefix_run, tmp_path):
+    shutil.copytree(prefix_run / "model", tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    c = json.loads(file.read_text())
+    c["vision"]["colour"] = "red"
+    file.write_text(json.dumps(c))
+    assert "unknown key 'colour'" in error(llava.load_model, init=tmp_path / "m")
