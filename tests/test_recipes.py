@@ -1,0 +1,54 @@
+"""Each recipe of a system: its plan at the size of the paper, and both stages on tiny towers and data."""
+
+import re
+
+import pytest
+from conftest import ROOT
+from tiny_runs import SCRIPTS, refusal, run
+
+import config
+
+SYSTEMS = {"paligemma": 256, "llava": 256, "pali3": 256}                       # tokens per image at the paper's size
+KEPT = {"connector", "parts", "train", "template", "system", "warmup"}         # of a recipe, on tiny towers
+
+
+def values(name, stage, toy):
+    return config.run_recipe(ROOT / "recipes" / f"{name}.py", {"stage": stage, "toy": toy})
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_plan_has_the_size_of_the_paper(name, stage, capsys, monkeypatch):
+    s = config.parse(SCRIPTS[stage].Settings, [str(ROOT / "recipes" / f"{name}.py"), "--dry_run", "--device=cpu"])
+    with pytest.raises(SystemExit) as e:
+        SCRIPTS[stage].main(s)
+    out = capsys.readouterr().out
+    assert not e.value.code and f"{SYSTEMS[name]} tokens per image" in out and s.paper["hours"] in out
+    trained, frozen = (int(n.replace(",", "")) for n in re.search(r"together +([\d,]+) +([\d,]+)", out).groups())
+    assert trained > 1e6 and trained + frozen > 1e9, "the size of the paper, not of the toy"
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_both_stages_train_on_tiny_data(name, world, tmp_path):
+    for stage, init in (("align", ""), ("sft", str(tmp_path / "align"))):
+        found = {k: x for k, x in values(name, stage, toy=True).items() if k in KEPT}
+        if init:
+            found |= {"parts": "", "init": init}
+        assert run(stage, world, tmp_path / stage, steps=2, save_every=0, **found) is None
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_recipe_is_short_and_says_its_paper(name):
+    text = (ROOT / "recipes" / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 60 and "arXiv" in text
+    for command in re.findall(r"recipes/(\w+)\.py", text.split('"""')[1]):
+        assert command == name, "its commands name itself"
+
+
+def test_data_must_be_named(world, tmp_path):
+    assert "data is empty" in refusal("align", world, tmp_path / "x", data="")
+
+
+def test_all_systems_are_tested():
+    there = {p.stem for p in (ROOT / "recipes").glob("*.py")} - {"llava15", "llava15_align"}
+    assert there == set(SYSTEMS) and sum(len((ROOT / "recipes" / f"{n}.py").read_text().splitlines()) for n in there) <= 500
