@@ -20,7 +20,9 @@ except ImportError:  # no Triton, as on macOS: these stand-ins let the kernel fi
     tl = SimpleNamespace(constexpr=None)
 
 has_triton = hasattr(tl, "load")
-choice = "auto"  # auto: kernels for tensors on a GPU; torch: no kernels; triton: always kernels
+# Which code computes a call? "auto": Triton kernels for tensors on a GPU, plain torch for other tensors.
+# "torch": always plain torch. "triton": always Triton kernels.
+choice = "auto"
 
 
 def choose_kernels(how, device):
@@ -36,18 +38,20 @@ def choose_kernels(how, device):
 
 
 def use_triton(x):
-    """True if a Triton kernel computes a call, False if plain torch does. x: any tensor argument of the call."""
+    """Return True if a Triton kernel computes a call, False if plain torch does. x: any tensor argument of the call"""
     return has_triton and x.is_cuda if choice == "auto" else choice == "triton"
 
 
 def architecture(x):
-    """-> key of a table of tile sizes: 90 for Hopper and data-centre Blackwell GPUs; 80 for all other GPUs and for
-    kernels that run in Triton's interpreter. Tiles of key 80 fit in the 99 KiB of shared memory of smaller GPUs."""
+    """Return 80 or 90, the key of the GPU of x in tables of tile sizes. 90 means a Hopper or data-centre Blackwell GPU.
+    80 means any other GPU, or a kernel that runs in Triton's interpreter. Tiles of key 80 fit in the 99 KiB of shared
+    memory that smaller GPUs have."""
     return 90 if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10) else 80
 
 
 def on_its_device(f):
-    """Make the device of x current while f runs, because Triton launches a kernel on the current device."""
+    """Wrap f(x, ...): while f runs, the GPU of tensor x is the current device. Triton launches a kernel on the current
+    device, which may be another GPU than that of x."""
     @functools.wraps(f)
     def wrapped(x, *rest):
         with torch.cuda.device_of(x):

@@ -9,8 +9,9 @@ backward receives. So the forward pass takes one chunk of rows at a time: it com
 them by softmax - onehot, and computes from these the gradients of hidden and weight. Only one chunk of logits exists
 at a time. The kernel reads a row twice (for its sum, then for the gradient) and writes it once: 3 V elements.
 
-A chunk should have many rows. Its matrix products do 6 V C flops per row. Adding to the weight's gradient in fp32 moves
-10 V C bytes per chunk of any size. At 790 TFLOP/s and 4.3 TB/s, products and addition take equal time at 300 rows.
+A chunk should have many rows. Its matrix products do 6 V C flops per row. Each chunk adds to the gradient of weight in
+fp32. This moves 10 V C bytes, however few rows the chunk has. At 790 TFLOP/s and 4.3 TB/s, products and addition take
+equal time at 300 rows.
 """
 
 import torch
@@ -25,18 +26,19 @@ SLICE = 8192             # in bf16, the weight's gradient is computed for this m
 
 
 def chunk_rows(V, dtype):
-    """V vocabulary entries, dtype of the logits -> number of rows in a chunk of logits"""
+    """Return the number of rows in a chunk of logits, for V vocabulary entries and logits of `dtype`."""
     return max(CHUNK_ROWS, CHUNK_BYTES // (V * dtype.itemsize))
 
 
 def kernel_applies(x):
-    """True if the Triton kernel is used for logits with the device and dtype of x. The kernel does not support fp64."""
+    """Return True if the Triton kernel is used for logits with the device and dtype of x. It does not support fp64."""
     return use_triton(x) and x.dtype != torch.float64
 
 
 def logits_bytes(R, V, like):
-    """-> peak bytes for the logits of R rows and V entries, in the dtype and on the device of `like`. The kernel holds
-    one chunk. Plain torch also holds the exponentials of the chunk and, in bf16, a copy in fp32."""
+    """Return the bytes that logits take at most, for R rows and V vocabulary entries. The logits have the dtype and the
+    device of tensor `like`. The kernel holds one chunk of them. Plain torch also holds the exponentials of the chunk
+    and, in bf16, a copy of the chunk in fp32."""
     each, wide = like.dtype.itemsize, max(4, like.dtype.itemsize)
     if not kernel_applies(like):
         each = 2 * wide + (each if each < wide else 0)
@@ -44,7 +46,7 @@ def logits_bytes(R, V, like):
 
 
 def linear_cross_entropy_ref(hidden, weight, labels):
-    """The definition in plain torch. All logits exist at the same time."""
+    """Compute the summed loss by its definition in plain torch. All logits exist at the same time."""
     logits = hidden @ weight.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -53,8 +55,8 @@ def linear_cross_entropy_ref(hidden, weight, labels):
 # ---- one chunk: logits -> loss and gradient -------------------------------------------------------------------------
 
 def logits_to_gradient_torch(logits, labels, gradient):
-    """logits (n, V), labels (n,) -> summed loss (); its gradient (n, V), which is softmax minus one-hot labels.
-    The gradient overwrites fp32 and fp64 logits. With gradient=False, the second result is None."""
+    """Return the summed loss () of logits (n, V) and labels (n,), and its gradient for the logits (n, V). The gradient
+    is softmax minus one-hot labels. It overwrites fp32 and fp64 logits. With gradient=False, it is None."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     keep = labels != IGNORE
     at = labels.where(keep, 0)[:, None]
@@ -62,20 +64,24 @@ def logits_to_gradient_torch(logits, labels, gradient):
     loss = ((lse - wide.gather(1, at)).squeeze(1) * keep).sum()
     if not gradient:
         return loss, None
-    g = wide.sub_(lse).exp_()                                                 # softmax overwrites the logits
+    g = wide.sub_(lse).exp_()                                                 # softmax overwrites `wide`
     g.scatter_add_(1, at, torch.full_like(at, -1, dtype=g.dtype))             # subtract onehot
     return loss, g.mul_(keep[:, None]).to(logits.dtype)
 
 
-# GPU type 80 or 90 -> (logits per program at a time, warps). Tests check that no registers spill.
+# The key is the GPU type, 80 or 90 (see architecture). The values are: logits that a program (one row) holds at a time,
+# and number of warps. Tests check that no registers spill, which would make the kernel slow.
 LOGITS_TILES = {80: (4096, 8), 90: (4096, 8)}
 
 
 @triton.jit
 def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One program computes one row. X (n, V): logits, overwritten by their gradient; LABELS (n,); LOSS (n,) fp32."""
-    LOG2E = 1.4426950408889634               # exp(x) = exp2(x log2(e)): GPUs have an instruction for exp2 only
-    row = tl.program_id(0).to(tl.int64)      # int64: row * V exceeds 2**31 from row 16,800 on, for 128k entries
+    """Compute the loss of each row of logits and, if GRADIENT, overwrite the row by its gradient. One program computes
+    one row, BLOCK columns at a time. `stride` is the distance between two rows of X in memory.
+
+    X (n, V) logits      LABELS (n,)      LOSS (n,) fp32: the result"""
+    LOG2E = 1.4426950408889634               # exp(x) = exp2(x * log2(e)): GPUs have an instruction for exp2 only
+    row = tl.program_id(0).to(tl.int64)      # int64: for V = 128,000, row * V exceeds 2**31 from row 16,800 on
     X += row * stride
     c = tl.arange(0, BLOCK)                  # (BLOCK,) columns of a block; columns from V on are masked
     y = tl.load(LABELS + row)
@@ -83,7 +89,7 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
     valid = (0 <= y) & (y < V)               # without a valid label, the loss is 0 if the label is IGNORE, else nan
     xy = tl.load(X + y, mask=valid, other=float("nan")).to(tl.float32)  # the label's logit, before it is overwritten
 
-    m, l = -float("inf"), 0.0                # running maximum, running sum of exp(x - m)
+    m, l = -float("inf"), 0.0                # m: maximum so far; l: sum of exp(x - m) so far
     for i in range(0, V, BLOCK):
         x = tl.load(X + i + c, mask=i + c < V, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(m, tl.max(x))
@@ -100,7 +106,8 @@ def _logits_to_gradient(X, LABELS, LOSS, V, stride, IGNORE: tl.constexpr, GRADIE
 
 
 def logits_to_gradient_triton(logits, labels, gradient):
-    """logits_to_gradient_torch as a kernel, one program per row. The gradient overwrites logits of any dtype."""
+    """Compute logits_to_gradient_torch with the kernel, one program per row. The gradient overwrites logits of any
+    dtype. With gradient=False, the second result is the unchanged logits."""
     n, V = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n:
@@ -115,8 +122,13 @@ def logits_to_gradient_triton(logits, labels, gradient):
 @on_its_device
 def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int, dtype: torch.dtype,
                        need_h: bool, need_w: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> summed loss (), its gradients for hidden (R, C) in `dtype` and for weight (V, C) in fp32 (fp64 for fp64).
-    chunk: rows per chunk; need_h, need_w: compute the gradient of hidden, of weight? If not, it is an empty tensor."""
+    """Return the summed loss (), the gradient of hidden (R, C) in `dtype`, and the gradient of weight (V, C) in fp32
+    (in fp64 if `dtype` is fp64). A gradient that is not needed is an empty tensor.
+
+    chunk     rows per chunk of logits
+    dtype     of the matrix products
+    need_h    is the gradient of hidden needed?
+    need_w    is the gradient of weight needed?"""
     R, V = hidden.shape[0], weight.shape[0]
     hidden, weight, labels = hidden.to(dtype), weight.to(dtype), labels.contiguous()
     loss, dh, dw = _outputs(hidden, weight, dtype, need_h, need_w)
@@ -140,7 +152,8 @@ def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
 
 
 def _outputs(hidden, weight, dtype, need_h, need_w, *_):
-    """-> uninitialised outputs of loss_and_gradients, with their shapes and dtypes. torch.compile traces with them."""
+    """Return uninitialised tensors with the shapes and dtypes of the outputs of loss_and_gradients. torch.compile uses
+    them when it traces a model."""
     wide = torch.promote_types(torch.float32, dtype)
     return (hidden.new_empty((), dtype=wide), hidden.new_empty(hidden.shape if need_h else (0,), dtype=dtype),
             weight.new_empty(weight.shape if need_w else (0,), dtype=wide))
@@ -174,9 +187,11 @@ linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 
 def linear_cross_entropy(hidden, weight, labels, chunk=None):
-    """-> sum of the losses of all rows whose label is not -100; the top of this file shows the shapes. chunk: rows of
-    logits at a time (None: chunk_rows decides). For any other label outside [0, V), plain torch raises RuntimeError;
-    the kernel returns nan, because a check would cost a host-device sync."""
+    """Return the sum of the losses of all rows whose label is not -100. The top of this file shows the shapes. `chunk`
+    is the number of rows per chunk of logits; if it is None, chunk_rows decides.
+
+    For any other label outside [0, V), plain torch raises RuntimeError. The kernel returns nan instead, because a check
+    would make the CPU wait for the GPU."""
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

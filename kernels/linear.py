@@ -1,13 +1,15 @@
-"""Linear layers with a frozen weight, alone or with low-rank adapters (lora.py). The weight W may be in NF4 (4 bits).
+"""Linear layers with a frozen weight W, alone or with low-rank adapters (lora.py). W may have 4 bits per element (NF4).
 
     N tokens   C input width   O output width, one per layer   r rank, one per layer   s = alpha / r
     x (N, C)   W (O, C) or its NF4 tensors   b (O,) or None   A (r, C)   B (O, r)   ->   y = x W^T + b + s (d A^T) B^T
-    With dropout of probability p: d = x * keep, keep (N, C) bool is the mask, s is divided by 1 - p. Without: d = x
+    Without dropout, d = x. With dropout of probability p, d = x * keep, where keep (N, C) is a bool mask, and s is
+    divided by 1 - p.
 
-The cost in bytes, for layers that read the same x (q, k and v; gate and up). Plain autograd adds each adapter's
-output to the base output, and each gradient of x to the others, in separate passes: 3 N O and 6 N C elements per layer.
-Here addmm adds its matrix product to the output without such a pass. One product multiplies x by the A of all layers.
-The layers share one dropout mask, and x is saved once. A dequantized W is not saved; backward dequantizes W again.
+The cost in bytes. Often several layers read the same x: q, k and v, or gate and up. Plain autograd adds each adapter's
+output to the base output in a separate pass: 3 N O elements per layer. It also adds each gradient of x to the others in
+separate passes: 6 N C elements per layer. Here addmm adds its matrix product to the output without such a pass. One
+product multiplies x by the A of all layers. The layers share one dropout mask, and x is saved once. A dequantized W is
+not saved. Backward dequantizes W again.
 """
 
 import torch
@@ -17,12 +19,12 @@ from kernels import nf4
 
 
 def dense(W, dtype):
-    """W, a matrix or a tuple of NF4 tensors -> the matrix (O, C) in dtype"""
+    """Return the matrix (O, C) of W in `dtype`. W is a matrix, or the tuple of NF4 tensors of a matrix."""
     return nf4.dequantize(*W, dtype) if isinstance(W, tuple) else W.to(dtype)
 
 
 def base_linear(x, W, b):
-    """x (..., C) -> x W^T + b (..., O) in the dtype of x"""
+    """Return x W^T + b (..., O) in the dtype of x (..., C)."""
     return F.linear(x, dense(W, x.dtype), None if b is None else b.to(x.dtype))
 
 
@@ -39,7 +41,8 @@ class FrozenLinear(torch.autograd.Function):
 
 
 class LoRALinears(torch.autograd.Function):
-    """Layers with adapters that read the same x. bases: (W, b, s) of each layer; AB: A of all layers, then B of all."""
+    """Layers with adapters that read the same x. `bases` holds (W, b, s) of each layer. `AB` holds the A of all layers,
+    then the B of all layers. keep: dropout mask or None"""
 
     @staticmethod
     def forward(ctx, x, keep, bases, *AB):
@@ -74,21 +77,23 @@ class LoRALinears(torch.autograd.Function):
 
 
 def autocasted(x):
-    """-> x in the dtype of autocast, if autocast is enabled. Autocast does not cast the inputs of a custom Function."""
+    """Return x in the dtype of autocast, if autocast is enabled. Autocast does not cast inputs of a custom Function."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def frozen_linear(x, W, b):
-    """x (..., C) -> x W^T + b (..., O). Only x gets a gradient."""
+    """Return x W^T + b (..., O) for x (..., C). W and b are frozen: only x gets a gradient."""
     x = autocasted(x)
     with torch.autocast(x.device.type, enabled=False):
         return FrozenLinear.apply(x, W, b)
 
 
 def lora_linears(x, p, bases, A, B):
-    """x (..., C); p: dropout probability; bases: (W, b, s = alpha / r) of each layer; A, B: lists, one matrix per
-    layer -> list of outputs (..., O), one per layer. Only x, A and B get gradients."""
+    """Compute layers with adapters that all read x -> list of their outputs (..., O). Only x, A and B get gradients.
+
+    x (..., C)      p: probability of dropout      bases: (W, b, s = alpha / r) of each layer
+    A, B: lists with one matrix per layer"""
     z, keep = autocasted(x).flatten(0, -2), None                               # (N, C)
     if p:
         keep = torch.empty_like(z, dtype=torch.bool).bernoulli_(1 - p)

@@ -1,18 +1,21 @@
 """NF4 (Dettmers et al. 2023, QLoRA): a frozen weight matrix in four bits per element, in the format of bitsandbytes.
 
-    O rows   C columns, even   n = O C elements, row by row   m = n / 64 blocks; the last one may be short
+    O rows   C columns, even   n = O * C elements, row by row   m = n / 64 blocks; the last one may be short
     W (O, C)   ->   codes (O, C/2) uint8: two elements per byte, the first in the high half
                     absmax (m,) uint8   nested (m / 256,) fp32   offset () fp32
 
 Each block of 64 elements is divided by its largest absolute value, absmax. Each element is replaced by the index of the
-nearest of 16 levels (quantiles of a normal distribution). The absmax values are quantised too ("double quantisation"):
-their mean `offset` is subtracted, each block of 256 absmax values is divided by its largest absolute value `nested`,
-and each value is replaced by the index of the nearest of the 256 values in DYNAMIC_MAP. Blocks follow the memory order
-and may cross the end of a row, so any even width C works.
+nearest of 16 levels (quantiles of a normal distribution). Blocks follow the memory order and may cross the end of a
+row, so any even width C works.
+
+The absmax values are quantised too ("double quantisation"). Their mean `offset` is subtracted. Each block of 256 absmax
+values is divided by its largest absolute value, `nested`. Each value is replaced by the index of the nearest of the 256
+values in DYNAMIC_MAP.
 
 The cost in bytes. An element takes 1/2 + 1/64 + 4 / (64 * 256) = 0.516 bytes; in bf16 it takes 2. So 6.5 billion
-weights fit in 3.4 GB. Tensor cores cannot multiply codes, so W is dequantized to bf16 before each matrix product: a
-kernel reads n / 2 bytes and writes 2 n. At 4 TB/s it takes 1/35 of the time that cuBLAS needs for 8,192 tokens.
+weights fit in 3.4 GB. Tensor cores cannot multiply codes, so W is dequantized to bf16 before each matrix product. The
+kernel that does this reads n / 2 bytes and writes 2 n. At 4 TB/s it takes 1/35 of the time that cuBLAS needs to
+multiply W by 8,192 tokens.
 """
 
 import functools
@@ -30,8 +33,8 @@ NF4_ROWS, NF4_WARPS = 64, 4                     # a program dequantizes 64 block
 
 
 def dynamic_map():
-    """-> (256,) values of the 8-bit dynamic map of bitsandbytes, ascending: 0, 1, and positive and negative values in
-    seven decades below 1. Each decade has twice as many values as the next smaller decade."""
+    """Return the 256 values of the 8-bit dynamic map of bitsandbytes, ascending (256,). They are 0, 1, and positive and
+    negative values in seven decades below 1. Each decade has twice as many values as the next smaller decade."""
     positive = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
@@ -44,13 +47,14 @@ DYNAMIC_MAP = dynamic_map()
 
 @functools.cache
 def tables(device):
-    """-> LEVELS (16,), DYNAMIC_MAP (256,) on `device`. They are cached, because each copy is a host-device sync."""
+    """Return LEVELS (16,) and DYNAMIC_MAP (256,) as tensors on `device`. They are cached: a copy makes the CPU wait."""
     return torch.tensor(LEVELS).to(device), DYNAMIC_MAP.to(device)
 
 
 def nearest(x, size, values):
-    """Divide each block of `size` elements of x (n,) by its largest absolute value -> two tensors: for each
-    element, the index of the nearest of `values` (in ascending order), (n,) uint8; the largest values, (m,)"""
+    """Divide each block of `size` elements of x (n,) by its largest absolute value. Return two tensors:
+    (n,) uint8: for each divided element, the index of the nearest of `values`, which are in ascending order
+    (m,): the largest absolute value of each of the m blocks"""
     blocks = torch.nn.functional.pad(x, (0, -len(x) % size)).view(-1, size)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
@@ -59,7 +63,7 @@ def nearest(x, size, values):
 
 
 def quantize(W):
-    """W (O, C), C even -> codes, absmax, nested, offset: the NF4 tensors that the top of this file describes"""
+    """Return codes, absmax, nested, offset: the NF4 tensors of W (O, C), C even. The top of this file explains them."""
     O, C = W.shape
     assert C % 2 == 0, f"rows of {C} elements, an odd number: two elements share a byte"
     codes, wide = nearest(W.detach().float().flatten(), BLOCK, torch.tensor(LEVELS))  # wide (m,): absmax, unquantised
@@ -69,7 +73,7 @@ def quantize(W):
 
 
 def dequantize_ref(codes, absmax, nested, offset, dtype):
-    """The definition in plain torch -> W (O, C), computed in fp32, then cast to dtype"""
+    """Return W (O, C) by its definition in plain torch, computed in fp32, then cast to `dtype`."""
     O, half = codes.shape
     levels, values = tables(codes.device)
     scale = values[absmax.int()] * nested.repeat_interleave(NESTED)[: len(absmax)] + offset                      # (m,)
@@ -104,8 +108,9 @@ def nf4_op(codes: torch.Tensor, absmax: torch.Tensor, nested: torch.Tensor, offs
     w = codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
     levels, values = tables(codes.device)
     grid = triton.cdiv(len(absmax), NF4_ROWS),
+    # enable_fp_fusion=False: a product is rounded before it is added to another number, as in torch
     nf4_dequantize[grid](codes, absmax, nested, offset, levels, values, w, w.numel(), len(absmax), BLOCK, NESTED,
-                         NF4_ROWS, num_warps=NF4_WARPS, enable_fp_fusion=False)  # as torch: round after * and +
+                         NF4_ROWS, num_warps=NF4_WARPS, enable_fp_fusion=False)
     return w
 
 
@@ -114,5 +119,5 @@ nf4_op.register_fake(lambda codes, absmax, nested, offset, dtype:
 
 
 def dequantize(codes, absmax, nested, offset, dtype):
-    """codes (O, C/2), absmax (m,) uint8, nested (m / 256,), offset () fp32 -> W (O, C) in dtype, without a gradient"""
+    """Return W (O, C) in `dtype`, without a gradient. The top of this file describes the four tensors that store W."""
     return nf4_op(codes, absmax, nested, offset, dtype)

@@ -1,5 +1,6 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * w, and LayerNorm: y = (x - mean) / sqrt(var + eps) * w + b, over the last
-dimension. With an argument `add`, x + add is the new residual; one kernel adds and normalises.
+dimension. With an argument `add`, the norm of x + add is computed: one kernel adds and normalises. In a Transformer,
+x + add is the new residual, so it is returned too.
 
     N tokens   C width        x, add (N, C)   w, b (C,)   ->   y (N, C), or (x + add, y)
 
@@ -25,8 +26,9 @@ NORM_PROGRAMS = 256  # programs in backward, 2 per multiprocessor of an H100; fi
 
 
 def rms_norm_ref(x, w, eps):
-    """The definition. x (..., C), w (C,). The normalised x is cast back to x's dtype before the product with w, as in
-    the published Llama models. A cast after the product changed the bf16 logits of a toy model by 0.09."""
+    """Return the RMSNorm of x (..., C) by its definition, with w (C,). The normalised x is cast back to the dtype of x
+    before the product with w, as in the published Llama models. A cast after the product changed the bf16 logits of a
+    toy model by 0.09."""
     wide = x if x.dtype == torch.float64 else x.float()
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * r).to(x.dtype) * w.to(x.dtype)
@@ -36,7 +38,8 @@ layer_norm_ref = F.layer_norm  # for backward it saves only its input and two va
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """rms_norm_ref, but saves only x, w and r = 1 / sqrt(mean(x^2) + eps) (..., 1). Autograd would also save x * r."""
+    """Compute rms_norm_ref, but save for backward only x, w and r (..., 1), where r = 1 / sqrt(mean(x^2) + eps).
+    Autograd would also save x * r."""
 
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -53,7 +56,9 @@ class RMSNormFunction(torch.autograd.Function):
         xhat, dy, dx, dw = x * r, dy.to(r.dtype), None, None
         if need_w:
             dw = (dy * xhat).flatten(0, -2).sum(0).to(w.dtype)
-        if need_x:  # scaling x does not change y, so dx is orthogonal to x: subtract the part of g along xhat
+        if need_x:
+            # scaling x does not change y (if eps is ignored), so dx is orthogonal to x:
+            # subtract the part of g along xhat
             g = dy * w
             dx = g.addcmul_(xhat, (g * xhat).mean(-1, keepdim=True), value=-1).mul_(r).to(x.dtype)
         return dx, dw, None
@@ -63,7 +68,8 @@ class RMSNormFunction(torch.autograd.Function):
 
 @triton.jit
 def norm_forward(X, ADD, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program computes a tile of ROWS rows: S = X + ADD if ADD is given; Y = the norm of S, or of X without ADD."""
+    """Compute S = X + ADD and Y = the norm of S. Without ADD, only Y = the norm of X is computed. One program computes
+    a tile of ROWS rows. BLOCK is C, rounded up to a power of two."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1); int64: N * C may exceed 2**31
     c = tl.arange(0, BLOCK)[None, :]                                        # (1, BLOCK), BLOCK >= C
     at, mask = n * C + c, (n < N) & (c < C)                                 # (ROWS, BLOCK)
@@ -87,7 +93,10 @@ def norm_forward(X, ADD, W, B, S, Y, N, C: tl.constexpr, eps: tl.constexpr, ROWS
 @triton.jit
 def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexpr, LAYER: tl.constexpr,
                   ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The gradients of w and b are sums over all rows. A fixed number of programs loops over the tiles. Each program
+    """Compute DX (N, C), the gradient of X, and parts of the gradients of w and b. DY is the gradient of the norm. DS
+    is the gradient of X from the residual path, or None. LAYER is True for LayerNorm.
+
+    The gradients of w and b are sums over all rows. A fixed number of programs loops over the tiles. Each program
     writes its part of the sums to one row of DW and DB (programs, C). The caller adds these rows in a fixed order, so
     the gradients are deterministic. With atomic additions, the order of additions would vary."""
     c = tl.arange(0, BLOCK)[None, :]
@@ -96,7 +105,7 @@ def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexp
     dw = tl.zeros([ROWS, BLOCK], wide)
     db = tl.zeros([ROWS, BLOCK], wide)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
-        # with STAGES > 1, the next tile is loaded while the current tile is computed
+        # if STAGES > 1, the next tile is loaded while the current tile is computed
         n = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         at, mask = n * C + c, (n < N) & (c < C)
         x = tl.load(X + at, mask, 0).to(wide)
@@ -125,7 +134,8 @@ def norm_backward(X, W, DY, DS, DX, DW, DB, N, C: tl.constexpr, eps: tl.constexp
 
 
 def norm_tile(C, element_size):
-    """For rows of C elements of `element_size` bytes -> tile sizes, launch options, pipeline stages of backward"""
+    """Choose how the kernels process rows of C elements of `element_size` bytes. Return three things: a dict of tile
+    sizes, a dict of launch options, and the number of pipeline stages of norm_backward."""
     block = triton.next_power_of_2(C)
     assert block <= 8192, f"rows of {C} elements exceed the registers of a program"
     rows = max(1, NORM_TILE // block)
@@ -139,7 +149,8 @@ def norm_tile(C, element_size):
 @on_its_device
 def norm_op(x: torch.Tensor, add: torch.Tensor | None, w: torch.Tensor, b: torch.Tensor | None,
             eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> s = x + add, y = norm of s. Without add: s is empty, y = norm of x. b=None: RMSNorm; else LayerNorm."""
+    """Return s = x + add and y = norm of s. If add is None, s is empty and y is the norm of x. The norm is RMSNorm if b
+    is None, else LayerNorm."""
     s, y = norm_shapes(x, add, w, b, eps)
     x, add, w, b = (t if t is None else t.contiguous() for t in (x, add, w, b))
     C = x.shape[-1]
@@ -161,7 +172,10 @@ def norm_shapes(x, add, w, b, eps):
 @on_its_device
 def norm_backward_op(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, ds: torch.Tensor | None, eps: float,
                      layer: bool, need_w: bool, need_b: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x: input of the norm, ds: its gradient from the residual path -> dx, dw, db. dw, db are empty if not needed."""
+    """Return the gradients dx, dw, db. A gradient that is not needed (need_w, need_b) is an empty tensor.
+
+    x: input of the norm      dy: gradient of its output      ds: gradient of x from the residual path, or None
+    layer: True for LayerNorm, False for RMSNorm"""
     x, w, dy, ds = (t if t is None else t.contiguous() for t in (x, w, dy, ds))
     C = x.shape[-1]
     N = x.numel() // C
@@ -201,7 +215,8 @@ norm_op.register_autograd(norm_gradients, setup_context=norm_context)
 
 
 def norm(x, w, b, eps, add, plain):
-    """The norm by a kernel, or by the function `plain` -> norm of x; if add is given: (x + add, norm of x + add)"""
+    """Return the norm of x, or, if add is given, (x + add, norm of x + add). A kernel computes it, or else the function
+    `plain`, which gets the input of the norm."""
     assert w.shape == x.shape[-1:] and (add is None or add.shape == x.shape), \
         f"x {tuple(x.shape)}, weight {tuple(w.shape)}, add {None if add is None else tuple(add.shape)}"
     if use_triton(x):
@@ -213,11 +228,13 @@ def norm(x, w, b, eps, add, plain):
 
 
 def rms_norm(x, w, eps, add=None):
-    """x, add (..., C), w (C,) -> RMSNorm of x (..., C); if add is given: (x + add, RMSNorm of x + add)"""
+    """Return the RMSNorm of x (..., C), or, if add (..., C) is given, (x + add, RMSNorm of x + add). w has shape
+    (C,)."""
     return norm(x, w, None, eps, add, lambda s: RMSNormFunction.apply(s, w, eps) if torch.is_grad_enabled() else
                 rms_norm_ref(s, w, eps))  # RMSNormFunction and rms_norm_ref give identical results
 
 
 def layer_norm(x, w, b, eps, add=None):
-    """x, add (..., C), w, b (C,) -> LayerNorm of x (..., C); if add is given: (x + add, LayerNorm of x + add)"""
+    """Return the LayerNorm of x (..., C), or, if add (..., C) is given, (x + add, LayerNorm of x + add). w and b have
+    shape (C,)."""
     return norm(x, w, b, eps, add, lambda s: layer_norm_ref(s, w.shape, w, b, eps))

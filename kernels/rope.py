@@ -10,7 +10,8 @@ and in GGUF files they are ordered for rotations of neighbouring pairs.
 The cost in bytes. One launch reads each element of q and k once and writes it once. For q and k of 32 heads each
 (K = 128, bf16), 16 KB are read and 16 KB written per token. Plain torch forms four products, two sums and a
 concatenation: 4.5 times the traffic. The inverse of a rotation is the rotation by the negative angle. So backward runs
-the kernel with -sin and does not need q and k. To overwrite q and k would save little: they are freed right afterwards.
+the kernel with -sin and does not need q and k. The kernel writes new tensors. To overwrite q and k would save little
+memory, because they are freed right afterwards.
 """
 
 import torch
@@ -19,14 +20,14 @@ from kernels import on_its_device, tl, triton, use_triton
 
 
 def rope_ref(x, cos, sin):
-    """The definition, for one tensor. x (N, H, K), cos and sin (N, K/2) -> (N, H, K)"""
+    """Rotate one tensor x (N, H, K) by the definition, with cos and sin (N, K/2) -> (N, H, K)"""
     x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # the caller computes cos and sin in fp32
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
 class RopeFunction(torch.autograd.Function):
-    """rope_ref for q and k; only cos, sin and rows are saved for backward."""
+    """Compute rope_ref for q and k. Only cos, sin and rows are saved for backward."""
 
     @staticmethod
     def forward(ctx, q, k, cos, sin, rows):
@@ -47,7 +48,8 @@ class RopeFunction(torch.autograd.Function):
 @triton.jit
 def rotate(X, Y, COS, SIN, n, at, H: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr, HEADS: tl.constexpr,
            BLOCK: tl.constexpr):
-    """Y[n] = all heads of X[n], rotated by the angles of token `at`. Triton inlines this function into rope_kernel."""
+    """Rotate all heads of X[n] by the angles of token `at` and write them to Y[n]. SIGN is -1 for the inverse rotation.
+    HEADS and BLOCK are H and HALF rounded up to powers of two. Triton inlines this function into rope_kernel."""
     h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]  # a tile of heads x pairs (x1, x2)
     mask = (h < H) & (i < HALF)
     wide = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
@@ -63,7 +65,7 @@ def rotate(X, Y, COS, SIN, n, at, H: tl.constexpr, HALF: tl.constexpr, SIGN: tl.
 @triton.jit
 def rope_kernel(Q, K, OUT_Q, OUT_K, COS, SIN, ROWS, R, H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
                 SIGN: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)  # one program per token: row n of k, and row n of q if n < R
+    n = tl.program_id(0).to(tl.int64)  # one program per token: it rotates row n of k, and row n of q if n < R
     rotate(K, OUT_K, COS, SIN, n, n, G, HALF, SIGN, HEADS_K, BLOCK)
     if n < R:
         at = n
@@ -78,7 +80,7 @@ def rope_kernel(Q, K, OUT_Q, OUT_K, COS, SIN, ROWS, R, H: tl.constexpr, G: tl.co
 @on_its_device
 def rope_op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rows: torch.Tensor | None,
             sign: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """sign: 1 for the rotation, -1 for its inverse -> rotated q, k"""
+    """Return the rotated q and k. sign: 1 for the rotation, -1 for its inverse, which backward needs"""
     (R, H, K), (N, G, _) = q.shape, k.shape
     q, k, cos, sin, rows = (t if t is None else t.contiguous() for t in (q, k, cos, sin, rows))
     out_q, out_k, size = torch.empty_like(q), torch.empty_like(k), triton.next_power_of_2
@@ -100,8 +102,11 @@ rope_op.register_autograd(rope_gradients, setup_context=rope_context)
 
 
 def rope_qk(q, k, cos, sin, rows=None):
-    """Rotate q and k. k (N, G, K): keys of all tokens; q (R, H, K): queries of the tokens `rows` (R,), or of all tokens
-    if rows is None; cos, sin (N, K/2) -> rotated q and k with unchanged shapes"""
+    """Rotate q and k -> rotated q and k, with unchanged shapes.
+
+    k (N, G, K)           keys of all N tokens
+    q (R, H, K)           queries of the tokens with the indices `rows` (R,); None means all tokens
+    cos, sin (N, K/2)     of the angles of all tokens"""
     queries = k.shape[0] if rows is None else rows.shape[0]
     assert q.shape[0] == queries <= k.shape[0] == cos.shape[0], \
         f"{q.shape[0]} queries for {queries} rows, {k.shape[0]} keys, {cos.shape[0]} positions"

@@ -3,9 +3,9 @@
     N tokens   F width of the MLP        gate, up (N, F)   ->   (N, F)
 
 The cost in bytes. The kernels move 3 N F elements forward (two reads, one write) and 5 N F backward (three reads,
-two writes). Plain torch writes silu(gate), reads it again and saves it for backward: 5 N F forward, and three saved
-tensors instead of two. The backward kernel recomputes the sigmoid. The kernels treat a tensor as one long array. Each
-program computes SWIGLU_TILE elements.
+two writes). Plain torch writes silu(gate), reads it again and saves it for backward. So it moves 5 N F elements
+forward, and saves three tensors instead of two. The backward kernel recomputes the sigmoid. The kernels treat a tensor
+as one long array. Each program computes SWIGLU_TILE elements.
 """
 
 import torch
@@ -17,12 +17,12 @@ SWIGLU_TILE, SWIGLU_WARPS = 4096, 8  # 16 elements per thread: in bf16, two load
 
 
 def swiglu_ref(gate, up):
-    """The definition in plain torch."""
+    """Return silu(gate) * up, the definition in plain torch."""
     return F.silu(gate) * up
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """swiglu_ref, but saves only gate and up for backward. Autograd would also save silu(gate)."""
+    """Compute swiglu_ref, but save only gate and up for backward. Autograd would also save silu(gate)."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -40,7 +40,8 @@ class SwiGLUFunction(torch.autograd.Function):
 
 @triton.jit
 def swiglu_forward(G, U, Y, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # int64: 50k tokens of width 44k exceed 2**31
+    # int64, because the number of elements may exceed 2**31, for example 50,000 tokens of width 44,000
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wide = tl.float64 if G.dtype.element_ty == tl.float64 else tl.float32
     g = tl.load(G + i, i < n, 0).to(wide)
     u = tl.load(U + i, i < n, 0).to(wide)
@@ -56,7 +57,8 @@ def swiglu_backward(G, U, DY, DG, DU, n, BLOCK: tl.constexpr):
     dy = tl.load(DY + i, i < n, 0).to(wide)
     p = tl.sigmoid(g)
     tl.store(DU + i, dy * g * p, i < n)
-    tl.store(DG + i, dy * u * p * (1 + g * (1 - p)), i < n)  # d(g p)/dg = p + g p (1 - p)
+    # y = u * g * p with p = sigmoid(g). The derivative of p is p * (1 - p), so that of g * p is p + g * p * (1 - p)
+    tl.store(DG + i, dy * u * p * (1 + g * (1 - p)), i < n)
 
 
 # ---- the operators registered with torch ----------------------------------------------------------------------------
@@ -87,7 +89,7 @@ swiglu_op.register_autograd(lambda ctx, dy: swiglu_backward_op(*ctx.saved_tensor
 
 
 def swiglu(gate, up):
-    """gate, up (N, F) of the same dtype -> silu(gate) * up (N, F)"""
+    """Return silu(gate) * up (N, F). gate and up (N, F) have the same dtype."""
     assert gate.shape == up.shape and gate.dtype == up.dtype, \
         f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}"
     if use_triton(gate):
