@@ -85,7 +85,7 @@ def account(model, tensors, where, new=()):
     """{our name: tensor} of a folder -> (the model's parameters, unused tensors). Unused are the ViT's final norm and
     its blocks after the feature layer: all or none exist. new: parameters that the folder must not hold."""
     cfg = model.cfg
-    want = {k: p.shape for k, p in model.named_parameters() if k not in new}
+    want = {k: x.shape for k, x in model.state_dict().items() if k not in new}
     unused = {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}
     if isinstance(model.vision_tower, VisionTower):
         with torch.device("meta"):

@@ -1,8 +1,9 @@
 """EVA-CLIP's ViT-g, the vision tower of BLIP-2 (arXiv 2211.07636; BLIP-2: arXiv 2301.12597, section 3.1).
 
-It is a ViT like CLIP's, with a bias on the patches and without a norm in front of the blocks. BLIP-2 leaves out the last
-of its 40 blocks. All T tokens go to the Q-Former, the class token too, after a norm that BLIP-2 trains ("ln_vision").
-So parts/features.py builds it from this config. The published q, k and v are one matrix: formats/blip2.py cuts it.
+It is a ViT like CLIP's, with a bias on the patches and without a norm in front of the blocks. BLIP-2 leaves out the
+last of its 40 blocks. All T tokens go to the Q-Former, the class token too, after a norm ("ln_vision") that BLIP-2
+trains. So parts/features.py builds the tower from this config. The published q, k and v are one matrix, which
+formats/blip2.py cuts.
 """
 
 from dataclasses import dataclass

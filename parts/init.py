@@ -32,18 +32,18 @@ def init_weights(model, seed=0):
 
 
 def init_new(model, names, seed=0):
-    """Fill the parameters `names` of a model; they are on the meta device. A connector of LLaVA begins as init_weights
-    says. Another new part begins as its modules do: by their method reset_parameters, or N(0, 0.02) without one."""
+    """Fill the parameters and buffers `names` of a model; they are on the meta device. A connector of LLaVA begins as
+    init_weights says. Another new part begins as its modules do: by their method reset_parameters, or N(0, 0.02)."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         for prefix, module in model.named_modules():
-            own = [k for k, _ in module.named_parameters(prefix, recurse=False) if k in names]
+            tensors = {**module._parameters, **module._buffers}
+            own = {k: p for k, p in tensors.items() if f"{prefix}.{k}" in names}
             if not own:
                 continue
-            for k in own:
-                k = k.rpartition(".")[2]
-                p = getattr(module, k)
-                setattr(module, k, torch.nn.Parameter(torch.empty_like(p, device="cpu").normal_(0, 0.02)))
+            for k, p in own.items():
+                new = torch.empty_like(p, device="cpu", requires_grad=False).normal_(0, 0.02)
+                setattr(module, k, torch.nn.Parameter(new) if k in module._parameters else new)
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
             elif isinstance(module, RMSNorm):

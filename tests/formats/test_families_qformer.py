@@ -9,10 +9,10 @@ from conftest import example, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 from test_families import TEXT, exact_norms
-from test_llava import random
+from test_llava import random, towers  # noqa: F401  (a fixture)
 from test_model import PARITY, all_logits, pixels
 
-from conftest import error
+
 from data import pack
 from formats import llava
 from generate import Chat, generate
@@ -112,3 +112,24 @@ def test_transformers_opens_our_folder(family, tmp_path):
     newline = asked.tok.text("\n")[0][-1]
     assert newline in asked.stop_ids
     assert {newline, asked.tok.eos} == set(model.language_model.generation_config.eos_token_id)
+
+
+@pytest.mark.parametrize("parts", [
+    "connector=resampler tokens=4 connector_args.heads=4",
+    "connector=qformer tokens=3 connector_args.hidden_size=24 connector_args.num_hidden_layers=2 "
+    "connector_args.num_attention_heads=3 connector_args.intermediate_size=40"])
+def test_a_new_connector_on_other_towers_comes_back(towers, tmp_path, parts):
+    """CLIP and Llama with a resampler or a Q-Former: no class of transformers holds them, so the folder is pumice's"""
+    vision, llm = towers
+    mine, folder = llava.load_model(vision, llm, parts=parts)
+    Q = mine.cfg.tokens
+    llava.save_model(tmp_path / "out", mine.state_dict(), mine.cfg, folder, "vicuna_v1", "", "squash", torch.float32)
+    again, _ = llava.load_model(init=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "pumice"
+    assert again.cfg == mine.cfg and again.state_dict().keys() == mine.state_dict().keys()
+    assert all(torch.equal(x, mine.state_dict()[k]) for k, x in again.state_dict().items())
+    assert ("multi_modal_projector.pos_embed" in again.state_dict()) == ("resampler" in parts)
+    batch = pack([example(1, model_patches=Q)], 8)
+    with torch.no_grad():
+        logits = all_logits(mine, batch)
+        assert torch.equal(all_logits(again, batch), logits) and logits.isfinite().all()
