@@ -46,8 +46,11 @@ def held_out(color, shape, size, row, column):
 
 
 def make_scene(rng, test=False, signs=0.4):
-    """-> {objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}; objects from top left to
-    bottom right. test: use only held-out combinations; else use none of them. signs: probability of a sign."""
+    """Make a random scene -> {objects: [{color, shape, size, row, column}], sign: {digit, row, column} or None}.
+
+    test     True: use only held-out combinations. False: use none of them
+    signs    probability of a sign
+    ->       the list of objects is sorted from top left to bottom right"""
     pairs = PAIRS
     if rng.random() < 0.5:                                 # similar objects: two often share a colour or a shape
         few, kinds = rng.sample([*COLORS], 2), rng.sample(SHAPES, 3)
@@ -87,7 +90,7 @@ def things(scene):
 # ---- the image ------------------------------------------------------------------------------------------------------
 
 def draw_scene(scene, seed):
-    """-> PIL image, SIDE x SIDE, RGB; the background has a colour gradient and a little noise."""
+    """Draw a scene -> PIL image, SIDE x SIDE, RGB. The background has a colour gradient and a little noise."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
@@ -153,7 +156,7 @@ def caption(scene, detailed):
 
 
 def scene_text(scene, rng=None):
-    """-> the scene as text, which the LLM reads in place of the image. If rng is given, it shuffles the things."""
+    """Write the scene as text, which the LLM reads in place of the image. If rng is given, it shuffles the things."""
     names = [f"{place_name(o)}: " + (f"sign {o['digit']}" if "digit" in o else f"{o['size']} {pair_name(o)}")
              for o in things(scene)]
     if rng:
@@ -162,9 +165,11 @@ def scene_text(scene, rng=None):
 
 
 def scene_questions(scene, rng):
-    """-> [(type, question, short answer, answer in a sentence)]: one random question of each type that fits the
-    scene. Each question has exactly one right answer. Yes and no are equally likely. In most questions with the answer
-    "no", the colour or the shape exists in the scene; in about a third of them, both do, on different objects."""
+    """Make one random question of each type that fits the scene -> [(type, question, short answer, sentence)].
+
+    Each question has exactly one right answer. The sentence gives this answer, too. The type "exists" asks for a colour
+    and a shape: "Is there a red star?" Yes and no are equally likely. If the answer is "no", the scene often has another
+    red thing or another star. For about a third of the questions with the answer "no", it has both."""
     objects, out = scene["objects"], []
     count = {k: {} for k in ("color", "shape", "size")}
     for o in objects:
@@ -226,7 +231,7 @@ def scene_questions(scene, rng):
 
 
 def general_questions():
-    """-> [(question, short answer, answer in a sentence)]: questions that need no scene."""
+    """Make questions that need no scene -> [(question, short answer, answer in a sentence)]."""
     out = []
     for i in range(9):
         out.append((f"Which number comes after {i}?", str(i + 1), f"The number after {i} is {i + 1}."))
@@ -239,8 +244,11 @@ def general_questions():
 
 
 def dialogue(asked, short, opening=""):
-    """[(question, short answer, sentence)] -> LLaVA turns. The first turn begins with `opening` (the image marker or
-    the text of a scene). short: use short answers, and end the first turn with the instruction SHORT."""
+    """Write questions and answers as LLaVA turns.
+
+    asked      [(question, short answer, answer in a sentence)]
+    short      True: use short answers, and end the first turn with the instruction SHORT. False: use sentences
+    opening    text at the beginning of the first turn: the image marker, or the text of a scene"""
     turns = []
     for i, (question, answer, sentence) in enumerate(asked):
         text = (opening if i == 0 else "") + question + (f"\n{SHORT}" if short and i == 0 else "")
@@ -249,9 +257,11 @@ def dialogue(asked, short, opening=""):
 
 
 def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
-    """-> LLaVA turns: up to `turns` different questions about one scene. Few of the possible objects exist, so more of
-    these questions have the answer "no" than "yes". tally: {"yes": n, "no": n}, the answers so far in the file. To
-    balance them, a question is left out if its answer is already the more frequent one of the two."""
+    """Ask up to `turns` different questions about one scene -> LLaVA turns.
+
+    Few of the possible objects exist, so more of these questions have the answer "no" than "yes". `tally` balances
+    them. It counts the answers in the file so far: {"yes": n, "no": n}. A question is left out if its answer is
+    already the more frequent one."""
     asked = {}
     while len(asked) < turns:
         before = len(asked)
@@ -272,14 +282,19 @@ def scene_conversation(scene, rng, opening, turns=8, short=None, tally=None):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-VERSION = 5  # version of the files: increase it if a change makes other files from the same sizes and seed
+VERSION = 5  # increase it after a change of this code that changes the files: else write_world keeps the old files
 SCENES = dict(align=4000, sft=8000, val_align=64, val_sft=64, test=240)
 
 
 def write_world(out, split="all", seed=0, **sizes):
-    """Write the toy world into the folder `out`: OUT/SPLIT.json (for test: OUT/questions.jsonl) and OUT/images/. split:
-    "all", "test", "align" or "sft"; align and sft include their validation file and the test. sizes: {split: number of
-    scenes}. A split that exists with the same size, seed and version is kept. -> names of the splits written"""
+    """Write the toy world into the folder `out` -> names of the splits that were written.
+
+    A split is one part of the data. Each split has a file out/SPLIT.json (the split "test": out/questions.jsonl). The
+    images of all splits are in out/images/. A split that exists with the same size, seed and version is kept.
+
+    split    "all" writes every split. "test" writes only the split "test". "align" or "sft" also writes its
+             validation split ("val_align" or "val_sft") and "test"
+    sizes    number of scenes of a split, where it is not that of SCENES: align=100"""
     out, sizes = Path(out), {**SCENES, **sizes}
     (out / "images").mkdir(parents=True, exist_ok=True)
     written = []
@@ -300,7 +315,7 @@ def write_world(out, split="all", seed=0, **sizes):
 
 
 def draw_scenes(out, split, n, seed):
-    """Draw n scenes into OUT/images/ -> iterator over (id, file name, scene, random generator of this scene)"""
+    """Draw n scenes into out/images/, one by one. Yield (id, file name, scene, random generator of this scene)."""
     for i in range(n):
         rng = random.Random(f"{seed}/{split}/{i}")
         # models learn digits last, so training scenes have more signs (with digits) than test scenes

@@ -16,19 +16,20 @@ from config import BadSample, stop
 from formats.strict_json import STRICT, strict_json
 
 SPACE = r"[ \t\n\r]*"
-FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")  # text before a row
+# in a json list: FIRST matches the text before the first row, NEXT matches the text after a row
+FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")
 MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
 MAX_IMAGES = 256           # limit for one row
-USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # role names in LLaVA, in OpenAI
+USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # each: LLaVA's name of the role, OpenAI's name
 UNSUPPORTED = ("video", "audio")
 
 
 # ---- where the rows are ---------------------------------------------------------------------------------------------
 
 def elements(blob):
-    """The bytes of a json list -> [(begin, end)], the byte positions of its values. Each value is parsed to find its
-    end and freed at once, so memory holds the text of the file, but never all parsed values."""
-    text, spans, i, at = str(blob, "utf-8"), [], 0, 0          # i: position in characters, at: in bytes
+    """Find the values in the bytes of a json list -> [(begin, end)], the byte positions of each value. A value is
+    parsed to find its end, and freed at once. So memory holds the text of the file, but never all parsed values."""
+    text, spans, i, at = str(blob, "utf-8"), [], 0, 0          # i, at: one position, in characters and in bytes
     between = FIRST.match(text)
     while between[1] != "]":
         a = between.end()
@@ -67,7 +68,8 @@ class Rows:
                 spans = elements(self.blob)
             except ValueError as e:
                 stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
-        elif first[:1] != b"{" or first == b"{":               # a line "{" begins an object over several lines
+        # in jsonl, each line is a whole object; a first line "{" begins an object of several lines, which is refused
+        elif first[:1] != b"{" or first == b"{":
             stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line (pandas converts tables: "
                  "read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True))")
         else:
@@ -100,11 +102,16 @@ class Rows:
 # ---- what a row says ------------------------------------------------------------------------------------------------
 
 def conversation(row):
-    """A row -> (turns [(user, assistant)], image names, system text or None). Raises BadSample if it is unusable."""
+    """Read a row. Raise BadSample if the row is unusable. Return three values:
+
+        [(question, answer)]           one pair of texts for each turn
+        [name]                         file names of the images
+        the system text, or None"""
     messages = row.get("conversations", row.get("messages"))
     if not isinstance(messages, list) or not messages:
         raise BadSample("no conversations")
-    system, turns = row.get("system") or None, []              # in rows from tables, "" means no system text
+    # a file that was made from a table has "system" in every row: there, "" means that a row has no system text
+    system, turns = row.get("system") or None, []
     if not isinstance(system, str | None):
         raise BadSample("the system text is not a string", f"{system!r:.80}")
     names = row.get("image", row.get("images"))
@@ -147,12 +154,14 @@ def conversation(row):
 
 
 def at_an_edge(turns, marker):
-    """-> number of questions that begin or end with `marker`. LLaVA writes markers there; elsewhere they are text."""
+    """Count the questions that begin or end with `marker`. LLaVA writes markers only there. In the middle of a
+    question, the same characters are ordinary text."""
     return sum(user.strip().startswith(marker) or user.strip().endswith(marker) for user, _ in turns)
 
 
 def read_content(content, turn):
-    """Content of a message, a string or OpenAI's list of parts -> (text with one marker per image, names of images)."""
+    """Read the content of a message -> text with one marker per image, names of the images. `content` is a string, or
+    OpenAI's list of parts. turn: number of the message, for errors"""
     if isinstance(content, str):
         return content, []
     text, names = "", []
@@ -173,7 +182,7 @@ def read_content(content, turn):
 # ---- a file of questions ---------------------------------------------------------------------------------------------
 
 def read_questions(file, task):
-    """Questions for eval.py -> [dict with question_id, text, answers (a list), image (or None), type]"""
+    """Read the questions for eval.py -> [dict with question_id, text, answers (a list), image (or None), type]"""
     questions, rows = [], Rows(file)
     for i in range(len(rows)):
         try:

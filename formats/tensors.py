@@ -18,8 +18,9 @@ SHARD = 5 * 10**9  # most bytes per file, as in published models
 
 
 def read_tensors(folder, stem="model"):
-    """All tensors of a folder, from one file or from the shards of an index -> {name: tensor}. Tensors are views of a
-    memory map: a page of the file is read when it is used, and all processes of a machine share this memory."""
+    """Read all tensors of a folder -> {name: tensor}. They are in one file, or in several files (shards) that an index
+    file lists. The tensors are views of a memory map: a page of the file is read when it is used, and all processes
+    of a machine share this memory."""
     folder = Path(folder)
     file = weights_file(folder, stem) or stop(f"{folder / stem}.safetensors is missing")
     names, where, out = [file.name], {}, {}
@@ -47,7 +48,8 @@ def read_safetensors(file):
 
 
 def read_pickle(file):
-    """A file of torch.save -> {name: tensor}. Stops on other contents. weights_only=True executes no code."""
+    """Read a file of torch.save -> {name: tensor}. Stop if it holds anything else. No code in the file is executed,
+    because torch.load has weights_only=True."""
     try:
         found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:  # damaged files raise many types of errors
@@ -58,16 +60,22 @@ def read_pickle(file):
 
 
 def tensor_digest(tensor):
-    """A tensor -> 16 hex digits: one hash of its shape, the sum of its fp32 bit patterns (int32), and >= 1,024 elements
-    (all of a small tensor). SHA-256 of 7B weights would take a minute; this is faster, but no help against forgery."""
+    """Compute a digest of a tensor -> 16 hex digits. They are one hash of three things together:
+
+        the shape of the tensor
+        the sum of all elements: each element as fp32, its 32 bits read as an integer
+        1,024 elements or more, spread over the tensor; all elements of a smaller tensor
+
+    SHA-256 of 7B weights would take a minute. This digest is faster, but it is no help against forgery."""
     flat = tensor.detach().cpu().flatten()
-    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))   # one part at a time is fp32
+    # convert 2**20 elements at a time to fp32, because an fp32 copy of the whole tensor would take much memory
+    total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))
     some = flat[:: max(1, len(flat) // 1024)].float().view(torch.int32).tolist()
     return hashlib.sha256(repr((tuple(tensor.shape), total, some)).encode()).hexdigest()[:16]
 
 
 def base_digest(digests):
-    """{name: tensor_digest(tensor)} of all frozen tensors, in any order -> 16 hex digits"""
+    """Compute one digest of all frozen tensors -> 16 hex digits. digests: {name: tensor_digest(tensor)}, any order"""
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:16]
 
 

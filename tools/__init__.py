@@ -1,1 +1,5 @@
-"""Programs for data, curves and results. python -m tools.NAME --help explains each; python data.py runs check_data."""
+"""Small programs around training. Each one is started with `python -m tools.NAME`, and `--help` explains it:
+
+    check_data    check a data file; `python data.py` starts it, too       report         show answers and images
+    plot          draw the curves of runs                                  export_gguf    write files for llama.cpp
+"""
