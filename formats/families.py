@@ -1,12 +1,15 @@
 """Families of published models beside LLaVA. Each has its own folder format, which we read and write."""
 
 from formats.blip2 import BLIP2
+from formats.fuyu import FUYU
+from formats.idefics import IDEFICS
 from formats.internvl import INTERNVL
 from formats.paligemma import PALIGEMMA
 from formats.pumice import PUMICE
 from model import TextConfig, VisionConfig
 
-FAMILIES = {family.model_type: family for family in (PALIGEMMA, BLIP2, INTERNVL, PUMICE)}  # PUMICE, the last, fits all
+# PUMICE, the last, fits all
+FAMILIES = {family.model_type: family for family in (PALIGEMMA, BLIP2, INTERNVL, FUYU, VIPLLAVA, IDEFICS, PUMICE)}
 
 
 def is_llava(cfg):

@@ -68,6 +68,8 @@ def name_token(spec, name, fits):
     token.update(added_token(i, name))
     if old in own:                                             # in some files the vocabulary also lists control tokens
         own[name] = own.pop(old)
+    elif isinstance(own, list) and i < len(own):
+        own[i][0] = name
     return i, f"the tokenizer has no {name}: {old}, id {i}, is renamed to it"
 
 
@@ -80,6 +82,9 @@ def add_missing_tokens(spec, names, image_id=None):
     def fits(t):
         return RESERVED.fullmatch(t["content"]) if image_id is None else t["id"] == image_id
 
+    pieces = {i: piece for piece, i in vocabulary(spec).items()}
+    if image_id in pieces and all(t["id"] != image_id for t in spec["added_tokens"]):    # Fuyu: a piece like any other
+        spec["added_tokens"].append(added_token(image_id, pieces[image_id]))
     added, notes = {t["content"]: t for t in spec["added_tokens"]}, []
     if IMAGE in added:
         added[IMAGE].update(added_token(image := added[IMAGE]["id"], IMAGE))
@@ -105,6 +110,10 @@ def without_control_tokens(spec, roles, *scheme):
     tokens = [t | {"special": t["special"] or t["content"] in roles
                    or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]
     spec = spec | dict(post_processor=None, truncation=None, padding=None, added_tokens=tokens)
+    if isinstance(vocab := spec["model"]["vocab"], list):      # a Unigram model never finds an empty piece in a text
+        control = {t["id"] for t in tokens if t["special"]}
+        vocab = [["", score] if i in control else [piece, score] for i, (piece, score) in enumerate(vocab)]
+        spec["model"] = spec["model"] | {"vocab": vocab}
     if scheme:
         spec["pre_tokenizer"] = json.loads(json.dumps(spec["pre_tokenizer"]).replace(*scheme))
     tok = tokenizers.Tokenizer.from_str(json.dumps(spec))

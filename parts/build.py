@@ -10,9 +10,13 @@ from parts.gemma import Gemma
 from parts.mmca import MMCADecoder, VisualChat
 from parts.norm_connectors import LinearNorm, NormMLP
 from parts.opt import Opt
+from parts.patches import PatchConnector, Patches
 from parts.qformer import QFormer, QFormerConfig
 from parts.internvit import InternViT
 from parts.perceiver import Perceiver
+from parts.qwen_vit import QwenViT
+from parts.resampler import Resampler
+from parts.persimmon import Persimmon
 from parts.shuffle import ShuffleConnector, group_side
 from parts.tiles import layout
 from parts.two_towers import CommConnector, TwoTowers
@@ -27,8 +31,9 @@ CONNECTORS["norm_mlp"] = lambda cfg: NormMLP(width(cfg), cfg.text.hidden_size, *
 CONNECTORS["linear_norm"] = lambda cfg: LinearNorm(width(cfg), cfg.text.hidden_size, **cfg.connector_args)
 CONNECTORS["perceiver"] = lambda cfg: Perceiver(width(cfg), **cfg.connector_args)
 CONNECTORS["comm"] = lambda cfg: comm(cfg)
-TOWERS = {"internvl_vision": InternViT}                                          # model_type -> class
-DECODERS = {"gemma": Gemma, "opt": Opt}                                                      # model_type -> class
+CONNECTORS["patches"] = lambda cfg: PatchConnector(width(cfg), cfg.text.hidden_size)
+TOWERS = {"internvl_vision": InternViT, "patches": Patches, "qwen_vl_vision": QwenViT}           # model_type -> class
+DECODERS = {"gemma": Gemma, "opt": Opt, "persimmon": Persimmon}                                  # model_type -> class
 DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca: cfg.mask
 VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat}                       # the same keys -> class
 

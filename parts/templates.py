@@ -23,5 +23,70 @@ def blip(p, system, turns):
             p.text(" " * bool(user) + answer + "\n", supervised=True)
 
 
+def fuyu(p, system, turns):
+    """All images, <s>; a question, <0x04>, the answer, EOS. Later questions follow in the same way."""
+    p.image(sum(user.count(IMAGE) for user, _ in turns) if p.images else 0).control("<s>")
+    for user, answer in turns:
+        p.text((user.replace(IMAGE, "") if p.images else user).strip()).control("<0x04>")
+        if answer is not None:
+            p.text(answer, supervised=True).control(p.tok.eos, supervised=True)
+
+
+def llava_v0(p, system, turns):
+    """LLaVA v1 and VipLlava: BOS, system, ###Human: and the question, ###Assistant: and the answer, EOS."""
+    p.control(p.tok.bos).text(system)
+    for user, answer in turns:
+        p.text("###Human: ").user(user).text("###Assistant:")
+        if answer is not None:
+            p.text(" " + answer, supervised=True).control(p.tok.eos, supervised=True)
+
+
+def idefics(p, system, turns):
+    """BOS, "User:" and the question with its images, a newline, "Assistant:" and the answer, a newline. A token
+    <fake_token_around_image> stands before, between and after images; IdeficsProcessor strips the text between them."""
+    fake = "<fake_token_around_image>"
+    p.control(p.tok.bos)
+    for user, answer in turns:
+        first, *rest = [piece.strip() for piece in user.split(IMAGE)] if p.images else [user.strip()]
+        p.text("User:" + " " * bool(first) + first)
+        for n, piece in enumerate(rest):
+            if n == 0 or rest[n - 1]:                          # adjacent images share one of these tokens
+                p.control(fake)
+            p.image().control(fake).text(piece)
+        p.text("\nAssistant:")
+        if answer is not None:
+            p.text(" " + answer + "\n", supervised=True)
+
+
+def flamingo(p, system, turns):
+    """Flamingo's prompt (arXiv 2204.14198, appendix A.3): images, Question: ... Answer: ... and the end of a chunk,
+    which is EOS here"""
+    p.control(p.tok.bos)
+    for user, answer in turns:
+        p.image(user.count(IMAGE) if p.images else 0)
+        p.text("Question: " + (user.replace(IMAGE, "") if p.images else user).strip() + " Answer:")
+        if answer is not None:
+            p.text(" " + answer, supervised=True).control(p.tok.eos, supervised=True)
+
+
+def visualchat(p, system, turns):
+    """DeepSpeed-VisualChat (arXiv 2309.14327, section 3): images are numbered in the whole conversation. These words
+    are text: control tokens in their place made answers worse."""
+    p.control(p.tok.bos).text(system)
+    images = 0
+    for user, answer in turns:
+        for _ in range(user.count(IMAGE) if p.images else 0):
+            images += 1
+            p.text(f"### Image {images}:").image().text("\n")
+        p.text("### Question:" + (user.replace(IMAGE, "") if p.images else user).strip() + "\n### Answer:")
+        if answer is not None:
+            p.text(answer, supervised=True).control(p.tok.eos, supervised=True)
+
+
+_V0 = ("A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+       "and polite answers to the human's questions.")
+chat.TEMPLATES |= {"llava_v0": Template(llava_v0, _V0, ""), "idefics": Template(idefics, "", "\n"),
+                   "flamingo": Template(flamingo, "", ""), "visualchat": Template(visualchat, "", "")}
 chat.TEMPLATES |= {"paligemma": Template(paligemma, "", ""), "internvl": Template(chat.chatml, "", "<|im_end|>"),
-                   "blip": Template(blip, "", "\n")}
+                   "blip": Template(blip, "", "\n"),
+                   "fuyu": Template(fuyu, "", "")}

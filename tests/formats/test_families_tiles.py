@@ -44,7 +44,35 @@ def internvl(folder, text, **vision):
     return T.InternVLForConditionalGeneration(c)
 
 
+def fuyu(folder):
+    """-> a tiny Fuyu of transformers with patches of side 6; the same files. Its placeholders are pieces of a Unigram model."""
+    chars = sorted({c for c in WORDS + "|SPEAKRNWLI<>0x4"} - set(" \n"))
+    pieces = ["<unk>", "<s>", "</s>", "|SPEAKER|", "|NEWLINE|", *(f"<0x{i:02X}>" for i in range(256)), "▁", *chars,
+              *sorted({"▁" + word for word in WORDS.split()})]
+    pieces = list(dict.fromkeys(pieces))
+    spec = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None, "post_processor": None,
+            "added_tokens": [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
+                              "normalized": False, "special": True} for i, t in enumerate(pieces[:3])],
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {
+                "type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "Unigram", "unk_id": 0, "byte_fallback": True,
+                      "vocab": [[t, -9.0 if len(t) == 1 else -5.0] for t in pieces]}}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "FuyuImageProcessor", "size": {"height": 18, "width": 30}, "image_mean": 0.5,
+        "image_std": 0.5, "patch_size": {"height": 6, "width": 6}, "resample": 2}))
+    text = {k: x for k, x in TEXT.items() if k not in ("head_dim", "num_key_value_heads")}
+    c = T.FuyuConfig(text_config=text | {"model_type": "persimmon", "hidden_act": "relu2"}, patch_size=6, image_token_id=3)
+    return T.FuyuForCausalLM(c)
+
+
 CASES = {
+    "fuyu": fuyu,
     "internvl": lambda folder: internvl(folder, {"model_type": "qwen2"}, attention_bias=True),
     "internvl 6b": lambda folder: internvl(folder, {"model_type": "llama"}, use_qk_norm=True, norm_type="rms_norm",
                                            use_mean_pooling=False)}
@@ -63,22 +91,37 @@ def family(request, tmp_path_factory):
     return request.param, at, exact_norms(theirs.double().eval()), mine, folder
 
 
-def their_processor(out, monkeypatch):
-    """InternVL's own, put together without its video processor, which wants torchvision."""
-    monkeypatch.setattr(T.InternVLProcessor, "check_argument_for_proper_class", lambda *_: None)
-    told = json.loads((out / "processor_config.json").read_text())
-    return T.InternVLProcessor(T.AutoImageProcessor.from_pretrained(out, backend="pil"), T.AutoTokenizer.from_pretrained(out),
-                               image_seq_length=told["image_seq_length"])
+def as_transformers_asks(out, image, monkeypatch):
+    """A question about an image -> input_ids, attention_mask, pixel_values of the family's own processor"""
+    if (out / "chat_template.jinja").exists():                 # InternVL, without its video processor: it wants torchvision
+        monkeypatch.setattr(T.InternVLProcessor, "check_argument_for_proper_class", lambda *_: None)
+        told = json.loads((out / "processor_config.json").read_text())
+        processor = T.InternVLProcessor(T.AutoImageProcessor.from_pretrained(out, backend="pil"),
+                                        T.AutoTokenizer.from_pretrained(out), image_seq_length=told["image_seq_length"])
+        text = processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}], tokenize=False,
+            add_generation_prompt=True)
+        assert text == "<|im_start|>user\n<IMG_CONTEXT>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
+        return processor(images=image, text=text, return_tensors="pt")
+    processor = T.AutoProcessor.from_pretrained(out, backend="pil")
+    cut = type(processor.image_processor).patchify_image       # in 5.23 it wants numpy, but the processor gives it tensors
+    monkeypatch.setattr(type(processor.image_processor), "patchify_image",
+                        lambda self, image, patch_size: torch.as_tensor(cut(self, image.numpy(), patch_size)[None]))
+    there = processor(images=image, text="What is this?", return_tensors="pt", return_legacy_image_output=False)
+    return there | {"pixel_values": torch.as_tensor(there["pixel_values"])[None]}
 
 
 def examples(cfg):
-    return [example(1, side=cfg.vision.image_size), example(2, images=0, text=14),
-            example(3, images=3, text=5, side=cfg.vision.image_size)]
+    size = dict(side=cfg.vision.image_size, model_patches=cfg.image_tokens)
+    return [example(1, **size), example(2, images=0, text=14, **size), example(3, images=3, text=5, **size)]
 
 
 def seen(images, cfg):
     """Pixels -> what their model gets for them"""
-    return {"pixel_values": pixels(images, cfg.vision).double()} if len(images) else {}
+    x = pixels(images, cfg.vision).double()
+    if cfg.connector == "patches":
+        x = x.permute(0, 2, 3, 1).flatten(1)[None]             # Fuyu: one row of 3 S^2 values per patch
+    return {"pixel_values": x} if len(images) else {}
 
 
 def test_logits_are_those_of_transformers(family):
@@ -121,16 +164,12 @@ def test_transformers_opens_our_folder(family, tmp_path, monkeypatch):
     assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     model = exact_norms(model.eval())
     asked = Chat(out, device="cpu", dtype="fp64")
-    processor = their_processor(out, monkeypatch)
     for n, size in enumerate([(40, 22), (17, 16)]):
         image = Image.fromarray(np.random.default_rng(n).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
         shown, blocks = asked.look([image])
         prompt = asked.prompt([("<image>\nWhat is this?", None)], blocks)
-        text = processor.tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}], tokenize=False,
-            add_generation_prompt=True)
-        assert text == "<|im_start|>user\n<IMG_CONTEXT>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
-        there = processor(images=image, text=text, return_tensors="pt")
+        with monkeypatch.context() as patches:
+            there = as_transformers_asks(out, image, patches)
         assert there["input_ids"][0].tolist() == prompt.tolist()
         assert (there["pixel_values"] - pixels(shown[0], mine.cfg.vision)).abs().max() < 1e-6
         with torch.no_grad():
