@@ -26,7 +26,7 @@ def image_size(source):
         return source.size
     try:
         with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:        # load_image refuses the image, so its size does not matter
+            if image.width * image.height > MAX_PIXELS:        # load_image refuses it: the size does not matter
                 return image.size
             if image.format == "TIFF":                         # Pillow turns a TIFF itself when it decodes the file
                 image.load()

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import example, make_tokenizer
+from conftest import WORDS, example, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 from test_families import NORMAL, TEXT, exact_norms
@@ -171,7 +171,7 @@ def test_transformers_opens_our_folder(family, tmp_path, monkeypatch):
         with monkeypatch.context() as patches:
             there = as_transformers_asks(out, image, patches)
         assert there["input_ids"][0].tolist() == prompt.tolist()
-        assert (there["pixel_values"] - pixels(shown[0], mine.cfg.vision)).abs().max() < 1e-6
+        assert (there["pixel_values"] - seen(shown[0], mine.cfg)["pixel_values"]).abs().max() < 1e-6
         with torch.no_grad():
             batch = pack([(prompt.tolist(), [-100] * len(prompt), shown[0])], 8, span_ends(mine.cfg))
             true = model(input_ids=there["input_ids"], **seen(shown[0], mine.cfg)).logits[0]
