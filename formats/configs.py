@@ -11,12 +11,14 @@ from formats.opt import read_opt
 from formats.strict_json import read_json
 from images import ImageSpec
 from model import ACTIVATIONS, TextConfig, VisionConfig
+from parts.cross_attention import FlamingoConfig, IdeficsConfig
 from parts.eva import EvaConfig
 from parts.gemma import GemmaConfig
 from parts.internvit import InternViTConfig
-from parts.opt import OptConfig
 from parts.patches import PatchesConfig
 from parts.persimmon import PersimmonConfig
+from parts.opt import OptConfig
+from parts.qwen_vit import QwenViTConfig
 
 # defaults of the transformers classes, where they differ from the defaults of VisionConfig and TextConfig
 DINO = dict(hidden_act="gelu", layer_norm_eps=1e-6, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
@@ -34,11 +36,11 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
         "qwen2": dict(QWEN, architecture="Qwen2ForCausalLM", head_dim=None, sliding_window=4096),
         "qwen3": dict(QWEN, architecture="Qwen3ForCausalLM", head_dim=128, sliding_window=4096),
         "gemma": dict(architecture="GemmaForCausalLM"),
-        "opt": dict(architecture="OPTForCausalLM", num_key_value_heads=None, head_dim=None)}
-READ = {"opt": read_opt}                   # LLMs whose config.json has keys of its own
         "persimmon": dict(architecture="PersimmonForCausalLM", num_key_value_heads=None, head_dim=None),
         "idefics": dict(architecture="IdeficsForVisionText2Text", num_key_value_heads=None, head_dim=None,
                         max_position_embeddings=2048),
+        "opt": dict(architecture="OPTForCausalLM", num_key_value_heads=None, head_dim=None)}
+READ = {"opt": read_opt}                   # LLMs whose config.json has keys of its own
 # model_types with a config class of their own: TextConfig or VisionConfig does not fit
 CLASSES = {"gemma": GemmaConfig, "opt": OptConfig, "blip_2_vision_model": EvaConfig, "internvl_vision": InternViTConfig,
            "flamingo": FlamingoConfig, "idefics": IdeficsConfig, "patches": PatchesConfig, "persimmon": PersimmonConfig, "qwen_vl_vision": QwenViTConfig}

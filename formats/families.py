@@ -6,6 +6,7 @@ from formats.idefics import IDEFICS
 from formats.internvl import INTERNVL
 from formats.paligemma import PALIGEMMA
 from formats.pumice import PUMICE
+from formats.vipllava import VIPLLAVA
 from model import TextConfig, VisionConfig
 
 # PUMICE, the last, fits all

@@ -27,6 +27,8 @@ class Family(NamedTuple):
     fits: callable           # VLMConfig -> can transformers' class of this family hold such a model?
     names: callable          # VLMConfig -> [(pattern, replacement)], from our names to published ones
     files: callable          # (Folder, VLMConfig) -> {file name: content}, without tokenizer and pumice.json
+    read: callable = lambda tensors, cfg: tensors      # {published name, as by names.rename: tensor} before read_names
+    write: callable = lambda tensors, cfg: tensors     # {published name: tensor} after write_names
 
 
 def published_name(name, pairs):
@@ -83,7 +85,8 @@ def with_ids(layout, tok):
 
 def family_files(family, folder, cfg, template, system, aspect, dtype):
     """-> {file name: content} of a folder, except weights and model card"""
-    files, own = tokenizer_files(folder.tok, template, system, positions(cfg.text)), family.files(folder, cfg)
+    files, own = tokenizer_files(folder.tok, template, system, positions(cfg.text)), family.files(
+        folder._replace(meta=folder.meta | {"image_aspect": aspect}), cfg)
     extra = own.pop("tokenizer_config.json", {})
     if placeholder := extra.get("image_token"):                # the family's name for the token <image>
         for name, content in files.items():                    # a vocabulary may have other tokens that contain <image>

@@ -25,6 +25,9 @@ JINJA = {
         "<|im_start|>user\n{{ user }}<|im_end|>\n",
         "<|im_start|>assistant\n" + BEGIN + "{{ answer }}<|im_end|>" + END + "{{ '\\n' }}",
         "<|im_start|>assistant\n"),
+    "llava_v0": (
+        "{{ bos_token }}{% if system %}{{ system }}{% endif %}", "###Human: {{ user }}",
+        "###Assistant:" + BEGIN + " {{ answer }}{{ eos_token }}" + END, "###Assistant:"),
     "mistral": ("{{ bos_token }}", _INST, BEGIN + " {{ answer }} {{ eos_token }}" + END, "")}
 JINJA["internvl"] = JINJA["chatml"]
 

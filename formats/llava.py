@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import chat
 from config import stop
 from formats.adapter_config import PATTERNS, rank_and_alpha, read_adapter_config
 from formats.configs import (CLASSES, image_spec, one_line, read_config, read_pre, strategy, text_config, vision_config,
@@ -132,8 +133,10 @@ def read_family(folder, c, family):
         cfg = family.config(c, pre)
     with torch.device("meta"):
         wanted = build(cfg).state_dict()
-    tensors = read_names(renamed(read_tensors(folder), folder), wanted, family.names(cfg), folder)
-    meta = {"template": family.template, "system": "", "image_aspect": "squash"} | read_json(folder / "pumice.json", {})
+    tensors = family.read(renamed(read_tensors(folder), folder), cfg)
+    tensors = read_names(tensors, wanted, family.names(cfg), folder)
+    meta = {"template": family.template, "system": chat.template(family.template).system, "image_aspect":
+            "crop" if pre.get("do_center_crop") else "squash"} | read_json(folder / "pumice.json", {})
     tok = Tokenizer(folder, cfg.image_token_index)
     cfg.layout = with_ids(cfg.layout, tok)
     return Folder(tok, v, t, pre, {}, meta), tensors, cfg
@@ -170,7 +173,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         towers = set() if init else {k for k in build(cfg).state_dict() if not k.startswith("multi_modal_projector.")}
         apply_parts(cfg, parts, CLASSES)
         model = build(cfg)
-    new = set() if init else {k for k, _ in model.named_parameters() if k.startswith("multi_modal_projector.")
+    new = set() if init else {k for k in model.state_dict() if k.startswith("multi_modal_projector.")
                               or k not in towers and k not in tensors}
     tensors, unused = account(model, tensors, where, new)
     for k, x in (tensors | unused).items():
@@ -240,7 +243,8 @@ def save_model(out, state, cfg, folder, template, system, aspect, dtype=torch.fl
     family, state = family_of(cfg), {**folder.unused, **state}
     files = family_files(family, folder, cfg, template, system, aspect, dtype) if family else metadata(
         folder, cfg, template, system, aspect, dtype)
-    tensors = write_names(state, family.names(cfg)) if family else published_tensors(state, cfg)
+    tensors = (family.write(write_names(state, family.names(cfg)), cfg) if family else
+               published_tensors(state, cfg))
     files["README.md"] = card
     if bad := next((k for k, x in tensors.items() if not x.to(dtype).isfinite().all()), None):
         stop(f"{out}: {bad} is not finite in {dtype} and is not published")

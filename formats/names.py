@@ -24,7 +24,8 @@ SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),               # modules of transformers >= 4.52
     (r"^model\.language_model\.", "language_model.model."),
-    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))]     # files of transformers >= 5
+    (r"^model\.vision_model\.", "vision_tower.vision_model."),                                # Idefics
+    (r"^vision_tower\.(?!vision_model\.|second\.)", "vision_tower.vision_model."))]  # files of transformers >= 5
 # (part of our name, what published DINOv2 files have in its place)
 DINO_NAMES = (("class_embedding", "cls_token"), ("position_embedding.weight", "position_embeddings"),
               ("patch_embedding.", "patch_embeddings.projection."), ("encoder.layers.", "encoder.layer."),

@@ -23,15 +23,16 @@ from parts.two_towers import CommConnector, TwoTowers
 
 CONNECTORS = {name: lambda cfg, kind=kind: kind(width(cfg), cfg.text.hidden_size)
               for name, kind in model.CONNECTORS.items()}                        # name -> function VLMConfig -> module
-CONNECTORS["qformer"] = lambda cfg: QFormer(cfg.vision.hidden_size, cfg.text.hidden_size, cfg.tokens,
+CONNECTORS["qformer"] = lambda cfg: QFormer(width(cfg), cfg.text.hidden_size, cfg.tokens,
                                             QFormerConfig(**cfg.connector_args))
+CONNECTORS["resampler"] = lambda cfg: Resampler(width(cfg), cfg.text.hidden_size, cfg.tokens, **cfg.connector_args)
 CONNECTORS["shuffle"] = lambda cfg: ShuffleConnector(cfg.vision.hidden_size, cfg.text.hidden_size,
                                                      group_side(cfg.vision.patches, cfg.tokens))
 CONNECTORS["norm_mlp"] = lambda cfg: NormMLP(width(cfg), cfg.text.hidden_size, **cfg.connector_args)
 CONNECTORS["linear_norm"] = lambda cfg: LinearNorm(width(cfg), cfg.text.hidden_size, **cfg.connector_args)
 CONNECTORS["perceiver"] = lambda cfg: Perceiver(width(cfg), **cfg.connector_args)
-CONNECTORS["comm"] = lambda cfg: comm(cfg)
 CONNECTORS["patches"] = lambda cfg: PatchConnector(width(cfg), cfg.text.hidden_size)
+CONNECTORS["comm"] = lambda cfg: comm(cfg)
 TOWERS = {"internvl_vision": InternViT, "patches": Patches, "qwen_vl_vision": QwenViT}           # model_type -> class
 DECODERS = {"gemma": Gemma, "opt": Opt, "persimmon": Persimmon}                                  # model_type -> class
 DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca: cfg.mask

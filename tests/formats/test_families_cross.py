@@ -1,0 +1,207 @@
+"""VipLlava and Idefics: folders that transformers wrote, read, compared in float64, written, opened by transformers."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from conftest import error, example, make_tokenizer
+from PIL import Image
+from safetensors.torch import load_file
+from test_families import NORMAL, TEXT, exact_norms
+from test_llava import random
+from test_model import PARITY, all_logits, pixels
+
+import chat
+from data import pack
+from formats import llava
+from generate import Chat, generate
+from parts.cross_attention import last_image
+from parts.spans import span_ends
+
+T = pytest.importorskip("transformers")
+FAKE = "<fake_token_around_image>"
+CLIP = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+            num_attention_heads=2, image_size=8, patch_size=4)
+
+
+def vipllava(layers=(-2, 1, -1)):
+    c = T.VipLlavaConfig(vision_config=CLIP, text_config=TEXT | {"model_type": "llama"}, image_token_index=3,
+                         vision_feature_layer=list(layers), image_seq_length=4)
+    return T.VipLlavaForConditionalGeneration(c), NORMAL | {
+        "image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "size": {"shortest_edge": 8},
+        "crop_size": {"height": 8, "width": 8}}
+
+
+def idefics(**fields):
+    """The token FAKE, the last of the tokenizer, is in the second vocabulary"""
+    llm = {k: x for k, x in TEXT.items() if k not in ("num_key_value_heads", "head_dim")}
+    vision = {k: x for k, x in CLIP.items() if k not in ("model_type", "hidden_size")} | {"embed_dim": 32}
+    c = T.IdeficsConfig(**llm | {"vocab_size": 490, "num_hidden_layers": 4} | fields, additional_vocab_size=22,
+                        cross_layer_interval=2, use_resampler=True, vision_config=vision, image_token_id=3,
+                        perceiver_config=dict(use_resampler=True, resampler_n_latents=3, resampler_depth=2,
+                                              resampler_n_heads=2, resampler_head_dim=6,
+                                              qk_layer_norms_perceiver=fields.get("qk_layer_norms", False)))
+    return T.IdeficsForVisionText2Text(c), {k: x for k, x in NORMAL.items() if k != "size"} | {
+        "image_processor_type": "IdeficsImageProcessor", "image_size": 8}
+
+
+CASES = {"vipllava": vipllava, "vipllava, one layer": lambda: vipllava((-2,)), "idefics": idefics,
+         "idefics 80b": lambda: idefics(qk_layer_norms=True, alpha_type="vector"),
+         "idefics, tied": lambda: idefics(tie_word_embeddings=True)}
+ONLY_IDEFICS = pytest.mark.parametrize("family", [c for c in CASES if c.startswith("idefics")], indirect=True)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def family(request, tmp_path_factory):
+    """-> name of the case, its folder as transformers writes it, their model in float64, our model, our folder's parts"""
+    at = tmp_path_factory.mktemp("family")
+    theirs, pre = CASES[request.param]()
+    random(theirs).save_pretrained(at)
+    tok = tokenizers.Tokenizer.from_file(str(make_tokenizer(at) / "tokenizer.json"))
+    tok.add_special_tokens([FAKE])
+    tok.save(str(at / "tokenizer.json"))
+    (at / "preprocessor_config.json").write_text(json.dumps(pre))
+    mine, folder = llava.load_model(init=at, dtype=torch.float64)
+    return request.param, at, exact_norms(theirs.double().eval()), mine, folder
+
+
+def examples(mine):
+    """One image, none, three; Idefics has one token per image, and text between the three"""
+    Q = mine.cfg.image_tokens
+    three = example(3, images=3, text=9, model_patches=Q)
+    if Q == 1:
+        three = [1, 3, 7, 3, 8, 9, 3, *three[0][4:]], [-100] * 3 + three[1], three[2]
+    return [example(1, model_patches=Q), example(2, images=0, text=14), three]
+
+
+def seen(mine, ids, images):
+    """-> further arguments of their model for one document"""
+    values = pixels(images, mine.cfg.vision).double()
+    if mine.cfg.text.model_type != "idefics":
+        return {"pixel_values": values} if len(images) else {}
+    lo, hi = last_image(torch.tensor(ids) == 3, torch.arange(len(ids)), 1)
+    n = max(1, len(images))                                      # without images, transformers wants a black one
+    mask = (lo[:, None] <= torch.arange(n)) & (torch.arange(n) < hi[:, None])
+    return {"pixel_values": values[None] if len(images) else torch.zeros(1, 1, 3, 8, 8, dtype=torch.float64),
+            "image_attention_mask": mask[None]}
+
+
+def their_logits(theirs, mine, ids, images):
+    with torch.no_grad():
+        return theirs(input_ids=torch.tensor([ids]), **seen(mine, ids, images)).logits[0]
+
+
+def test_logits_are_those_of_transformers(family):
+    _, _, theirs, mine, _ = family
+    batch = pack(examples(mine), 8, span_ends(mine.cfg))
+    true = torch.cat([their_logits(theirs, mine, ids, images) for ids, _, images in examples(mine)])
+    with torch.no_grad():
+        worst = (all_logits(mine, batch) - true).abs().max() / true.abs().max()
+    assert worst < PARITY and true.std() > 0.05, worst
+
+
+def test_greedy_tokens_are_those_of_transformers(family):
+    _, _, theirs, mine, _ = family
+    for ids, _, images in examples(mine):
+        one = torch.tensor([ids])
+        out = theirs.generate(input_ids=one, attention_mask=torch.ones_like(one), **seen(mine, ids, images),
+                              max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2, pad_token_id=4)
+        answer, = generate(mine, [one[0]], images, {2}, 6)
+        assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
+
+
+def test_tensors_return_bit_equal(family, tmp_path):
+    _, at, _, mine, folder = family
+    state = llava.load_model(init=at, dtype=None)[0].state_dict()
+    llava.save_model(tmp_path / "out", state, mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
+    there, here = load_file(at / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    again, _ = llava.load_model(init=tmp_path / "out", dtype=torch.float64)
+    assert sum(x.numel() for x in here.values()) == sum(x.numel() for x in there.values())
+    assert again.cfg == mine.cfg
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), mine.state_dict().values(), strict=True))
+
+
+def opened(family, tmp_path):
+    """-> our folder; their model and processor, opened from it"""
+    _, _, theirs, mine, folder = family
+    out = tmp_path / "out"
+    meta = folder.meta
+    llava.save_model(out, mine.state_dict(), mine.cfg, folder, meta["template"], meta["system"], meta["image_aspect"],
+                     torch.float32)
+    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64,
+                                               attn_implementation="sdpa")
+    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    return out, exact_norms(model.eval()), T.AutoProcessor.from_pretrained(out, backend="pil")
+
+
+def test_transformers_opens_our_folder(family, tmp_path):
+    """No missing or unexpected tensors; its processor gives our ids, pixels and image masks; equal logits"""
+    name, _, _, mine, _ = family
+    out, model, processor = opened(family, tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8))
+    asked = Chat(out, device="cpu", dtype="fp64")
+    shown, blocks = asked.look([image] * 2)
+    if name.startswith("idefics"):
+        prompt = asked.prompt([("<image><image>What is this?", "a cat"), ("Is it black?", None)], blocks)
+        there = processor(text=[["User:", image, image, "What is this?\nAssistant: a cat\nUser: Is it black?\nAssistant:"]],
+                          return_tensors="pt")
+        mask = seen(mine, prompt.tolist(), torch.cat(shown))["image_attention_mask"]
+        assert torch.equal(there["image_attention_mask"].bool(), mask)
+    else:
+        prompt = asked.prompt([("<image>\n<image>\nWhat is this?", "a cat"), ("Is it black?", None)], blocks)
+        text = processor.apply_chat_template([
+            {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is this?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+            {"role": "user", "content": [{"type": "text", "text": "Is it black?"}]}], add_generation_prompt=True)
+        assert text.count("A chat between a curious human") == 1 and text.endswith("Is it black?###Assistant:")
+        there = processor(images=[image] * 2, text=text, return_tensors="pt")
+    assert there["input_ids"][0].tolist() == prompt.tolist()
+    values = pixels(torch.cat(shown), mine.cfg.vision)
+    assert (there["pixel_values"].view(values.shape) - values).abs().max() < 1e-6
+    with torch.no_grad():
+        batch = pack([(prompt.tolist(), [-100] * len(prompt), torch.cat(shown))], 8, span_ends(mine.cfg))
+        true = model(**there | {"pixel_values": values.double().view(there["pixel_values"].shape)}).logits[0]
+        assert (all_logits(asked.model, batch) - true).abs().max() < PARITY * true.abs().max()
+
+
+@ONLY_IDEFICS
+def test_text_alone_as_in_its_processor(family, tmp_path):
+    """Idefics' processor gives a black image and no sight of it"""
+    out, model, processor = opened(family, tmp_path)
+    asked = Chat(out, device="cpu", dtype="fp64")
+    there = processor(text=[["User: What is this?\nAssistant:"]], return_tensors="pt")
+    prompt = asked.prompt([("What is this?", None)])
+    assert there["input_ids"][0].tolist() == prompt.tolist()
+    with torch.no_grad():
+        true = model(**there | {"pixel_values": there["pixel_values"].double()}).logits[0]
+        mine = all_logits(asked.model, pack([(prompt.tolist(), [-100] * len(prompt), [])], 8))
+    assert (mine - true).abs().max() < PARITY * true.abs().max()
+
+
+def changed(at, tmp_path, file, **values):
+    """A copy of a folder with other values in one of its configs"""
+    for f in at.iterdir():
+        (tmp_path / f.name).write_bytes(f.read_bytes())
+    c = json.loads((at / file).read_text())
+    (tmp_path / file).write_text(json.dumps(c | values))
+    return tmp_path
+
+
+def test_what_is_not_supported_stops_in_one_line(family, tmp_path):
+    name, at, *_ = family
+    cases = {"use_resampler": False, "cross_layer_interval": 3} if name.startswith("idefics") else {
+        "vision_feature_layer": [-9, 1], "projector_hidden_act": "relu"}
+    for key, value in cases.items():
+        assert error(llava.load_model, init=changed(at, tmp_path, "config.json", **{key: value}))
+
+
+@ONLY_IDEFICS
+def test_tokens_of_idefics_prompts(family):
+    """Adjacent images share a fake token, images with text between them do not"""
+    folder = family[4]
+    fake = folder.tok.id(FAKE)
+    ids, labels = chat.encode(folder.tok, "idefics", [("<image><image> and <image>", "a cat")], [[3]] * 3)
+    assert [i for i in ids if i in (3, fake)] == [fake, 3, fake, 3, fake, fake, 3, fake]
+    assert folder.tok.decode([y for y in labels if y >= 0]) == " a cat\n"
