@@ -3,7 +3,8 @@
     N queries   M keys   H query heads   G key/value heads (H = g * G)   K head dim, padded to D in a kernel
     q (N, H, K)   k, v (M, G, K)   lo, hi (N,) int32 in [0, M], both non-decreasing   ->   out (N, H, K)
 
-    out[i, h] = sum_j softmax_j(q[i, h] . k[j, h // g] / sqrt(K)) v[j, h // g],  lo[i] <= j < hi[i];  empty span: zeros
+    out[i, h] = sum_j softmax_j(q[i, h] . k[j, h // g] / sqrt(K)) v[j, h // g]   over lo[i] <= j < hi[i]
+    If the span of query i is empty, out[i, h] is zero.
 
 The cost in bytes. A packed sequence of N tokens holds documents of length L << N. In an N x N mask only a share
 L / N of the entries would be true. Spans hold the same information in 2 N integers. lo and hi never decrease, so the
@@ -23,11 +24,11 @@ from kernels import architecture, on_its_device, tl, triton, use_triton
 # ---- the definition, and what a CPU runs ----------------------------------------------------------------------------
 
 WHOLE_SEGMENT = 512  # a segment (adjacent queries that share keys) with at most this many keys is computed at once
-CHUNK_QUERIES = 64   # queries per chunk of a segment longer than WHOLE_SEGMENT; larger chunks waste more masked scores
+CHUNK_QUERIES = 64   # a longer segment is cut into chunks of this many queries; larger ones mask more scores
 
 
 def attention_ref(q, k, v, lo, hi):
-    """Span attention by its definition, with the full (N, M) mask. The top of this file shows the shapes."""
+    """Compute span attention by its definition, with the full (N, M) mask. The top of this file shows the shapes."""
     N, H, K = q.shape
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (M, H, K): query head h uses k/v head h // g
     j = torch.arange(k.shape[0], device=q.device)
@@ -38,10 +39,15 @@ def attention_ref(q, k, v, lo, hi):
 
 
 def segments(lo, hi):
-    """Split the queries into segments that share no key -> list of (n, a, b, c, d, kind). Queries [a, b) read keys in
-    [c, d), and no other query reads these keys. kind is "full" (each query reads all of [c, d)), "causal" (query a + t
-    reads [c, c + t]), "mask" (any other pattern of lo and hi) or "empty" (no key). If n > 1, the entry stands for n
-    adjacent segments of equal shape, for example the images of a ViT; a, b, c, d describe the first one."""
+    """Split the queries into segments that share no key -> list of (n, a, b, c, d, kind).
+
+    Queries [a, b) read keys in [c, d), and no other query reads these keys. `kind` says which keys a query reads:
+        "full"      each query reads all of [c, d)
+        "causal"    query a + t reads [c, c + t]
+        "mask"      any other pattern of lo and hi
+        "empty"     no query reads a key
+    If n > 1, the entry stands for n adjacent segments of equal shape, for example the images of a ViT. Then a, b, c, d
+    describe the first one."""
     N = lo.shape[0]
     if N == 0:
         return []
@@ -90,19 +96,24 @@ def _chunks(lo, hi):
 
 
 def chunks(lo, hi):
-    """-> entries like those of segments(), but long segments are cut into chunks of CHUNK_QUERIES queries. A "causal"
-    chunk of L queries needs a mask only on its last L keys, a triangle. Layers share spans, so results are cached."""
+    """Return a list of entries like those of segments(), but cut long segments into chunks of CHUNK_QUERIES queries. A
+    "causal" chunk of L queries needs a mask only on its last L keys, a triangle. The result is cached, because all
+    layers of a model use the same spans."""
     return _chunks(*(t.to("cpu", torch.int32).numpy().tobytes() for t in (lo, hi))) if lo.shape[0] else []
 
 
 def by_head(t, n, a, L, G):
-    """Rows a to a + n L of t (N, H, K), as n segments of L rows -> (n, G, g, L, K), a view of t"""
+    """Return a view (n, G, g, L, K) of n * L rows of t (N, H, K): n segments of L rows, the first one from row a on."""
     return t[a : a + n * L].unflatten(0, (n, L)).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
 
 
 def probabilities(q, k, v, lo, hi):
-    """Yields for each entry of chunks(), with Lq queries and Lk keys: (n, a, Lq, c, Lk), q / sqrt(K) (n G, g Lq, K),
-    k and v (n G, Lk, K), softmax (n G, g Lq, Lk). n, a and c are as in segments(); g = H / G."""
+    """Compute the softmax of each entry of chunks(), which has Lq queries and Lk keys. Yield for each entry:
+
+    (n, a, Lq, c, Lk)               n, a and c are as in segments()
+    q / sqrt(K)                     (n * G, g * Lq, K), where g = H / G
+    k and v                         (n * G, Lk, K) each
+    the softmax of the scores       (n * G, g * Lq, Lk)"""
     G, K, todo = k.shape[1], k.shape[2], chunks(lo, hi)
     q = q * K**-0.5
     widest = max((b - a for n, a, b, c, d, kind in todo if kind == "causal"), default=0)
@@ -124,7 +135,8 @@ def probabilities(q, k, v, lo, hi):
 @torch.library.custom_op("pumice::attention_torch", mutates_args=())
 def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
                     ) -> torch.Tensor:
-    """attention_ref, chunk by chunk: no (N, M) tensor exists. Backward recomputes the scores instead of saving them."""
+    """Compute attention_ref chunk by chunk, so that no (N, M) tensor exists. Backward recomputes the scores instead of
+    saving them."""
     out, G = q.new_zeros(q.shape), k.shape[1]
     for (n, a, Lq, _, _), _, _, z, p in probabilities(q, k, v, lo, hi):
         o = by_head(out, n, a, Lq, G)
@@ -135,12 +147,13 @@ def attention_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch
 @torch.library.custom_op("pumice::attention_torch_backward", mutates_args=())
 def attention_torch_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor,
                              hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> dq, dk, dv. The formulas are in a comment above the backward kernels, later in this file."""
+    """Return dq, dk, dv, the gradients of q, k and v. `do` is the gradient of the output. The formulas are in a comment
+    above the backward kernels, later in this file."""
     G, K = k.shape[1:]
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     for (n, a, Lq, c, Lk), x, y, z, p in probabilities(q, k, v, lo, hi):
         w = by_head(do, n, a, Lq, G).reshape(x.shape)
-        ds = torch.ops.aten._softmax_backward_data(torch.bmm(w, z.mT), p, -1, p.dtype)  # ds = p (dp - sum(p dp))
+        ds = torch.ops.aten._softmax_backward_data(torch.bmm(w, z.mT), p, -1, p.dtype)  # p * (dp - sum(p * dp))
         o = by_head(dq, n, a, Lq, G)
         o.copy_(torch.bmm(ds, y).view(o.shape))
         for grad, left, right in ((dk, ds, x), (dv, p, w)):
@@ -169,16 +182,19 @@ attention_torch.register_autograd(_torch_gradients,
 # A tile has a first and a last query. lo and hi never decrease, so no query of the tile reads a key outside
 # [lo[first], hi[last]). Every query of the tile reads all keys in [lo[last], hi[first]): blocks of keys in this range
 # need no mask. In a long document almost all blocks are of this kind.
-# Three features of Triton appear only in this file. The grid has two dimensions: tiles x heads. tl.dot multiplies tiles
-# on tensor cores; with "ieee", fp32 inputs do not use tensor cores, which would round them to TF32 (10-bit mantissa).
-# do_not_specialize: one compiled kernel serves all values of these arguments. For any other integer argument, Triton
-# compiles separate kernels for the value 1, for multiples of 16 and for the rest.
+#
+# Three features of Triton appear only in this file:
+# - The grid has two dimensions: tiles x heads.
+# - tl.dot multiplies tiles on tensor cores, which would round fp32 inputs to TF32 (10-bit mantissa). With "ieee", fp32
+#   inputs do not use tensor cores.
+# - do_not_specialize: one compiled kernel serves all values of these arguments. For any other integer argument, Triton
+#   compiles separate kernels for the value 1, for multiples of 16 and for the rest.
 
 
 @triton.jit
 def _cut(begin, end, lo, hi, B: tl.constexpr):
-    """Split [begin, end) into blocks of B. The blocks in [a, b) lie inside [lo, hi) and need no mask; the other blocks
-    need a mask. -> a, b, end - (b - a). The loop range(begin, end - (b - a), B) has one step per masked block."""
+    """Split [begin, end) into blocks of B -> a, b, reach, where reach = end - (b - a). The blocks in [a, b) lie inside
+    [lo, hi) and need no mask. All other blocks need a mask. range(begin, reach, B) has one step per masked block."""
     a = begin + (lo - begin + B - 1) // B * B
     b = a + tl.maximum(hi - a, 0) // B * B
     return a, b, end - (b - a)
@@ -186,8 +202,12 @@ def _cut(begin, end, lo, hi, B: tl.constexpr):
 
 @triton.jit
 def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
-    """For the tile of BM queries from `start` on -> lo, hi (BM,); begin, end: the range of keys that the tile reads;
-    a, b, reach: the results of _cut. Keys outside [0, M) are never read, even if a span contains them."""
+    """Find the keys that a tile reads: the tile of BM queries from `start` on. Keys outside [0, M) are never read, even
+    if a span contains them. Returns:
+
+    lo, hi (BM,)    the spans of the queries
+    begin, end      the range of keys that the tile reads
+    a, b, reach     the results of _cut for blocks of BN keys"""
     at = start + tl.arange(0, BM)
     lo = tl.load(LO + at, mask=at < N, other=0)  # queries from N on do not exist; they get empty spans
     hi = tl.minimum(tl.load(HI + at, mask=at < N, other=0), M)
@@ -199,9 +219,11 @@ def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
-    """Load B rows of X from row `start` on -> (B, D). rows (B,): 0 ... B - 1; stride: row stride of X. In the
-    result, rows from `count` on and columns from K on are zero. start * stride is int64, because the product can exceed
-    2**31. If count = B and K = D, the compiler removes the mask, which saves 20 registers."""
+    """Load B rows of X from row `start` on -> (B, D). `rows` (B,) holds 0 ... B - 1. `stride` is the row stride of X.
+    In the result, rows from `count` on and columns from K on are zero.
+
+    start * stride is int64, because the product can exceed 2**31. If count = B and K = D, the compiler removes the
+    mask, which saves 20 registers."""
     d = tl.arange(0, D)
     X += tl.cast(start, tl.int64) * stride
     return tl.load(X + rows[:, None] * stride + d[None, :],
@@ -211,7 +233,8 @@ def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, scale,
             K: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr):
-    """Add BN keys to the online softmax of q (BM, D) -> running maximum m (BM,), sum l (BM,), output acc (BM, D)."""
+    """Add the BN keys from key j on to the online softmax of the queries q (BM, D). Return the updated state: maximum m
+    (BM,), sum l (BM,), output acc (BM, D). If MASK is False, every query reads all of these keys."""
     c = tl.arange(0, BN)
     k = _tile(KEYS, j, c, count, stride_k, K, D)                               # (BN, D)
     v = _tile(VALUES, j, c, count, stride_v, K, D)
@@ -219,7 +242,8 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
     if MASK:
         s = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), s, -float("inf"))
     higher = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher  # no key so far: -inf - -inf would be nan
+    # `higher` is -inf for a query that has read no key so far; then s - higher = -inf - (-inf) would be nan
+    base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(m - base)
     l = l * shrink + tl.sum(p, 1)
@@ -230,7 +254,8 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
 @triton.jit(do_not_specialize=["N", "M", "g"])
 def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride_v, scale, g,
              K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Compute OUT and LSE for one tile of BM queries of one head. OUT (N, H, K) and LSE (H, N) are contiguous."""
+    """Compute OUT and LSE for one tile of BM queries of one head. OUT (N, H, K) and LSE (H, N) are contiguous. LSE is
+    the base-2 logarithm of the softmax sum."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     lo, hi, begin, end, a, b, reach = _bounds(LO, HI, start, N, M, BM, BN)
@@ -251,7 +276,8 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride
     n = start.to(tl.int64) + r
     inside = n < N
     out = acc / tl.where(l == 0, 1.0, l)[:, None]                            # an empty span gives zeros
-    lse = tl.where(l == 0, float("inf"), m + tl.log2(l))  # empty span: inf makes p = exp2(s - lse) = 0 in backward
+    # for an empty span, lse is inf: then backward computes p = exp2(s - lse) = 0
+    lse = tl.where(l == 0, float("inf"), m + tl.log2(l))
     tl.store(LSE + h * N + n, lse, mask=inside)
     tl.store(OUT + (n[:, None] * H + h) * K + d[None, :], out.to(OUT.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < K))
@@ -264,8 +290,9 @@ def _forward(Q, KEYS, VALUES, LO, HI, OUT, LSE, N, M, stride_q, stride_k, stride
 #     dv = p^T do      dp = do v^T      ds = p (dp - delta)   where delta_i = sum_j p_ij dp_ij = do_i . out_i
 #     dq = ds k / sqrt(K)      dk = ds^T q / sqrt(K)
 #
-# One kernel computes dq, another dk and dv; they need seven matrix products and add in a fixed order. A single kernel
-# would need five products, but also atomic additions, whose order varies: its gradients would not be deterministic.
+# One kernel computes dq, and another computes dk and dv. Together they need seven matrix products, and they add in a
+# fixed order. A single kernel would need five products, but also atomic additions. Their order varies, so its gradients
+# would not be deterministic.
 
 
 @triton.jit
@@ -284,7 +311,8 @@ def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, s
 @triton.jit(do_not_specialize=["N", "M", "g"])
 def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q, stride_k, stride_v, stride_d,
                 scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Compute dq and delta = sum(do * out) for one tile of BM queries of one head. _backward_kv reads DELTA (H, N)."""
+    """Compute DQ and DELTA for one tile of BM queries of one head. delta = sum(do * out) over the head dim.
+    _backward_kv reads DELTA (H, N)."""
     start, h, H = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     r, d = tl.arange(0, BM), tl.arange(0, D)
     n = start.to(tl.int64) + r
@@ -314,11 +342,12 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q
 @triton.jit
 def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, stride_d, scale,
                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr):
-    """Add the part of BM queries to dk, dv of a tile of keys. Here p and ds are transposed: one row per key."""
+    """Add to dk and dv of a tile of keys what the BM queries from query i on contribute. Return the new dk and dv. Here
+    p and ds are transposed: they have one row per key."""
     r = tl.arange(0, BM)
     q = _tile(Q, i, r, count, stride_q, K, D)                                  # (BM, D)
     do = _tile(DO, i, r, count, stride_d, K, D)
-    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))  # inf: p = 0 for queries from `count` on
+    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))  # inf makes p = 0 for queries from `count` on
     delta = tl.load(DELTA + i + r, mask=r < count, other=0.0)
     p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])  # (BN, BM)
     if MASK:
@@ -334,8 +363,10 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, 
 def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_q, stride_k,
                  stride_v, stride_d, scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                  BN: tl.constexpr):
-    """Compute dk and dv of one tile of BN keys of one key/value head, summed over its g query heads. Only queries
-    in [BY_HI[0], BY_LO[1]) read keys of the tile; those in [BY_HI[1], BY_LO[0]) read all of them (see query_ranges)."""
+    """Compute dk and dv of one tile of BN keys of one key/value head, summed over its g query heads.
+
+    query_ranges() finds BY_HI and BY_LO. Only queries in [BY_HI[0], BY_LO[1]) read keys of the tile. The queries in
+    [BY_HI[1], BY_LO[0]) read all of its keys, so they need no mask."""
     tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     start = tile * BN
     c, d = tl.arange(0, BN), tl.arange(0, D)
@@ -364,9 +395,13 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
 
 
 def query_ranges(lo, hi, M, block):
-    """Find the queries that read each tile of `block` keys, by binary search on the device -> by_hi, by_lo (2, tiles)
-    int32. by_hi[0] counts the queries with hi <= the first key of the tile, by_hi[1] those with hi <= its last key;
-    by_lo has these two counts for lo. Queries before by_hi[0] and queries from by_lo[1] on read no key of the tile."""
+    """Find the queries that read each tile of `block` keys, by binary search on the device -> by_hi, by_lo: (2, tiles)
+    int32 each.
+
+    by_hi[0]    number of queries with hi <= the first key of the tile; these queries read no key of it
+    by_hi[1]    number of queries with hi <= the last key of the tile
+    by_lo[0]    number of queries with lo <= the first key
+    by_lo[1]    number of queries with lo <= the last key; the queries after them read no key of the tile"""
     first = torch.arange(0, M, block, dtype=torch.int32, device=lo.device)
     ends = torch.stack([first + 1, (first + block).clamp_(max=M)])
     return torch.searchsorted(hi, ends, out_int32=True), torch.searchsorted(lo, ends, out_int32=True)
@@ -374,9 +409,10 @@ def query_ranges(lo, hi, M, block):
 
 # ---- tile sizes -----------------------------------------------------------------------------------------------------
 
-# (architecture(q), padded head dim) -> for each kernel: queries and keys per tile, warps, pipeline stages. These sizes
-# have not been timed. In Triton 3.6 and 3.7 no kernel spills registers (tests/kernels/test_attention.py), except one:
-# backward_kv for head dim 72 spills two registers on Hopper in Triton 3.6. Head dims 72, 80 and 96 are padded to 128.
+# The key is (architecture(q), padded head dim). For each kernel there are four numbers: queries per tile, keys per
+# tile, warps, pipeline stages. Head dims 72, 80 and 96 are padded to 128. These sizes have not been timed. A kernel
+# that spills registers is slow. In Triton 3.6 and 3.7 none does (tests/kernels/test_attention.py), except one:
+# backward_kv for head dim 72 spills two registers on Hopper in Triton 3.6.
 ATTENTION_TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
@@ -385,11 +421,13 @@ ATTENTION_TILES = {
     (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
     (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
 }
-FP32_TILE = 32, 32, 8, 1  # slow: fp32 does not use tensor cores, which would round the inputs, and registers spill
+# The same four numbers for fp32. Its kernels are slow: registers spill, and tensor cores are not used, because they
+# would round the inputs.
+FP32_TILE = 32, 32, 8, 1
 
 
 def tile_sizes(q, kernel):
-    """-> keyword arguments to launch `kernel`, which is "forward", "backward_q" or "backward_kv" """
+    """Return the keyword arguments to launch `kernel`, which is "forward", "backward_q" or "backward_kv"."""
     K = q.shape[2]
     D = max(16, triton.next_power_of_2(K))
     tile = FP32_TILE if q.dtype == torch.float32 else ATTENTION_TILES[architecture(q), max(32, D)][kernel]
@@ -399,14 +437,16 @@ def tile_sizes(q, kernel):
 # ---- the operators registered with torch ----------------------------------------------------------------------------
 
 def heads_adjacent(*tensors):
-    """Copy each tensor (N, H, K) whose heads are not adjacent in memory. The kernels assume that heads are K elements
-    apart, a constant at compile time. With a run-time stride that is no multiple of 16, such as 72, Triton would load
-    elements one by one. The row stride must be below 2**24, so that offsets in a tile of 128 rows fit in int32."""
+    """Return the tensors (N, H, K), and copy those whose heads are not adjacent in memory. The kernels assume that
+    heads are K elements apart, because K is a constant at compile time. With a run-time stride that is no multiple of
+    16, such as 72, Triton would load elements one by one. A tensor with a row stride of 2**24 or more is copied too:
+    offsets in a tile of 128 rows must fit in int32."""
     return [t if t.stride()[1:] == (t.shape[2], 1) and t.stride(0) < 2**24 else t.contiguous() for t in tensors]
 
 
 def scale_and_group(q, k):
-    """-> scale = log2(e) / sqrt(K), for which exp(s / sqrt(K)) = exp2(s * scale); g: query heads per key head"""
+    """Return two arguments of the kernels: `scale` and `g`, the number of query heads per key head. scale is log2(e) /
+    sqrt(K), because exp(s / sqrt(K)) = exp2(s * scale)."""
     return dict(scale=q.shape[2]**-0.5 * 1.4426950408889634, g=q.shape[1] // k.shape[1])
 
 
@@ -414,7 +454,7 @@ def scale_and_group(q, k):
 @on_its_device
 def attention_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
                      ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out (N, H, K), log2 of the softmax sums (H, N) fp32"""
+    """Return out (N, H, K), and the base-2 logarithm of the softmax sums (H, N) fp32."""
     N, H, K = q.shape
     q, k, v = heads_adjacent(q, k, v)
     out, lse = _fake(q, k, v, lo, hi)
@@ -435,7 +475,7 @@ def _fake(q, k, v, lo, hi):
 def attention_triton_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor,
                               hi: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
                               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> dq, dk, dv"""
+    """Return dq, dk, dv, the gradients of q, k and v. `do` is the gradient of `out`."""
     (N, H, K), (M, G, _) = q.shape, k.shape
     do, q, k, v = heads_adjacent(do, q, k, v)
     lo, hi, out, lse = (t.contiguous() for t in (lo, hi, out, lse))
@@ -475,7 +515,8 @@ attention_triton.register_autograd(_gradients, setup_context=_setup)
 
 
 def attention(q, k, v, lo, hi):
-    """Span attention; the top of this file shows the shapes. fp64 inputs and head dims > 128 always use plain torch."""
+    """Compute span attention. The top of this file shows the shapes. fp64 inputs and head dims above 128 always use
+    plain torch."""
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads"
     assert k.shape == v.shape and q.shape[2] == k.shape[2], \
         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
