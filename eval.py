@@ -6,10 +6,16 @@
     python eval.py --model=DIR --task=vqa --data=FILE.jsonl --images=DIR [--answers=FILE]
     torchrun --nproc_per_node=8 eval.py ...                 # the questions are divided between the processes
 
-The file of questions is jsonl or a json list. Each question has question_id, image, text, answer (or answers, or POPE's
-label), and optionally type (or category). Tasks: exact (exact match), vqa (VQA accuracy, normalised like EvalAI),
-vqa_official (VQA accuracy, normalised like the official script), pope (yes or no). The answers are written as jsonl;
-tools/report.py makes a page of them with images. The last line of the output is the scores as JSON.
+The file of questions is jsonl or a json list. Each question has `question_id`, `image`, `text` and `answer` (or
+`answers`, or POPE's `label`). It may have a `type` (or `category`). The task says how an answer is scored:
+
+    exact           exact match
+    vqa             VQA accuracy; the answers are normalised as EvalAI's scorer does it
+    vqa_official    VQA accuracy; the answers are normalised as the official script does it
+    pope            yes or no
+
+The answers are written as jsonl. tools/report.py makes a page of them with images. The last line of the output has the
+scores as JSON.
 """
 
 import dataclasses
@@ -70,7 +76,7 @@ def toy_questions(world):
 
 
 def other_images(rows):
-    """-> for every question, the name of an image that is not its own; None for a question without image"""
+    """Choose an image of another question for every question -> list of names; None for a question without image"""
     images = sorted({r["image"] for r in rows} - {None})
     if len(images) < 2:
         config.stop("--shuffled needs at least two different images")
@@ -86,8 +92,8 @@ def ask(chat, rows, names, images, max_new_tokens):
     prompts, pixels, asked = [], [], []
     for i, (row, name) in enumerate(zip(rows, names)):
         try:
-            shown, blocks = chat.look([safe_path(images, name)] if name else [])                       # [(i, 3, S, S)]
-            prompts.append(chat.prompt([(with_marker(row["text"], len(blocks)), None)], blocks))       # (n,)
+            shown, blocks = chat.look([safe_path(images, name)] if name else [])                     # [(tiles, 3, S, S)]
+            prompts.append(chat.prompt([(with_marker(row["text"], len(blocks)), None)], blocks))       # (ids,)
         except BadSample as e:
             print(f"question {row['question_id']}: {e}; counted as wrong", file=sys.stderr)
             continue
@@ -98,8 +104,9 @@ def ask(chat, rows, names, images, max_new_tokens):
 
 
 def answers_file(s, name):
-    """-> path for the answers: s.answers, else a file in the run folder, or in ./answers/ if that folder is read-only
-    or missing. If the path cannot be written, the script stops before the first question."""
+    """Choose the path of the file of answers. It is s.answers. If that is empty, it is a file in the run folder, or in
+    ./answers/ if the run folder is read-only or missing. Stop if the path cannot be written: this is better before the
+    first question than after the last one."""
     run = Path(s.model)
     run = run.parent if run.exists() and run.name in ("model", "adapter") else run
     here = Path("answers", run.resolve().name)

@@ -32,8 +32,10 @@ _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 
 
 def vqa_normalise(s, evalai=True):
-    """Normalise an answer as EvalAI's VQA scorer (like LLaVA, lmms-eval); evalai=False: as the official VQA script.
-    Both remove punctuation and articles, write number words as digits, and add missing apostrophes (dont -> don't)."""
+    """Normalise an answer: remove punctuation and articles, write number words as digits, and add missing apostrophes
+    (dont -> don't).
+
+    evalai    True: as EvalAI's VQA scorer does it, also used for LLaVA. False: as the official VQA script does it"""
     if evalai:
         s = s.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     out = s = s.replace("\n", " ").replace("\t", " ").strip()
@@ -42,15 +44,18 @@ def vqa_normalise(s, evalai=True):
             out = out.replace(p, "")
         else:
             out = out.replace(p, " ")
-    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)  # (?!<= and count are errors of the official script
+    # kept from the official script, for equal scores, are its two errors: (?!<= instead of (?<!, and the count of 32
+    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
 
 def vqa_accuracy(answer, truth, evalai=True):
-    """Mean over the annotators of min(1, k / 3), where k other annotators gave `answer`: 0.3, 0.6, 0.9 or 1 if
-    1, 2, 3 or 4 of ten annotators gave `answer`. A single true answer counts as ten equal ones. If all true answers are
-    identical, the official script does not normalise."""
+    """Score an answer. truth: the answers of the annotators, usually ten; a single one counts as ten equal ones.
+
+    An answer is compared with all annotators but one: if k of them gave it, it gets min(1, k / 3). The score is the
+    mean over the annotator who is left out. So it is 0.3, 0.6, 0.9 or 1 if 1, 2, 3 or 4 of ten gave the answer.
+    The official script does not normalise answers if all annotators agree."""
     truth = truth * 10 if len(truth) == 1 else truth
     if evalai or len(set(truth)) > 1:
         answer, truth = vqa_normalise(answer, evalai), [vqa_normalise(t, evalai) for t in truth]
@@ -69,8 +74,8 @@ def pope_answer(answer):
 
 
 def pope(answers, truth):
-    """answers, truth ("yes" or "no" for each answer) -> dict of accuracy, precision, recall, f1 and yes_ratio (share of
-    yes answers). "yes" is the positive class. A ratio whose denominator is 0 is 0."""
+    """Compute POPE's scores -> dict of accuracy, precision, recall, f1 and yes_ratio (share of yes answers). "yes" is
+    the positive class. A ratio whose denominator is 0 is 0. truth: "yes" or "no" for each answer"""
     pairs = [(pope_answer(a), t) for a, t in zip(answers, truth, strict=True)]
     tp, fp, fn, tn = (pairs.count(p) for p in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")))
     n = max(1, len(pairs))
@@ -79,8 +84,9 @@ def pope(answers, truth):
 
 
 def pope_by_type(answers, truth, types):
-    """-> pope() of all answers, the f1 of each question type, and the mean of these f1 scores, which papers report.
-    types: {type: indices of its questions}. An answer None (the question could not be asked) counts as wrong."""
+    """Compute pope() of all answers, and add two keys to its dict: f1_types, the f1 score of each question type, and
+    f1_mean, the mean of these, which papers report. An answer None (the question could not be asked) is wrong.
+    types: {type: indices of its questions}"""
     answers = [{"yes": "no", "no": "yes"}[t] if a is None else a for a, t in zip(answers, truth)]
     f1 = {k: pope([answers[i] for i in at], [truth[i] for i in at])["f1"] for k, at in types.items()}
     return pope(answers, truth) | {"f1_types": f1, "f1_mean": sum(f1.values()) / len(f1)}

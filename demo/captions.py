@@ -5,7 +5,8 @@
 A caption is a list of things: "top left: a large red circle; bottom right: a sign that says 7". Each thing states
 facts of several kinds: a place, and the shape, colour, size or digit at this place. For each kind, the score is F1
 between the facts in the model's captions and the facts in the true captions. A thing without a place states no facts.
-f1_shuffled is F1 with the model's captions of other images: what a model can reach without looking at the image.
+f1_shuffled is a control: it compares each true caption with the model's caption of another image. So it shows what a
+model can reach without looking at the image.
 """
 
 import dataclasses
@@ -32,7 +33,8 @@ class Settings:
 
 
 def caption_facts(caption):
-    """A caption -> {kind: set of facts}. A fact of the kind "place" is a place; other facts are (place, value)."""
+    """Find the facts that a caption states -> {kind: set of facts}. A fact of the kind "place" is a place: "top left".
+    A fact of another kind is (place, value): ("top left", "red")."""
     found = {"place": set(), "shape": set(), "color": set(), "size": set(), "read": set()}
     for row, column, size, first, digit, second in THING.findall(caption):
         place, shape = f"{row} {column}", second or first
@@ -45,7 +47,7 @@ def caption_facts(caption):
 
 
 def facts_f1(answers, truths):
-    """The model's captions and the true captions of the same images -> {kind of fact: F1 over all images}"""
+    """Compare the model's captions with the true captions of the same images -> {kind of fact: F1 over all images}"""
     total = {}
     for a, b in zip(map(caption_facts, answers), map(caption_facts, truths)):
         for kind in a:
@@ -55,7 +57,7 @@ def facts_f1(answers, truths):
 
 
 def scene_seed(name):
-    """Name of an image file -> random seed of its scene: test_00012.png was drawn with the seed "0/test/12"."""
+    """Return the random seed of the scene in an image file. test_00012.png was drawn with the seed "0/test/12"."""
     split, number = Path(name).stem.split("_")
     return f"0/{split}/{int(number)}"
 

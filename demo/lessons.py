@@ -1,13 +1,17 @@
 """The training data of the toy world's LLM: three lessons. A lesson is a series of documents (ids, labels, no images).
+Most documents begin with the text of a scene. Drills, or questions, about this text follow:
 
     pairs       red circle top left; blue star middle right        drill    circle red now -> top left
     records     red top small left circle; 7 sign bottom center    drills   row circle red -> top; left top color -> red
     questions   top left: small red circle; ... USER: Where is the red circle? ASSISTANT: top left
 
-A drill is a key and its answer; "row" in a key asks for the row. To answer "where is the red circle" from a text, the
-model must copy "red circle" to the position of the answer, combine the words of each thing in the text, and compare.
-One skill without the others does not lower the loss: with questions only, the model still guessed after 6,000 steps.
-So the first two lessons train one skill after the other. These choices mattered in short runs (one seed, so no proof):
+A drill is a key and its answer. The key names a thing of the scene. In `records`, another word of the key says what is
+asked: "row" asks for the row of the thing.
+
+To answer "where is the red circle" from a text, the model needs three skills: it copies "red circle" to the position
+of the answer, combines the words of each thing in the text, and compares. One skill without the others does not lower
+the loss: with questions only, the model still guessed after 6,000 steps. So the first two lessons train one skill after
+the other. These choices mattered in short runs (one seed, so no proof):
 
     distance    Between key and answer are 0, 1, 2 or 4 filler words. With always two or always five fillers, the loss
                 did not fall within 500 steps. With mixed distances, it fell for each of them within 400 steps.
@@ -24,7 +28,10 @@ FILLERS = ["is", "now", "there", "then", "and", "so"]
 
 
 def dialogue_document(tok, opening, questions, short):
-    """Make a document of an opening text and questions [(question, short answer, sentence)] -> (ids, labels, [])"""
+    """Make a document of an opening text and questions about it -> (ids, labels, []).
+
+    questions    [(question, short answer, answer in a sentence)]
+    short        True: the document has the short answers. False: it has the sentences"""
     c = toy.dialogue(questions, short, opening)
     turns = [(u["value"], a["value"]) for u, a in zip(c[::2], c[1::2])]
     return (*encode(tok, "vicuna_v1", turns, system=""), [])
@@ -35,7 +42,8 @@ def shuffled(rng, items):
 
 
 def records(scene, rng, easy):
-    """-> a scene's things, shuffled, as two lists: [{attribute: word}], [text]. easy: no sign, no size, place last"""
+    """Return a scene's things in random order, as two lists: [{attribute: word}] and [text]. easy: the sign and the
+    sizes are left out, and each text ends with the place."""
     things, texts = [], []
     for o in shuffled(rng, scene["objects"] if easy else toy.things(scene)):
         name = ({"shape": "sign", "number": str(o["digit"])} if "digit" in o else
@@ -50,8 +58,10 @@ def records(scene, rng, easy):
 
 
 def drill(rng, easy):
-    """-> two lists: texts of the things in a random scene; four drills (key, answer); a key fits only one thing. easy:
-    drills of lesson `pairs`. A drill may occur twice, so the model cannot exclude what earlier drills asked."""
+    """Make four drills about a random scene -> two lists: [text of a thing], [(key, answer)].
+
+    A key fits only one thing. A drill may occur twice, so the model cannot guess by excluding earlier answers.
+    easy    True: drills of the lesson `pairs`. False: drills of the lesson `records`"""
     things, texts = records(toy.make_scene(rng), rng, easy)
     keys = ([("color", "shape")] * 2 + [("color",), ("shape",)]
             + ([] if easy else [("row", "column")] * 2 + [("row",), ("column",)]))
@@ -85,7 +95,7 @@ def drill_document(tok, rng, easy):
 
 
 def caption_document(tok, rng):
-    """A document with the caption of a scene; in 80 % of the documents, the text of the scene comes first"""
+    """Make a document with the caption of a scene. In 80 % of the documents, the text of the scene comes first."""
     scene, p = toy.make_scene(rng), Parts(tok, 0)
     p.control(tok.bos)
     p.text(toy.scene_text(scene) + "\n" if rng.random() < 0.8 else "")
@@ -94,8 +104,8 @@ def caption_document(tok, rng):
 
 
 def question_document(tok, rng):
-    """A document with the text of a scene and only two questions about it: after many different questions about one
-    scene, the model could exclude earlier answers without reading the text."""
+    """Make a document with the text of a scene and two questions about it. With many different questions, the model
+    could exclude earlier answers without reading the text."""
     scene = toy.make_scene(rng)
     pool = sum((toy.scene_questions(scene, rng) for _ in range(3)), [])
     opening = toy.scene_text(scene, rng) if rng.random() < 0.7 else "; ".join(records(scene, rng, False)[1])
@@ -103,8 +113,8 @@ def question_document(tok, rng):
 
 
 def lesson_document(name, tok, rng):
-    """-> a random document of the lesson `name`. Only answers and captions are supervised, because the text of a
-    scene is random. In each later lesson, some documents are drills of the lesson before."""
+    """Make a random document of the lesson `name`. Only answers and captions are supervised: the text of a scene is
+    random, so it cannot be predicted. In later lessons, some documents are drills of the lesson before."""
     draw = rng.random()
     if name == "pairs" or name == "records" and draw < 1 / 3:
         return drill_document(tok, rng, easy=True)

@@ -86,7 +86,7 @@ def make_folder(s):
 
 
 def make_optimizers(model, lr, matrix_lr):
-    """Muon (Jordan 2024) for the matrices inside the blocks, AdamW for all other parameters"""
+    """Make two optimizers: Muon (Jordan 2024) for the matrices inside the blocks, AdamW for all other parameters."""
     inside = {n: p.ndim == 2 and "layers." in n for n, p in model.named_parameters()}
     matrices, rest = ([p for n, p in model.named_parameters() if inside[n] == want] for want in (True, False))
     return [torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.01),
@@ -94,7 +94,8 @@ def make_optimizers(model, lr, matrix_lr):
 
 
 def update(optimizers, step, steps, warmup=100, hold=0):
-    """One step of all optimizers. Learning rate: linear warm-up, `hold` steps at the peak, then half a cosine to 0."""
+    """Make one step with each optimizer. The learning rate rises linearly, stays at its peak for `hold` steps, and then
+    falls towards 0 along half a cosine."""
     at = step if step < warmup else max(warmup, step - hold)
     for o in optimizers:
         for g in o.param_groups:
@@ -104,8 +105,13 @@ def update(optimizers, step, steps, warmup=100, hold=0):
 
 
 def train(model, s, out, steps, hold, loss_of_step, score, about, prefix=""):
-    """The training loop, for one tower. hold: steps at the peak learning rate; loss_of_step(step) -> a scalar; score()
-    -> dict for training.json; about: content of config.json; prefix: only tensors with this prefix are saved"""
+    """Train one tower: the loop over the steps.
+
+    hold            number of steps at the peak learning rate
+    loss_of_step    function that returns the loss (a scalar) of a step
+    score           function that returns a dict of scores, which are written to training.json
+    about           content of config.json
+    prefix          only tensors whose names begin with it are saved"""
     optimizers, began, log = make_optimizers(model, s.lr, s.matrix_lr), time.time(), []
     for step in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
@@ -170,8 +176,10 @@ def train_tokenizer(folder, vocab=1024, scenes=3000):
 
 @torch.no_grad()
 def reading_score(lm, tok, scenes=100, seed="exam"):
-    """Exact match on questions about the text of held-out scenes -> {"all": share right, type: share right}. An answer
-    is right if greedy decoding would give it: after the true tokens before it, each token is the most likely one."""
+    """Ask the LLM about the text of held-out scenes -> {type of question, or "all": share of right answers}.
+
+    An answer is right if greedy decoding would generate it. This is tested in one forward pass over the true answer:
+    each of its tokens must be the most likely one after the true tokens before it."""
     right = {}
     for i in range(scenes):
         rng = random.Random(f"{seed}/{i}")
@@ -207,12 +215,13 @@ def train_llm(s):
     with torch.no_grad():
         lm.model.embed_tokens.weight.mul_(s.embed / 0.02)
         for layer in lm.model.layers:
-            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):  # zeros would train more slowly
+            # init_weights set these matrices to 0, with which training is slower
+            for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
                 p.copy_(torch.randn(p.shape, generator=g) * s.residual * p.shape[1] ** -0.5)
     print(f"LLM: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} vocabulary entries", flush=True)
 
     def loss_of_step(step):
-        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # keep "tongue": demo/llm was trained with it
+        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # with another seed, demo/llm would change
         while sum(len(d[0]) for d in docs) < s.tokens:
             docs.append(lessons.lesson_document(plan[step], tok, rng))
         b = pack(docs, 1)
@@ -229,8 +238,9 @@ def train_llm(s):
 
 VIT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=toy.SIDE,
            patch_size=12)
-CLASSES = {"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES, "digit": [*range(10)],  # content of a cell
-           "row": [*range(3)], "column": [*range(3)]}      # place of a cell, so that features encode it
+# kinds of attributes of a cell: its content, and also its place, so that the features of a patch encode the place
+CLASSES = {"color": [*toy.COLORS], "shape": toy.SHAPES, "size": toy.SIZES, "digit": [*range(10)],
+           "row": [*range(3)], "column": [*range(3)]}
 COUNTS = [len(v) + 1 for v in CLASSES.values()]            # + 1: class 0 means that the cell has no such attribute
 PER_CELL = toy.SIDE // VIT["patch_size"] // 3              # patches along a cell's side
 CELLS = torch.arange(9).view(3, 1, 3, 1).expand(3, PER_CELL, 3, PER_CELL).flatten()  # (T - 1,) cell of each patch
@@ -261,12 +271,16 @@ class Pretraining(torch.nn.Module):
             self.vision_model.encoder.layers[-2].register_forward_hook(lambda m, i, o: setattr(self, "early", o))
 
     def forward(self, images, captions, truth):
-        """images (I, 3, S, S) uint8; captions: a Batch of I documents; truth (I, 9, K): classes of cells -> loss ()"""
+        """Compute the loss of I images -> a scalar.
+
+        images      (I, 3, S, S) uint8
+        captions    a data.Batch of I documents; only the head `contrastive` reads it
+        truth       (I, 9, K) the classes of the 9 cells of each image; only the head `classes` reads it"""
         x = self.vision_model.post_layernorm(self.vision_model(images))                 # (I, T, D)
         if self.head == "classes":
             early = self.vision_model.post_layernorm(self.early.view(x.shape))          # (I, T, D), block -2
-            truth = truth[:, CELLS].repeat(2, 1, 1)                                     # (2 I, T - 1, K)
-            logits = self.classes(torch.cat([x, early])[:, 1:]).float()                 # (2 I, T - 1, sum of COUNTS)
+            truth = truth[:, CELLS].repeat(2, 1, 1)                                     # (2 * I, T - 1, K)
+            logits = self.classes(torch.cat([x, early])[:, 1:]).float()                 # (2 * I, T - 1, sum of COUNTS)
             return sum(F.cross_entropy(z.flatten(0, 1), truth[:, :, i].flatten())
                        for i, z in enumerate(logits.split(COUNTS, dim=-1)))
         ends = torch.cat([captions.lo[1:] != captions.lo[:-1], torch.tensor([True])]).nonzero()[:, 0]        # (I,)
@@ -296,8 +310,10 @@ def change_one(scene, rng):
 
 
 def make_examples(n, seed, test=False):
-    """-> images (n, 3, S, S) uint8, captions, classes (n, 9, K). In training, every second scene is a copy of the scene
-    before it with one attribute changed: a hard negative for the contrastive loss."""
+    """Draw n scenes -> images (n, 3, S, S) uint8, n captions, classes (n, 9, K).
+
+    For training, every second scene is a copy of the scene before it, with one attribute changed. For the
+    contrastive loss, the two similar scenes are hard negatives of each other."""
     images, captions, classes = [], [], torch.zeros(n, 9, len(CLASSES), dtype=torch.long)
     scene = None
     for i in range(n):
@@ -314,8 +330,13 @@ def make_examples(n, seed, test=False):
 
 @torch.no_grad()
 def probe(model, train, test, layer):
-    """Train a linear probe on a block of the frozen ViT: ridge regression from the concatenated patches of a cell to
-    its classes -> {attribute: accuracy on the held-out scenes, over the cells that have this attribute}"""
+    """Train a linear probe on a block of the frozen ViT -> {kind of attribute: accuracy}.
+
+    The probe is a ridge regression: it predicts the classes of a cell from the concatenated features of its patches.
+    The accuracy is measured on the held-out scenes, over the cells that have such an attribute.
+
+    train, test    (images, captions, classes), as from make_examples
+    layer          which block: -2 is the last but one"""
     def features(images):
         out = []
         for part in images.split(500):
@@ -324,7 +345,7 @@ def probe(model, train, test, layer):
             model.vision_model(part)
             hook.remove()
             f = outputs[0].view(len(part), -1, VIT["hidden_size"])[:, 1:].unflatten(1, (3, PER_CELL, 3, PER_CELL))
-            out.append(f.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(0, 2))             # (9 I, PER_CELL^2 * D)
+            out.append(f.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(0, 2))             # (9 * I, PER_CELL^2 * D)
         f = torch.cat(out).double()
         return torch.cat([f, torch.ones(len(f), 1, dtype=torch.float64)], 1)
 

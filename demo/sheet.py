@@ -13,12 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import one_line_errors, stop
 
-ZOOM, WIDTH, LINE, GAP = 3, 680, 22, 18  # in pixels, but ZOOM is a factor
+# ZOOM: how many times larger an image is drawn. In pixels: width of a column, height of a line, gap between images
+ZOOM, WIDTH, LINE, GAP = 3, 680, 22, 18
 IMAGES = Path("runs/toy/images")
 
 
 def draw_sheet(rows, columns=2, images=6, questions=8):
-    """Rows of answers.jsonl -> PIL image: images, questions, answers; after a wrong answer, the true answer"""
+    """Draw rows of a file of answers -> PIL image. It shows the first images that have enough questions, with their
+    questions and the model's answers. After a wrong answer it shows the true answer."""
     by_image = {}
     for row in rows:
         by_image.setdefault(row["image"], []).append(row)

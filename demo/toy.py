@@ -168,8 +168,8 @@ def scene_questions(scene, rng):
     """Make one random question of each type that fits the scene -> [(type, question, short answer, sentence)].
 
     Each question has exactly one right answer. The sentence gives this answer, too. The type "exists" asks for a colour
-    and a shape: "Is there a red star?" Yes and no are equally likely. If the answer is "no", the scene often has another
-    red thing or another star. For about a third of the questions with the answer "no", it has both."""
+    and a shape: "Is there a red star?" Yes and no are equally likely. If the answer is "no", the scene often has
+    another red thing or another star. For about a third of the questions with the answer "no", it has both."""
     objects, out = scene["objects"], []
     count = {k: {} for k in ("color", "shape", "size")}
     for o in objects:

@@ -21,7 +21,8 @@ from formats.whole import commit, remove, whole
 
 
 def discard(folder):
-    """Delete a checkpoint. Rename it first: if the process is killed here, no incomplete folder has the old name."""
+    """Delete a checkpoint. It is renamed first: if the process is killed while it deletes, the incomplete folder does
+    not have the name of a checkpoint."""
     tmp = folder.parent / f".tmp-{folder.name}"
     remove(tmp)
     os.rename(folder, tmp)
@@ -29,7 +30,8 @@ def discard(folder):
 
 
 def sweep(folder):
-    """Clean up after a killed run: delete .tmp-* folders; rename a complete .old-* folder back if its name is free."""
+    """Clean up after a killed run. A folder .tmp-NAME is half written or half deleted: delete it.
+    A folder .old-NAME was about to be replaced: rename it to NAME if it is complete and NAME is free, else delete it."""
     folder = Path(folder)
     for p in folder.glob(".old-*"):
         place = folder / p.name.removeprefix(".old-")
@@ -86,7 +88,8 @@ def retire(out, step, keep_last):
 
 
 def find_checkpoint(out, resume, say=print):
-    """-> path of the checkpoint to resume from, or None. resume: "auto" (the newest complete one), "none", or a path"""
+    """Find the checkpoint to resume from -> its path, or None. resume: "auto" (the newest complete checkpoint), "none",
+    or a path"""
     if resume == "none":
         return None
     if resume != "auto":

@@ -30,7 +30,7 @@ TRIES = 3      # the run stops after this many checkpoints in a row that could n
 
 
 def path_of(s):
-    """The folder of a run; --overfit writes into a subfolder."""
+    """Return the folder of a run. With --overfit, it is the subfolder overfit/."""
     return Path(s.out, "overfit") if s.overfit else Path(s.out)
 
 
@@ -41,7 +41,8 @@ def existing(folder):
 
 
 def unwritable(folder):
-    """Check, without writing, if files can be created in `folder`, which may not exist yet -> None, or the reason"""
+    """Check, without writing, if files can be created in `folder` -> None, or the reason why not. `folder` itself may
+    be missing: then its nearest parent folder is checked."""
     at = existing(folder)
     if not at.is_dir():
         return f"{at} is not a folder"
@@ -49,7 +50,7 @@ def unwritable(folder):
 
 
 def would_overwrite(folder):
-    """Would a run overwrite files in a folder that is not a run folder? -> a message that says which, or None"""
+    """Would a run overwrite files in a folder that is not a run folder? -> a message that names a file, or None"""
     about, there = Path(folder, "config.json"), [n for n in (*OWN, "config.json") if os.path.lexists(Path(folder, n))]
     if there and not (about.is_file() and "settings" in read_json(about)):
         return f"it is no run, and its {there[0]} would be lost"
@@ -113,8 +114,12 @@ class RunFolder:
         stop(f"{what} {made}; --resume=none starts again, --out=DIR writes elsewhere")
 
     def compare(self, what, old, kinds, but=()):
-        """Stop if `old`, the record of a finished run or of a checkpoint, has other data, frozen weights or settings.
-        It compares settings whose `resume` is in `kinds`, except those in `but`. what: name of `old` in messages."""
+        """Stop if a finished run or a checkpoint has other data, other frozen weights or other settings than this run.
+
+        what     how messages call the finished run or the checkpoint
+        old      its record: the content of finished.json or state.json
+        kinds    a setting is compared if its `resume` (see config.setting) is one of these
+        but      names of settings that are not compared"""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
         if old.get("base") != self.base:
@@ -151,7 +156,8 @@ class RunFolder:
         state = read_json(Path(path, "state.json"))
         self.compare(path, state, ("same",))
         planned = state.get("steps", state["step"])
-        if state["step"] >= self.steps < planned:                # no step left, but the learning rate has not come down
+        # no step is left to train. But more steps were planned, so the learning rate has not reached its end
+        if state["step"] >= self.steps < planned:
             self.refuse(path, f"is of step {state['step']} of {planned} and only {self.steps} are asked for: its "
                               f"learning rate has not come down by then. --steps={planned} goes on")
         checkpoint.restore(Path(path), model, optimizer, world)

@@ -44,8 +44,11 @@ def check_dropped(max_dropped, dropped, samples, reasons):
 
 
 class Log:
-    """Counts tokens and samples; writes log lines. Its rates per second are over all ranks, since the previous line.
-    flops: FLOPs per token or image, from plan.flops(). state: what state() returned, from the checkpoint to resume."""
+    """Count tokens and samples, and write log lines. Rates per second are sums over all ranks since the previous line.
+
+    start    the first step to train; not 0 in a resumed run
+    flops    FLOPs per token, per supervised token and per image, from plan.flops()
+    state    what state() returned when the checkpoint was written; None in a new run"""
 
     def __init__(self, out, world, steps, start=0, flops={}, max_dropped=0.01, state=None):
         self.file, self.world, self.steps, self.start = Path(out, "log.jsonl"), world, steps, start
@@ -135,7 +138,7 @@ class Log:
 
 
 def trim(file, step):
-    """Remove the log lines of steps after `step`. The run is resumed there, and logs these steps again."""
+    """Remove the log lines of steps after `step`. The run is resumed after `step`, and logs the later steps again."""
     file = Path(file)
     if not file.is_file():
         return

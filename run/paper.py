@@ -1,9 +1,15 @@
-"""The plan of a recipe at the size of its paper, on the meta device: no data, no weights and no memory are needed.
+"""Print the plan of a recipe for a model as large as in the paper. The model is on the meta device, so no data, no
+weights and almost no memory are needed.
 
     python train_sft.py recipes/paligemma.py --dry_run
 
-A recipe's `paper` is a dict: model (VLMConfig), samples, text and supervised (tokens per sample, often an estimate of
-ours), images (per sample), hours (as published, with the hardware; or "not published").
+A recipe's `paper` is a dict:
+
+    model                VLMConfig                samples    number of training samples
+    text, supervised     tokens per sample        images     images or tiles per sample
+    hours                training time as published, with the hardware; or "not published"
+
+`text` and `supervised` are often our own estimates.
 """
 
 import dataclasses
@@ -18,12 +24,12 @@ from kernels.cross_entropy import IGNORE
 from parts.build import build
 from run import plan
 
-A100 = 312e12      # FLOP/s in bf16, of the data sheet
-SHARE = 0.4        # of them that training of this size reaches; an assumption, not a measurement
+A100 = 312e12      # peak FLOP/s in bf16, from the data sheet
+SHARE = 0.4        # share of this peak that training reaches: an assumption, not a measurement
 
 
 def show(s, world, table):
-    """Print the plan. s: settings with s.paper; table: {name glob: lr} of who trains"""
+    """Print the plan. s: the settings of a recipe with `paper`. table: {name glob: learning rate} of trained weights"""
     facts = s.paper
     cfg, images = facts["model"], facts["images"]
     with torch.device("meta"):
@@ -45,7 +51,8 @@ def show(s, world, table):
 
 
 def batch(cfg, facts, length, samples):
-    """-> a Batch of `samples` equal samples; only sizes and labels matter"""
+    """Make a data.Batch of `samples` equal samples. Its ids and pixels mean nothing: the plan needs only their number,
+    and the labels."""
     labels = torch.full((samples, length), IGNORE)
     labels[:, length - facts["supervised"] :] = 0
     n, S = samples * length, cfg.vision.image_size

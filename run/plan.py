@@ -1,6 +1,6 @@
 """The plan of a run, printed before training: what is trained, and what a step costs in bytes and operations.
 
-    P patches per image   C, F: width and MLP width of the LLM
+    P patches per image   Q placeholders per image   C, F: width and MLP width of the LLM
     q, kv: width of all query heads together and of all key heads together, in the LLM
 """
 
@@ -17,7 +17,8 @@ from loss import supervised
 
 
 def rows(cfg):
-    """-> the table for flops(): {pattern of a weight's name: (unit, rows that the weight multiplies per unit)}"""
+    """Make the table that flops() needs: {pattern of a weight's name: (unit, rows)}. For each unit (an image, a token
+    or a supervised token), the weight multiplies so many rows."""
     last = f"language_model.model.layers.{cfg.text.num_hidden_layers - 1}"
     head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
     P, Q = cfg.vision.patches, cfg.image_tokens
@@ -29,13 +30,14 @@ def rows(cfg):
 
 
 def disk(model, dtype):
-    """-> bytes of a checkpoint (trained weights and their two AdamW moments), bytes of model/ in `dtype`"""
+    """-> two sizes in bytes: of a checkpoint (trained weights with two AdamW moments), and of model/ in `dtype`"""
     sizes = [(p.numel(), p.requires_grad * p.element_size()) for p in model.parameters()]
     return 3 * sum(n * size for n, size in sizes), sum(n for n, _ in sizes) * dtype.itemsize
 
 
 def memory(model, world, micro, s):
-    """-> estimated bytes: (weights, gradients and moments), (activations and logits of the largest micro-batch)"""
+    """Estimate the memory of a step -> two numbers of bytes: for weights, gradients and AdamW moments together; and for
+    the activations and logits of the largest micro-batch."""
     cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
     states = sum(p.numel() * (4 * p.element_size() + 2 * low if p.requires_grad else p.element_size())
                  for p in model.parameters())                       # 2 * low: autocast caches a 16-bit copy (2 bytes)
@@ -81,7 +83,7 @@ def lines(model, lrs, world, micro, steps, s):
 
 
 def units(micro):
-    """-> {unit: how many of them the micro-batches have}, for the units of rows()"""
+    """Count the units of rows() in the micro-batches -> {unit: count}"""
     return dict(tokens=sum(len(b.ids) for b in micro), supervised=sum(supervised(b.labels) for b in micro),
                 images=sum(len(b.images) for b in micro))
 
@@ -93,7 +95,7 @@ def step_flops(model, micro):
 
 def count_parameters(model):
     """Yield (name, tensor, number of weights) in the order in which data passes the modules. The tensors are parameters
-    and 2-D buffers. Such a buffer is a 4-bit matrix with two weights per byte."""
+    and 2-D buffers. A 2-D buffer holds a matrix in 4 bits, two weights per byte."""
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(prefix, recurse=False):
             yield name, p, p.numel()
@@ -103,9 +105,14 @@ def count_parameters(model):
 
 
 def flops(model, table):
-    """FLOPs of the matrix products in a training step -> {unit: FLOPs per unit}. table: see rows(); the last pattern
-    that fits decides. A weight costs 2 FLOPs per row in forward; 2 for its gradient, if trained; 2 for the gradient of
-    its input, if an earlier parameter is trained. Attention and recomputation are not counted."""
+    """Count the FLOPs of the matrix products in a training step -> {unit: FLOPs per unit}. table: what rows() returns;
+    if several patterns fit a name, the last one decides. For each row, a weight costs:
+
+        2    in the forward pass
+        2    for its gradient, if the weight is trained
+        2    for the gradient of its input, if an earlier parameter is trained
+
+    Attention and recomputation are not counted."""
     out, below = Counter(), False
     for name, p, count in count_parameters(unwrap(model)):
         fits = [table[g] for g in table if fnmatch.fnmatchcase(name, g)]

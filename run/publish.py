@@ -16,12 +16,14 @@ SAVE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def published_dtype(s, world):
-    """-> dtype of published weights. save_dtype=auto: that of the computation, but fp16 if that is fp32 (as LLaVA)"""
+    """Return the dtype of published weights. save_dtype=auto: the dtype of the computation. But if that is fp32, the
+    weights are published in fp16, as those of LLaVA."""
     return SAVE_DTYPES.get(s.save_dtype) or (torch.float16 if world.dtype == torch.float32 else world.dtype)
 
 
 def full_path(name):
-    """A folder -> its absolute path (for a run folder: that of its model/). A Hugging Face name stays unchanged."""
+    """Return the absolute path of a folder; for a run folder, the path of its model/. A name on Hugging Face stays
+    unchanged."""
     return str((hub.model_in(Path(name)) or Path(name)).resolve()) if Path(name).exists() else name
 
 

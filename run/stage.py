@@ -82,8 +82,10 @@ def toy_world(s, world):
 
 
 def load(s, world, template):
-    """Load the model -> model.VLM, formats.llava.Folder (tokenizer, configs). Empty settings are taken from `init`, or
-    for a new model from LLaVA-1.5. template: the one to use if `init` has none, or only `plain` (for captions)."""
+    """Load the model -> model.VLM, formats.llava.Folder (tokenizer, configs). Fill in settings that are empty: they are
+    taken from `init`. A new model gets those of LLaVA-1.5.
+
+    template    used if `init` has no template, or only `plain`, which is for captions"""
     if s.init and s.parts:
         stop(f"init={s.init} brings its own parts, so parts={s.parts} would not be read")
     model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None, parts=s.parts)
@@ -105,7 +107,8 @@ def load(s, world, template):
 
 
 def who_trains(s, usual):
-    """-> {name glob: learning rate}: the setting `train`, or the table `usual` of the stage if it is empty"""
+    """Say which weights train -> {name glob: learning rate}. This is the setting `train`, or, if `train` is empty, the
+    table `usual` of the stage."""
     if not s.train:
         return usual
     table = dict(item.rpartition("=")[::2] for item in s.train.split())
@@ -136,7 +139,10 @@ class Run:
 
 
 def prepare(s, world, model, folder, lrs):
-    """Open data; print the plan; do a dry run, start or resume -> Run. folder: formats.llava.Folder; lrs: {name: lr}"""
+    """Open the data and print the plan. Then do a dry run, or start or resume the run -> Run.
+
+    folder    formats.llava.Folder
+    lrs       {name of a trained weight: its learning rate}"""
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
     encode = Encoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system)
     samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size,
@@ -178,8 +184,8 @@ def finish(run, s, world, folder):
 
 
 def rehearse(s, world, samples, first):
-    """What --dry_run does after the plan. Stop if the samples of the first step, or the validation file, would stop a
-    real run. Print the first usable sample with its loss mask -> exit code, or None"""
+    """Do what --dry_run does after the plan -> exit code, or None. Stop if a real run would stop at the samples of the
+    first step, or at the validation file. Print the first usable sample with its loss mask."""
     used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
     reasons = {}
     tally(world, first.dropped, reasons)

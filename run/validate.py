@@ -50,13 +50,14 @@ class Validation:
                 count += supervised(batch.labels)
         model.train()
         total, count, bad = self.world.sum([total, count, bad])
-        loss = total / count if count else math.nan                      # count is 0 if all images were deleted
+        loss = total / count if count else math.nan                      # count is 0 if all images are deleted by now
         log.append({"step": step + 1, "val_loss": loss, "val_dropped": int(bad)})
         self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}"
                          + (f" ({bad:.0f} of {self.steps.total} samples could not be used)" if bad else ""))
 
     def first_questions(self, n=4):
-        """-> [(sample id, question, true answer, prompt ids, images)]: first turns of n usable samples with images"""
+        """Choose the questions to answer: the first turns of n usable samples with images.
+        -> [(sample id, question, true answer, prompt ids, images)]"""
         out, encode = [], self.steps.encode
         for row in (self.steps.files[0][i] for i in range(len(self.steps.files[0]))):
             try:

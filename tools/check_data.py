@@ -36,7 +36,7 @@ class Settings:
 
 
 def encoder(s):
-    """-> the Encoder (row -> token ids, labels) that training with this model would use"""
+    """Make the Encoder that training with this model would use. It turns a row of a file into token ids and labels."""
     folder = Path(s.model)
     run = folder.parent if folder.name == "model" else folder
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
@@ -60,7 +60,8 @@ def main(argv):
     config.check_ranges(s)
     image_folder(s.images)
     encode, rows = encoder(s), Rows(files[0])
-    good, bad, began = [], [], time.monotonic()  # good: per sample (tokens, supervised, images, animated, cut?)
+    # good: for each good sample, its numbers of tokens, supervised tokens, images, animated images; was it truncated?
+    good, bad, began = [], [], time.monotonic()
     last = began
     for i in range(len(rows)):
         row, now = {}, time.monotonic()

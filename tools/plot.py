@@ -21,7 +21,8 @@ class Settings:
 
 
 def read_log(run):
-    """Path of a run folder or of a log.jsonl -> {curve: [(step, value)]}, without values that are not numbers"""
+    """Read the log of a run -> {curve: [(step, value)]}. Values that are not numbers are left out. run: the path of a
+    run folder, or of a log.jsonl."""
     file = Path(run) if Path(run).is_file() else Path(run) / "log.jsonl"
     try:
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]

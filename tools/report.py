@@ -33,7 +33,7 @@ class Settings:
 
 
 def inline(path):
-    """An image file -> an html img element that contains the pixels, reduced to the width of a card (see card())."""
+    """Make an html img element that contains the image itself. A large image is reduced to 320 x 320 pixels or less."""
     image, file = load_image(path), io.BytesIO()
     image.thumbnail((320, 320))
     kind, tiny = ("png", " class=tiny") if max(image.size) <= 128 else ("jpeg", "")
@@ -42,7 +42,7 @@ def inline(path):
 
 
 def card(row, images):
-    """One row of the answers file -> html: image, question, expected answer, given answer, right or wrong."""
+    """Write one row of the answers file as html: image, question, expected answer, given answer, right or wrong."""
     e, text = html.escape, row["text"]
     try:
         image = inline(safe_path(images, row["image"])) if row["image"] else ""
@@ -56,7 +56,7 @@ def card(row, images):
 
 
 def page(rows, title, s):
-    """Rows of an answers file -> one html page, which contains its images and needs no other file."""
+    """Make one html page from the rows of an answers file. The page contains its images and needs no other file."""
     e, types = html.escape, {}
     for row in rows:
         types.setdefault(row["type"], []).append(row)
@@ -84,7 +84,8 @@ def main(argv):
     file = Path(files[0])
     try:
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        text = page(rows, str(file.with_suffix("")), s).encode("utf-8", "backslashreplace")  # UTF-8 has no surrogates
+        # an answer may contain half of a surrogate pair. UTF-8 cannot encode it, so it is written as an escape
+        text = page(rows, str(file.with_suffix("")), s).encode("utf-8", "backslashreplace")
         file.with_suffix(".html").write_bytes(text)
     except OSError as e:
         stop(f"{e.filename}: {e.strerror}")
