@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from config import Error
+from formats.families import family_of
 from formats.hub import find_model
 from formats.strict_json import read_json
 
@@ -40,6 +41,20 @@ NO_BASE = "PEFT needs a LLaVA folder of transformers as the base, which this ada
 def escaped(x):
     """Any value -> one line of Markdown. A character that could start markup, HTML or a link becomes its HTML code."""
     return re.sub(r"[^\w .,;/%+=-]|(?<=www)\.", lambda m: f"&#{ord(m[0])};", " ".join(str(x).split()), flags=re.I)
+
+
+def use(cfg):
+    """-> how to ask the model of this folder"""
+    family = family_of(cfg)
+    if family is None:
+        return USE
+    if family.model_type == "pumice":
+        return ('No class of transformers holds this model; only pumice reads the folder:\n\n```bash\n'
+                'python sample.py --model=. --image=image.png --prompt="What is this?"\n```')
+    lines = USE.replace("LlavaForConditionalGeneration", "AutoModelForImageTextToText").splitlines()
+    prompt = 'prompt = "<image>What is this?"                             # as pumice.json: template says'
+    lines = [prompt if line.startswith("prompt =") else line for line in lines if not line.startswith("content =")]
+    return "\n".join(lines)
 
 
 def limits(cfg, aspect):
@@ -99,7 +114,7 @@ A vision-language model: a `{cfg.vision.model_type}` tower read at layer {cfg.vi
 ({cfg.connector}) and a `{cfg.text.model_type}` language model. Trained with pumice (revision {escaped(revision)}),
 starting from {names}, whose licences hold for these weights too.
 
-{USE}
+{use(cfg)}
 
 | setting | value |
 | --- | --- |

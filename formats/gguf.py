@@ -19,6 +19,7 @@ import torch
 import chat
 from config import stop
 from formats import configs, jinja, llava
+from formats.families import family_of, is_llava
 from formats.strict_json import read_json
 from model import rope_frequencies
 
@@ -298,6 +299,8 @@ def export(folder, out, dtype):
         stop(f"dtype={dtype}: {', '.join(DTYPES)}")
     model, source = llava.load_model(init=folder, dtype=None)
     cfg, name = model.cfg, Path(folder).resolve().name
+    if not is_llava(cfg):
+        stop(f"{name}: llama.cpp's LLaVA cannot hold this model (a {family_of(cfg).model_type} folder)")
     keys = text_keys(cfg.text, dtype, name)
     keys |= tokenizer_keys(source.tok, cfg.text.vocab_size, *(source.meta.get(k) for k in ("template", "system")))
     vision_keys = mmproj_keys(cfg, dtype, name)

@@ -23,9 +23,11 @@ torch.set_num_threads(1)  # two threads on two busy cores ran up to 25 times slo
 import torch._dynamo  # noqa: E402,F401  (imported before any fork: a child would need seconds for it)
 import torch.distributed.fsdp  # noqa: E402,F401
 
+import chat  # noqa: E402
 import engine  # noqa: E402
 from config import Error  # noqa: E402
 from loss import supervised  # noqa: E402
+import parts.templates  # noqa: E402,F401
 from model import VLM, TextConfig, VisionConfig, VLMConfig  # noqa: E402
 
 WORDS = """A chat between a curious user and an artificial intelligence assistant. \
@@ -33,6 +35,8 @@ USER: What is this? ASSISTANT: It is a black cat.
 The red circle is at the top left, 1 2 3 4 5 6 7 8 9 0. [INST] <<SYS>> \
 You are a helpful language and vision assistant [/INST]
 system user assistant Describe the image briefly. Two dogs, playing in the park; don't know? Yes! No."""
+TEMPLATES = {name: chat.TEMPLATES[name] for name in       # LLaVA's; the tests of families compare the others
+             ("plain", "vicuna_v1", "llava_llama_2", "llama_3", "chatml", "mistral")}
 SPECIALS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>",
             "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from conftest import WORDS as CORPUS, blocks, make_tokenizer
+from conftest import TEMPLATES, WORDS as CORPUS, blocks, make_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 import chat
 import data
-from chat import IMAGE, TEMPLATES, encode, stop_ids, truncate
+from chat import IMAGE, encode, stop_ids, truncate
 from config import BadSample, Error
 from formats import jinja
 from formats.sentencepiece import added_token

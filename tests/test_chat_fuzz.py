@@ -9,12 +9,12 @@ from tempfile import mkdtemp
 import pytest
 
 pytest.importorskip("hypothesis")
-from conftest import blocks, make_tokenizer
+from conftest import TEMPLATES, blocks, make_tokenizer
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from hypothesis.internal.conjecture import providers
 from test_chat import HOSTILE, I, Q, answer_of, supervised_runs
 
-from chat import IMAGE, TEMPLATES, encode, stop_ids, truncate
+from chat import IMAGE, encode, stop_ids, truncate
 from formats.jinja import BEGIN, END, jinja
 from formats.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE

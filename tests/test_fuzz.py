@@ -17,14 +17,14 @@ from config import Error
 pytest.importorskip("hypothesis")
 from hypothesis import assume, given, strategies as st
 from PIL import Image
-from conftest import blocks
+from conftest import TEMPLATES, blocks
 from test_chat import I, Q
 from test_chat_fuzz import conversation, fuzz, text, tokenizer
 
 import config
 import data
 import images
-from chat import IMAGE, TEMPLATES, encode
+from chat import IMAGE, encode
 from config import BadSample
 from formats import strict_json
 from formats.rows import Rows

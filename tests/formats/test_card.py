@@ -6,7 +6,7 @@ import json
 import pytest
 
 from formats import card
-from model import VLMConfig
+from model import TextConfig, VisionConfig, VLMConfig
 
 
 @pytest.fixture
@@ -88,3 +88,16 @@ def test_limits_of_a_model_are_told():
         assert part in lines
     cfg.vision.num_register_tokens = 4
     assert "refuses images" in card.limits(cfg, "crop")[0]
+
+
+def test_a_card_says_who_can_read_its_folder(run):
+    """LLaVA: transformers' LLaVA; another family: its own class; no class: pumice alone."""
+    assert "LlavaForConditionalGeneration" in card.text(run, VLMConfig())
+    other = VLMConfig(VisionConfig("siglip_vision_model", feature_layer=-1, feature_norm=True),
+                      TextConfig(first_position=1), "linear", mask="prefix")
+    text = card.text(run, other)
+    assert "AutoModelForImageTextToText.from_pretrained" in text and "Llava" not in text.split("| setting |")[0]
+    assert "chat_template" not in text and 'prompt = "<image>What is this?"' in text
+    other.mask = "causal"
+    text = card.text(run, other)
+    assert "only pumice reads the folder" in text and "from_pretrained" not in text

@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, make_tokenizer
+from conftest import ROOT, TEMPLATES, WORDS, make_tokenizer
 from test_llava import EXAMPLES, FAMILIES, PRE, add_files, error, export
 from test_model import all_logits, theirs
 
@@ -208,7 +208,7 @@ def test_an_added_text_token_is_user_defined(tmp_path):
     assert [types[tok.specials[t]] for t in ("<|eot_id|>", "<|im_end|>")] == [4, 3]
 
 
-@pytest.mark.parametrize("template", chat.TEMPLATES)
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_the_chat_template_knows_llama_cpps_image_marker(template, bytes_folder):
     """Where transformers has <image> and a newline, llama.cpp puts its marker alone, before or after the text."""
     jinja2 = pytest.importorskip("jinja2")

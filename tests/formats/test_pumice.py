@@ -9,6 +9,7 @@ from conftest import error
 from tiny_runs import refusal, run, state
 
 from formats import families, llava
+from formats.gguf import export
 from generate import Chat
 
 PREFIX = "mask=prefix vision.feature_layer=-1 vision.feature_norm=true text.first_position=1"
@@ -65,3 +66,7 @@ def test_an_unknown_key_is_refused(prefix_run, tmp_path):
     c["vision"]["colour"] = "red"
     file.write_text(json.dumps(c))
     assert "unknown key 'colour'" in error(llava.load_model, init=tmp_path / "m")
+
+
+def test_llama_cpp_is_refused_in_one_line(prefix_run, tmp_path):
+    assert "llama.cpp's LLaVA cannot hold this model (a pumice folder)" in error(export, prefix_run, tmp_path, "f16")
