@@ -1,4 +1,5 @@
-"""Functions that both benchmarks use: lengths of conversations, timing, measured ceilings, child processes, reports."""
+"""Functions that both benchmarks use: lengths of conversations, timing, ceilings (how fast this device is at most),
+child processes, reports."""
 
 import importlib.metadata
 import json
@@ -20,8 +21,9 @@ import config
 ROOT = Path(__file__).resolve().parent.parent
 LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # dtype of the measurements
 
-# LLaVA's 665k conversations, simulated. Each part: (thousands of conversations, mean number of text tokens, ratio of
-# its standard deviation to the mean, supervised share, images). Only the first is published; the others are assumed.
+# A simulation of LLaVA's 665k conversations. Each part of the mixture has five numbers: thousands of conversations,
+# mean number of text tokens, standard deviation of this number divided by the mean, supervised share, images. Only the
+# first number is published. We assume the others.
 MIX = [(58, 290, .35, .62, 1), (23, 160, .30, .68, 1), (77, 215, .30, .75, 1),    # conversation, detail, reasoning
        (40, 1150, .55, .65, 0), (83, 150, .25, .14, 1), (72, 285, .60, .15, 1),   # ShareGPT, VQAv2, GQA
        (9, 75, .10, .05, 1), (80, 160, .20, .25, 1), (66, 105, .15, .02, 1),      # OKVQA, OCR-VQA, A-OKVQA
@@ -29,7 +31,8 @@ MIX = [(58, 290, .35, .62, 1), (23, 160, .30, .68, 1), (77, 215, .30, .75, 1),  
 
 
 def draw_lengths(n, g):
-    """n conversations of the mixture -> [(text tokens, share supervised, images)]; g: torch.Generator"""
+    """Draw n conversations of the mixture MIX. Return a list of (text tokens, share supervised, images). g is a
+    torch.Generator."""
     which = torch.multinomial(torch.tensor([float(k) for k, *_ in MIX]), n, True, generator=g).tolist()
     out = []
     for (_, mean, cv, share, images), z in zip((MIX[i] for i in which), torch.randn(n, generator=g).tolist()):
@@ -42,7 +45,7 @@ def draw_lengths(n, g):
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 def pick_device(device):
-    """auto, cuda or cpu -> cuda or cpu"""
+    """Return "cuda" or "cpu". `device` is one of them, or "auto": "cuda" if torch finds a GPU."""
     if device not in ("auto", "cuda", "cpu"):
         config.stop(f"device={device}: auto, cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -51,7 +54,8 @@ def pick_device(device):
 
 
 def pick_rows(names, usual, known):
-    """"all" -> the names `usual`; "A3,C1" -> ["A3", "C1"], which must be in `known`"""
+    """Return a list of names of rows. "all" gives the names in `usual`. "A3,C1" gives ["A3", "C1"]; each name must be
+    in `known`, else the program stops."""
     names = [*usual] if names == "all" else names.split(",")
     if unknown := [n for n in names if n not in known]:
         config.stop(f"rows={unknown[0]}: all, or some of {','.join(known)}")
@@ -66,8 +70,9 @@ def sync(device):
 
 
 def timed(f, device, ms):
-    """Median milliseconds of f(). All calls together take about `ms`. On a GPU, two events time a call. Before each
-    call, 1 GiB is overwritten. This removes f's inputs from the L2 cache, and gives the host time to queue the call."""
+    """Return the median milliseconds of a call of f(). The number of calls is chosen so that all calls together take
+    about `ms` milliseconds. On a GPU, two events time a call. Before each call, 1 GiB is overwritten. This removes the
+    inputs of f from the L2 cache, and gives the CPU time to queue the call."""
     f()
     sync(device)
     began = time.perf_counter()
@@ -93,8 +98,9 @@ def timed(f, device, ms):
 
 
 def ceilings(device, ms=200):
-    """Limits of this device -> FLOP/s of a large matrix product, bytes/s (read + written) of a large copy. The inputs
-    are random, because a product of zeros ran 13 % faster."""
+    """Measure how fast this device is at most. Return a dict: "matmul" is the FLOP/s of a large matrix product, "copy"
+    is the bytes per second (read + written) of a large copy. The inputs are random, because a product of zeros ran 13 %
+    faster."""
     n, size = (8192, 1 << 30) if device == "cuda" else (512, 1 << 24)
     a, b = (torch.randn(n, n, device=device).to(LOW[device]) for _ in range(2))
     x = torch.randn(size // 4, device=device)
@@ -104,8 +110,9 @@ def ceilings(device, ms=200):
 
 
 def child(command, args, seconds):
-    """Run `python -m bench command args` in a child process, as it may run out of memory, hang or lose the GPU.
-    Kill it after `seconds`. -> its JSON objects, then {"ended": exit code, "because": time limit or last errors}"""
+    """Run `python -m bench command args` in a child process, because it may run out of memory, hang or lose the GPU.
+    The child process is killed after `seconds`. Yield each JSON object that it prints. At the end, yield {"ended": exit
+    code, "because": time limit or last errors}."""
     with tempfile.TemporaryFile("w+") as errors:
         p = subprocess.Popen([sys.executable, "-m", "bench", command, *args], stdout=subprocess.PIPE, stderr=errors,
                              text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -128,7 +135,7 @@ def child(command, args, seconds):
 # ---- reporting -----------------------------------------------------------------------------------------------------
 
 def describe_machine(device):
-    """Hardware, versions and revision, in one line"""
+    """Return one line with the hardware, the versions of the software, and the git revision of this code."""
     def output(*command):
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
@@ -153,7 +160,8 @@ def print_json(x):
 
 
 def open_page(out):
-    """-> say(text), which prints the text and, if `out` names a file, appends it there; the file starts empty."""
+    """Return a function say(text), which prints the text. If `out` names a file, open_page empties this file, and say
+    also appends the text to it."""
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text("")

@@ -1,8 +1,9 @@
-"""Each kernel and its alternatives (contenders), in one process, on the same values. A row is one case (bench/rows.py).
+"""Compare each kernel with its alternatives, in one process, on the same values. A row is one case (bench/rows.py). A
+contender is our kernel or an alternative.
 
-Each contender is built, run for its error against the definition in float64, then run for its memory. Then all
-contenders are timed in turns. A contender that cannot run is listed with the reason. Rows run in a child process, the
-most important first; if this process dies, a new one continues with the next row.
+Each contender is built. It runs once to measure its error against the definition in float64, and then to measure its
+memory. Then all contenders are timed in turns. A contender that cannot run is listed with the reason. Rows run in a
+child process, the most important row first. If this process dies, a new one continues with the next row.
 """
 
 import dataclasses
@@ -24,18 +25,18 @@ COLUMNS = ["row", "who", "ms", "of the ceiling", "ratio", "error", "MiB"]
 
 
 def relative_errors(tensors, truth):
-    """|t - truth| / |truth| of each tensor"""
+    """Return |t - truth| / |truth| of each tensor t, where |x| is the square root of the sum of squares."""
     return [((t.double() - s).norm() / s.norm().clamp(min=1e-300)).item() for t, s in zip(tensors, truth, strict=True)]
 
 
 def poison(device):
-    """Fill memory with nan and free it: the next results are allocated there, so an element that a kernel does not
-    write stays nan."""
+    """Fill memory with nan and free it. The next results are allocated there, so an element that a kernel forgets to
+    write stays nan and shows as an error."""
     torch.full((1 << (30 if device == "cuda" else 16),), math.nan, device=device)
 
 
 def peak_mib(c):
-    """-> MiB that one run of a contender allocates at most, its results included"""
+    """Return the MiB that one run of contender c allocates at most, its results included."""
     c.run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -46,7 +47,7 @@ def peak_mib(c):
 
 
 def times(c, together, device, ms):
-    """-> [ms of forward, ms of backward]; if `together`, [ms of forward + backward]"""
+    """Time contender c -> [ms of forward, ms of backward], or [ms of forward + backward] if `together` is True."""
     if together:
         return [bench.timed(c.run, device, ms)]
     out = c.forward()
@@ -55,11 +56,12 @@ def times(c, together, device, ms):
 
 
 def measure(name, row, device, ms, rounds):
-    """-> one row of the result: error, memory and time of each contender, and the reason for each that failed"""
+    """Measure a row -> dict with the error, memory and time of each contender, and the reason for each that failed"""
     failed, found, built = {}, {}, {}
 
     def attempt(who, f, *args):
-        """-> f(*args). If f fails: None, with the reason in failed[who]. If the device is lost, this process ends."""
+        """Return f(*args). If f fails, return None and write the reason to failed[who]. If the device is lost, this
+        process ends."""
         try:
             return f(*args)
         except Exception as e:
@@ -94,9 +96,12 @@ def measure(name, row, device, ms, rounds):
 
 
 def judge(r):
-    """Add two entries to a row. "right": is each error of our kernel at most twice that of plain torch? "beside": for
-    forward and for backward, [time of the best alternative / our time, its name]. Alternatives with more than four
-    times the error of plain torch are left out. Both limits get + 2^-22: the error of one value may be 0 by chance."""
+    """Add two entries to r, a row of the result, and return it.
+
+    "right"     is each error of our kernel at most twice the error of plain torch?
+    "beside"    for forward and for backward: [time of the best alternative / our time, name of the alternative].
+                Alternatives with more than four times the error of plain torch are left out.
+    2^-22 is added to both limits, because the error of plain torch may be 0 by chance."""
     def exact(who, factor):
         e = r["found"][who]["error"]
         return not e or not r["plain"] or all(a <= factor * b + 2**-22 for a, b in zip(e, r["plain"]))
@@ -110,7 +115,7 @@ def judge(r):
 
 
 def reason(e):
-    """An exception in one line"""
+    """Return an exception as one line of text."""
     text = (str(e).strip() or "no reason given").splitlines()[0]
     return f"{type(e).__name__}: {text[:200]}"
 
@@ -120,7 +125,7 @@ def failed_row(name, why):
 
 
 def cells(r, ceilings):
-    """A row -> one list per contender: its values for COLUMNS"""
+    """Yield one list per contender of row r: the cells of its line in the table, one for each of COLUMNS."""
     for who, c in r["found"].items():
         key, rate = ("flops", "matmul") if any(r["flops"]) else ("bytes", "copy")
         work = [sum(r[key])] if r["together"] else r[key]
@@ -151,12 +156,14 @@ class Settings:
 def measure_rows(s, names):
     """In the child process: print the ceilings (see bench.ceilings), then measure one row after another."""
     low = bench.LOW[s.device]
-    torch._functorch.config.donated_buffer = False     # else torch.compile's result refuses a second backward pass
+    # else a function that torch.compile made refuses a second backward pass, which `times` needs
+    torch._functorch.config.donated_buffer = False
     if s.device == "cpu":
         torch.set_num_threads(1)
     bench.print_json({"ceilings": bench.ceilings(s.device)})
     for name in names:
-        faulthandler.dump_traceback_later(s.row_seconds, exit=True)     # runs in a thread: works even if the GPU hangs
+        # ends this process if the row takes too long; it runs in a thread, so it works even if the GPU hangs
+        faulthandler.dump_traceback_later(s.row_seconds, exit=True)
         torch.manual_seed(0)
         bench.print_json({"began": name})
         make, *sizes = ROWS[name] if s.size == "full" else shrink(*ROWS[name])

@@ -1,13 +1,17 @@
-"""Whole training steps compared with transformers' LLaVA: same weights, same ragged conversations, same trained
-parameters. A row is one such comparison (bench/systems.py).
+"""Compare whole training steps with those of transformers' LLaVA. Both sides have the same weights, the same
+conversations of different lengths, and the same trained parameters. A row is one such comparison (bench/systems.py).
 
-The vision tower is frozen and needs no autograd graph. `ours` packs the conversations and runs the loop of the training
-scripts. `theirs` is transformers on padded batches with a mask, in a loop with sdpa, fused AdamW, the tower in no_grad,
-and pixels normalised before timing starts. theirs+liger adds Liger's kernels; theirs+ckpt recomputes its layers;
-theirs+sorted puts conversations of similar length in one batch, so there is less padding.
+`ours` packs the conversations and runs the loop of the training scripts. The others are called peers:
+    theirs           transformers on padded batches with a mask, in a loop with sdpa and fused AdamW. The pixels are
+                     normalised before timing starts.
+    theirs+liger     adds Liger's kernels
+    theirs+ckpt      recomputes the layers in backward (gradient checkpointing)
+    theirs+sorted    puts conversations of similar length in one batch, so there is less padding
+On both sides the vision tower is frozen and runs without an autograd graph.
 
-Every measurement has its own process; ours and theirs alternate. On a CPU the time is CPU time (user + system) of one
-thread, which depends little on the load; on a GPU it is the time between two events. Ratios compare neighbouring runs.
+Every measurement has its own process. Processes of ours and theirs alternate, and a ratio compares neighbours. On a CPU
+the time is CPU time (user + system) of one thread, which depends little on the load of the machine. On a GPU it is the
+time between two events.
 """
 
 import contextlib
@@ -25,14 +29,15 @@ from bench.systems import NAMES, conversations, fill, pad, system, work
 from config import setting
 
 LR, CLIP = 1e-3, 1.0
-AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest allowed difference between our first loss and a peer's
-MEMORY = 0.6                                # goal: our peak memory is at most this share of a peer's
+AGREE = {"cuda": 1e-2, "cpu": 1e-4}         # largest allowed difference between our first loss and that of a peer
+MEMORY = 0.6                                # goal: our peak memory is at most this share of the memory of a peer
 CLOCK = {"cuda": "Time between events", "cpu": "CPU time"}
 
 
 # ---- the two sides --------------------------------------------------------------------------------------------------
-# Each function returns prepare, step and the optimizer. prepare(samples, part) makes micro-batches of `part` (0 to 1)
-# times the usual size; it is not timed. step(micro-batches) does one update -> the mean loss before it
+# ours() and theirs() return two functions and the optimizer.
+# - prepare(samples, part) makes micro-batches of `part` (0 to 1) times the usual size. It is not timed.
+# - step(micro-batches) does one update and returns the mean loss before it.
 
 def ours(s, device):
     import data
@@ -92,8 +97,10 @@ def theirs(s, device, *how):
 
     def names(k):
         k = "lm_head.weight" if "lm_head" in k else "model." + k.replace("language_model.model.", "language_model.")
-        return k.replace("vision_tower.vision_model.", "vision_tower."), k  # transformers 5.20's name; the older name
-    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."  # transformers runs this block; its output is unused
+        # transformers 5.20 has the first name; older versions have the second
+        return k.replace("vision_tower.vision_model.", "vision_tower."), k
+    # transformers runs the last block of the tower, but its output is unused. Our tower does not have this block
+    last = f"encoder.layers.{s.cfg.vision.num_hidden_layers - 1}."
     besides = fill(s.cfg, model, device, names)
     assert all(re.search(re.escape(last) + r"|post_layernorm|vision_tower.*\.head\.", k) for k in besides), besides
 
@@ -113,7 +120,7 @@ def theirs(s, device, *how):
     model.train()
     tower = model.model.vision_tower.eval()
     tower.forward = torch.no_grad()(tower.forward)
-    # embeddings in fp32 (if trained) would make all hidden states fp32, so cast them
+    # trained embeddings are in fp32 and would make all hidden states fp32, so cast their output
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.to(dtype))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
@@ -125,7 +132,8 @@ def theirs(s, device, *how):
         return [pad(s.cfg, made[i : i + n]) for i in range(0, len(made), n)]
 
     def step(micro):
-        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)  # the model's shift drops the first label: -100
+        # the model shifts the labels and drops the first one, but the first label is always -100
+        n = sum(int((batch["labels"] >= 0).sum()) for batch in micro)
         total = 0.0
         for batch in micro:
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -143,14 +151,15 @@ def theirs(s, device, *how):
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 def memory(key):
-    """Memory of this process in bytes. key: "VmRSS" = now, "VmHWM" = peak. getrusage also counts the parent's peak."""
+    """Return the memory of this process in bytes: key "VmRSS" = now, key "VmHWM" = peak. Python's resource.getrusage is
+    not used, because it also counts the peak of the parent process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
 
 
 def clocked(f, device):
-    """-> result of f(), seconds (on a CPU: CPU time; on a GPU: time between two CUDA events)"""
+    """Call f -> its result, and the seconds it took. On a CPU, this is CPU time; on a GPU, time between two events."""
     if device == "cpu":
         began = time.process_time()
         return f(), time.process_time() - began
@@ -163,7 +172,13 @@ def clocked(f, device):
 
 
 def measure(name, side, steps, size="full", device="cpu"):
-    """Run "ours" or one peer in this process -> losses, seconds of the median step, peak bytes, bytes after import"""
+    """Run "ours" or one peer in this process. Return a dict:
+
+    "losses"      the loss of each step
+    "seconds"     the time of the median step
+    "peak"        the peak memory in bytes
+    "imported"    on a CPU: the memory in bytes after the imports
+    "part"        1, or less if memory ran out: the size of a micro-batch, relative to the usual size"""
     if device == "cpu":
         torch.set_num_threads(1)
     if side == "ours":
@@ -200,7 +215,8 @@ def measure(name, side, steps, size="full", device="cpu"):
 
 
 def compare(name, pairs, steps, size, device, ceilings, peer):
-    """A row of the result. pairs: results of measure(), [(ours, the peer's)], or [(ours,)] if the row has no peer"""
+    """Return one row of the result: "ours" compared with one peer. `pairs` holds results of measure(): (that of ours,
+    that of the peer) of each repetition, or (that of ours,) if no peer ran."""
     s = system(name, size)
     batches = [conversations(s, n) for n in range(1, steps + 1)]
     real = sum(len(ids) for made in batches for ids, _, _ in made)
@@ -214,7 +230,8 @@ def compare(name, pairs, steps, size, device, ceilings, peer):
            "supervised": supervised / real, "ms": [1e3 * t for t in seconds],
            "samples_per_s": [s.samples / t for t in seconds],
            "mib": [mid(p["peak"] for p in side) / 2**20 for side in sides], "part": [side[0]["part"] for side in sides]}
-    if ceilings:  # best published TFLOP/s: matrix product 790, attention forward 600, attention backward 500
+    if ceilings:
+        # the best published speeds are 790 TFLOP/s (matrix product), 600 (attention forward), 500 (attention backward)
         rate = ceilings["matmul"]
         floor = products / rate + forward / (rate * 600 / 790) + backward / (rate * 500 / 790)
         flops = products + forward + backward
@@ -239,7 +256,7 @@ def peak_flops():
 
 
 def sentence(r):
-    """A row of compare() as one line of text"""
+    """Return a row of compare() as one line of text."""
     ms, mib = (" / ".join(f"{x:.0f}" for x in r[key]) for key in ("ms", "mib"))
     text = f"{r['row']}: {r['samples_per_s'][0]:.1f} samples/s; no peer ran"
     if r["peer"]:
@@ -293,7 +310,7 @@ def main(s, args):
         f"medians over {s.repeats} processes; ratios are of pairs, least and most in brackets.\n")
 
     def once(name, side):
-        """Measure "ours" or one peer in a new process -> the result of measure(), or None if it failed"""
+        """Measure "ours", one peer or "ceilings" in a new process. Return the result, or None if it failed."""
         left = end - time.time()
         if left < 1:
             failed[name, side] = f"not begun within {s.seconds:.0f} s"
@@ -308,7 +325,7 @@ def main(s, args):
     ceilings = once(names[0], "ceilings") if s.device == "cuda" else None
     plan = [(name, n, side) for name in names for n in range(s.repeats)
             for side in ["ours", *system(name).peers][:: (1, -1)[n % 2]]]
-    if s.device == "cuda":                 # time may run out: first compare each row with its first peer
+    if s.device == "cuda":                 # compare each row with its first peer first, because time may run out
         plan.sort(key=lambda p: (p[1], system(p[0]).peers[1:].index(p[2]) + 1 if p[2] in system(p[0]).peers[1:] else 0))
     got = {}
 

@@ -1,11 +1,16 @@
 """The rows (cases) of `python -m bench step`: models of published shapes, conversations of realistic lengths, and the
 FLOPs of a step. bench/step.py measures them.
 
-    step_align, step_sft    6 layers each: ViT, width 192; Llama, width 256; vocabulary 32,000; 4 conversations; CPU
-    toy_align, toy_sft      the toy world's model, 32 conversations a step, on a CPU
-    S1, S2, S3              CLIP ViT-L/336 and Llama 7B. S1: stage 1; S2: stage 2, LoRA of rank 128; S3: stage 2, full
-    S4, S4b                 stage 2, full (LLM, connector): TinyLlama 1.1B; Llama 3.2 1B with its vocabulary of 128,256
-    S5                      stage 2, full: SigLIP-B/16-512 and SmolLM2 360M
+Stage 1 trains the connector. Stage 2 also trains the LLM, either all of its weights (full) or LoRA adapters.
+
+    step_align, step_sft    on a CPU, 4 conversations a step. A ViT of 6 layers of width 192, a Llama of 6 layers of
+                            width 256 with a vocabulary of 32,000. align: stage 1; sft: stage 2, full
+    toy_align, toy_sft      on a CPU, 32 conversations a step, the model of the toy world
+    S1                      stage 1 of CLIP ViT-L/336 and Llama 7B
+    S2, S3                  stage 2 of the same model. S2: LoRA of rank 128; S3: full
+    S4                      stage 2, full, of CLIP ViT-L/336 and TinyLlama 1.1B
+    S4b                     stage 2, full, of CLIP ViT-L/336 and Llama 3.2 1B, with its vocabulary of 128,256
+    S5                      stage 2, full, of SigLIP-B/16-512 and SmolLM2 360M
 """
 
 import dataclasses
@@ -18,11 +23,12 @@ import bench
 @dataclasses.dataclass
 class System:
     cfg: object                    # model.VLMConfig
-    stage: str                     # what trains: align = connector; sft = connector, LLM; lora = connector, adapters
+    stage: str                     # "align": the connector trains; "sft": also the LLM; "lora": also LoRA adapters
     samples: int                   # conversations per step
     peers: tuple                   # programs that our training loop is compared with
-    goals: dict = dataclasses.field(default_factory=dict)  # peer -> least speed-up wanted over it
-    spread: float | None = None    # sigma of log-normal lengths with median 90; None: lengths as in LLaVA's data
+    goals: dict = dataclasses.field(default_factory=dict)  # peer -> how many times as fast as it we want to be
+    # sigma of the lengths, which are log-normal with median 90; None: lengths as in LLaVA's data
+    spread: float | None = None
     room: int = 1 << 30            # for our code: maximum tokens per packed sequence
     micro: int = 1 << 30           # for the peers: maximum conversations per batch
     r: int = 0                     # rank of the adapters
@@ -32,7 +38,8 @@ NAMES = {"cpu": ("step_align", "step_sft", "toy_align", "toy_sft"), "cuda": ("S1
 
 
 def system(name, size="full"):
-    """A row's name -> System. size="tiny": a model of a few thousand parameters, to check that the row runs."""
+    """Return the System of the row called `name`. size="tiny" gives it a model of a few thousand parameters, to check
+    that the row runs."""
     from model import TextConfig, VisionConfig, VLMConfig
 
     def vision(D, F, L, H, side, patch, **more):
@@ -81,9 +88,13 @@ def system(name, size="full"):
 # ---- the inputs of both sides --------------------------------------------------------------------------------------
 
 def conversations(s, step, mean=90, asked=10, answered=3):
-    """The samples of one step, as data.pack takes them: BOS, an image, turns. Rows for a CPU draw log-normal lengths
-    around `mean`, so a padded batch has 1.3 to 1.75 times the tokens, as with real conversations. Rows for a GPU draw
-    lengths from LLaVA's mixture, but in stage align they have captions of about 18 tokens, all supervised."""
+    """Return the conversations of one step, as data.pack takes them: BOS, images, then text in turns. The last tokens
+    of each turn are supervised.
+
+    If s.spread is given (rows for a CPU), a turn has `asked` unsupervised and `answered` supervised tokens, and lengths
+    are log-normal with median `mean`. So a padded batch has 1.3 to 1.75 times the tokens, as with real conversations.
+    Rows for a GPU draw lengths from LLaVA's mixture. In stage align, they draw captions of about 18 tokens, all
+    supervised."""
     g = torch.Generator().manual_seed(1000 + step)
     if s.spread is not None:
         lengths = (mean * (s.spread * torch.randn(s.samples, generator=g)).exp()).long().clamp(8, 5 * mean).tolist()
@@ -105,7 +116,7 @@ def conversations(s, step, mean=90, asked=10, answered=3):
 
 
 def pad(cfg, made):
-    """The samples -> a padded batch, as models of transformers take it"""
+    """Return a padded batch of the samples `made`, as models of transformers take it."""
     longest = max(len(ids) for ids, _, _ in made)
 
     def rows(lists, filler):
@@ -118,8 +129,9 @@ def pad(cfg, made):
 
 
 def fill(cfg, model, device, names=lambda k: [k]):
-    """Set the parameters that `model` shares with model.VLM to fixed random values. names(k): names that
-    VLM's parameter k may have in `model`. Returns the names of the parameters of `model` that VLM does not have."""
+    """Set the parameters that `model` shares with our VLM to random values, always the same. names(k) lists the names
+    that parameter k of VLM may have in `model`. Return the names of the parameters of `model` that VLM does not
+    have."""
     from model import VLM
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in VLM(cfg).state_dict().items()}
@@ -136,9 +148,11 @@ def fill(cfg, model, device, names=lambda k: [k]):
 # ---- FLOPs ---------------------------------------------------------------------------------------------------------
 
 def work(s, made):
-    """-> FLOPs of a step: matrix products, attention forward, attention backward. For each token, an LLM weight costs 2
-    in forward, 2 for the gradient of its input and, if trained, 2 for its own. Padding and recomputation do not count.
-    In the last layer, unlabelled tokens need only k, v. Attention: unmasked pairs; backward is 5/2 of forward."""
+    """Return the FLOPs of a step: matrix products, attention forward, attention backward.
+
+    For each token, each weight of the LLM costs 2 FLOPs in forward, 2 for the gradient of its input and, if it is
+    trained, 2 for its own gradient. In the last layer, unlabelled tokens need only k and v. Attention counts the pairs
+    that are not masked; its backward costs 5/2 of its forward. Padding and recomputation do not count."""
     v, t = s.cfg.vision, s.cfg.text
     N = sum(len(ids) for ids, _, _ in made)
     R = sum(i >= 0 for _, labels, _ in made for i in labels[1:])
