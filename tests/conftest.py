@@ -27,7 +27,6 @@ import chat  # noqa: E402
 import engine  # noqa: E402
 from config import Error  # noqa: E402
 from loss import supervised  # noqa: E402
-import parts.templates  # noqa: E402,F401
 from model import VLM, TextConfig, VisionConfig, VLMConfig  # noqa: E402
 
 WORDS = """A chat between a curious user and an artificial intelligence assistant. \
