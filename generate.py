@@ -25,14 +25,14 @@ from parts.spans import span_ends
 
 
 class Cache:
-    """Keys and values of B conversations of at most L tokens. Conversation b owns the slots [b L, (b + 1) L). So every
-    query attends to one contiguous range [lo, hi) of slots, in the prompt and in the answer."""
+    """Keys and values of B conversations of at most L tokens. Conversation b owns the slots [b * L, (b + 1) * L). So
+    every query attends to one contiguous range [lo, hi) of slots, in the prompt and in the answer."""
 
     def __init__(self, B, L):
         self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): slots where the next forward pass writes
 
     def append(self, layer, k, v):
-        """Store k, v (N, G, K) of N new tokens, G heads of size K -> keys and values of all slots (B L, G, K)"""
+        """Store k, v (N, G, K) of N new tokens, G heads of size K -> keys and values of all slots (B * L, G, K)"""
         if layer not in self.kv:
             self.kv[layer] = tuple(t.new_zeros(self.B * self.L, *t.shape[1:]) for t in (k, v))
         for stored, new in zip(self.kv[layer], (k, v)):
@@ -127,14 +127,14 @@ class Chat:
         return self
 
     def ask(self, images, text, max_new_tokens=256, temperature=0.0, seed=0):
-        """One question -> the answer. images: a path, a PIL image, a list of these, or None for text alone."""
+        """Answer one question -> text. images: a path, a PIL image, a list of these, or None for text alone."""
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         pixels, blocks = self.look(images)
         prompt = self.prompt([(with_marker(text, len(blocks)), None)], blocks)
         return self.answers([prompt], pixels, max_new_tokens, temperature, seed)[0]
 
     def look(self, images):
-        """Paths or PIL images -> two lists with an entry per image: pixels (n, 3, S, S) uint8; its ids in the prompt"""
+        """Load paths or PIL images -> two lists, an entry per image: its n tiles (n, 3, S, S) uint8; its prompt ids"""
         pixels, blocks = [], []
         for image in map(load_image, images):
             pixels.append(torch.stack([preprocess(tile, self.spec) for tile in self.layout.cut(image)]))
@@ -142,11 +142,11 @@ class Chat:
         return pixels, blocks
 
     def prompt(self, turns, blocks=()):
-        """turns [(user text, assistant text)], the last (text, None); blocks: from look() -> tensor of ids"""
+        """Encode turns [(user text, assistant text)], the last (text, None). blocks: from look() -> tensor of ids"""
         return torch.tensor(chat.encode(self.tok, self.template, turns, blocks, self.system)[0])
 
     def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0):
-        """prompts: list of id tensors; pixels: images of all prompts, in order -> one string per prompt"""
+        """Answer prompts (list of id tensors). pixels: from look(), for all prompts in order -> a string per prompt"""
         S = self.cfg.vision.image_size
         images = torch.cat(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
         answers = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop_ids,

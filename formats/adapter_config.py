@@ -15,7 +15,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def read_adapter_config(folder):
-    """adapter_config.json -> dict. Stops at an option that is not supported."""
+    """Read adapter_config.json -> dict. Stop at an option that is not supported."""
     c = read_json(folder / "adapter_config.json")
     for key in REFUSED:
         if c.get(key):
@@ -38,8 +38,10 @@ def matches(pattern, name):
 
 
 def rank_and_alpha(folder, c, name=""):
-    """-> r, alpha of a layer's adapter (alpha / r) B A. For rsLoRA, (lora_alpha / sqrt(r)) B A, the returned alpha is
-    lora_alpha sqrt(r). name: the layer's name in the PEFT file; the first pattern that matches counts, as in PEFT."""
+    """Find the rank r and the scale alpha of a layer's adapter -> r, alpha. The adapter adds (alpha / r) B A x.
+
+    name     the layer's name in the PEFT file; as in PEFT, the first pattern that matches the name counts
+    alpha    lora_alpha. But rsLoRA divides lora_alpha by sqrt(r), not by r: then alpha is lora_alpha * sqrt(r)"""
     r, alpha = (next((v for p, v in (c.get(patterns) or {}).items() if matches(p, name)), c.get(key))
                 for key, patterns in zip(("r", "lora_alpha"), PATTERNS))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float):

@@ -10,7 +10,8 @@ STEMS = ("model", "mm_projector", "non_lora_trainables")  # a model folder has a
 
 
 def find_folder(name):
-    """A path, or the name `org/name` of a model or adapter on the hub -> Path of its folder on this machine"""
+    """Find the folder of a model or adapter on this machine -> its Path. name: a path, or `org/name` on the hub. If the
+    local cache does not have it, it is downloaded from the hub."""
     if Path(name).exists():
         return Path(name)
     # ./out, /out, runs/sft and any name that begins with an existing folder are paths, not hub names
@@ -44,14 +45,16 @@ def find_folder(name):
 
 
 def weights_file(folder, stem="model"):
-    """-> the file that holds a folder's tensors, or the index file of its shards; None if the folder has neither"""
+    """Find the file that holds a folder's tensors, or the index file of its shards -> Path, or None if neither exists.
+    stem: the beginning of the file's name"""
     other = "pytorch_model" if stem == "model" else stem
     names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{other}.bin", f"{other}.bin.index.json")
     return next((folder / n for n in names if (folder / n).is_file()), None)
 
 
 def model_in(path):
-    """A run folder, its subfolder model/, or any LLaVA folder -> the folder with the weights of a model, or None"""
+    """Find the folder with the weights of a model -> Path, or None. path: a run folder, its subfolder model/, or any
+    LLaVA folder"""
     return next((p for p in (path / "model", path) if any(weights_file(p, stem) for stem in STEMS)), None)
 
 
@@ -61,7 +64,8 @@ def is_adapter(path):
 
 
 def find_model(path):
-    """A run folder, its subfolder model/, a LLaVA folder, or a name on the hub -> the folder with the weights"""
+    """Find the folder with the weights of a model -> Path. Stop if there is none. path: a run folder, its subfolder
+    model/, a LLaVA folder, or a name on the hub"""
     path = find_folder(path)
     if is_adapter(path):
         stop(f"{path} holds an adapter, where a whole model is wanted: merged, it is the model/ of its run")

@@ -21,15 +21,20 @@ from lora import DoRALinear, LoRALinear, add_adapters, merge_state, quantize_bas
 from parts.build import build
 
 PREFIX = "base_model.model."  # every tensor name in a PEFT file begins with this
-# the ViT's blocks and final norm. A PEFT file may adapt blocks that our VLM does not have: load_adapter drops these
+# names of the ViT's blocks and final norm. Our VLM has neither the blocks behind the feature layer nor the final norm.
+# If a PEFT file adapts those, load_adapter drops their tensors
 BEHIND = re.compile(r"vision_tower\.vision_model\.(?:post_layernorm|layernorm|encoder\.layers?\.(\d+))\.")
 
 
 def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="", folder=None):
-    """Write a PEFT folder completely or not at all. state: {name: trained tensor}; trained modules without an adapter
-    are listed in modules_to_save. base: folder or name of the VLM to adapt; None if it was built of a ViT and an LLM.
-    digest: base_digest of the frozen tensors. about: other keys of pumice.json (template, system, image_aspect ...).
-    card: text of README.md. folder: formats.llava.Folder; its tokenizer and chat template are written, too."""
+    """Write a PEFT folder completely or not at all.
+
+    state     {name: trained tensor}. Trained modules without an adapter are listed in modules_to_save
+    base      folder or name of the VLM that is adapted; None if the VLM was put together from a ViT and an LLM
+    digest    base_digest of the frozen tensors
+    about     other keys of pumice.json: template, system, image_aspect ...
+    card      text of README.md
+    folder    formats.llava.Folder; its tokenizer and chat template are written, too"""
     dino = folder is not None and folder.vision.get("model_type", "").startswith("dinov2")
     tensors = {name_in_transformers(k, dino): x.detach().float().cpu().contiguous() for k, x in state.items()}
     extra = sorted({k.rpartition(".")[0] for k in tensors if ".lora_" not in k})
@@ -66,7 +71,8 @@ def load_adapter(model, folder):
         if block and (block[1] is None or v.depth <= int(block[1]) < v.num_hidden_layers):
             del found[k]
     tensors = renamed(found, folder, spell)
-    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}  # our name: PEFT's
+    # the layers that have an adapter: {our name of the layer: its name in the PEFT file}
+    there = {spell(k).split(".lora_")[0]: k.split(".lora_")[0] for k in found if ".lora_" in k}
     if not there:
         stop(f"{folder} holds no adapter")
     if strange := sorted(there.keys() - set(targets(model, "*"))):
@@ -100,8 +106,8 @@ def load_adapter(model, folder):
 
 
 def load_merged(folder, dtype):
-    """An adapter's folder -> VLM, Folder (as from load_model), with the adapter merged into its base model. Files of
-    the adapter name the base model. If this name is a relative path, it starts at the working directory."""
+    """Load the base model of an adapter and merge the adapter into it -> VLM, Folder, as load_model returns them. Files
+    of the adapter name the base model. If this name is a relative path, it starts at the working directory."""
     says = read_json(Path(folder) / "pumice.json", {})
     towers = [says[k] for k in ("vision", "llm") if isinstance(says.get(k), str)]  # [] if the base was one whole VLM
     base = " and ".join(towers) or read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")

@@ -1,4 +1,4 @@
-"""SentencePiece's tokenizer.model (Llama 1 and 2, Vicuna, Mistral, TinyLlama) -> the content of a tokenizer.json.
+"""Translate SentencePiece's tokenizer.model (Llama 1 and 2, Vicuna, Mistral, TinyLlama) into a tokenizer.json.
 
 SentencePiece merges the two neighbours that together form the piece with the highest score. tokenizer.json has a ranked
 list of merges. Our list has every way to split a piece into two pieces, sorted by the score of the piece. Then both
@@ -15,10 +15,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of p
 
 
 def protobuf_fields(blob):
-    """A protobuf message -> [(field number, value)]. A value is an int of up to 64 bits, or bytes for other types."""
+    """Read a protobuf message -> [(field number, value)]. A value is an int of up to 64 bits; other types are bytes."""
     file, out = io.BytesIO(blob), []
 
-    def varint():                                   # 7 bits per byte, lowest first; top bit set: more bytes follow
+    def varint():
+        # each byte has 7 bits of the integer, the lowest bits first. Its top bit is set if another byte follows
         n = 0
         for shift in range(0, 70, 7):
             byte, = file.read(1)
@@ -31,7 +32,8 @@ def protobuf_fields(blob):
         number, wire = divmod(varint(), 8)
         if wire not in (0, 1, 2, 5):
             raise ValueError(f"wire type {wire}")
-        size = {1: 8, 5: 4}.get(wire, 0) or varint()           # type 0 has no size: this is the value itself
+        # types 1 and 5 have 8 and 4 bytes. For type 2, an integer gives the size. For type 0, it is the value itself
+        size = {1: 8, 5: 4}.get(wire, 0) or varint()
         if wire and file.tell() + size > len(blob):
             raise ValueError("the last field is cut off")
         out.append((number, file.read(size) if wire else size))
@@ -39,7 +41,7 @@ def protobuf_fields(blob):
 
 
 def read_sentencepiece(path):
-    """tokenizer.model -> (content of a tokenizer.json, {role: token} with the roles bos_token and eos_token)."""
+    """Read and translate a tokenizer.model -> content of a tokenizer.json, {"bos_token": token, "eos_token": token}."""
     try:
         model = protobuf_fields(path.read_bytes())
         pieces = [dict(protobuf_fields(value)) for number, value in model if number == 1]
@@ -90,6 +92,6 @@ def read_sentencepiece(path):
 
 
 def added_token(i, content, special=True):
-    """-> an entry of added_tokens in tokenizer.json. The token is exactly `content`, without spaces around it."""
+    """Make an entry of added_tokens in tokenizer.json. The token is exactly `content`, without spaces around it."""
     return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
             "special": special}

@@ -37,7 +37,8 @@ def strict_json(text, where):
 
 
 def read_json(path, absent=None):
-    """A file that holds one JSON object -> dict. If the file is missing: return absent, or stop if absent is None."""
+    """Read a file that holds one JSON object -> dict. If the file is missing, return `absent`; if `absent` is None,
+    stop."""
     if absent is not None and not Path(path).is_file():
         return absent
     try:

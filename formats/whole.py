@@ -32,7 +32,8 @@ def commit(folder, fill):
     tmp, old = (folder.parent / f".{kind}-{folder.name}" for kind in ("tmp", "old"))
     remove(tmp)
     try:
-        tmp.mkdir()                                              # must fail on a link: fill() would follow it
+        # mkdir also fails if `tmp` is a link. That is wanted, because fill() would follow the link
+        tmp.mkdir()
         fill(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         for p in files:

@@ -31,7 +31,8 @@ def discard(folder):
 
 def sweep(folder):
     """Clean up after a killed run. A folder .tmp-NAME is half written or half deleted: delete it.
-    A folder .old-NAME was about to be replaced: rename it to NAME if it is complete and NAME is free, else delete it."""
+    A folder .old-NAME was about to be replaced: it gets its NAME back if it is complete and NAME is free, else it is
+    deleted."""
     folder = Path(folder)
     for p in folder.glob(".old-*"):
         place = folder / p.name.removeprefix(".old-")
