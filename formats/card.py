@@ -39,7 +39,7 @@ NO_BASE = "PEFT needs a LLaVA folder of transformers as the base, which this ada
 
 
 def escaped(x):
-    """Any value -> one line of Markdown. A character that could start markup, HTML or a link becomes its HTML code."""
+    """Write a value as one line of Markdown. A character that could start markup or a link becomes its HTML code."""
     return re.sub(r"[^\w .,;/%+=-]|(?<=www)\.", lambda m: f"&#{ord(m[0])};", " ".join(str(x).split()), flags=re.I)
 
 
@@ -58,7 +58,7 @@ def use(cfg):
 
 
 def limits(cfg, aspect):
-    """-> lines that say what the model cannot do; the most important line is the first"""
+    """List what the model cannot do, in lines of text; the most important line is the first."""
     v = cfg.vision
     lines = {
         "transformers loads this folder and refuses images: its LLaVA does not drop register tokens.":
@@ -72,7 +72,7 @@ def limits(cfg, aspect):
 
 
 def facts(run):
-    """A run folder -> settings, code revision, number of finished steps, last validation loss (or None)"""
+    """Read the files of a run -> settings, code revision, number of finished steps, last validation loss (or None)"""
     c, steps, loss = {}, 0, None
     try:
         c = read_json(Path(run, "config.json"))
@@ -85,8 +85,8 @@ def facts(run):
 
 
 def head(library, title, more, s, base=None):
-    """-> the first lines of a card, and the names of the models that the run started from. A name on the Hugging Face
-    hub is shown in full; of a local path, only the name of the folder or run is shown."""
+    """Return two texts: the first lines of a card, and the names of the models that the run started from. A name on the
+    Hugging Face hub is shown in full. Of a local path, only the name of the folder or run is shown."""
     given = next((x for x in ([base], [s.get("init")], [s.get("vision"), s.get("llm")]) if any(x)), ["unknown"])
     names, hub = [], ""
     for name in map(str, given):

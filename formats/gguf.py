@@ -1,4 +1,4 @@
-"""A LLaVA folder -> two GGUF files for llama.cpp: the language model, and the vision tower with the connector (mmproj).
+"""Write a LLaVA folder as two GGUF files for llama.cpp: the LLM, and the vision tower with the connector (mmproj).
 
 Keys and tensor names are those that llama.cpp's converter writes (conversion/llama.py, qwen.py) and its loaders read
 (src/llama-vocab.cpp, tools/mtmd/clip.cpp; at commit 0c1e570, October 2026). We do not use the converter: it does not
@@ -40,8 +40,9 @@ BLOCK = {"layer_norm1": "ln1", "self_attn.q_proj": "attn_q", "self_attn.k_proj":
          "self_attn.out_proj": "attn_out", "layer_norm2": "ln2", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
 CONNECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
-# _SPLIT: regular expression of a Split step. BYTE_LEVEL: steps of a byte-level pre-tokenizer -> its name in llama.cpp
+# regular expression of a pre-tokenizer's Split step; %s: how it splits digits
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# steps of a byte-level pre-tokenizer, each with its options -> name of this pre-tokenizer in llama.cpp
 BYTE_LEVEL = {
     (("Split", _SPLIT % r"\p{N}{1,3}", "Isolated", False), ("ByteLevel", False, False)): "llama-bpe",
     (("Split", _SPLIT % r"\p{N}", "Isolated", False), ("ByteLevel", False, False)): "qwen2",
@@ -56,7 +57,8 @@ SENTENCEPIECE = {
 # ---- the file format ------------------------------------------------------------------------------------------------
 
 def packed(value):
-    """A value -> GGUF type number, bytes. Types: uint32, float32, bool, string, array of int32, float32 or strings."""
+    """Encode a value -> number of its type in GGUF, bytes. An int becomes a uint32, a float becomes a float32. A list
+    becomes an array of int32, float32 or strings."""
     if isinstance(value, str):
         raw = value.encode("utf-8")
         return 8, struct.pack("<Q", len(raw)) + raw
@@ -72,15 +74,15 @@ def packed(value):
 
 
 def write_gguf(path, keys, tensors):
-    """Write GGUF version 3. keys: {name: value}. tensors() yields (name, tensor, key of DTYPES). It is called twice:
-    first for the shapes, then for the values. So only one tensor at a time must be in memory."""
+    """Write a GGUF file, version 3. keys: {name: value}. tensors: a function that yields (name, tensor, key of DTYPES).
+    It is called twice: first for the shapes, then for the values. So only one tensor at a time must be in memory."""
     table, at = [(name, x.shape, dtype) for name, x, dtype in tensors()], 0
     head = [b"GGUF", struct.pack("<IQQ", 3, len(table), len(keys))]
     for name, value in keys.items():
         kind, raw = packed(value)
         head += [packed(name)[1], struct.pack("<I", kind), raw]
     for name, shape, dtype in table:
-        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),  # GGUF reverses axes
+        head += [packed(name)[1], struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)),  # last axis first
                  struct.pack("<IQ", DTYPES[dtype][1], at)]
         at += padded(shape.numel() * DTYPES[dtype][0].itemsize)
     tmp = path.with_name(f".tmp-{path.name}")
@@ -108,13 +110,17 @@ def padded(n):
 # ---- the language model ---------------------------------------------------------------------------------------------
 
 def interleaved(x, heads):
-    """Reorder the K rows of each head of q_proj or k_proj: our RoPE pairs (i, i + K/2), llama.cpp (2i, 2i + 1)."""
+    """Reorder the K rows of each head of q_proj or k_proj. RoPE rotates pairs of rows. Our pairs are (i, i + K / 2),
+    those of llama.cpp are (2 * i, 2 * i + 1)."""
     return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def gguf_name(name, table, block={}, prefix=""):
-    """Our name of a parameter -> its name in llama.cpp. table, block: {our name: llama.cpp's}, `table` for
-    parameters outside the blocks, `block` for those inside. prefix: the start of llama.cpp's names inside a block"""
+    """Translate our name of a parameter to its name in llama.cpp.
+
+    table     {our name: name in llama.cpp} for parameters outside the blocks
+    block     the same for parameters inside a block
+    prefix    how the names inside a block begin in llama.cpp, such as blk"""
     stem, _, last = name.rpartition(".")
     if layer := re.match(r"(?:model|encoder)\.layers\.(\d+)\.(.*)", stem):
         return f"{prefix}.{layer[1]}.{block[layer[2]]}.{last}"
@@ -158,12 +164,17 @@ def text_keys(cfg, dtype, name):
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
 def steps_of(part, key):
-    """A normalizer or pre-tokenizer of tokenizer.json -> list of its steps. key: name of the field that lists them"""
+    """List the steps of a normalizer or pre-tokenizer in tokenizer.json. key: name of the field that holds the steps"""
     return [] if part is None else part[key] if part["type"] == "Sequence" else [part]
 
 
 def pre_tokenizer(spec, where):
-    """-> (name of the pre-tokenizer in llama.cpp, or None for SentencePiece; is a space added before the text?)"""
+    """Find the pre-tokenizer of llama.cpp that fits a tokenizer. Stop if none fits. Return two values:
+
+        its name in llama.cpp, or None for a SentencePiece tokenizer
+        is a space added before the text? True or False
+
+    spec: content of tokenizer.json. where: how messages call the tokenizer"""
     options = {"Split": lambda s: (s["pattern"].get("Regex"), s["behavior"], s["invert"]),
                "ByteLevel": lambda s: (s["add_prefix_space"], s.get("use_regex", True)),
                "Digits": lambda s: (s["individual_digits"],),
@@ -173,15 +184,19 @@ def pre_tokenizer(spec, where):
                   for s in steps_of(spec.get("pre_tokenizer"), "pretokenizers"))
     ignore_merges = bool(spec["model"].get("ignore_merges"))            # true: a word of the vocabulary is not split
     if steps in BYTE_LEVEL and norms in ((), ("NFC",)) and ignore_merges == (BYTE_LEVEL[steps] == "llama-bpe"):
-        return BYTE_LEVEL[steps], False  # llama.cpp skips NFC, so text that is not in NFC gets other ids there
+        # llama.cpp does not convert text to NFC (a normal form of Unicode), so other forms get other ids there
+        return BYTE_LEVEL[steps], False
     if (norms, steps) not in SENTENCEPIECE or ignore_merges or not spec["model"].get("byte_fallback"):
         stop(f"{where}: llama.cpp has no such pre-tokenizer: {[*norms, *(s[0] for s in steps)]}")
     return None, SENTENCEPIECE[norms, steps]
 
 
 def scores(vocab, merges, where):
-    """Vocabulary {piece: id}, merges [(left, right)] with the best first -> {piece: score} for SentencePiece, which has
-    no list of merges: it always merges the two neighbours that together form the piece with the highest score."""
+    """Turn a list of merges into the scores that SentencePiece uses -> {piece: score}. SentencePiece has no list of
+    merges. It always merges the two neighbours that together form the piece with the highest score.
+
+    vocab     {piece: id}
+    merges    [(left piece, right piece)], the best merge first"""
     out, last = {}, None
     for rank, (a, b) in enumerate(merges):
         if a + b != last and a + b in out:
@@ -196,7 +211,8 @@ def scores(vocab, merges, where):
 
 
 def tokenizer_keys(tok, V, template, system=None):
-    """A tokenizer -> its GGUF keys. V: vocabulary size. template: a name in chat.py; None: the folder's template."""
+    """Return the GGUF keys of a tokenizer. V: vocabulary size. template: a name in chat.py, or None: then the file gets
+    the template in the tokenizer's folder."""
     where, spec = f"the tokenizer in {tok.folder}", tok.spec
     if (kind := spec["model"].get("type")) != "BPE":
         stop(f"{where}: a tokenizer of type {kind!r} is not exported: BPE")
@@ -230,7 +246,8 @@ def tokenizer_keys(tok, V, template, system=None):
 
 
 def own_template(folder):
-    """-> the chat template in a folder, or None. transformers has used several files for it; the first found counts."""
+    """Read the chat template in a folder -> text, or None. transformers has used several files for it: the first one
+    that exists counts."""
     if (file := folder / "chat_template.jinja").is_file():
         return file.read_text("utf-8")
     found = [read_json(folder / f, {}).get("chat_template") for f in ("chat_template.json", "tokenizer_config.json")]
@@ -293,8 +310,11 @@ def differences(cfg, folder):
 
 
 def export(folder, out, dtype):
-    """Write the two GGUF files of a LLaVA folder or a run -> path of the language model's file, path of the file with
-    vision tower and connector (mmproj), [notes for the user]. Only one tensor at a time is read into memory."""
+    """Write the two GGUF files of a LLaVA folder or a run. Only one tensor at a time is read into memory. Return
+
+        the path of the language model's file
+        the path of the file with the vision tower and the connector (mmproj)
+        [note for the user]"""
     if dtype not in DTYPES:
         stop(f"dtype={dtype}: {', '.join(DTYPES)}")
     model, source = llava.load_model(init=folder, dtype=None)

@@ -47,8 +47,8 @@ _FRAME = (
 
 
 def jinja(name, system=None):
-    """-> a template in Jinja. It renders the text that chat.encode tokenises, with one difference: if a user types the
-    name of a control token, this text becomes a real control token. system: None = the template's default"""
+    """Return a template in Jinja. It renders the text that chat.encode tokenises, with one difference: if a user types
+    the name of a control token, this text becomes a real control token. system: None = the template's default"""
     out, t = _FRAME, template(name)
     for place, part in zip(("@begin@", "@user@", "@assistant@", "@prompt@"), JINJA[name]):
         out = out.replace(place, part)

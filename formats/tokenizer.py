@@ -21,7 +21,8 @@ RESERVED = re.compile(r"<\|(image_pad|reserved_special_token_\d+)\|>")  # Qwen a
 
 
 def read_spec(folder):
-    """-> (content of tokenizer.json, read from a file or translated; {role: token}, such as bos_token: <s>)"""
+    """Read tokenizer.json, or translate tokenizer.model -> content of tokenizer.json, {role: token}, such as
+    {"bos_token": "<s>"}"""
     names = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):              # the second file overrides the first
         names |= {k: v for k, v in read_json(folder / file, {}).items() if v}
@@ -44,7 +45,7 @@ def read_spec(folder):
 
 
 def token_text(token):
-    """A token in a config file, a string or an object -> its text."""
+    """Return the text of a token. In config files, a token is a string or an object with its text."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -56,7 +57,8 @@ def vocabulary(spec):
 
 
 def name_token(spec, name, fits):
-    """Rename a control token t with fits(t) to `name`, or else add a token `name` -> its id, a note for the user."""
+    """Give the tokenizer a control token `name` -> its id, a note for the user. A control token t is renamed if fits(t)
+    is true. If there is no such token, a new one is added."""
     ids, own = vocabulary(spec), spec["model"]["vocab"]
     reserved = [t for t in spec["added_tokens"] if t["special"] and fits(t) and name not in ids]
     if not reserved:
@@ -105,8 +107,9 @@ def add_missing_tokens(spec, names, image_id=None):
 
 
 def without_control_tokens(spec, roles, *scheme):
-    """-> a tokenizer that treats control tokens as text: tokens with the flag `special` (Qwen flags only some of them),
-    those in `roles`, and those like <|...|> or [INST]. scheme: (old, new) text to replace in pre_tokenizer"""
+    """Make a tokenizer that treats control tokens as ordinary text. Control tokens are tokens with the flag `special`,
+    tokens in `roles`, and tokens like <|...|> or [INST]. The flag alone is not enough: Qwen sets it only for some.
+    scheme: nothing, or two texts; the first one is replaced by the second one in `pre_tokenizer`"""
     tokens = [t | {"special": t["special"] or t["content"] in roles
                    or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]
     spec = spec | dict(post_processor=None, truncation=None, padding=None, added_tokens=tokens)
@@ -125,9 +128,12 @@ class Tokenizer:
     """A published tokenizer, in three versions. `full` knows control tokens: it looks up and decodes ids. `start` and
     `inside` treat control tokens as text: they encode users' text at the start of a sequence and inside it.
 
-    folder: folder of the tokenizer; image_id: id of the image token, if config.json has one
-    spec: content of tokenizer.json; specials: {added token: id}; notes: lines about renamed and added tokens
-    published: number of ids in the folder; len() also counts the tokens that this class adds
+    folder       folder of the tokenizer
+    image_id     id of the image token, if config.json has one
+    spec         content of tokenizer.json
+    specials     {added token: id}
+    notes        lines about renamed and added tokens
+    published    number of ids in the folder; len() also counts the tokens that this class adds
     """
 
     def __init__(self, folder, image_id=None):
@@ -166,8 +172,8 @@ class Tokenizer:
         return i
 
     def text(self, s, first=True):
-        """Plain text -> ids (no control tokens), [(first character, end)] of each token. first: does the text begin the
-        sequence? Some tokenizers add a space only there."""
+        """Encode plain text -> ids (no control tokens), [(first character, end)] of each token. first: does the text
+        begin the sequence? Some tokenizers add a space only there."""
         try:
             e = (self.start if first else self.inside).encode(s, add_special_tokens=False)
         except BaseException as e:  # a Rust panic is no subclass of Exception, and its class cannot be imported
