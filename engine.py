@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from config import one_line_errors, parse, stop
 
-TIMEOUT = datetime.timedelta(minutes=30)   # for a collective operation; long, because a rank may have a slow disk
+TIMEOUT = datetime.timedelta(minutes=30)   # how long a rank waits for the others; long, as a disk may be slow
 PARAMETERS_PER_THREAD = 10_000_000         # on a CPU, set_threads uses one thread per 10 million parameters
 
 
@@ -39,7 +39,7 @@ class World:
     dtype: torch.dtype             # dtype of the computation; trained weights are in fp32 (fp64 if this is fp64)
 
     def sum(self, numbers):
-        """numbers: a list of the same length on each rank -> list of floats, the element-wise sum over ranks."""
+        """Return the element-wise sum over ranks of the list `numbers`, which has the same length on each rank."""
         t = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
             t = t.to(self.device)
@@ -47,7 +47,7 @@ class World:
         return t.tolist()
 
     def gather(self, thing):
-        """thing: an object on each rank -> list of the objects of all ranks. Sent as json: pickle could run code."""
+        """Return the list of the `thing` of each rank. They are sent as json, because pickle could run code."""
         if self.size == 1:
             return [thing]
         text = torch.tensor(list(json.dumps(thing).encode()), dtype=torch.uint8, device=self.device)
@@ -104,8 +104,8 @@ def set_threads(model, world):
 
 
 def record_signals():
-    """From now on SIGTERM, SIGUSR1 (sent by a scheduler before it ends a job) and the first Ctrl-C do not end this
-    process. A second Ctrl-C ends it. -> list to which the number of each received signal is appended"""
+    """Return a list to which the number of each received signal is appended. From now on SIGTERM, SIGUSR1 (a scheduler
+    sends it before it ends a job) and the first Ctrl-C do not end this process. A second Ctrl-C ends it."""
     received = []
 
     def handler(number, frame):
@@ -137,10 +137,10 @@ def run_script(main, Settings, doc):
 # ---- what trains ----------------------------------------------------------------------------------------------------
 
 def choose(model, table, dtype=torch.bfloat16, device=None):
-    """Choose the trained parameters. table: glob over names -> learning rate; the last match decides. A parameter
-    without a match is frozen. Frozen weights get `dtype`, trained weights at least fp32. Weights move to the device
-    one at a time, from the files that load_model memory-maps: no rank holds a copy of all weights on the host.
-    -> {name: learning rate} of the trained parameters"""
+    """Choose the trained parameters -> {name: learning rate} of them. table: {glob over names: learning rate}; the last
+    glob that fits decides. A parameter that fits none is frozen. Frozen weights get `dtype`, trained weights at least
+    fp32. Weights move one at a time from the files that load_model memory-maps to the device. So no rank holds a copy
+    of all weights in CPU memory."""
     lrs, used = {}, set()
     for name, p in model.named_parameters():
         fits = [g for g in table if fnmatch.fnmatchcase(name, g)]
@@ -175,8 +175,8 @@ def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
 
 
 def lr_at(step, steps, warmup, lr):
-    """-> learning rate of update `step` (0 .. steps - 1): a linear rise over `warmup` updates, then half a cosine,
-    which would reach 0 at update `steps`."""
+    """Return the learning rate of update `step` (0 .. steps - 1). It rises linearly for `warmup` updates to `lr`, then
+    falls as half a cosine, which would reach 0 at update `steps`."""
     if step < warmup:
         return lr * (step + 1) / warmup
     t = (step - warmup) / max(1, steps - warmup)
@@ -193,7 +193,7 @@ def set_lr(optimizer, step, steps, warmup):
 # ---- applied from outside -------------------------------------------------------------------------------------------
 
 def is_sharded(model, world, parallel):
-    """True if FSDP shards the parameters. parallel=auto: on several GPUs, if more than half of the parameters train."""
+    """Return True if FSDP shards the model. parallel="auto": on several GPUs, if more than half of the weights train"""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     most = 2 * sum(n for n, trains in sizes if trains) > sum(n for n, _ in sizes)
     return world.size > 1 and (parallel == "fsdp" or (parallel == "auto" and most and world.device.type == "cuda"))
@@ -236,13 +236,13 @@ def unwrap(model):
 
 
 def whole_tensor(t):
-    """t: a tensor, whole or sharded by FSDP -> the whole tensor, on every rank."""
+    """Return the whole tensor on every rank; t is a tensor, whole or sharded by FSDP."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 @contextlib.contextmanager
 def sync_gradients(model, enabled):
-    """Context for forward and backward. Gradients are synced between ranks only if enabled: in the last micro-batch."""
+    """Context for forward and backward. Ranks share their gradients only if `enabled`, in the last micro-batch."""
     if hasattr(model, "set_requires_gradient_sync"):       # only an FSDP model has this method
         model.set_requires_gradient_sync(enabled)
     with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():  # only for DDP
@@ -261,7 +261,7 @@ def check_gradients(model):
 def update(model, optimizer, loss, n, world, grad_clip=0.0):
     """Clip the gradients, update the weights, clear the gradients. loss: sum over the supervised tokens of this rank;
     n: supervised tokens on all ranks. If loss or gradient norm is not finite, or n is 0, all ranks skip the update.
-    -> dict: loss (mean per supervised token over all ranks), grad_norm (before clipping), updated"""
+    -> dict: "loss" (mean over the n tokens), "grad_norm" (before clipping), "updated" (False if skipped)"""
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = whole_tensor(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
     mean = world.sum([float(loss)])[0] / n if n else math.nan

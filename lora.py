@@ -24,7 +24,7 @@ from kernels.linear import dense, frozen_linear, lora_linears
 
 
 def base_weight(layer):
-    """The frozen weight of a layer: a matrix (O, C), or the tuple of its NF4 tensors"""
+    """Return the frozen weight of a layer: a matrix (O, C), or the tuple of its NF4 tensors."""
     return tuple(getattr(layer, k) for k in nf4.PARTS) if hasattr(layer, "absmax") else layer.weight
 
 
@@ -49,7 +49,7 @@ class LoRALinear(nn.Linear):
         self._parameters.update(base.requires_grad_(False)._parameters)    # the frozen weight and bias
         self._buffers.update(base._buffers)                                # the frozen weight, if it is in NF4
         self.scale, self.dropout = alpha / r, dropout
-        self.lora_A = nn.Linear(base.in_features, r, bias=False)   # starts as U(-1/sqrt(in), 1/sqrt(in)), as in PEFT
+        self.lora_A = nn.Linear(base.in_features, r, bias=False)   # starts uniform in +-1/sqrt(in), as in PEFT
         self.lora_B = nn.Linear(r, base.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -58,7 +58,7 @@ class LoRALinear(nn.Linear):
 
 
 class DoRALinear(LoRALinear):
-    """DoRA (Liu et al. 2024) scales each row of W + s B A to a stored norm. This layer is only merged, not trained."""
+    """DoRA (Liu et al. 2024): each row of W + s B A is scaled to a stored norm. This layer is merged, not trained."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -69,8 +69,8 @@ class DoRALinear(LoRALinear):
 
 
 def apply_shared_input(x, *layers):
-    """x (..., C) -> list of layer(x) (..., O), one for each of `layers`. The LoRALinear layers share one dropout mask,
-    while PEFT draws one mask per layer."""
+    """Return a list with layer(x) (..., O) for each of `layers`; x is (..., C). The LoRALinear layers share one dropout
+    mask. PEFT draws one mask per layer."""
     adapters = [f for f in layers if type(f) is LoRALinear]
     if len({f.dropout for f in adapters}) != 1:                    # no adapters, or adapters with unequal dropout
         return [f(x) for f in layers]
@@ -82,21 +82,21 @@ def apply_shared_input(x, *layers):
 
 
 def qkv(attention, x, rows=None):
-    """Replaces model.LlamaAttention.qkv. One call computes all projections that have the same input."""
+    """Return q, k, v of x. This replaces model.LlamaAttention.qkv. rows: the tokens that need q; None: all tokens"""
     if rows is None:
         return apply_shared_input(x, attention.q_proj, attention.k_proj, attention.v_proj)
     return attention.q_proj(x[rows]), *apply_shared_input(x, attention.k_proj, attention.v_proj)
 
 
 def gate_up(mlp, x):
-    """Replaces model.LlamaMLP.gate_up. One call computes both projections of x."""
+    """Compute both projections of x in one call. Replaces model.LlamaMLP.gate_up."""
     return apply_shared_input(x, mlp.gate_proj, mlp.up_proj)
 
 
 def targets(model, pattern):
-    """-> names of the linear layers that `pattern` selects. "all-linear": all in the language model. Else a list with
-    commas; each entry is the last part of a layer name in the language model (q_proj) or, with a dot or *, a glob over
-    whole names (vision_tower.*.q_proj). The output head is never selected, because it is not called as a layer."""
+    """Return names of the linear layers that `pattern` selects: "all-linear" (all in the language model) or a list with
+    commas. An entry with a dot or * is a glob over whole names (vision_tower.*.q_proj). Other entries are the last part
+    of names in the language model (q_proj). The head is never selected, because it is not called as a layer."""
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search("lora_|lm_head", n)]
     if pattern == "all-linear":
         return [n for n in linears if n.startswith("language_model.model.")]
@@ -143,12 +143,12 @@ def add_adapters(model, r, alpha, dropout, pattern, seed=0, kind=LoRALinear):
 
 
 def scales(model):
-    """-> {name: alpha / r} of the layers with adapters"""
+    """Return {name: alpha / r} of the layers with adapters."""
     return {n: m.scale for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def merged(W, A, B, scale, lengths=None):
-    """-> W + scale B A (O, C) in fp32 (fp64 if W is fp64). lengths (O,): for DoRA, the norm each row is scaled to."""
+    """Return W + scale B A (O, C) in fp32 (fp64 if W is fp64). lengths (O,), for DoRA only: the norm of each row"""
     wide = torch.promote_types(torch.float32, A.dtype if isinstance(W, tuple) else W.dtype)
     V = dense(W, wide) + B.to(wide) @ A.to(wide) * scale
     return V if lengths is None else V * (lengths.to(wide) / V.norm(dim=1))[:, None]
@@ -156,9 +156,9 @@ def merged(W, A, B, scale, lengths=None):
 
 @torch.no_grad()
 def merge_state(state, scales, dtype=None):
-    """State dict of a model with adapters -> state dict of the merged model. scales: {layer name: alpha / r}. A merged
-    matrix is computed in fp32 (fp64 if W is fp64). If dtype is given, the matrix is rounded to it before the next is
-    computed, so that a 7B model is never whole in memory in fp32. `state` does not change."""
+    """Return the state dict of the merged model. `state` is that of a model with adapters; it does not change. scales:
+    {layer name: alpha / r}. A merged matrix is computed in fp32 (fp64 if W is fp64). If dtype is given, the matrix is
+    rounded to it before the next is computed. So a 7B model is never whole in memory in fp32."""
     out, packed = {k: v for k, v in state.items() if ".lora_" not in k}, {}
     for name in [k.removesuffix(".absmax") for k in out if k.endswith(".absmax")]:
         packed[name] = tuple(out.pop(f"{name}.{part}") for part in nf4.PARTS)

@@ -1,7 +1,8 @@
 """Kernels and whole training steps, compared with their alternatives.
 
     python -m bench kernels    # on a GPU: each kernel and its alternatives (bench/kernels.py)
-    python -m bench step       # training steps, ours and transformers + peft (bench/step.py); on a CPU, small cases
+    python -m bench step       # our training steps, and those of transformers + peft (bench/step.py); a CPU can
+                               # run only the small cases
     bash bench/gpu.sh          # everything that needs a GPU, in ten minutes
 
 `python -m bench kernels --help` and `python -m bench step --help` print the settings. The last line of output is JSON.

@@ -1,4 +1,5 @@
-"""The rows (cases) of `python -m bench kernels`: sizes, random inputs, contenders. bench/kernels.py measures them.
+"""The rows (cases) of `python -m bench kernels`: sizes, random inputs, contenders. bench/kernels.py measures them. A
+contender is our kernel or one of its alternatives.
 
     N tokens   H, G query heads and key heads   K head size   C, O input and output width   V vocabulary   r rank
 """
@@ -17,15 +18,16 @@ import bench
 
 @dataclasses.dataclass
 class Contender:
-    """One way to compute a row, on its own tensors, because some contenders overwrite their inputs."""
+    """One way to compute a row. It has its own copy of the inputs, because some contenders overwrite them."""
     forward: object                # () -> tuple of outputs
     leaves: list                   # tensors that get gradients
     ups: list                      # gradients of the outputs
-    common: object = list          # [outputs..., gradients...] -> these tensors in the layout that all contenders share
+    # common([outputs..., gradients...]) returns these tensors in the layout that all contenders of the row share
+    common: object = list
     note: str = ""
 
     def run(self):
-        """-> [outputs..., gradients...]"""
+        """Compute forward and backward -> [outputs..., gradients of the leaves...]"""
         out = self.forward()
         got = torch.autograd.grad(out, self.leaves, self.ups) if self.leaves else ()
         return [*(o.detach() for o in out), *got]
@@ -34,11 +36,12 @@ class Contender:
 @dataclasses.dataclass
 class Row:
     what: str
-    contenders: dict               # name -> function that builds a Contender; "ours" is first; "torch": the definition
+    # name -> function that builds a Contender. "ours" is first. "torch" is the definition in plain torch
+    contenders: dict
     truth: object                  # () -> true outputs and gradients in float64, in the layout of Contender.common
     plain: object = None           # () -> outputs and gradients of plain torch, if no contender is "torch"
     flops: tuple = (0, 0)          # FLOPs of forward, FLOPs of backward
-    bytes: tuple = (0, 0)          # bytes that must be read or written in forward, in backward
+    bytes: tuple = (0, 0)          # bytes that forward must read or write, bytes that backward must read or write
     together: bool = False         # forward and backward are one measurement
 
 
@@ -47,7 +50,8 @@ def leaf(t):
 
 
 def simple(f, args, ups, **more):
-    """A contender that calls f on copies of the row's tensors; f returns a tensor or a tuple of them"""
+    """Return a Contender that calls f on copies of the tensors `args`. f returns a tensor or a tuple of tensors. `ups`
+    are the gradients of these outputs."""
     leaves = [leaf(t) for t in args]
 
     def forward():
@@ -57,7 +61,7 @@ def simple(f, args, ups, **more):
 
 
 def gradients(f, args, ups):
-    """-> [outputs..., gradients of args...]"""
+    """Compute f(*args) and its backward with the output gradients `ups` -> [outputs..., gradients of args...]"""
     return simple(f, args, ups).run()
 
 
@@ -86,18 +90,18 @@ def attention_row(lengths, H, G, K, causal, device, dtype):
     shared = dict(enable_gqa=True) if g > 1 else {}
 
     def first(ts):
-        """Keep only the heads of the first group: float64 results of all heads would not fit in memory"""
+        """Keep only the heads of the first group, because float64 results of all heads would not fit in memory."""
         return [t[:, :heads] for t, heads in zip(ts, (g, g, 1, 1))]
 
     def definition(*tensors):
-        """-> out, dq, dk, dv of the first group of heads, computed one document at a time"""
+        """Compute out, dq, dk, dv of the first group of heads by the definition, one document at a time."""
         spans = [(int(s), int(s) + t) for s, t in zip(starts, lengths)]
         parts = [gradients(lambda *x: attention_ref(*x, lo[a:b] - a, hi[a:b] - a), [t[a:b] for t in tensors[:3]],
                            [tensors[3][a:b]]) for a, b in spans]
         return [torch.cat(p) for p in zip(*parts)]
 
     def spread(t):
-        """(N, heads, K) -> (B, heads, L, K), a view of (B, L, heads, K)"""
+        """Pad each of the B documents to L tokens: t (N, heads, K) -> (B, heads, L, K), a view of (B, L, heads, K)"""
         padded = t.new_zeros(B * L, *t.shape[1:])
         padded[place] = t
         return padded.view(B, L, *t.shape[1:]).transpose(1, 2)
@@ -158,7 +162,8 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
     R, some = rows.numel(), share < 1
 
     def contender(f, gathered=True):
-        """f(hidden, weight, labels) -> summed loss; gathered=True: f gets only the supervised tokens"""
+        """Return a Contender for f(hidden, weight, labels), which returns a summed loss. If `gathered` is True, f gets
+        only the supervised tokens."""
         def loss(h, head=w):
             return f(h[rows], head, y[rows]) if gathered and some else f(h, head, y)
         return simple(loss, [h, w][: 1 + trained], [torch.ones((), device=device)])
@@ -180,7 +185,8 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
         return contender(lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction="sum", options=options))
 
     def truth():
-        """1,024 tokens at a time: the logits of all tokens do not fit in memory"""
+        """Compute the loss and its gradients in float64, 1,024 tokens at a time. The logits of all tokens do not fit in
+        memory."""
         head, total = leaf(w.double()), torch.zeros((), dtype=torch.float64, device=device)
         dh = torch.zeros(N, C, dtype=torch.float64, device=device)
         for r in rows.split(1024):
@@ -200,7 +206,10 @@ def cross_entropy_row(N, C, V, share, trained, device, dtype):
 
 
 def elementwise(what, ours, definition, liger, args, ups, moved):
-    """moved: (bytes that forward must read or write, these bytes of backward). liger: f(args, ups) -> Contender"""
+    """Return the Row of an operation that is limited by memory traffic, not by FLOPs.
+
+    moved    (bytes that forward must read or write, bytes that backward must read or write)
+    liger    a function: liger(args, ups) returns the Contender that uses Liger's kernel"""
     who = {"ours": lambda: simple(ours, args, ups), "torch": lambda: simple(definition, args, ups),
            "torch.compile": lambda: simple(torch.compile(definition, dynamic=False), args, ups),
            "liger": lambda: liger(args, ups)}
@@ -256,7 +265,8 @@ def rope_row(N, H, G, K, device, dtype):
         from liger_kernel.ops.rope import LigerRopeFunction
         both = [torch.cat([t, t], -1).to(dtype)[None] for t in (cos, sin)]      # (1, N, K)
         args, ups = ([t.transpose(0, 1)[None] for t in ts] for ts in (args, ups))
-        # Liger works in place; autograd allows this on a view of a leaf, not on the leaf
+        # Liger overwrites its inputs. Autograd does not allow this for a leaf (a tensor that gets a gradient), but for
+        # a view of it
         return simple(lambda *ts: LigerRopeFunction.apply(*(t.view_as(t) for t in ts), *both), args, ups,
                       common=lambda ts: [t[0].transpose(0, 1) for t in ts])
     unit = N * (H + G) * K * dtype.itemsize
@@ -266,7 +276,8 @@ def rope_row(N, H, G, K, device, dtype):
 
 
 def lora_row(N, C, O, layers, r, device, dtype):
-    """Layers that share the input x, each with a trained adapter in fp32; under autocast, as in training"""
+    """Return the Row of `layers` linear layers that share the input x. Each has a trained adapter of rank r in fp32.
+    They run under autocast, as in training."""
     import lora
     x, *ups = normal((N, C), *[(N, O)] * layers, device=device, dtype=dtype)
     weights = [w * C**-0.5 for w in normal(*[(O, C)] * layers, device=device, dtype=dtype)]
@@ -274,7 +285,8 @@ def lora_row(N, C, O, layers, r, device, dtype):
     names = [f"linear_{i}" for i in range(layers)]
 
     def contender(wrap, parts, forward):
-        """wrap(module) adds the adapters; parts(layer) -> A, B; forward(x, layers) -> outputs"""
+        """Return a Contender with frozen layers in a module, to which wrap(module) adds the adapters. parts(layer)
+        returns the A and B of a layer. forward(x, layers) returns the outputs."""
         holder = nn.Module()
         for name, w in zip(names, weights):
             layer = nn.Linear(C, O, bias=False, device=device, dtype=dtype)
@@ -338,7 +350,8 @@ def nf4_row(O, C, device, dtype):
 
 
 def packed(tokens, scale=1.0):
-    """Document lengths with the sum `tokens`: drawn from bench.MIX, 576 tokens per image, and multiplied by `scale`"""
+    """Draw document lengths whose sum is `tokens`. They come from bench.MIX with 576 tokens per image, and are
+    multiplied by `scale`. The last one is cut to make the sum exact."""
     out, g = [], torch.Generator().manual_seed(0)
     while sum(out) < tokens:
         for text, _, images in bench.draw_lengths(64, g):
@@ -380,7 +393,7 @@ ROWS = {
 
 
 def shrink(make, *sizes):
-    """-> the same row at toy sizes: all of its code runs, but its times mean nothing"""
+    """Return the same row at toy sizes, to check that its code runs. The times of this row mean nothing."""
     if make is attention_row:
         lengths, H, G, K, causal = sizes
         return make, [max(1, t // 24) for t in lengths[:3]], H // G, 1, K, causal

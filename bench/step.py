@@ -203,7 +203,7 @@ def measure(name, side, steps, size="full", device="cpu"):
                 raise
             took = None
         if took is None:                                      # out of memory: start again with smaller micro-batches
-            part, seconds, losses = part / 2, [], losses[:1]  # keep the first loss: no update came before it
+            part, seconds, losses = part / 2, [], losses[:1]  # the first loss stays: no update came before it
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             continue

@@ -26,7 +26,7 @@ class System:
     stage: str                     # "align": the connector trains; "sft": also the LLM; "lora": also LoRA adapters
     samples: int                   # conversations per step
     peers: tuple                   # programs that our training loop is compared with
-    goals: dict = dataclasses.field(default_factory=dict)  # peer -> how many times as fast as it we want to be
+    goals: dict = dataclasses.field(default_factory=dict)  # peer -> goal for: our speed / its speed
     # sigma of the lengths, which are log-normal with median 90; None: lengths as in LLaVA's data
     spread: float | None = None
     room: int = 1 << 30            # for our code: maximum tokens per packed sequence
