@@ -18,6 +18,7 @@ from parts.qwen_vit import QwenViT
 from parts.resampler import Resampler
 from parts.persimmon import Persimmon
 from parts.shuffle import ShuffleConnector, group_side
+from parts.pool import Abstractor, PoolConnector, sides
 from parts.tiles import layout
 from parts.two_towers import CommConnector, TwoTowers
 
@@ -33,6 +34,9 @@ CONNECTORS["linear_norm"] = lambda cfg: LinearNorm(width(cfg), cfg.text.hidden_s
 CONNECTORS["perceiver"] = lambda cfg: Perceiver(width(cfg), **cfg.connector_args)
 CONNECTORS["patches"] = lambda cfg: PatchConnector(width(cfg), cfg.text.hidden_size)
 CONNECTORS["comm"] = lambda cfg: comm(cfg)
+CONNECTORS["pool"] = lambda cfg: PoolConnector(width(cfg), cfg.text.hidden_size, *sides(cfg.vision.patches, cfg.tokens))
+CONNECTORS["abstractor"] = lambda cfg: Abstractor(width(cfg), cfg.text.hidden_size,
+                                                  *sides(cfg.vision.patches, cfg.tokens), **cfg.connector_args)
 TOWERS = {"internvl_vision": InternViT, "patches": Patches, "qwen_vl_vision": QwenViT}           # model_type -> class
 DECODERS = {"gemma": Gemma, "opt": Opt, "persimmon": Persimmon}                                  # model_type -> class
 DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca: cfg.mask
