@@ -22,7 +22,7 @@ from formats.adapter_config import PATTERNS, rank_and_alpha, read_adapter_config
 from formats.configs import (CLASSES, image_spec, one_line, read_config, read_pre, strategy, text_config, vision_config,
                              vision_kind)
 from formats.families import FAMILIES, family_of
-from formats.family import family_files, read_names, with_ids, write_names
+from formats.family import WORDS, family_files, read_names, with_ids, write_names
 from formats.hub import find_folder, find_model, weights_file
 from formats.metadata import metadata
 from formats.names import account, published_tensors, renamed
@@ -53,6 +53,7 @@ class Folder(NamedTuple):
     meta: dict                  # template, system text and image_aspect, if this repository trained the model
     digests: dict = {}          # {name: tensor_digest(tensor)} of the VLM's tensors
     notes: list = []            # lines for the user, about added tokens and resampled position embeddings
+    words: dict = {}            # {file name: content} of the tokenizer of InstructBLIP's Q-Former
 
 
 def read_tower(folder):
@@ -139,7 +140,23 @@ def read_family(folder, c, family):
             "crop" if pre.get("do_center_crop") else "squash"} | read_json(folder / "pumice.json", {})
     tok = Tokenizer(folder, cfg.image_token_index)
     cfg.layout = with_ids(cfg.layout, tok)
-    return Folder(tok, v, t, pre, {}, meta), tensors, cfg
+    words = {k: read_json(folder / WORDS / k) for k in ("tokenizer.json", "tokenizer_config.json")
+             if (folder / WORDS / k).is_file()}
+    return Folder(tok, v, t, pre, {}, meta, words=words), tensors, cfg
+
+
+def read_second(name, tensors):
+    """Add a second vision tower to {our name: tensor} -> its VisionConfig. name: a folder, or a name on the hub"""
+    v, pre, more = read_tower(find_folder(name))
+    tensors |= {k.replace("vision_tower.", "vision_tower.second.", 1): x for k, x in more.items()}
+    return vision_config(v, -2, pre)
+
+
+def is_new(name, cfg, given):
+    """Is this tensor absent from the folders because `parts` asked for it? given: the VisionConfig of the folder"""
+    if name.startswith("vision_tower."):
+        return cfg.vision.model_type != given.model_type or ".post_layernorm." in name
+    return not re.match(r"language_model\.(model|lm_head)\.", name)
 
 
 def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.float32, parts=""):
@@ -169,12 +186,19 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
     if cfg.text.tie_word_embeddings and head is not None:  # as in transformers 5, tied only if both matrices are equal
         cfg.text.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
+    given, new = cfg.vision, set()
+    apply_parts(cfg, parts, CLASSES, lambda name: read_second(name, tensors))
+    if cfg.vision.image_size != given.image_size:                             # parts ask for another size
+        side = cfg.vision.image_size
+        folder = folder._replace(pre=folder.pre | {"size": {"height": side, "width": side}, "do_center_crop": False})
     with torch.device("meta"):
-        towers = set() if init else {k for k in build(cfg).state_dict() if not k.startswith("multi_modal_projector.")}
-        apply_parts(cfg, parts, CLASSES)
         model = build(cfg)
-    new = set() if init else {k for k in model.state_dict() if k.startswith("multi_modal_projector.")
-                              or k not in towers and k not in tensors}
+    if not init:
+        names = model.state_dict().keys()
+        if cfg.vision.model_type != given.model_type:                         # parts replace the tower
+            tensors = {k: x for k, x in tensors.items() if not k.startswith("vision_tower.") or k in names}
+        tensors = {k: x for k, x in tensors.items() if not k.startswith("vision_tower.second.") or k in names}
+        new = {k for k in names if k.startswith("multi_modal_projector.") or k not in tensors and is_new(k, cfg, given)}
     tensors, unused = account(model, tensors, where, new)
     for k, x in (tensors | unused).items():
         if not all(v.isfinite() for v in x.aminmax()):                        # 20 times as fast as x.isfinite().all()
@@ -252,6 +276,7 @@ def save_model(out, state, cfg, folder, template, system, aspect, dtype=torch.fl
     def fill(tmp):
         write_shards(tmp, tensors, dtype)
         for name, content in files.items():
+            (tmp / name).parent.mkdir(exist_ok=True)
             write_file(tmp / name, content)
 
     commit(out, fill)

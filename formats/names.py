@@ -90,7 +90,8 @@ def account(model, tensors, where, new=()):
     unused = {f"vision_tower.vision_model.post_layernorm.{k}": (cfg.vision.hidden_size,) for k in ("weight", "bias")}
     if isinstance(model.vision_tower, VisionTower):
         with torch.device("meta"):
-            tower = type(model.vision_tower)(dataclasses.replace(cfg.vision, feature_layer=-1))
+            Tower = VisionTower if cfg.second else type(model.vision_tower)
+            tower = Tower(dataclasses.replace(cfg.vision, feature_layer=-1))
         unused |= {f"vision_tower.{k}": p.shape for k, p in tower.named_parameters()}
     unused = {k: shape for k, shape in unused.items() if k not in want}
     if cfg.vision.model_type.startswith("dinov2"):

@@ -14,8 +14,12 @@ import json
 from config import stop
 
 
-def apply_parts(cfg, parts, classes):
-    """Change a VLMConfig as `parts` says. classes: model_type -> config class, where a part needs another class."""
+def apply_parts(cfg, parts, classes, read_second=None):
+    """Change a VLMConfig as `parts` says.
+
+    classes        model_type -> config class, where a part needs another class
+    read_second    folder of a second vision tower -> its VisionConfig, for second=FOLDER
+    """
     for item in parts.split():
         name, equals, text = item.partition("=")
         *path, field = name.split(".")
@@ -24,6 +28,9 @@ def apply_parts(cfg, parts, classes):
             owner = getattr(owner, step, None) if dataclasses.is_dataclass(owner) else None
         if field == "model_type" and len(path) == 1 and text in classes:
             setattr(cfg, path[0], classes[text](**dataclasses.asdict(owner) | {"model_type": text}))
+            continue
+        if field == "second" and not path:
+            cfg.second = read_second(text)
             continue
         try:
             value = tuple(x) if isinstance(x := json.loads(text), list) else x
