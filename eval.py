@@ -76,7 +76,7 @@ def toy_questions(world):
 
 
 def other_images(rows):
-    """Choose an image of another question for every question -> list of names; None for a question without image"""
+    """Choose, for each question, an image that is not its own -> list of names; None for a question without image"""
     images = sorted({r["image"] for r in rows} - {None})
     if len(images) < 2:
         config.stop("--shuffled needs at least two different images")

@@ -6,7 +6,7 @@ import re
 # ---- exact match ----------------------------------------------------------------------------------------------------
 
 def exact(answer, truth):
-    """1.0 if the answer is one of `truth`, else 0.0. Case, extra spaces and a final period are ignored."""
+    """Return 1.0 if the answer is in the list `truth`, else 0.0. Case, extra spaces and a final period are ignored."""
     def bare(s):
         return " ".join(s.lower().split()).removesuffix(".").rstrip()
     return float(bare(answer) in {bare(t) for t in truth})
@@ -44,7 +44,8 @@ def vqa_normalise(s, evalai=True):
             out = out.replace(p, "")
         else:
             out = out.replace(p, " ")
-    # kept from the official script, for equal scores, are its two errors: (?!<= instead of (?<!, and the count of 32
+    # this line repeats two errors of the official script, so that the scores are equal: `(?!<=` should be `(?<!`, and
+    # 32 should be a flag (re.UNICODE), not the count
     out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out, count=32)
     words = [_NUMBERS.get(w, w) for w in out.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
@@ -53,8 +54,8 @@ def vqa_normalise(s, evalai=True):
 def vqa_accuracy(answer, truth, evalai=True):
     """Score an answer. truth: the answers of the annotators, usually ten; a single one counts as ten equal ones.
 
-    An answer is compared with all annotators but one: if k of them gave it, it gets min(1, k / 3). The score is the
-    mean over the annotator who is left out. So it is 0.3, 0.6, 0.9 or 1 if 1, 2, 3 or 4 of ten gave the answer.
+    An answer is compared with all annotators but one: if k of them gave it, it gets min(1, k / 3). Each annotator is
+    left out once, and the score is the mean. So it is 0.3, 0.6, 0.9 or 1 if 1, 2, 3 or 4 of ten gave the answer.
     The official script does not normalise answers if all annotators agree."""
     truth = truth * 10 if len(truth) == 1 else truth
     if evalai or len(set(truth)) > 1:

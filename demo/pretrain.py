@@ -215,13 +215,13 @@ def train_llm(s):
     with torch.no_grad():
         lm.model.embed_tokens.weight.mul_(s.embed / 0.02)
         for layer in lm.model.layers:
-            # init_weights set these matrices to 0, with which training is slower
+            # init_weights filled these matrices with zeros. With random values, training is faster
             for p in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
                 p.copy_(torch.randn(p.shape, generator=g) * s.residual * p.shape[1] ** -0.5)
     print(f"LLM: {sum(p.numel() for p in lm.parameters()):,} parameters, {len(tok)} vocabulary entries", flush=True)
 
     def loss_of_step(step):
-        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # with another seed, demo/llm would change
+        rng, docs = random.Random(f"tongue/{s.seed}/{step}"), []        # keep this text: it seeded demo/llm
         while sum(len(d[0]) for d in docs) < s.tokens:
             docs.append(lessons.lesson_document(plan[step], tok, rng))
         b = pack(docs, 1)

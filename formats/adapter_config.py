@@ -38,7 +38,8 @@ def matches(pattern, name):
 
 
 def rank_and_alpha(folder, c, name=""):
-    """Find the rank r and the scale alpha of a layer's adapter -> r, alpha. The adapter adds (alpha / r) B A x.
+    """Find the rank r and the scale alpha of a layer's adapter -> r, alpha. The adapter adds
+    (alpha / r) B A x to the layer's output.
 
     name     the layer's name in the PEFT file; as in PEFT, the first pattern that matches the name counts
     alpha    lora_alpha. But rsLoRA divides lora_alpha by sqrt(r), not by r: then alpha is lora_alpha * sqrt(r)"""

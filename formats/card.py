@@ -44,7 +44,7 @@ def escaped(x):
 
 
 def use(cfg):
-    """-> how to ask the model of this folder"""
+    """Return the text that shows how to use the model of a folder: example code."""
     family = family_of(cfg)
     if family is None:
         return USE
@@ -101,7 +101,7 @@ def head(library, title, more, s, base=None):
 
 
 def text(run, cfg):
-    """-> README.md for the folder model/ of a run. cfg: VLMConfig"""
+    """Return the text of README.md for the folder model/ of a run. cfg: VLMConfig"""
     s, revision, steps, loss = facts(run)
     rows = {"steps": steps, "validation loss": loss} | {k: s.get(k) for k in SETTINGS}
     rows["data"] = ", ".join(Path(part).name for part in str(rows["data"] or "").split(","))
@@ -136,7 +136,8 @@ def peft_reads(base):
 
 
 def adapter(run, base):
-    """-> README.md for adapter/. base: the VLM that was trained; None if it was put together from a ViT and an LLM"""
+    """Return the text of README.md for the folder adapter/ of a run. base: the VLM that the run started from; None if
+    it started from a ViT and an LLM"""
     s, *_ = facts(run)
     first, names = head("peft", f"{Path(run).resolve().name}: adapter", "", s, base)
     bits = "The language model was in four bits (NF4) while it was trained.\n" if s.get("bits") == 4 else ""

@@ -119,7 +119,7 @@ def gguf_name(name, table, block={}, prefix=""):
     """Translate our name of a parameter to its name in llama.cpp.
 
     table     {our name: name in llama.cpp} for parameters outside the blocks
-    block     the same for parameters inside a block
+    block     a dict like `table`, for parameters inside a block
     prefix    how the names inside a block begin in llama.cpp, such as blk"""
     stem, _, last = name.rpartition(".")
     if layer := re.match(r"(?:model|encoder)\.layers\.(\d+)\.(.*)", stem):
@@ -268,7 +268,8 @@ def with_media_marker(text):
 
 def mmproj_tensors(model, dtype):
     for k, x in model.vision_tower.vision_model.state_dict().items():
-        fp32 = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"      # a convolution needs f32 or f16
+        # in fp32: vectors and position embeddings. A convolution (4-D) must be in f32 or f16, so it is never in bf16
+        fp32 = x.ndim == 1 or "position" in k or x.ndim == 4 and dtype == "bf16"
         yield gguf_name(k, VISION, BLOCK, "v.blk"), x, "f32" if fp32 else dtype
     for k, x in model.multi_modal_projector.state_dict().items():
         yield gguf_name(k, CONNECTOR), x, "f32" if x.ndim == 1 else dtype

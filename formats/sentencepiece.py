@@ -32,7 +32,8 @@ def protobuf_fields(blob):
         number, wire = divmod(varint(), 8)
         if wire not in (0, 1, 2, 5):
             raise ValueError(f"wire type {wire}")
-        # types 1 and 5 have 8 and 4 bytes. For type 2, an integer gives the size. For type 0, it is the value itself
+        # a value of wire type 1 has 8 bytes, one of type 5 has 4. For type 2, the size comes first, as an integer. For
+        # type 0, this integer is the value itself
         size = {1: 8, 5: 4}.get(wire, 0) or varint()
         if wire and file.tell() + size > len(blob):
             raise ValueError("the last field is cut off")

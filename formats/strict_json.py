@@ -29,7 +29,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_co
 
 
 def strict_json(text, where):
-    """JSON text -> its value. Raises a ValueError, whose message begins with `where`."""
+    """Parse JSON text -> its value. An error is a ValueError whose message begins with `where`."""
     try:
         return STRICT.decode(text)
     except (ValueError, RecursionError) as e:

@@ -41,7 +41,8 @@ def read_tensors(folder, stem="model"):
 def read_safetensors(file):
     try:
         with safe_open(file, "pt") as f, open(file, "rb") as raw:
-            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")  # no name may repeat
+            # this check of the header stops if a name occurs twice
+            strict_json(raw.read(int.from_bytes(raw.read(8), "little")).decode(), "its header")
             return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError) as e:
         stop(f"{file} is not a whole safetensors file: {e}")
@@ -63,8 +64,8 @@ def tensor_digest(tensor):
     """Compute a digest of a tensor -> 16 hex digits. They are one hash of three things together:
 
         the shape of the tensor
-        the sum of all elements: each element as fp32, its 32 bits read as an integer
-        1,024 elements or more, spread over the tensor; all elements of a smaller tensor
+        a sum over all elements: each is converted to fp32, and its 32 bits are read as an integer
+        1,024 elements or more, spread over the tensor; of a smaller tensor, all elements
 
     SHA-256 of 7B weights would take a minute. This digest is faster, but it is no help against forgery."""
     flat = tensor.detach().cpu().flatten()

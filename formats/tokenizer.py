@@ -50,7 +50,7 @@ def token_text(token):
 
 
 def vocabulary(spec):
-    """-> {piece: id}, added tokens included"""
+    """Return the vocabulary, {piece: id}, with the added tokens."""
     own = spec["model"]["vocab"]
     own = own if isinstance(own, dict) else {piece: i for i, (piece, _) in enumerate(own)}  # Unigram: a list of pairs
     return own | {t["content"]: t["id"] for t in spec["added_tokens"]}
@@ -85,7 +85,8 @@ def add_missing_tokens(spec, names, image_id=None):
         return RESERVED.fullmatch(t["content"]) if image_id is None else t["id"] == image_id
 
     pieces = {i: piece for piece, i in vocabulary(spec).items()}
-    if image_id in pieces and all(t["id"] != image_id for t in spec["added_tokens"]):    # Fuyu: a piece like any other
+    # Fuyu's image token is an ordinary piece of the vocabulary: make it an added token
+    if image_id in pieces and all(t["id"] != image_id for t in spec["added_tokens"]):
         spec["added_tokens"].append(added_token(image_id, pieces[image_id]))
     added, notes = {t["content"]: t for t in spec["added_tokens"]}, []
     if IMAGE in added:
@@ -113,7 +114,8 @@ def without_control_tokens(spec, roles, *scheme):
     tokens = [t | {"special": t["special"] or t["content"] in roles
                    or bool(re.fullmatch(r"<\|.*\|>|\[/?INST\]", t["content"]))} for t in spec["added_tokens"]]
     spec = spec | dict(post_processor=None, truncation=None, padding=None, added_tokens=tokens)
-    if isinstance(vocab := spec["model"]["vocab"], list):      # a Unigram model never finds an empty piece in a text
+    # Unigram: make the pieces of control tokens empty. An empty piece is never found in a text
+    if isinstance(vocab := spec["model"]["vocab"], list):
         control = {t["id"] for t in tokens if t["special"]}
         vocab = [["", score] if i in control else [piece, score] for i, (piece, score) in enumerate(vocab)]
         spec["model"] = spec["model"] | {"vocab": vocab}

@@ -25,7 +25,8 @@ from formats.whole import write_file
 from run import checkpoint
 from run.log import trim
 
-OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")  # run files except config.json
+# files and folders of a run, except config.json; --resume=none deletes those of the older run
+OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")
 TRIES = 3      # the run stops after this many checkpoints in a row that could not be written
 
 
@@ -92,7 +93,7 @@ def versions():
 
 
 def data_digest(samples):
-    """-> digest (hash) of the data files and their mixture, so that a run is not resumed on other data"""
+    """Compute a digest (hash) of the data files and their mixture. A run is not resumed if this digest has changed."""
     h = hashlib.sha256()
     for rows, draws in zip(samples.files, samples.counts):
         h.update(b"%d of %d bytes" % (draws, len(rows.blob)))

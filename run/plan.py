@@ -17,8 +17,8 @@ from loss import supervised
 
 
 def rows(cfg):
-    """Make the table that flops() needs: {pattern of a weight's name: (unit, rows)}. For each unit (an image, a token
-    or a supervised token), the weight multiplies so many rows."""
+    """Make the table that flops() needs: {pattern of a weight's name: (unit, rows)}. A unit is an image, a token or a
+    supervised token. rows: how many vectors the weight multiplies for each unit"""
     last = f"language_model.model.layers.{cfg.text.num_hidden_layers - 1}"
     head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
     P, Q = cfg.vision.patches, cfg.image_tokens

@@ -50,7 +50,8 @@ class Validation:
                 count += supervised(batch.labels)
         model.train()
         total, count, bad = self.world.sum([total, count, bad])
-        loss = total / count if count else math.nan                      # count is 0 if all images are deleted by now
+        # count is 0 if no sample can be used any more, because the images were deleted during the run
+        loss = total / count if count else math.nan
         log.append({"step": step + 1, "val_loss": loss, "val_dropped": int(bad)})
         self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}"
                          + (f" ({bad:.0f} of {self.steps.total} samples could not be used)" if bad else ""))
