@@ -134,7 +134,7 @@ class Chat:
         return self.answers([prompt], pixels, max_new_tokens, temperature, seed)[0]
 
     def look(self, images):
-        """Load paths or PIL images -> two lists, an entry per image: its n tiles (n, 3, S, S) uint8; its prompt ids"""
+        """Load images (path, PIL) -> two lists: the tiles (n, 3, S, S) uint8 of each image; its ids in the prompt"""
         pixels, blocks = [], []
         for image in map(load_image, images):
             pixels.append(torch.stack([preprocess(tile, self.spec) for tile in self.layout.cut(image)]))
