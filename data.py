@@ -33,9 +33,10 @@ from kernels.cross_entropy import IGNORE
 class Encoder:
     """Turns a row of a data file into ids, labels and image names: a sample without its pixels."""
 
-    def __init__(self, tok, template, layout, max_len, system=None):
+    def __init__(self, tok, template, layout, max_len, system=None, reader=None):
         """layout: images.Layout, or an object with the same methods"""
         self.tok, self.template, self.layout, self.max_len, self.system = tok, template, layout, max_len, system
+        self.reader = reader                                   # of instructions, for InstructBLIP (parts/instruct.py)
         try:
             self.encode([("?", "!")])
         except BadSample as e:
@@ -79,7 +80,7 @@ class Batch(NamedTuple):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 
-def pack(samples, side, span_ends=None):
+def pack(samples, side, span_ends=None, reader=None):
     """Samples [(ids, labels, images (n, 3, side, side) uint8)] -> one Batch. Labels are shifted by one within each
     sample, so the last token of a sample does not predict the first token of the next sample. span_ends: a function
     that gives `hi` (parts/spans.py); None = causal attention"""
@@ -90,6 +91,7 @@ def pack(samples, side, span_ends=None):
     at = torch.arange(len(ids))
     images = [images for _, _, images in samples if len(images)]
     images = torch.cat(images) if images else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+    images = reader(samples, images) if reader else images
     hi = span_ends(ids, labels, at - lo, lo) if span_ends else at + 1
     return Batch(ids, labels, at - lo, lo.int(), hi.int(), images)
 
@@ -204,7 +206,7 @@ class Steps(torch.utils.data.Dataset):
                     animated += sum(moving)
                 except BadSample as e:
                     dropped.append((name, str(e)))
-            micro.append(pack(samples, self.image_spec.side, self.span_ends))
+            micro.append(pack(samples, self.image_spec.side, self.span_ends, self.encode.reader))
         return StepData(micro, names, dropped, truncated, animated)
 
     def pixels(self, file):

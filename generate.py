@@ -20,6 +20,7 @@ from images import load_image, preprocess
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
 from model import logits_head
+from parts import instruct
 from parts.build import image_layout
 from parts.spans import span_ends
 
@@ -121,7 +122,7 @@ class Chat:
         self = cls.__new__(cls)
         self.model, self.tok, self.template, self.system = model, folder.tok, template, system
         self.cfg, self.spec = model.cfg, configs.image_spec(folder.pre, aspect)
-        self.layout = image_layout(model.cfg)
+        self.layout, self.reader = image_layout(model.cfg), instruct.reader(folder, model.cfg)
         self.stop_ids = chat.stop_ids(self.tok, template)
         self.banned = {self.cfg.image_token_index, *range(len(self.tok), self.cfg.text.vocab_size)}
         return self
@@ -149,6 +150,7 @@ class Chat:
         """Answer prompts (list of id tensors). pixels: from look(), for all prompts in order -> a string per prompt"""
         S = self.cfg.vision.image_size
         images = torch.cat(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
+        images = self.reader([(p.tolist(), []) for p in prompts], images) if self.reader else images
         answers = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop_ids,
                            max_new_tokens, temperature, self.banned, seed)
         texts = [self.tok.decode(ids) for ids in answers]

@@ -33,28 +33,28 @@ TOWER = [(rf"^(vision_tower\..*)\.{x}_proj\.(weight|bias)", rf"\1.qkv.\2#{i}/3")
     (r"^vision_tower\.", "")]
 
 
-def config(c, pre):
+def config(c, pre, name="BLIP-2", connector="qformer", Config=QFormerConfig):
     v, q = c.get("vision_config") or {}, c.get("qformer_config") or {}
     if not v.get("qkv_bias", True):
-        stop("BLIP-2 with a vision tower without qkv_bias is not supported")
+        stop(f"{name} with a vision tower without qkv_bias is not supported")
     if q.get("use_qformer_text_input") or q.get("hidden_act", "gelu") != "gelu":
-        stop(f"BLIP-2 with use_qformer_text_input={q.get('use_qformer_text_input', False)} and hidden_act="
+        stop(f"{name} with use_qformer_text_input={q.get('use_qformer_text_input', False)} and hidden_act="
              f"{q.get('hidden_act', 'gelu')!r} in its qformer_config: false and 'gelu' are supported")
     if type(image := c.get("image_token_index", c.get("image_token_id"))) is not int:
-        stop("BLIP-2 without an image_token_index in its config.json: transformers 4.46 and later write one")
+        stop(f"{name} without an image_token_index in its config.json: transformers 4.46 and later write one")
     vision = vision_config(v | {"model_type": "blip_2_vision_model"}, -1, pre)
-    qformer = typed(QFormerConfig, "Q-Former", q)
+    qformer = typed(Config, "Q-Former", q)
     if qformer.hidden_size % qformer.num_attention_heads:
         stop(f"Q-Former of width {qformer.hidden_size} with {qformer.num_attention_heads} heads")
     text = text_config({"model_type": "opt", **(c.get("text_config") or {})})
-    return typed(VLMConfig, "BLIP-2", dict(
-        vision=vision, text=text, connector="qformer", image_token_index=image, tokens=c.get("num_query_tokens", 32),
+    return typed(VLMConfig, name, dict(
+        vision=vision, text=text, connector=connector, image_token_index=image, tokens=c.get("num_query_tokens", 32),
         connector_args=dataclasses.asdict(qformer)))
 
 
-def fits(cfg):
+def fits(cfg, connector="qformer"):
     v = cfg.vision
-    return (cfg.connector == "qformer" and type(v) is EvaConfig and v.feature_norm and v.keep_class
+    return (cfg.connector == connector and type(v) is EvaConfig and v.feature_norm and v.keep_class
             and v.feature_layer in (-1, v.num_hidden_layers) and type(cfg.text) in (TextConfig, OptConfig)
             and cfg.mask == "causal" and not (cfg.layout or cfg.second or cfg.text.first_position))
 

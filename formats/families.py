@@ -3,6 +3,7 @@
 from formats.blip2 import BLIP2
 from formats.fuyu import FUYU
 from formats.idefics import IDEFICS
+from formats.instructblip import INSTRUCTBLIP
 from formats.internvl import INTERNVL
 from formats.paligemma import PALIGEMMA
 from formats.pumice import PUMICE
@@ -10,7 +11,8 @@ from formats.vipllava import VIPLLAVA
 from model import TextConfig, VisionConfig
 
 # PUMICE, the last, fits all
-FAMILIES = {family.model_type: family for family in (PALIGEMMA, BLIP2, INTERNVL, FUYU, VIPLLAVA, IDEFICS, PUMICE)}
+FAMILIES = {family.model_type: family for family in
+            (PALIGEMMA, BLIP2, INSTRUCTBLIP, INTERNVL, FUYU, VIPLLAVA, IDEFICS, PUMICE)}
 
 
 def is_llava(cfg):

@@ -19,6 +19,8 @@ from formats.configs import positions
 from formats.metadata import generation_config, tokenizer_files
 from formats.names import rename
 
+WORDS = "qformer_tokenizer"    # folder of the tokenizer of InstructBLIP's Q-Former
+
 
 class Family(NamedTuple):
     model_type: str          # the value of this key in config.json
@@ -102,4 +104,5 @@ def family_files(family, folder, cfg, template, system, aspect, dtype):
         ends = [i for i in (folder.tok.eos, folder.tok.text("\n", first=False)[0][-1]) if i is not None]
         for settings in (files["generation_config.json"], files["config.json"].get("text_config", {})):
             settings["eos_token_id"] = ends
+    files |= {f"{WORDS}/{name}": content for name, content in folder.words.items()}
     return files | {"pumice.json": {"template": template, "system": system, "image_aspect": aspect}}

@@ -7,6 +7,7 @@ from config import stop
 from parts.cross_attention import Flamingo, FlamingoDecoder, IdeficsDecoder
 from parts.features import FeatureTower, levels
 from parts.gemma import Gemma
+from parts.instruct import InstructConfig, InstructQFormer, InstructVLM
 from parts.mmca import MMCADecoder, VisualChat
 from parts.norm_connectors import LinearNorm, NormMLP
 from parts.opt import Opt
@@ -17,8 +18,8 @@ from parts.perceiver import Perceiver
 from parts.qwen_vit import QwenViT
 from parts.resampler import Resampler
 from parts.persimmon import Persimmon
-from parts.shuffle import ShuffleConnector, group_side
 from parts.pool import Abstractor, PoolConnector, sides
+from parts.shuffle import ShuffleConnector, group_side
 from parts.tiles import layout
 from parts.two_towers import CommConnector, TwoTowers
 
@@ -26,21 +27,22 @@ CONNECTORS = {name: lambda cfg, kind=kind: kind(width(cfg), cfg.text.hidden_size
               for name, kind in model.CONNECTORS.items()}                        # name -> function VLMConfig -> module
 CONNECTORS["qformer"] = lambda cfg: QFormer(width(cfg), cfg.text.hidden_size, cfg.tokens,
                                             QFormerConfig(**cfg.connector_args))
+CONNECTORS["instruct"] = lambda cfg: instruct(cfg, InstructConfig(**cfg.connector_args))
 CONNECTORS["resampler"] = lambda cfg: Resampler(width(cfg), cfg.text.hidden_size, cfg.tokens, **cfg.connector_args)
 CONNECTORS["shuffle"] = lambda cfg: ShuffleConnector(cfg.vision.hidden_size, cfg.text.hidden_size,
                                                      group_side(cfg.vision.patches, cfg.tokens))
 CONNECTORS["norm_mlp"] = lambda cfg: NormMLP(width(cfg), cfg.text.hidden_size, **cfg.connector_args)
 CONNECTORS["linear_norm"] = lambda cfg: LinearNorm(width(cfg), cfg.text.hidden_size, **cfg.connector_args)
 CONNECTORS["perceiver"] = lambda cfg: Perceiver(width(cfg), **cfg.connector_args)
-CONNECTORS["patches"] = lambda cfg: PatchConnector(width(cfg), cfg.text.hidden_size)
-CONNECTORS["comm"] = lambda cfg: comm(cfg)
 CONNECTORS["pool"] = lambda cfg: PoolConnector(width(cfg), cfg.text.hidden_size, *sides(cfg.vision.patches, cfg.tokens))
 CONNECTORS["abstractor"] = lambda cfg: Abstractor(width(cfg), cfg.text.hidden_size,
                                                   *sides(cfg.vision.patches, cfg.tokens), **cfg.connector_args)
+CONNECTORS["patches"] = lambda cfg: PatchConnector(width(cfg), cfg.text.hidden_size)
+CONNECTORS["comm"] = lambda cfg: comm(cfg)
 TOWERS = {"internvl_vision": InternViT, "patches": Patches, "qwen_vl_vision": QwenViT}           # model_type -> class
 DECODERS = {"gemma": Gemma, "opt": Opt, "persimmon": Persimmon}                                  # model_type -> class
 DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca: cfg.mask
-VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat}                       # the same keys -> class
+VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat, "instruct": InstructVLM}    # also connectors
 
 
 def build(cfg):
@@ -53,7 +55,13 @@ def build(cfg):
         kind = "mmca"
     tower = TwoTowers(cfg.vision, cfg.second) if cfg.second else build_tower(cfg.vision)
     decoder = DECODERS.get(kind, model.Llama)(cfg.text)
+    kind = cfg.connector if cfg.connector in VLMS else kind
     return VLMS.get(kind, model.VLM)(cfg, tower, CONNECTORS[cfg.connector](cfg), decoder)
+
+
+def instruct(cfg, args):
+    """VLMConfig, InstructConfig -> InstructBLIP's connector"""
+    return InstructQFormer(width(cfg), cfg.text.hidden_size, cfg.tokens, args, args.words(cfg))
 
 
 def width(cfg):

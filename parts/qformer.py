@@ -42,7 +42,10 @@ class QFormerLayer(nn.Module):
 
     def forward(self, x, image, own, seen):
         """x (I Q, E), image (I P, D); own, seen: the key ranges of the queries in x and in image -> (I Q, E)"""
-        x = self.attention_norm.add(x, self.attention(x, x, x, *own))[1]
+        return self.look(self.attention_norm.add(x, self.attention(x, x, x, *own))[1], image, seen)
+
+    def look(self, x, image, seen):
+        """What follows self-attention"""
         if self.cross is not None:
             x = self.cross_norm.add(x, self.cross(x, image, image, *seen))[1]
         return self.mlp_norm.add(x, self.fc2(F.gelu(self.fc1(x))))[1]

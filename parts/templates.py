@@ -1,5 +1,7 @@
 """Prompt templates of other systems, as their own processors write them. They are added to chat.TEMPLATES."""
 
+from functools import partial
+
 import chat
 from chat import IMAGE, Template
 
@@ -13,14 +15,17 @@ def paligemma(p, system, turns):
             p.text(answer, supervised=True).control(p.tok.eos, supervised=True)
 
 
-def blip(p, system, turns):
-    """All images, BOS, the question; a space, the answer, a newline. An empty question asks for a caption."""
+def blip(p, system, turns, newline=True):
+    """All images, BOS, the question; a space, the answer, a newline. An empty question asks for a caption.
+    InstructBLIP has EOS in place of the newline."""
     p.image(sum(user.count(IMAGE) for user, _ in turns) if p.images else 0).control(p.tok.bos)
     for user, answer in turns:
         user = (user.replace(IMAGE, "") if p.images else user).strip()
         p.text(user)
         if answer is not None:
-            p.text(" " * bool(user) + answer + "\n", supervised=True)
+            p.text(" " * bool(user) + answer + "\n" * newline, supervised=True)
+            if not newline:
+                p.control(p.tok.eos, supervised=True)
 
 
 def fuyu(p, system, turns):
@@ -89,4 +94,5 @@ chat.TEMPLATES |= {"llava_v0": Template(llava_v0, _V0, ""), "idefics": Template(
                    "flamingo": Template(flamingo, "", ""), "visualchat": Template(visualchat, "", "")}
 chat.TEMPLATES |= {"paligemma": Template(paligemma, "", ""), "internvl": Template(chat.chatml, "", "<|im_end|>"),
                    "blip": Template(blip, "", "\n"),
+                   "instructblip": Template(partial(blip, newline=False), "", ""),
                    "fuyu": Template(fuyu, "", "")}

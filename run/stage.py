@@ -19,6 +19,7 @@ from formats import configs, llava
 from formats.whole import MANIFEST
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
+from parts import instruct
 from parts.build import image_layout
 from parts.spans import span_ends
 from run import paper, plan
@@ -144,7 +145,7 @@ def prepare(s, world, model, folder, lrs):
     folder    formats.llava.Folder
     lrs       {name of a trained weight: its learning rate}"""
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
-    encode = Encoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system)
+    encode = Encoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system, instruct.reader(folder, cfg))
     samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size,
                     span_ends(cfg))
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)

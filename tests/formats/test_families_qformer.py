@@ -1,4 +1,5 @@
-"""BLIP-2's folders, as test_families.py has others: their processor puts the images first and sees no marker."""
+"""Folders of BLIP-2 and InstructBLIP, as test_families.py has others. Their processors put the image first, without a
+marker in the text; InstructBLIP's gives words for the Q-Former, too."""
 
 import json
 
@@ -16,6 +17,7 @@ from test_model import PARITY, all_logits, pixels
 from data import pack
 from formats import llava
 from generate import Chat, generate
+from parts import instruct
 
 T = pytest.importorskip("transformers")
 EVA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
@@ -34,7 +36,27 @@ def blip2(text):
     return T.Blip2ForConditionalGeneration(config)
 
 
-CASES = {"blip2-opt": lambda: blip2(OPT | {"model_type": "opt"}),
+def instructblip():
+    config = T.InstructBlipConfig(vision_config=EVA, qformer_config=QFORMER, num_query_tokens=Q, image_token_index=3,
+                                  text_config=TEXT | {"model_type": "llama"}, attn_implementation="sdpa")
+    return T.InstructBlipForConditionalGeneration(config)
+
+
+def bert(folder):
+    """A tiny tokenizer of words with [CLS] and [SEP], as BERT's"""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "what", "is", "this", "?", "##s", "cat", "a", "the"]
+    tok = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tok.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    folder.mkdir()
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+        "sep_token": "[SEP]"}))
+
+
+CASES = {"instructblip": instructblip, "blip2-opt": lambda: blip2(OPT | {"model_type": "opt"}),
          "blip2-llama": lambda: blip2(TEXT | {"model_type": "llama", "num_key_value_heads": 2})}
 EXAMPLES = [example(1, model_patches=Q), example(2, images=0, text=14), example(3, images=3, text=5, model_patches=Q)]
 
@@ -47,35 +69,47 @@ def family(request, tmp_path_factory):
     random(theirs).save_pretrained(at)
     make_tokenizer(at)
     (at / "preprocessor_config.json").write_text(json.dumps(PRE))
+    if request.param == "instructblip":
+        bert(at / "qformer_tokenizer")
     mine, folder = llava.load_model(init=at, dtype=torch.float64)
     return at, exact_norms(theirs.double().eval()), mine, folder
 
 
-def their_logits(model, mine, ids, images):
+def seen(mine, folder, ids, labels, images):
+    """One document with images -> what our model sees, what theirs sees"""
+    theirs, reader = {"pixel_values": pixels(images, mine.cfg.vision).double()}, instruct.reader(folder, mine.cfg)
+    if reader:
+        images = reader([(ids, labels)], images)
+        theirs["qformer_input_ids"] = images.words.view(len(images), -1)
+        assert len(images.words) > 2 * len(images)
+    return images, theirs
+
+
+def their_logits(model, mine, folder, ids, labels, images):
     """One document -> its logits (N, V). Their model cannot do without images: text alone goes to its language model"""
     one = torch.tensor([ids])
     with torch.no_grad():
         if not len(images):
             return model.language_model(input_ids=one, attention_mask=torch.ones_like(one)).logits[0]
-        return model(input_ids=one, pixel_values=pixels(images, mine.cfg.vision).double()).logits[0]
+        return model(input_ids=one, **seen(mine, folder, ids, labels, images)[1]).logits[0]
 
 
 def test_logits_are_those_of_transformers(family):
-    _, theirs, mine, _ = family
-    true = torch.cat([their_logits(theirs, mine, ids, images) for ids, _, images in EXAMPLES])
+    _, theirs, mine, folder = family
+    true = torch.cat([their_logits(theirs, mine, folder, *e) for e in EXAMPLES])
     with torch.no_grad():
-        error = (all_logits(mine, pack(EXAMPLES, 8)) - true).abs().max() / true.abs().max()
+        error = (all_logits(mine, pack(EXAMPLES, 8, reader=instruct.reader(folder, mine.cfg))) - true).abs().max() / true.abs().max()
     assert error < PARITY and true.std() > 0.05, error
 
 
 def test_greedy_tokens_are_those_of_transformers(family):
-    _, theirs, mine, _ = family
+    _, theirs, mine, folder = family
     how = dict(max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2, pad_token_id=4)
-    for ids, _, images in EXAMPLES:
+    for ids, labels, images in EXAMPLES:
         one = torch.tensor([ids])
-        seen = {"pixel_values": pixels(images, mine.cfg.vision).double()} if len(images) else {}
-        asked = theirs if seen else theirs.language_model
-        out = asked.generate(input_ids=one, attention_mask=torch.ones_like(one), **seen, **how)
+        images, other = seen(mine, folder, ids, labels, images) if len(images) else (images, {})
+        asked = theirs if other else theirs.language_model
+        out = asked.generate(input_ids=one, attention_mask=torch.ones_like(one), **other, **how)
         answer, = generate(mine, [one[0]], images, {2}, 6)
         assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
 
@@ -105,13 +139,18 @@ def test_transformers_opens_our_folder(family, tmp_path):
         there = T.AutoProcessor.from_pretrained(out, backend="pil")(images=image, text=question, return_tensors="pt")
         assert there["input_ids"][0].tolist() == prompt.tolist()
         assert (there["pixel_values"] - pixels(shown[0], mine.cfg.vision)).abs().max() < 1e-6
+        if asked.reader:
+            words = asked.reader([(prompt.tolist(), [])], shown[0]).words
+            assert there["qformer_input_ids"][0].tolist() == words.tolist() and len(words) == (6 if question else 2)
         with torch.no_grad():
-            batch = pack([(prompt.tolist(), [-100] * len(prompt), shown[0])], 8)
+            batch = pack([(prompt.tolist(), [-100] * len(prompt), shown[0])], 8, reader=asked.reader)
             true = model(**{**there, "pixel_values": pixels(shown[0], mine.cfg.vision).double()}).logits[0]
             assert (all_logits(asked.model, batch) - true).abs().max() < PARITY * true.abs().max()
-    newline = asked.tok.text("\n")[0][-1]
-    assert newline in asked.stop_ids
-    assert {newline, asked.tok.eos} == set(model.language_model.generation_config.eos_token_id)
+    ends, newline = model.language_model.generation_config.eos_token_id, asked.tok.text("\n")[0][-1]
+    if asked.template == "blip":
+        assert newline in asked.stop_ids and {newline, asked.tok.eos} == set(ends)
+    else:
+        assert {ends} == asked.stop_ids == {asked.tok.eos}
 
 
 @pytest.mark.parametrize("parts", [
