@@ -1,0 +1,114 @@
+"""What engine and lora put around a model, for the systems whose decoder or tower is their own: two ranks (one without
+an image), recomputation, torch.compile, 16-bit autocast, LoRA, NF4."""
+
+import pytest
+import torch
+from conftest import fork, train_step
+from part_checks import config, random_model, samples
+from safetensors.torch import load_file, save_file
+from test_cross_attention import flamingo
+from test_distributed import Spy
+from test_model import all_logits, gradients
+from test_two_towers import comm
+
+import engine
+import lora
+from data import pack
+from loss import token_loss
+
+CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)
+MODELS = {"flamingo": flamingo, "idefics": lambda: flamingo("idefics"), "comm": comm,
+          "mmca": lambda: config(mask="mmca", connector="linear_norm")}
+
+
+@pytest.fixture(params=MODELS)
+def kind(request):
+    return request.param
+
+
+def batch(cfg, n=4):
+    return pack(samples(cfg)[:n], 8)
+
+
+def worst(found, truth):
+    """Largest error relative to the largest gradient of its tensor; the true gradient of a key bias is 0"""
+    assert found.keys() == truth.keys()
+    return max(float((found[n] - g).abs().max() / g.abs().max()) for n, g in truth.items() if not n.endswith("k_proj.bias"))
+
+
+@pytest.mark.parametrize("kind", ("flamingo", "mmca", "comm"))
+@pytest.mark.parametrize("wrap", ("ddp", "fsdp"))
+def test_two_ranks_are_one(kind, wrap, tmp_path):
+    """Rank 1 has text alone"""
+    def rank_step(rank):
+        model = random_model(MODELS[kind]())
+        world = engine.World(rank, 2, torch.device("cpu"), torch.float64)
+        engine.choose(model, {"*": 1e-2}, torch.float64)
+        mine = [s for s in samples(model.cfg) if bool(len(s[2])) == (rank == 0)]
+        model = engine.parallelize(model, world, model.blocks, wrap)
+        spy = Spy(model)
+        result = train_step(model, spy, [pack(mine, 8)], token_loss, world, check=True)
+        if rank == 0:
+            save_file({k: g.contiguous() for k, g in spy.seen.items()}, tmp_path / "grads")
+        return result["loss"]
+
+    losses = fork(2, rank_step, tmp_path)
+    model = random_model(MODELS[kind]())
+    total, truth = gradients(model, [batch(model.cfg)])
+    n = int((batch(model.cfg).labels >= 0).sum())
+    assert abs(losses[0] / (total / n) - 1) < 1e-13 and losses[0] == losses[1]
+    assert worst(load_file(tmp_path / "grads"), {k: g / n for k, g in truth.items()}) < 1e-12
+
+
+def same_when(kind, blocks, **how):
+    """Are loss and gradients the same when engine.parallelize changes the blocks that blocks(model) gives?"""
+    model, again = (random_model(MODELS[kind]()) for _ in range(2))
+    loss, truth = gradients(model, [batch(model.cfg)])
+    engine.parallelize(again, CPU, blocks(again), **how)
+    other, found = gradients(again, [batch(model.cfg)])
+    return abs(other / loss - 1) < 1e-13 and worst(found, truth) < 1e-12
+
+
+def test_recomputed(kind):
+    assert same_when(kind, lambda model: model.blocks, recompute="block")
+
+
+@pytest.mark.parametrize("kind, block", {"flamingo": lambda m: m.gated_layers[0], "idefics": lambda m: m.gated_layers[0],
+                                         "mmca": lambda m: m.model.layers[-1]}.items())
+def test_compiled(kind, block, monkeypatch):
+    plain, counters = torch.compile, torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(torch, "compile", lambda forward: plain(forward, backend="aot_eager", fullgraph=True))
+    before = counters["unique_graphs"]
+    assert same_when(kind, lambda model: [block(model.language_model)], recompute="block", compile=True)
+    assert counters["unique_graphs"] == before + 1
+
+
+def test_autocast(kind):
+    """bf16 stays near float32"""
+    model = random_model(MODELS[kind]()).float()
+    for p in model.parameters():
+        p.data *= 0.5
+    with torch.no_grad():
+        exact = all_logits(model, batch(model.cfg))
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = all_logits(model, batch(model.cfg))
+    assert rough.dtype == torch.bfloat16 and (rough - exact).norm() < 0.1 * exact.norm()
+
+
+def test_adapters(kind):
+    """New adapters change nothing, and they and nothing else get a gradient. NF4 leaves the gated blocks as they are"""
+    model = random_model(MODELS[kind]())
+    with torch.no_grad():
+        plain = all_logits(model, batch(model.cfg))
+    names = lora.add_adapters(model, 2, 4, 0.0, "all-linear")
+    assert len(names) == 7 * model.cfg.text.num_hidden_layers
+    with torch.no_grad():
+        assert torch.equal(all_logits(model, batch(model.cfg)), plain)
+    engine.choose(model, {"*.lora_*": 1e-3}, torch.float64)
+    _, grads = gradients(model, [batch(model.cfg)])
+    assert len(grads) == 2 * len(names)
+    other = random_model(MODELS[kind]()).float()
+    assert lora.quantize_base(other) == names
+    with torch.no_grad():
+        rough = all_logits(other, batch(model.cfg))
+    assert 0 < (rough - plain).norm() < 0.5 * plain.norm()
