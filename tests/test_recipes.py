@@ -4,7 +4,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from tiny_runs import SCRIPTS, refusal, run
+from tiny_runs import SCRIPTS, refusal, run, write_whole_tower
 
 import config
 
@@ -30,10 +30,13 @@ def test_the_plan_has_the_size_of_the_paper(name, stage, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_both_stages_train_on_tiny_data(name, world, tmp_path):
+    tower = write_whole_tower(tmp_path / "vision")
     for stage, init in (("align", ""), ("sft", str(tmp_path / "align"))):
         found = {k: x for k, x in values(name, stage, toy=True).items() if k in KEPT}
         if init:
             found |= {"parts": "", "init": init}
+        else:
+            found |= {"vision": str(tower)}
         assert run(stage, world, tmp_path / stage, steps=2, save_every=0, **found) is None
 
 

@@ -1,6 +1,7 @@
 """Runs of the two training scripts on towers and data so small that one takes a few tenths of a second: fixtures for
 `world` (settings) and `aligned` (a finished stage 1) are in conftest.py."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 import train_align
 import train_sft
 from config import Error
+from parts.features import FeatureTower
 
 SCRIPTS = {"align": train_align, "sft": train_sft}
 LORA = dict(lora_r=2, lora_dropout=0.5)
@@ -31,6 +33,22 @@ def write_towers(folder):
         (folder / name / "config.json").write_text(json.dumps(c))
     (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(dict(
         crop_size=v.image_size, size=v.image_size, resample=3, image_mean=v.image_mean, image_std=v.image_std)))
+    return folder
+
+
+def write_whole_tower(folder):
+    """A vision tower with all its blocks and its last norm, as published -> folder"""
+    cfg = dataclasses.replace(tiny_vlm().cfg.vision, feature_layer=-1, feature_norm=True)
+    torch.manual_seed(0)
+    tower = FeatureTower(cfg)
+    for p in tower.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    folder.mkdir()
+    save_file(tower.state_dict(), folder / "model.safetensors")
+    keep = {k: x for k, x in vars(cfg).items() if k not in ("feature_layer", "feature_norm", "keep_class")}
+    (folder / "config.json").write_text(json.dumps(keep))
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(
+        crop_size=cfg.image_size, size=cfg.image_size, resample=3, image_mean=cfg.image_mean, image_std=cfg.image_std)))
     return folder
 
 

@@ -321,7 +321,7 @@ def test_a_wrong_folder_is_one_line(copy, tmp_path, towers, llava_folder):
     (1, dict(quantization_config={"quant_method": "fp8"}), "holds quantised weights (fp8), which"),
     (1, dict(rope_parameters={"rope_theta": 0}), "rope_theta=0 in its"),
     (1, dict(rope_scaling={"type": "linear", "factor": 0}), "'linear' without a number above 0 for factor"),
-    (1, dict(model_type="mamba"), "language model of type 'mamba': llama, mistral, qwen2, qwen3, gemma are supported"),
+    (1, dict(model_type="mamba"), "language model of type 'mamba': llama, mistral, qwen2, qwen3, gemma, persimmon, idefics, opt are supported"),
     (1, dict(hidden_act="gelu"), "language model with hidden_act 'gelu'"),
     (1, dict(rope_scaling={"rope_type": "yarn"}), "rope scaling 'yarn'"),
     (1, dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1),

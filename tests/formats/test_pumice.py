@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import error
-from tiny_runs import refusal, run, state
+from tiny_runs import refusal, run, state, write_whole_tower
 
 from formats import families, llava
 from formats.gguf import export
@@ -16,9 +16,14 @@ PREFIX = "mask=prefix vision.feature_layer=-1 vision.feature_norm=true text.firs
 
 
 @pytest.fixture(scope="module")
-def prefix_run(world, tmp_path_factory):
+def tower(tmp_path_factory):
+    return write_whole_tower(tmp_path_factory.mktemp("tower") / "vision")
+
+
+@pytest.fixture(scope="module")
+def prefix_run(world, tower, tmp_path_factory):
     out = tmp_path_factory.mktemp("prefix") / "align"
-    assert run("align", world, out, parts=PREFIX, connector="linear") is None
+    assert run("align", world, out, parts=PREFIX, connector="linear", vision=str(tower)) is None
     return out
 
 
@@ -46,8 +51,8 @@ def test_parts_of_a_whole_model_are_refused(prefix_run, world, tmp_path):
     assert "brings its own parts" in refusal("sft", world, tmp_path / "x", init=str(prefix_run), parts="mask=causal")
 
 
-def test_a_resumed_run_ends_bit_equal(prefix_run, world, tmp_path):
-    assert run("align", world, tmp_path / "again", parts=PREFIX, connector="linear",
+def test_a_resumed_run_ends_bit_equal(prefix_run, world, tower, tmp_path):
+    assert run("align", world, tmp_path / "again", parts=PREFIX, connector="linear", vision=str(tower),
                resume=str(prefix_run / "checkpoints" / "step_0000004")) is None
     assert state(tmp_path / "again") == state(prefix_run)
 
