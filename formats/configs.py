@@ -163,7 +163,8 @@ def rope_settings(c, length):
         d.setdefault("original_max_position_embeddings", length)
     if lost := [k for k in need[kind] if not d.get(k, 0) > 0]:
         stop(f"rope scaling {kind!r} without a number above 0 for {lost[0]}")
-    if (part := d.get("partial_rotary_factor", c.get("partial_rotary_factor", 1))) != 1:
+    part = d.get("partial_rotary_factor", c.get("partial_rotary_factor", 1))
+    if part != 1 and c.get("model_type") != "persimmon":
         stop(f"partial_rotary_factor={part}: 1 is supported")
     return dict(rope_theta=theta, rope_scaling=d if need[kind] else None)
 
