@@ -75,15 +75,18 @@ def flamingo(p, system, turns):
 
 
 def visualchat(p, system, turns):
-    """DeepSpeed-VisualChat (arXiv 2309.14327, section 3): images are numbered in the whole conversation. These words
-    are text: control tokens in their place made answers worse."""
-    p.control(p.tok.bos).text(system)
+    """DeepSpeed-VisualChat (arXiv 2309.14327, section 3, and utils/data/DST.py of its code): every turn begins with BOS
+    and its images, numbered in the whole conversation. These words are text: as control tokens they made answers worse.
+    """
     images = 0
-    for user, answer in turns:
-        for _ in range(user.count(IMAGE) if p.images else 0):
+    for i, (user, answer) in enumerate(turns):
+        p.control(p.tok.bos).text(system + "\n\n" if system and i == 0 else "")
+        n = user.count(IMAGE) if p.images else 0
+        for _ in range(n):
             images += 1
-            p.text(f"### Image {images}:").image().text("\n")
-        p.text("### Question:" + (user.replace(IMAGE, "") if p.images else user).strip() + "\n### Answer:")
+            p.text(f"### Image {images}:\n").image().text("\n")
+        question = (user.replace(IMAGE, "") if p.images else user).strip()
+        p.text("\n" * bool(n) + f"### Question:\n{question}\n\n### Answer:\n")
         if answer is not None:
             p.text(answer, supervised=True).control(p.tok.eos, supervised=True)
 
@@ -91,7 +94,8 @@ def visualchat(p, system, turns):
 _V0 = ("A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
        "and polite answers to the human's questions.")
 chat.TEMPLATES |= {"llava_v0": Template(llava_v0, _V0, ""), "idefics": Template(idefics, "", "\n"),
-                   "flamingo": Template(flamingo, "", ""), "visualchat": Template(visualchat, "", "")}
+                   "flamingo": Template(flamingo, "", ""),
+                   "visualchat": Template(visualchat, chat.TEMPLATES["llama_3"].system, "")}
 chat.TEMPLATES |= {"paligemma": Template(paligemma, "", ""), "internvl": Template(chat.chatml, "", "<|im_end|>"),
                    "blip": Template(blip, "", "\n"),
                    "instructblip": Template(partial(blip, newline=False), "", ""),

@@ -52,6 +52,7 @@ CASES = {  # name -> (spans, M)
     "images of a ViT": (images(5, 5, 5), 15), "images of other sizes": (images(3, 7, 7, 1), 18),
     "prefix": (prefixes((3, 8), (1, 5), (6, 6)), 19), "image blocks": (image_blocks(), 17),
     "cross-attention": (last_image(), 12),
+    "image keys of MMCA": (spans([0] * 5 + [3] * 3, [0, 0, 2, 3, 3, 3, 3, 4]), 4),    # two documents of 5 and 3 words
     "some rows": (tuple(t[torch.tensor([4, 12, 13, 16])] for t in documents(5, 9, 3)), 17),
     "sliding window": (window((20, 3, 30), 4), 53), "gaps": (GAPS, 20), "all empty": (spans([0] * 4, [0] * 4), 6),
     "unused keys": (spans([0, 0, 5, 5], [3, 3, 8, 8]), 9), "no query": (documents(0), 5),

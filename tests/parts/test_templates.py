@@ -1,0 +1,31 @@
+"""Prompts of systems that have no processor in transformers, as texts; supervised text in [[ ]]."""
+
+import itertools
+
+import pytest
+from conftest import blocks
+
+import chat
+import parts.templates  # noqa: F401
+from formats.tokenizer import Tokenizer
+
+TURNS = [("<image><image>What is this?", "a cat"), ("And this?<image>", "a dog"), ("Yes?", "No.")]
+PROMPTS = {
+    "flamingo": "<s><image><image>Question: What is this? Answer:[[ a cat</s>]]<image>Question: And this? Answer:[[ a dog"
+                "</s>]]Question: Yes? Answer:[[ No.</s>]]",
+    "visualchat": "<s>SYS\n\n### Image 1:\n<image>\n### Image 2:\n<image>\n\n### Question:\nWhat is this?\n\n### Answer:\n"
+                  "[[a cat</s>]]<s>### Image 3:\n<image>\n\n### Question:\nAnd this?\n\n### Answer:\n[[a dog</s>]]<s>### "
+                  "Question:\nYes?\n\n### Answer:\n[[No.</s>]]",
+    "llava_v0": "<s>SYS###Human: <image><image>What is this?###Assistant:[[ a cat</s>]]###Human: <image>\nAnd this?"
+                "###Assistant:[[ a dog</s>]]###Human: Yes?###Assistant:[[ No.</s>]]"}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts(name, bytes_folder):
+    tok = Tokenizer(bytes_folder)
+    ids, labels = chat.encode(tok, name, TURNS, blocks(3, 1), "SYS" if "SYS" in PROMPTS[name] else "")
+    text = ""
+    for supervised, pairs in itertools.groupby(zip(ids, labels), lambda pair: pair[1] >= 0):
+        part = tok.full.decode([i for i, _ in pairs], skip_special_tokens=False)
+        text += f"[[{part}]]" if supervised else part
+    assert text == PROMPTS[name]
