@@ -86,7 +86,8 @@ def add_missing_tokens(spec, names, image_id=None):
 
     pieces = {i: piece for piece, i in vocabulary(spec).items()}
     # Fuyu's image token is an ordinary piece of the vocabulary: make it an added token
-    if image_id in pieces and all(t["id"] != image_id for t in spec["added_tokens"]):
+    plain = image_id in pieces and all(t["id"] != image_id for t in spec["added_tokens"])
+    if plain:
         spec["added_tokens"].append(added_token(image_id, pieces[image_id]))
     added, notes = {t["content"]: t for t in spec["added_tokens"]}, []
     if IMAGE in added:
@@ -99,7 +100,7 @@ def add_missing_tokens(spec, names, image_id=None):
     eos, unknown = token_text(names.get("eos_token")), spec["model"].get("unk_token")
     pad = next((added[n]["id"] for n in (token_text(names.get("pad_token")), PAD, "<|finetune_right_pad_id|>",
                                          "<|endoftext|>") if n in added and n not in (eos, unknown)), None)
-    if pad is None and notes:
+    if pad is None and notes and not plain:
         pad, note = name_token(spec, PAD, lambda t: RESERVED.fullmatch(t["content"]))
         notes.append(note)
     elif pad is None:
