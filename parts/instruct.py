@@ -96,6 +96,8 @@ class InstructConfig(QFormerConfig):
 
 
 class InstructLayer(QFormerLayer):
+    """In the last layer the MLP of the words changes nothing, as nothing reads the words after it. It is published."""
+
     def __init__(self, cfg, D, looks):
         super().__init__(cfg, D, looks)
         E, hidden = cfg.hidden_size, cfg.intermediate_size
@@ -128,7 +130,7 @@ class InstructQFormer(QFormer):
 
     def forward(self, image, words, counts):
         (I, P, _), Q, W, device = image.shape, len(self.query_embedding), len(words), image.device
-        before = counts.cumsum(0) - counts                                                 # (I,) words of earlier images
+        before = counts.cumsum(0) - counts                                                # (I,) words of images before
         images, n = torch.arange(I, device=device), torch.arange(W, device=device)
         asks, told = images.repeat_interleave(Q), images.repeat_interleave(counts, output_size=W)  # image of a token
         at = torch.arange(I * Q, device=device) + before[asks], n + Q * (told + 1)         # places of queries and words

@@ -652,7 +652,7 @@ def test_ranks_share_images_as_well_as_tokens(world, monkeypatch):
     ids = [1] + [I] * Q + [9]
 
     class Encode:
-        layout, max_len = Layout(I, Q), 120
+        layout, max_len, reader = Layout(I, Q), 120, None
 
         def __call__(self, row, size):
             return (ids, [IGNORE, *ids[1:]], [row["image"]], 0) if "image" in row else ([9] * len(ids), ids, [], 0)

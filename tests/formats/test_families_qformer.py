@@ -97,8 +97,9 @@ def their_logits(model, mine, folder, ids, labels, images):
 def test_logits_are_those_of_transformers(family):
     _, theirs, mine, folder = family
     true = torch.cat([their_logits(theirs, mine, folder, *e) for e in EXAMPLES])
+    batch = pack(EXAMPLES, 8, reader=instruct.reader(folder, mine.cfg))
     with torch.no_grad():
-        error = (all_logits(mine, pack(EXAMPLES, 8, reader=instruct.reader(folder, mine.cfg))) - true).abs().max() / true.abs().max()
+        error = (all_logits(mine, batch) - true).abs().max() / true.abs().max()
     assert error < PARITY and true.std() > 0.05, error
 
 
