@@ -9,6 +9,7 @@
     V vocabulary size   D ViT width   n, m patches along the side of an image, before and after resampling
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +26,14 @@ from formats.families import FAMILIES, family_of
 from formats.family import WORDS, family_files, read_names, with_ids, write_names
 from formats.hub import find_folder, find_model, weights_file
 from formats.metadata import metadata
-from formats.names import account, published_tensors, renamed
+from formats.names import account, dino_name, published_tensors, renamed
 from formats.strict_json import read_json
 from formats.tensors import read_tensors, tensor_digest, write_shards
 from formats.tokenizer import Tokenizer
 from formats.whole import commit, write_file
 from model import VLMConfig
 from parts.build import build
+from parts.features import FeatureTower
 from parts.init import init_new
 from parts.settings import apply_parts
 
@@ -40,6 +42,7 @@ LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistra
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
+POSITIONS = "vision_model.embeddings.position_embedding.weight"               # the position table of a vision tower
 LARGER = 4  # limit of an image side, in multiples of the side in training: the number of tokens grows with its square
 
 
@@ -145,11 +148,22 @@ def read_family(folder, c, family):
     return Folder(tok, v, t, pre, {}, meta, words=words), tensors, cfg
 
 
-def read_second(name, tensors):
-    """Add a second vision tower to {our name: tensor} -> its VisionConfig. name: a folder, or a name on the hub"""
+def read_second(name, tensors, side):
+    """Add a second vision tower to {our name: tensor} -> its VisionConfig, for images of this side. name: a folder, or
+    a name on the hub"""
     v, pre, more = read_tower(find_folder(name))
-    tensors |= {k.replace("vision_tower.", "vision_tower.second.", 1): x for k, x in more.items()}
-    return vision_config(v, -2, pre)
+    cfg = vision_config(v, -2, pre)
+    with torch.device("meta"):
+        names = FeatureTower(dataclasses.replace(cfg, feature_layer=-1, feature_norm=True)).state_dict()
+    for k in names:
+        theirs = f"vision_tower.{dino_name(k) if cfg.model_type.startswith('dinov2') else k}"
+        if theirs in more:                                                    # account() reports missing tensors
+            tensors[f"vision_tower.second.{k}"] = more[theirs]
+    table = f"vision_tower.second.{POSITIONS}"
+    if table in tensors and tensors[table].numel() == names[POSITIONS].numel():
+        tensors[table] = resampled(tensors[table].flatten(0, -2), cfg, side)
+    cfg.image_size = side
+    return cfg
 
 
 def is_new(name, cfg, given):
@@ -187,7 +201,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         cfg.text.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
     given, new = cfg.vision, set()
-    apply_parts(cfg, parts, CLASSES, lambda name: read_second(name, tensors))
+    apply_parts(cfg, parts, CLASSES, lambda name: read_second(name, tensors, cfg.vision.image_size))
     if cfg.vision.image_size != given.image_size:                             # parts ask for another size
         side = cfg.vision.image_size
         folder = folder._replace(pre=folder.pre | {"size": {"height": side, "width": side}, "do_center_crop": False})
@@ -204,11 +218,13 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         if not all(v.isfinite() for v in x.aminmax()):                        # 20 times as fast as x.isfinite().all()
             stop(f"{where}: {k} holds values that are not finite")
     if side != cfg.vision.image_size:
-        table = "vision_tower.vision_model.embeddings.position_embedding.weight"
-        tensors[table] = resampled(tensors[table], cfg.vision, side)
         notes.append(f"images of side {side}, the tower was trained on {cfg.vision.image_size}: its positions are "
                      "resampled")
-        cfg.vision.image_size = side
+        for tower, v in (("", cfg.vision), ("second.", cfg.second)):
+            if v:
+                table = f"vision_tower.{tower}{POSITIONS}"
+                tensors[table] = resampled(tensors[table], v, side)
+                v.image_size = side
         with torch.device("meta"):
             model = build(cfg)
     digests = {k: tensor_digest(x) for k, x in tensors.items()}
