@@ -303,7 +303,7 @@ def test_an_unsupported_language_model_is_one_line(c, says):
 
 @pytest.mark.parametrize("c, says", [
     ({"use_swiglu_ffn": True, "model_type": "dinov2"}, "use_swiglu_ffn=True"), ({"num_channels": 4}, "num_channels=4"),
-    ({"image_size": [224, 224]}, "image_size=[224, 224] in its config.json, where int belongs"),
+    ({"image_size": [224, 112]}, "image_size=[224, 112] in its config.json, where int belongs"),
     ({"num_hidden_layers": 1, "feature_layer": 7}, None),
 ])
 def test_an_unsupported_tower_is_one_line(c, says):

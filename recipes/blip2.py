@@ -1,0 +1,36 @@
+"""BLIP-2 (Li et al. 2023, arXiv 2301.12597), second stage: EVA ViT-g, a Q-Former of 32 queries, OPT 2.7B. Tower and
+language model are frozen; the Q-Former, its projection and the tower's last norm train on captions.
+
+Published: under 3 days on 16 A100 for this stage. Not here: the first stage (image-text contrast, matching,
+generation), so the toy's Q-Former starts from nothing, with a trained language model in its second stage.
+
+    python train_sft.py recipes/blip2.py --dry_run            # the plan at the size of the paper
+    torchrun train_align.py recipes/blip2.py --data=toy       # the toy world: both stages
+    torchrun train_sft.py recipes/blip2.py --data=toy
+"""
+
+from model import VLMConfig
+from parts.eva import EvaConfig
+from parts.opt import OptConfig
+
+align = stage == "align"
+connector, template, system, init, out = "mlp", "blip", "", "", f"runs/blip2_{stage}"
+data, vision, llm = "", "EVA ViT-g", "facebook/opt-2.7b"
+train = "multi_modal_projector.*=1e-4 *.post_layernorm.*=1e-4"
+batch_size, max_len, max_tokens, steps, warmup = 1920, 128, 4096, 80_000, 0.025
+paper = dict(
+    model=VLMConfig(EvaConfig(), OptConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
+                                           num_attention_heads=32, num_key_value_heads=32, head_dim=80),
+                    "qformer", tokens=32),
+    samples=129_000_000, images=1, text=32, supervised=20, hours="under 3 days on 16 A100")
+
+if toy:
+    vision, llm, batch_size, max_tokens, warmup = "demo/vit", "demo/llm", 16, 4096, 0.03
+    epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
+    train = "multi_modal_projector.*=2e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
+    parts = ("connector=qformer tokens=12 connector_args.hidden_size=64 connector_args.num_hidden_layers=4 "
+             "connector_args.num_attention_heads=4 connector_args.intermediate_size=256 vision.feature_layer=-1 "
+             "vision.feature_norm=true vision.keep_class=true")
+if not align:
+    init, vision, llm, parts = "runs/blip2_align", "", "", ""
+del align

@@ -1,0 +1,35 @@
+"""MM1 (McKinzie et al. 2024, arXiv 2403.09611): a CLIP ViT-H at 378 px, a C-Abstractor to 144 tokens, a language model
+of 3, 7 or 30 billion. Everything trains, on 45 % captions, 45 % interleaved documents and 10 % text:
+--data=a:.45,b:.45,c:.1
+
+The paper's batches are 512 x 4096 tokens for 200,000 steps. Not here: mixtures of experts, Apple's data and weights.
+Connectors to compare: connector=pool (averages), abstractor, resampler (attention), with the same number of tokens.
+
+    python train_sft.py recipes/mm1.py --dry_run            # the plan at the size of the paper
+    torchrun train_align.py recipes/mm1.py --data=toy       # the toy world: both stages
+    torchrun train_sft.py recipes/mm1.py --data=toy
+"""
+
+from model import TextConfig, VisionConfig, VLMConfig
+
+align = stage == "align"
+connector, template, system, init, out = "mlp", "vicuna_v1", "", "", f"runs/mm1_{stage}"
+data, vision, llm = "", "apple/DFN5B-CLIP-ViT-H-14-378", "a 3B language model"
+train = "*=6e-5" if align else "*=1e-5"
+batch_size, max_len, max_tokens, steps, warmup = 4096, 4096, 4096, 200_000 if align else 10_000, 0.01
+paper = dict(
+    model=VLMConfig(VisionConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+                                 image_size=378, patch_size=14, hidden_act="gelu", feature_layer=-1),
+                    TextConfig(vocab_size=100352, hidden_size=2560, intermediate_size=6912, num_hidden_layers=32,
+                               num_attention_heads=20, num_key_value_heads=20), "abstractor", tokens=144,
+                    connector_args={"width": 1280}),
+    samples=1, images=1, text=368, supervised=368, hours="not published")
+
+if toy:
+    vision, llm, batch_size, max_tokens, warmup = "demo/vit", "demo/llm", 16, 4096, 0.03
+    epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
+    train = "multi_modal_projector.*=5e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
+    parts = "connector=abstractor tokens=9 connector_args.width=64 vision.feature_layer=-1"
+if not align:
+    init, vision, llm, parts = "runs/mm1_align", "", "", ""
+del align
