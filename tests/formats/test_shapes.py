@@ -136,8 +136,9 @@ def accounted(v, t, tensors):
     """As load_model: names and shapes of a folder -> those of the parameters and the unused tensors, by our names"""
     with torch.device("meta"):
         model = VLM(VLMConfig(configs.vision_config(v), configs.text_config(t)))
-    built, unused = names.account(model, names.renamed(meta(tensors), "folder"), "folder", "multi_modal_projector.")
-    want = {k: p.shape for k, p in model.named_parameters() if not k.startswith("multi_modal_projector.")}
+    new = {k for k in model.state_dict() if k.startswith("multi_modal_projector.")}
+    built, unused = names.account(model, names.renamed(meta(tensors), "folder"), "folder", new)
+    want = {k: p.shape for k, p in model.named_parameters() if k not in new}
     assert {k: x.shape for k, x in built.items()} == want
     return {k: tuple(x.shape) for k, x in {**built, **unused}.items()}
 
