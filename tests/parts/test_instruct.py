@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import example
-from part_checks import check_no_images, check_packed, config, random_model, samples
+from part_checks import check_flops, check_no_images, check_packed, config, random_model, samples
 from test_model import TIGHT, gradients
 from tiny_runs import refusal, run, state
 
@@ -60,6 +60,10 @@ def test_the_words_are_those_before_the_first_answer():
 
 def test_packed(model):
     check_packed(model, read(12), dead="layers.2.word_")         # the last layer changes words that nothing reads
+
+
+def test_flops(model):
+    check_flops(model)
 
 
 def test_no_images(model):

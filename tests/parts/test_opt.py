@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import example
-from part_checks import check_cache, check_no_images, check_packed, check_rows, config, random_model
+from part_checks import check_cache, check_flops, check_no_images, check_packed, check_rows, config, random_model
 from test_model import all_logits
 
 from data import pack
@@ -23,6 +23,10 @@ def test_packed(model):
     check_packed(model)
     table = model.language_model.model.embed_positions.weight
     assert len(table) == 42 and not table.grad[:2].any() and table.grad[2:20].any(1).all()
+
+
+def test_flops(model):
+    check_flops(model)
 
 
 def test_no_images(model):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from part_checks import check_cache, check_no_images, check_packed, config, random_model
+from part_checks import check_cache, check_flops, check_no_images, check_packed, config, random_model
 
 from parts.build import build
 from parts.eva import EvaConfig
@@ -26,6 +26,10 @@ def model():
 
 def test_packed(model):
     check_packed(model)
+
+
+def test_flops(model):
+    check_flops(model)
 
 
 def test_no_images(model):

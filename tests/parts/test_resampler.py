@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error, example
-from part_checks import check_cache, check_no_images, check_packed, config, random_model
+from part_checks import check_cache, check_flops, check_no_images, check_packed, config, random_model
 from test_model import TIGHT, all_logits
 
 import engine
@@ -139,6 +139,10 @@ def test_the_tower_is_the_formula(table):
 
 def test_packed(model):
     check_packed(model)
+
+
+def test_flops(model):
+    check_flops(model)
 
 
 def test_no_images(model):
