@@ -4,10 +4,11 @@ from config import stop
 from formats.configs import text_config
 from formats.family import Family
 from formats.metadata import text_part
+from formats.tokenizer import SPEAKER
 from model import VLMConfig
 from parts.patches import PatchesConfig
 
-PATCH, NEWLINE = "|SPEAKER|", "|NEWLINE|"                      # names of the tokens in published tokenizers
+NEWLINE = "|NEWLINE|"                                          # the token at the end of a row of patches
 
 
 def config(c, pre):
@@ -58,15 +59,17 @@ def names(cfg):
 
 
 def published_tokenizer(tok):
-    """tokenizer.json of a formats.tokenizer.Tokenizer in which the placeholder is a piece, as in published folders"""
-    added, model = tok.spec["added_tokens"], tok.spec["model"]
-    if isinstance(model["vocab"], list) and tok.image < len(model["vocab"]):
-        added = [t for t in added if t["id"] != tok.image]
-        vocab = [[PATCH if i == tok.image else piece, score] for i, (piece, score) in enumerate(model["vocab"])]
-        model = model | {"vocab": vocab}
+    """tokenizer.json of a formats.tokenizer.Tokenizer. As in published folders, the placeholder is a piece of the
+    vocabulary like any other, and no added token, if the vocabulary has it."""
+    added, vocab = tok.spec["added_tokens"], tok.spec["model"]["vocab"]
+    if isinstance(vocab, list):                                # Unigram: [[piece, score], ...]
+        piece = tok.image < len(vocab)
+        vocab = [[SPEAKER if i == tok.image else name, score] for i, (name, score) in enumerate(vocab)]
     else:
-        added = [t | {"content": PATCH} if t["id"] == tok.image else t for t in added]
-    return tok.spec | {"post_processor": None, "added_tokens": added, "model": model}
+        piece = tok.image in vocab.values()
+        vocab = {SPEAKER if i == tok.image else name: i for name, i in vocab.items()}
+    added = [t | {"content": SPEAKER} if t["id"] == tok.image else t for t in added if t["id"] != tok.image or not piece]
+    return tok.spec | {"post_processor": None, "added_tokens": added, "model": tok.spec["model"] | {"vocab": vocab}}
 
 
 def files(folder, cfg):

@@ -16,7 +16,7 @@ from config import BadSample, Error, stop
 from formats.sentencepiece import added_token, read_sentencepiece
 from formats.strict_json import read_json
 
-PAD = "<pad>"
+PAD, SPEAKER = "<pad>", "|SPEAKER|"                             # SPEAKER: the image token of Fuyu
 RESERVED = re.compile(r"<\|(image_pad|reserved_special_token_\d+)\|>")  # Qwen and Llama 3 reserve these for later use
 
 
@@ -86,7 +86,7 @@ def add_missing_tokens(spec, names, image_id=None):
 
     pieces = {i: piece for piece, i in vocabulary(spec).items()}
     # Fuyu's image token is an ordinary piece of the vocabulary: make it an added token
-    plain = image_id in pieces and all(t["id"] != image_id for t in spec["added_tokens"])
+    plain = pieces.get(image_id) == SPEAKER and all(t["id"] != image_id for t in spec["added_tokens"])
     if plain:
         spec["added_tokens"].append(added_token(image_id, pieces[image_id]))
     added, notes = {t["content"]: t for t in spec["added_tokens"]}, []

@@ -15,6 +15,10 @@ from test_model import PARITY, all_logits, pixels
 
 from data import pack
 from formats import llava
+from formats.family import published_name
+from formats.fuyu import FUYU
+from formats.internvl import INTERNVL
+from formats.tokenizer import Tokenizer
 from generate import Chat, generate
 from parts.spans import span_ends
 
@@ -180,3 +184,43 @@ def test_transformers_opens_our_folder(family, tmp_path, monkeypatch):
                                     **seen(shown[0], mine.cfg), max_new_tokens=6, do_sample=False)
         answer, = generate(asked.model, [prompt], shown[0], asked.stop_ids, 6, banned=asked.banned)
         assert answer == [i for i in greedy[0, len(prompt):].tolist() if i not in asked.stop_ids]
+
+
+def test_a_user_cannot_type_fuyus_placeholder(tmp_path):
+    """It is a piece of a Unigram model, which finds its pieces in any text."""
+    fuyu(tmp_path)
+    tok = Tokenizer(tmp_path, 3)
+    for text in ("|SPEAKER|", "a<image>|SPEAKER|", "<s>", "</s>"):
+        ids = tok.text(text)[0]
+        assert not {1, 2, 3} & set(ids) and tok.decode(ids).strip() == text
+    assert tok.image == tok.id("<image>") == 3 and "<image>" in tok.notes[0] and len(tok.notes) == 1
+
+
+def test_published_fuyu_has_one_flat_config(tmp_path):
+    """adept/fuyu-8b: no text_config, and the tensors' names without `model.`"""
+    flat = {"architectures": ["FuyuForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "relu2",
+            "hidden_size": 4096, "image_size": 300, "intermediate_size": 16384, "layer_norm_eps": 1e-05,
+            "max_position_embeddings": 16384, "model_type": "fuyu", "num_attention_heads": 64, "num_hidden_layers": 36,
+            "num_channels": 3, "partial_rotary_factor": 0.5, "patch_size": 30, "qk_layernorm": True, "rope_theta": 25000.0,
+            "rope_scaling": None, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 262144}
+    cfg = FUYU.config(flat, {})
+    assert cfg.text == PersimmonConfig() and cfg.vision == PatchesConfig() and cfg.image_token_index == 71011
+    with torch.device("meta"):
+        names = {published_name(n, FUYU.names(cfg))[0] for n in build(cfg).state_dict()}
+    assert {"vision_embed_tokens.weight", "language_model.lm_head.weight", "language_model.model.final_layernorm.bias",
+            "language_model.model.layers.35.self_attn.query_key_value.weight",
+            "language_model.model.layers.0.self_attn.q_layernorm.weight",
+            "language_model.model.layers.0.mlp.dense_4h_to_h.bias"} <= names
+
+
+@pytest.mark.parametrize("family, change, line", [
+    (INTERNVL, {"vision_feature_layer": -4}, "vision_feature_layer=-4: -1 is supported"),
+    (INTERNVL, {"downsample_ratio": 0.3}, "cannot turn 1024 patches"),
+    (INTERNVL, {"vision_config": {"model_type": "clip_vision_model"}}, "type 'clip_vision_model'"),
+    (FUYU, {"text_config": {"model_type": "llama"}}, "type 'llama': 'persimmon' is supported"),
+    (FUYU, {"num_channels": 1}, "num_channels=1: 3 is supported"),
+    (FUYU, {"patch_size": 28}, "no whole patches of side 28")])
+def test_what_is_not_supported_is_said_in_one_line(family, change, line):
+    c = {"vision_config": {}, "text_config": {"model_type": "llama"}} if family is INTERNVL else {}
+    with torch.device("meta"):
+        assert line in error(lambda: build(family.config(c | change, {})))
