@@ -23,12 +23,17 @@ def rows(cfg):
     head = "language_model." + ("model.embed_tokens" if cfg.text.tie_word_embeddings else "lm_head")
     P, Q = cfg.vision.patches, cfg.image_tokens
     seen = P + (cfg.vision.class_token if cfg.vision.keep_class else 0)       # features of an image
+    latents = cfg.connector_args.get("latents", 64)
     return {"vision_tower.*.patch_embedding.weight": ("images", P),
             "vision_tower.*.layers.*": ("images", P + cfg.vision.class_token + cfg.vision.num_register_tokens),
             "multi_modal_projector.*": ("images", Q), "multi_modal_projector.*_embedding*": ("images", 0),
             "multi_modal_projector.*kv_proj.*": ("images", seen),        # three patterns: keys and values of image features
             "multi_modal_projector.attention.[kv]_proj.*": ("images", seen),
             "multi_modal_projector.layers.*.cross.[kv]_proj.*": ("images", seen),
+            "multi_modal_projector.layers.*.linear_*": ("images", latents),                  # a perceiver
+            "multi_modal_projector.layers.*.linear_[kv].*": ("images", seen + latents),
+            "language_model.gated_layers.*": ("tokens", 1),
+            "language_model.gated_layers.*.cross_attn.[kv]_proj.*": ("images", latents),
             "multi_modal_projector.layers.*.word_*": ("images", 0),      # InstructBLIP's words are not counted
             "language_model.model.layers.*": ("tokens", 1),
             f"{last}.self_attn.[qo]_proj.*": ("supervised", 1), f"{last}.mlp.*": ("supervised", 1),

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import error, example
-from part_checks import check_cache, check_no_images, check_packed, check_rows, config, random_model
+from part_checks import check_cache, check_flops, check_no_images, check_packed, check_rows, config, random_model
 from test_model import all_logits
 
 from data import pack
@@ -83,6 +83,10 @@ def test_packed(model):
 
 def test_no_images(model):
     check_no_images(model)
+
+
+def test_flops(model):
+    check_flops(model)
 
 
 def test_only_some_rows(model):

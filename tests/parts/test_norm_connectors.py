@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from part_checks import check_no_images, check_packed, config, random_model
+from part_checks import check_flops, check_no_images, check_packed, config, random_model
 
 from parts.norm_connectors import LinearNorm
 
@@ -19,6 +19,10 @@ def test_packed(model):
 
 def test_no_images(model):
     check_no_images(model)
+
+
+def test_flops(model):
+    check_flops(model)
 
 
 def test_the_eps_of_visualchat():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error
-from part_checks import check_cache, check_no_images, check_packed, config, random_model
+from part_checks import check_cache, check_flops, check_no_images, check_packed, config, random_model
 
 from model import VisionConfig
 from parts.build import build
@@ -78,6 +78,10 @@ def test_packed(model):
 
 def test_no_images(model):
     check_no_images(model)
+
+
+def test_flops(model):
+    check_flops(model)
 
 
 def test_cache(model):
