@@ -68,7 +68,8 @@ def published_tokenizer(tok):
     else:
         piece = tok.image in vocab.values()
         vocab = {SPEAKER if i == tok.image else name: i for name, i in vocab.items()}
-    added = [t | {"content": SPEAKER} if t["id"] == tok.image else t for t in added if t["id"] != tok.image or not piece]
+    own = [t | {"content": SPEAKER} for t in added if t["id"] == tok.image and not piece]
+    added = [t for t in added if t["id"] != tok.image] + own
     return tok.spec | {"post_processor": None, "added_tokens": added, "model": tok.spec["model"] | {"vocab": vocab}}
 
 

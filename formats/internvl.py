@@ -32,7 +32,8 @@ def fits(cfg):
     v, tiles = cfg.vision, cfg.layout
     return (v.model_type == "internvl_vision" and v.feature_layer in (-1, v.num_hidden_layers) and not v.keep_class
             and cfg.connector == "shuffle" and cfg.mask == "causal" and not cfg.text.first_position
-            and tiles.get("kind") == "grid" and tiles.get("thumbnail", True) and not tiles.get("row_end")
+            and tiles.get("kind") == "grid" and tiles.get("thumbnail", True)
+            and not (tiles.get("row_end") or tiles.get("grids"))
             and len(tiles.get("before", ())) == len(tiles.get("after", ())) == 1)
 
 

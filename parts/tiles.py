@@ -12,11 +12,11 @@
 import contextlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from PIL import Image
 
-from config import BadSample
+from config import BadSample, stop
 from images import FORMATS, MAX_PIXELS
 
 
@@ -46,6 +46,7 @@ class Tiles:
     side: int                  # S
     least: int = 1             # fewest tiles of a grid
     most: int = 12             # most tiles of a grid, without the thumbnail
+    grids: tuple = ()          # (columns, rows) to choose from, in place of least and most; MM1: [[2, 2]]
     thumbnail: bool = True
     before: tuple = ()
     after: tuple = ()
@@ -58,7 +59,7 @@ class Tiles:
         would come from the image."""
         best, least_off = (1, 1), math.inf
         sizes = range(1, self.most + 1)
-        grids = [(c, r) for c in sizes for r in sizes if self.least <= c * r <= self.most]
+        grids = self.grids or [(c, r) for c in sizes for r in sizes if self.least <= c * r <= self.most]
         for c, r in sorted(grids, key=lambda grid: grid[0] * grid[1]):
             off = abs(w / h - c / r)
             if off < least_off or off == least_off and w * h > 0.5 * self.side**2 * c * r:
@@ -115,4 +116,9 @@ LAYOUTS = {"grid": Tiles, "rows": Rows}
 def layout(cfg):
     """VLMConfig with a dict `layout` -> Tiles or Rows. The key "kind" says which; the others are fields."""
     settings = dict(cfg.layout)
-    return LAYOUTS[settings.pop("kind")](cfg.image_token_index, cfg.image_tokens, cfg.vision.image_size, **settings)
+    if (kind := settings.pop("kind", None)) not in list(LAYOUTS):
+        stop(f"layout of images of kind {kind!r}: {' or '.join(LAYOUTS)}")
+    Kind = LAYOUTS[kind]
+    if unknown := settings.keys() - {f.name for f in fields(Kind)}:
+        stop(f"layout of images: unknown key {sorted(unknown)[0]!r}")
+    return Kind(cfg.image_token_index, cfg.image_tokens, cfg.vision.image_size, **settings)

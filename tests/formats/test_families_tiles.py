@@ -1,12 +1,12 @@
-"""Families whose images are tiles, InternVL and Fuyu: folders that transformers wrote, read, compared in float64, written
-and opened by transformers."""
+"""Families whose images are tiles, InternVL and Fuyu: folders that transformers wrote, read, compared in float64,
+written, and opened by transformers."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, example, make_tokenizer
+from conftest import WORDS, error, example, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 from test_families import NORMAL, TEXT, exact_norms
@@ -20,6 +20,9 @@ from formats.fuyu import FUYU
 from formats.internvl import INTERNVL
 from formats.tokenizer import Tokenizer
 from generate import Chat, generate
+from parts.build import build
+from parts.patches import PatchesConfig
+from parts.persimmon import PersimmonConfig
 from parts.spans import span_ends
 
 T = pytest.importorskip("transformers")
@@ -49,7 +52,7 @@ def internvl(folder, text, **vision):
 
 
 def fuyu(folder):
-    """-> a tiny Fuyu of transformers with patches of side 6; the same files. Its placeholders are pieces of a Unigram model."""
+    """-> a tiny Fuyu of transformers with patches of side 6; the same files. Its placeholder is a piece of a Unigram"""
     chars = sorted({c for c in WORDS + "|SPEAKRNWLI<>0x4"} - set(" \n"))
     pieces = ["<unk>", "<s>", "</s>", "|SPEAKER|", "|NEWLINE|", *(f"<0x{i:02X}>" for i in range(256)), "▁", *chars,
               *sorted({"▁" + word for word in WORDS.split()})]
@@ -71,8 +74,8 @@ def fuyu(folder):
         "image_processor_type": "FuyuImageProcessor", "size": {"height": 18, "width": 30}, "image_mean": 0.5,
         "image_std": 0.5, "patch_size": {"height": 6, "width": 6}, "resample": 2}))
     text = {k: x for k, x in TEXT.items() if k not in ("head_dim", "num_key_value_heads")}
-    c = T.FuyuConfig(text_config=text | {"model_type": "persimmon", "hidden_act": "relu2"}, patch_size=6, image_token_id=3)
-    return T.FuyuForCausalLM(c)
+    text |= {"model_type": "persimmon", "hidden_act": "relu2"}
+    return T.FuyuForCausalLM(T.FuyuConfig(text_config=text, patch_size=6, image_token_id=3))
 
 
 CASES = {
@@ -84,7 +87,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def family(request, tmp_path_factory):
-    """-> name of the case, its folder as transformers writes it, their model in float64, our model, our folder's parts"""
+    """-> name of the case, its folder as transformers writes it, their model in float64, our model, our Folder"""
     at = tmp_path_factory.mktemp("family")
     theirs = random(CASES[request.param](at))
     for n, p in theirs.named_parameters():
@@ -97,18 +100,17 @@ def family(request, tmp_path_factory):
 
 def as_transformers_asks(out, image, monkeypatch):
     """A question about an image -> input_ids, attention_mask, pixel_values of the family's own processor"""
-    if (out / "chat_template.jinja").exists():                 # InternVL, without its video processor: it wants torchvision
+    if (out / "chat_template.jinja").exists():                 # InternVL. Its video processor needs torchvision
         monkeypatch.setattr(T.InternVLProcessor, "check_argument_for_proper_class", lambda *_: None)
         told = json.loads((out / "processor_config.json").read_text())
         processor = T.InternVLProcessor(T.AutoImageProcessor.from_pretrained(out, backend="pil"),
                                         T.AutoTokenizer.from_pretrained(out), image_seq_length=told["image_seq_length"])
-        text = processor.tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}], tokenize=False,
-            add_generation_prompt=True)
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+        text = processor.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         assert text == "<|im_start|>user\n<IMG_CONTEXT>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
         return processor(images=image, text=text, return_tensors="pt")
     processor = T.AutoProcessor.from_pretrained(out, backend="pil")
-    cut = type(processor.image_processor).patchify_image       # in 5.23 it wants numpy, but the processor gives it tensors
+    cut = type(processor.image_processor).patchify_image       # 5.23 passes tensors to it, but it reads arrays
     monkeypatch.setattr(type(processor.image_processor), "patchify_image",
                         lambda self, image, patch_size: torch.as_tensor(cut(self, image.numpy(), patch_size)[None]))
     there = processor(images=image, text="What is this?", return_tensors="pt", return_legacy_image_output=False)
@@ -164,7 +166,7 @@ def test_transformers_opens_our_folder(family, tmp_path, monkeypatch):
     _, at, theirs, mine, folder = family
     out = tmp_path / "out"
     llava.save_model(out, mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
-    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64, attn_implementation="sdpa")
+    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
     assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     model = exact_norms(model.eval())
     asked = Chat(out, device="cpu", dtype="fp64")
@@ -201,8 +203,8 @@ def test_published_fuyu_has_one_flat_config(tmp_path):
     flat = {"architectures": ["FuyuForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "relu2",
             "hidden_size": 4096, "image_size": 300, "intermediate_size": 16384, "layer_norm_eps": 1e-05,
             "max_position_embeddings": 16384, "model_type": "fuyu", "num_attention_heads": 64, "num_hidden_layers": 36,
-            "num_channels": 3, "partial_rotary_factor": 0.5, "patch_size": 30, "qk_layernorm": True, "rope_theta": 25000.0,
-            "rope_scaling": None, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 262144}
+            "num_channels": 3, "partial_rotary_factor": 0.5, "patch_size": 30, "qk_layernorm": True,
+            "rope_theta": 25000.0, "rope_scaling": None, "tie_word_embeddings": False, "vocab_size": 262144}
     cfg = FUYU.config(flat, {})
     assert cfg.text == PersimmonConfig() and cfg.vision == PatchesConfig() and cfg.image_token_index == 71011
     with torch.device("meta"):

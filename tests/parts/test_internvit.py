@@ -6,7 +6,8 @@ from part_checks import check_no_images, check_packed, config, random_model
 
 from parts.internvit import InternViT, InternViTConfig
 
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=8,
+             patch_size=4)
 KINDS = {"300m": dict(attention_bias=True), "6b": dict(use_qk_norm=True, norm_type="rms_norm", feature_norm=True)}
 
 
@@ -34,9 +35,10 @@ def test_an_image_sees_itself_alone(model):
 
 
 def test_parameters_of_the_published_sizes():
-    """5.5 billion in the 45 layers of InternViT-6B-448px-V1.5, 304 million in InternViT-300M-448px (arXiv 2404.16821)"""
+    """5.5 billion in the 45 layers of InternViT-6B-448px-V1.5, 304 million in InternViT-300M-448px"""
     six = InternViTConfig(hidden_size=3200, intermediate_size=12800, num_hidden_layers=45, num_attention_heads=25,
                           use_qk_norm=True, norm_type="rms_norm")
     with torch.device("meta"):
-        counts = [sum(p.numel() for p in InternViT(c).parameters()) for c in (six, InternViTConfig(attention_bias=True))]
+        towers = InternViT(six), InternViT(InternViTConfig(attention_bias=True))
+        counts = [sum(p.numel() for p in tower.parameters()) for tower in towers]
     assert round(counts[0] / 1e9, 1) == 5.5 and round(counts[1] / 1e6) == 304

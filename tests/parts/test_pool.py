@@ -48,8 +48,8 @@ def test_tokens_are_in_the_order_of_the_grid():
 
 @pytest.mark.parametrize("D, W", [(16, 12), (12, 12)])
 def test_a_block_is_that_of_honeybee(D, W):
-    """RegNet's block on (I, channels, rows, columns) by convolutions. Honeybee takes it from timm; compared by hand, its
-    block and ours agree to 2e-16."""
+    """RegNet's block on (I, channels, rows, columns) by convolutions. Honeybee takes it from timm. (Compared by hand:
+    timm's block and ours agree to 2e-16.)"""
     torch.manual_seed(0)
     block = ConvBlock(D, W).double()
     w = {n: torch.nn.init.normal_(p.data) for n, p in block.named_parameters()}

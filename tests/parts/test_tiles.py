@@ -5,14 +5,16 @@ import random
 
 import numpy as np
 import pytest
-from conftest import make_tokenizer
-from PIL import Image
+from conftest import error, make_tokenizer
+from part_checks import config
+from PIL import Image, ImageColor
 
 import images
 from config import BadSample
 from data import Encoder, Steps
 from formats.tokenizer import Tokenizer
 from images import load_image
+from parts.build import image_layout
 from parts.tiles import Rows, Tiles, image_size
 
 GRID = Tiles(3, 4, 16, most=6, before=[7], after=[8])
@@ -65,6 +67,19 @@ def test_known_grids():
     assert [tiles.grid(*size) for size in sizes] == [(2, 3), (4, 2), (1, 1), (2, 2)]
 
 
+def test_given_grids_are_the_only_ones():
+    """MM1's fine-tuning (arXiv 2403.09611, section 4): every image as 2 x 2 tiles and a whole one, 5 x 144 tokens"""
+    tiles = Tiles(3, 144, 16, grids=[[2, 2]])
+    for w, h in ((16, 16), (500, 3), (3, 500)):
+        assert tiles.block(picture(w, h)) == [3] * 720 and len(tiles.cut(picture(w, h))) == 5
+
+
+def test_layouts_that_do_not_exist():
+    assert "kind None: grid or rows" in error(image_layout, config(layout={"most": 3}))
+    assert "unknown key 'mots'" in error(image_layout, config(layout={"kind": "grid", "mots": 3}))
+    assert image_layout(config(layout={"kind": "grid", "most": 3})) == Tiles(3, 4, 8, most=3)
+
+
 def test_tiles_come_row_by_row_and_the_thumbnail_last():
     colours = ["red", "green", "blue", "white", "black", "yellow"]
     whole = Image.new("RGB", (48, 32))
@@ -72,13 +87,13 @@ def test_tiles_come_row_by_row_and_the_thumbnail_last():
         whole.paste(colour, (i % 3 * 16, i // 3 * 16, i % 3 * 16 + 16, i // 3 * 16 + 16))
     tiles = GRID.cut(whole)
     assert [t.size for t in tiles] == [(16, 16)] * 7
-    assert [t.getcolors() for t in tiles[:6]] == [[(256, Image.new("RGB", (1, 1), c).getpixel((0, 0)))] for c in colours]
+    assert [t.getcolors() for t in tiles[:6]] == [[(256, ImageColor.getrgb(c))] for c in colours]
     assert tiles[6].tobytes() == whole.resize((16, 16), Image.BICUBIC).tobytes()
     assert len(GRID.cut(whole.crop((0, 0, 16, 16)))) == 1
     assert len(Tiles(3, 4, 16, most=6, thumbnail=False).cut(whole)) == 6
 
 
-@pytest.mark.parametrize("layout", [GRID, ROWS, Tiles(3, 4, 16, 1, 6, False, row_end=[9]),
+@pytest.mark.parametrize("layout", [GRID, ROWS, Tiles(3, 4, 16, most=6, thumbnail=False, row_end=[9]),
                                     Tiles(3, 4, 16, 1, 1, before=[7])])
 def test_the_block_has_the_placeholders_of_all_tiles(layout):
     for w, h in ((16, 16), (40, 22), (1, 500), (500, 1), (33, 99), (1, 1)):
