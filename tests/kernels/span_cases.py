@@ -36,6 +36,12 @@ def last_image():
     return ((last - 1) * 4).clamp(min=0).int(), (last * 4).int()
 
 
+def own_image(I, Q, M):
+    """Q-Former and resampler: the Q queries of each of I images read the M features of their image (parts/cross.py)"""
+    lo = torch.arange(I, dtype=torch.int32).repeat_interleave(Q) * M
+    return lo, lo + M
+
+
 def window(lengths, w):
     """A sliding window of w keys inside each document"""
     lo, hi = documents(*lengths)
@@ -51,7 +57,7 @@ CASES = {  # name -> (spans, M)
     "one token": (documents(1), 1), "packed": (documents(3, 1, 9, 4, 4, 4, 17), 42),
     "images of a ViT": (images(5, 5, 5), 15), "images of other sizes": (images(3, 7, 7, 1), 18),
     "prefix": (prefixes((3, 8), (1, 5), (6, 6)), 19), "image blocks": (image_blocks(), 17),
-    "cross-attention": (last_image(), 12),
+    "cross-attention": (last_image(), 12), "queries of images": (own_image(3, 4, 7), 21),
     "image keys of MMCA": (spans([0] * 5 + [3] * 3, [0, 0, 2, 3, 3, 3, 3, 4]), 4),    # two documents of 5 and 3 words
     "some rows": (tuple(t[torch.tensor([4, 12, 13, 16])] for t in documents(5, 9, 3)), 17),
     "sliding window": (window((20, 3, 30), 4), 53), "gaps": (GAPS, 20), "all empty": (spans([0] * 4, [0] * 4), 6),

@@ -52,7 +52,7 @@ def test_full_masked_and_skipped_blocks(spans, M):
     check(spans, M, H=1, G=1)
 
 
-@pytest.mark.parametrize("K", [64, 72])
+@pytest.mark.parametrize("K", [64, 72, 88])
 def test_head_sizes_of_real_models(K):
     check(documents(17, 20), 37, torch.float16, H=2, G=1, K=K)
 
