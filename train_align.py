@@ -33,7 +33,7 @@ class Settings(Common):                          # config.Common: the settings o
 
 def main(s):
     world, model, folder = stage.begin(s, "plain")
-    lrs = engine.choose(model, stage.who_trains(s, {"multi_modal_projector.*": s.lr}), world.dtype, world.device)
+    lrs = engine.choose(model, stage.training_table(s, {"multi_modal_projector.*": s.lr}), world.dtype, world.device)
     run = stage.prepare(s, world, model, folder, lrs)
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def who_trains(s, model):
 
 def main(s):
     world, model, folder = stage.begin(s, "vicuna_v1")
-    lrs = engine.choose(model, stage.who_trains(s, who_trains(s, model)), world.dtype, world.device)
+    lrs = engine.choose(model, stage.training_table(s, who_trains(s, model)), world.dtype, world.device)
     run = stage.prepare(s, world, model, folder, lrs)
 
     # ---- the loop: the same in every stage ---------------------------------------------------------------------------

@@ -28,7 +28,7 @@ A100 = 312e12      # peak FLOP/s in bf16, from the data sheet
 SHARE = 0.4        # share of this peak that training reaches: an assumption, not a measurement
 
 
-def show(s, world, table):
+def print_plan(s, world, table):
     """Print the plan. s: the settings of a recipe with `paper`. table: {name glob: learning rate} of trained weights"""
     facts = s.paper
     cfg, images = facts["model"], facts["images"]

@@ -35,7 +35,7 @@ def begin(s, template):
     world = engine.start(s.device, s.dtype, s.seed)
     choose_kernels(s.kernels, world.device)
     if s.paper and s.dry_run and not s.data:
-        paper.show(s, world, who_trains(s, {}))
+        paper.print_plan(s, world, training_table(s, {}))
         engine.leave()
     if s.data == "toy":
         toy_world(s, world)
@@ -107,7 +107,7 @@ def load(s, world, template):
     return model, folder
 
 
-def who_trains(s, usual):
+def training_table(s, usual):
     """Say which weights train -> {name glob: learning rate}. This is the setting `train`, or, if `train` is empty, the
     table `usual` of the stage."""
     if not s.train:

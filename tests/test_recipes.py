@@ -43,6 +43,8 @@ def test_both_stages_train_on_tiny_data(name, world, tmp_path, monkeypatch):
             found |= {"vision": "demo/vit", "llm": "demo/llm"}
         sizes = {"batch_size": 2, "max_len": 128, "max_tokens": 256, "steps": 2, "save_every": 0}
         assert run(stage, world, tmp_path / stage, **sizes, **found) is None
+    toy = values(name, "align", toy=True)
+    assert not toy.get("steps") and toy["batch_size"] == 16, "the toy's own length"
     logged = [row["loss"] for row in rows(tmp_path / "sft" / "log.jsonl") if "loss" in row]
     assert len(logged) == 2 and all(math.isfinite(loss) for loss in logged)
 
