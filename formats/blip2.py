@@ -44,8 +44,6 @@ def config(c, pre, name="BLIP-2", connector="qformer", Config=QFormerConfig):
         stop(f"{name} without an image_token_index in its config.json: transformers 4.46 and later write one")
     vision = vision_config(v | {"model_type": "blip_2_vision_model"}, -1, pre)
     qformer = typed(Config, "Q-Former", q)
-    if qformer.hidden_size % qformer.num_attention_heads:
-        stop(f"Q-Former of width {qformer.hidden_size} with {qformer.num_attention_heads} heads")
     text = text_config({"model_type": "opt", **(c.get("text_config") or {})})
     return typed(VLMConfig, name, dict(
         vision=vision, text=text, connector=connector, image_token_index=image, tokens=c.get("num_query_tokens", 32),

@@ -77,11 +77,11 @@ def reader(folder, cfg):
     """A model folder (formats.llava.Folder) and its VLMConfig -> Reader, or None where the connector needs no words"""
     if cfg.connector != "instruct":
         return None
-    spec, vocab = folder.words.get("tokenizer.json"), InstructConfig(**cfg.connector_args).words(cfg)
-    if not spec and vocab < len(folder.tok):
-        stop(f"the Q-Former knows {vocab} words, the tokenizer in {folder.tok.folder} has {len(folder.tok)}")
-    return Reader(folder.tok, spec, cfg.image_token_index, cfg.tokens,
-                  InstructConfig(**cfg.connector_args).max_position_embeddings)
+    args, spec = InstructConfig(**cfg.connector_args), folder.words.get("tokenizer.json")
+    if bool(spec) != (args.vocab_size > 0):
+        stop(f"a Q-Former of {args.vocab_size} words (connector_args.vocab_size; 0: those of the language model) "
+             f"{'has' if spec else 'without'} a folder qformer_tokenizer")
+    return Reader(folder.tok, spec, cfg.image_token_index, cfg.tokens, args.max_position_embeddings)
 
 
 # ---- the connector --------------------------------------------------------------------------------------------------

@@ -2,17 +2,17 @@
 marker in the text; InstructBLIP's gives words for the Q-Former, too."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import example, make_tokenizer
+from conftest import error, example, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 from test_families import TEXT, exact_norms
 from test_llava import random, towers  # noqa: F401  (a fixture)
 from test_model import PARITY, all_logits, pixels
-
 
 from data import pack
 from formats import llava
@@ -99,8 +99,8 @@ def test_logits_are_those_of_transformers(family):
     true = torch.cat([their_logits(theirs, mine, folder, *e) for e in EXAMPLES])
     batch = pack(EXAMPLES, 8, reader=instruct.reader(folder, mine.cfg))
     with torch.no_grad():
-        error = (all_logits(mine, batch) - true).abs().max() / true.abs().max()
-    assert error < PARITY and true.std() > 0.05, error
+        off = (all_logits(mine, batch) - true).abs().max() / true.abs().max()
+    assert off < PARITY and true.std() > 0.05, off
 
 
 def test_greedy_tokens_are_those_of_transformers(family):
@@ -152,6 +152,41 @@ def test_transformers_opens_our_folder(family, tmp_path):
         assert newline in asked.stop_ids and {newline, asked.tok.eos} == set(ends)
     else:
         assert {ends} == asked.stop_ids == {asked.tok.eos}
+
+
+@pytest.mark.parametrize(("part", "change", "says"), [
+    ("", {"image_token_index": None}, "without an image_token_index"),
+    ("", {"num_query_tokens": 0}, "a Q-Former of 0 queries"),
+    ("vision_config", {"qkv_bias": False}, "without qkv_bias"),
+    ("qformer_config", {"use_qformer_text_input": True}, "use_qformer_text_input=True"),
+    ("qformer_config", {"hidden_act": "relu"}, "hidden_act='relu'"),
+    ("qformer_config", {"num_attention_heads": 5}, "width 24 with 5 heads"),
+    ("qformer_config", {"hidden_size": "wide"}, "hidden_size='wide'"),
+    ("text_config", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),           # opt-350m
+    ("text_config", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16"),
+    ("text_config", {"activation_function": "gelu"}, "hidden_act 'gelu'")])
+def test_an_unsupported_config_is_one_line(opt_folder, tmp_path, part, change, says):
+    at = shutil.copytree(opt_folder, tmp_path / "x")
+    c = json.loads((at / "config.json").read_text())
+    (c[part] if part else c).update(change)
+    (at / "config.json").write_text(json.dumps(c))
+    assert says in error(llava.load_model, init=at)
+
+
+@pytest.fixture(scope="module")
+def opt_folder(tmp_path_factory):
+    at = tmp_path_factory.mktemp("opt")
+    CASES["blip2-opt"]().save_pretrained(at)
+    make_tokenizer(at)
+    (at / "preprocessor_config.json").write_text(json.dumps(PRE))
+    return at
+
+
+def test_instructblip_needs_its_second_tokenizer(tmp_path):
+    instructblip().save_pretrained(tmp_path / "x")
+    make_tokenizer(tmp_path / "x")
+    (tmp_path / "x" / "preprocessor_config.json").write_text(json.dumps(PRE))
+    assert "without a folder qformer_tokenizer" in error(Chat, tmp_path / "x", device="cpu")
 
 
 @pytest.mark.parametrize("parts", [

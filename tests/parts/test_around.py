@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_cross_attention import flamingo
 from test_distributed import Spy
 from test_instruct import instructblip, read
-from test_model import all_logits, gradients
+from test_model import Syncs, all_logits, gradients
 from test_opt import SIZES as OPT
 from test_qformer import blip2
 from test_resampler import qwen_vl
@@ -95,6 +95,15 @@ def test_compiled(kind, block, monkeypatch):
     before = counters["unique_graphs"]
     assert same_when(kind, lambda model: [block(model.language_model)], recompute="block", compile=True)
     assert counters["unique_graphs"] == before + 1
+
+
+@pytest.mark.parametrize("kind", ("blip2", "qwen_vl", "instructblip"))
+def test_a_step_has_one_host_device_sync(kind):
+    model = random_model(MODELS[kind]())
+    stream = batch(model.cfg)
+    with Syncs() as syncs:
+        model(*stream).backward()
+    assert syncs.names == ["nonzero"]
 
 
 def test_autocast(kind):

@@ -140,9 +140,9 @@ def test_the_folder_of_a_run_answers_by_the_question(aligned):
     assert a.shape == (1, 3, 32) and (a - b).abs().max() > 1e-6
 
 
-def test_a_table_of_too_few_words_is_refused(aligned, world, tmp_path):
-    assert "the Q-Former knows 9 words" in refusal("align", world, tmp_path / "x",
-                                                   parts=PARTS + " connector_args.vocab_size=9")
+def test_words_of_its_own_need_a_tokenizer(world, tmp_path):
+    assert "a Q-Former of 900 words" in refusal("align", world, tmp_path / "x",
+                                                parts=PARTS + " connector_args.vocab_size=900")
 
 
 def test_reader_is_none_for_other_connectors(aligned):
