@@ -16,11 +16,14 @@ import chat
 import config
 from config import BadSample, setting, stop
 from data import Encoder
+from formats.families import FAMILIES
+from formats.family import with_ids
 from formats.rows import Rows
 from formats.strict_json import read_json
 from formats.tokenizer import Tokenizer
 from images import Layout, image_folder, load_image, safe_path
 from kernels.cross_entropy import IGNORE
+from parts.build import image_layout
 
 
 @dataclasses.dataclass
@@ -41,14 +44,20 @@ def encoder(s):
     run = folder.parent if folder.name == "model" else folder
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
     cfg, about = read_json(folder / "config.json", {}), read_json(folder / "pumice.json", {})
-    tok = Tokenizer(folder, cfg.get("image_token_index", cfg.get("image_token_id")))
-    known = about.get("template", "plain")
+    family = FAMILIES.get(cfg.get("model_type"))
+    model = family.config(cfg, read_json(folder / "preprocessor_config.json", {})) if family else None
+    image_id = model.image_token_index if model else cfg.get("image_token_index", cfg.get("image_token_id"))
+    tok = Tokenizer(folder, image_id)
+    known = about.get("template", family.template if family else "plain")
     template = s.template or (known if known != "plain" else "vicuna_v1")
     trained = read_json(run / "config.json", {}).get("settings", {}).get("max_len")
     max_len = s.max_len or trained or config.Common.max_len
     origin = "as set" if s.max_len else f"as {run} was trained" if trained else "the default of train_sft.py"
     print(f"--- template {template}, max_len={max_len} ({origin})")
     layout = Layout(tok.image, cfg.get("image_seq_length", s.image_tokens))
+    if model:
+        model.layout = with_ids(model.layout, tok)
+        layout = image_layout(model)
     return Encoder(tok, template, layout, max_len, about.get("system"))
 
 

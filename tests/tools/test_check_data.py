@@ -111,3 +111,19 @@ def test_what_is_missing_stops_with_one_line(folder):
         assert message in error(check_data.main, args), args
     (folder / "run" / "model" / "config.json").write_text("{")
     assert "config.json: " in error(check_data.main, [good, tok])
+
+
+def test_an_image_is_as_many_tokens_as_its_family_gives_it(folder, capsys):
+    """InternVL: an image of 9 x 7 pixels is one tile, one of 64 x 32 is two and a thumbnail; 4 tokens each"""
+    at = folder / "run" / "model"
+    spec = json.loads((at / "tokenizer.json").read_text("utf-8"))
+    spec["added_tokens"] += [spec["added_tokens"][0] | {"id": len(spec["model"]["vocab"]) + i, "content": t}
+                             for i, t in enumerate(["<img>", "</img>"])]
+    (at / "tokenizer.json").write_text(json.dumps(spec))
+    (at / "config.json").write_text(json.dumps({
+        "model_type": "internvl", "image_token_id": 3, "text_config": {"model_type": "llama"},
+        "vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}))
+    Image.new("RGB", (64, 32)).save(folder / "1.png")
+    assert check(folder, [GOOD[0], GOOD[0] | {"image": "1.png"}]) == 0
+    out = capsys.readouterr().out
+    assert "--- template internvl" in out and "<img>[4 x image]</img>" in out and "<img>[12 x image]</img>" in out
