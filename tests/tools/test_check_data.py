@@ -114,7 +114,7 @@ def test_what_is_missing_stops_with_one_line(folder):
 
 
 def test_an_image_is_as_many_tokens_as_its_family_gives_it(folder, capsys):
-    """InternVL: an image of 9 x 7 pixels is one tile, one of 64 x 32 is two and a thumbnail; 4 tokens each"""
+    """InternVL: an image of 9 x 7 pixels is 4 x 3 tiles and a thumbnail, one of 64 x 32 is 2 x 1; 4 tokens each"""
     at = folder / "run" / "model"
     spec = json.loads((at / "tokenizer.json").read_text("utf-8"))
     spec["added_tokens"] += [spec["added_tokens"][0] | {"id": len(spec["model"]["vocab"]) + i, "content": t}
@@ -126,4 +126,4 @@ def test_an_image_is_as_many_tokens_as_its_family_gives_it(folder, capsys):
     Image.new("RGB", (64, 32)).save(folder / "1.png")
     assert check(folder, [GOOD[0], GOOD[0] | {"image": "1.png"}]) == 0
     out = capsys.readouterr().out
-    assert "--- template internvl" in out and "<img>[4 x image]</img>" in out and "<img>[12 x image]</img>" in out
+    assert "--- template internvl" in out and "<img>[52 x image]</img>" in out and "<img>[12 x image]</img>" in out
