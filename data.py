@@ -34,9 +34,9 @@ class Encoder:
     """Turns a row of a data file into ids, labels and image names: a sample without its pixels."""
 
     def __init__(self, tok, template, layout, max_len, system=None, reader=None):
-        """layout: images.Layout, or an object with the same methods"""
-        self.tok, self.template, self.layout, self.max_len, self.system = tok, template, layout, max_len, system
-        self.reader = reader                                   # of instructions, for InstructBLIP (parts/instruct.py)
+        """layout: images.Layout, or an object with the same methods; reader: of instructions (parts/instruct.py)"""
+        self.tok, self.template, self.layout, self.max_len = tok, template, layout, max_len
+        self.system, self.reader = system, reader
         try:
             self.encode([("?", "!")])
         except BadSample as e:
@@ -82,8 +82,7 @@ class Batch(NamedTuple):
 
 def pack(samples, side, span_ends=None, reader=None):
     """Samples [(ids, labels, images (n, 3, side, side) uint8)] -> one Batch. Labels are shifted by one within each
-    sample, so the last token of a sample does not predict the first token of the next sample. span_ends: a function
-    that gives `hi` (parts/spans.py); None = causal attention"""
+    sample, so no sample predicts the next one. span_ends: function that gives `hi` (parts/spans.py); None = causal"""
     lengths = torch.tensor([len(ids) for ids, _, _ in samples], dtype=torch.long)
     ids = torch.tensor([i for ids, _, _ in samples for i in ids], dtype=torch.long)
     labels = torch.tensor([y for _, labels, _ in samples for y in [*labels[1:], IGNORE]], dtype=torch.long)

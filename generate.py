@@ -4,8 +4,7 @@
     chat = Chat("runs/sft")                                  # a run, any LLaVA folder, or a PEFT adapter
     print(chat.ask("cat.jpg", "What is this?"))
 
-    B prompts   L maximum tokens per conversation   I images   Q placeholders per image   V vocabulary   S image side
-    N input tokens of a forward pass
+    B prompts   L maximum tokens per conversation   N input tokens of a forward pass   I images   S side   V vocabulary
 """
 
 import sys
@@ -136,11 +135,9 @@ class Chat:
 
     def look(self, images):
         """Load images (path, PIL) -> two lists: the tiles (n, 3, S, S) uint8 of each image; its ids in the prompt"""
-        pixels, blocks = [], []
-        for image in map(load_image, images):
-            pixels.append(torch.stack([preprocess(tile, self.spec) for tile in self.layout.cut(image)]))
-            blocks.append(self.layout.block(image))
-        return pixels, blocks
+        images = [load_image(image) for image in images]
+        tiles = [torch.stack([preprocess(tile, self.spec) for tile in self.layout.cut(image)]) for image in images]
+        return tiles, [self.layout.block(image) for image in images]
 
     def prompt(self, turns, blocks=()):
         """Encode turns [(user text, assistant text)], the last (text, None). blocks: from look() -> tensor of ids"""
