@@ -93,7 +93,7 @@ def ask(chat, rows, names, images, max_new_tokens):
     for i, (row, name) in enumerate(zip(rows, names)):
         try:
             shown, blocks = chat.look([safe_path(images, name)] if name else [])                    # [(tiles, 3, S, S)]
-            prompts.append(chat.prompt([(with_marker(row["text"], len(blocks)), None)], blocks))    # (ids,)
+            prompts.append(chat.prompt([(with_marker(row["text"], len(blocks)), None)], blocks))    # ids (N,)
         except BadSample as e:
             print(f"question {row['question_id']}: {e}; counted as wrong", file=sys.stderr)
             continue

@@ -9,9 +9,9 @@ conversations of different lengths, and the same trained parameters. A row is on
     theirs+sorted    puts conversations of similar length in one batch, so there is less padding
 On both sides the vision tower is frozen and runs without an autograd graph.
 
-Every measurement has its own process. Processes of ours and theirs alternate, and a ratio compares neighbours. On a CPU
-the time is CPU time (user + system) of one thread, which depends little on the load of the machine. On a GPU it is the
-time between two events.
+Every measurement has its own process. Processes of ours and theirs alternate. Each ratio is of two processes that
+ran one after the other. On a CPU the time is CPU time (user + system) of one thread, which depends little on the load of the machine. On a GPU it is the
+time between two CUDA events, before and after the step.
 """
 
 import contextlib
@@ -203,7 +203,7 @@ def measure(name, side, steps, size="full", device="cpu"):
                 raise
             took = None
         if took is None:                                      # out of memory: start again with smaller micro-batches
-            part, seconds, losses = part / 2, [], losses[:1]  # the first loss stays: no update came before it
+            part, seconds, losses = part / 2, [], losses[:1]  # keep the first loss: it is of the initial weights
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             continue
@@ -310,7 +310,8 @@ def main(s, args):
         f"medians over {s.repeats} processes; ratios are of pairs, least and most in brackets.\n")
 
     def once(name, side):
-        """Measure "ours", one peer or "ceilings" in a new process. Return the result, or None if it failed."""
+        """Measure one side of row `name` in a new process. Return the result, or None if it failed. side: "ours", a
+        peer, or "ceilings" (the highest speeds of this device)"""
         left = end - time.time()
         if left < 1:
             failed[name, side] = f"not begun within {s.seconds:.0f} s"

@@ -42,7 +42,7 @@ CONNECTORS["comm"] = lambda cfg: comm(cfg)
 TOWERS = {"internvl_vision": InternViT, "patches": Patches, "qwen_vl_vision": QwenViT}           # model_type -> class
 DECODERS = {"gemma": Gemma, "opt": Opt, "persimmon": Persimmon}                                  # model_type -> class
 DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca: cfg.mask
-VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat, "instruct": InstructVLM}    # also connectors
+VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat, "instruct": InstructVLM}    # or connector
 
 
 def build(cfg):
@@ -56,12 +56,20 @@ def build(cfg):
     tower = TwoTowers(cfg.vision, cfg.second) if cfg.second else build_tower(cfg.vision)
     decoder = DECODERS.get(kind, model.Llama)(cfg.text)
     kind = cfg.connector if cfg.connector in VLMS else kind
-    return VLMS.get(kind, model.VLM)(cfg, tower, CONNECTORS[cfg.connector](cfg), decoder)
+    return VLMS.get(kind, model.VLM)(cfg, tower, build_connector(cfg), decoder)
 
 
 def instruct(cfg, args):
     """VLMConfig, InstructConfig -> InstructBLIP's connector"""
     return InstructQFormer(width(cfg), cfg.text.hidden_size, cfg.tokens, args, args.words(cfg))
+
+
+def build_connector(cfg):
+    """VLMConfig -> connector. Stops at a setting in connector_args that the connector does not have."""
+    try:
+        return CONNECTORS[cfg.connector](cfg)
+    except TypeError as e:
+        stop(f"connector={cfg.connector} with connector_args={cfg.connector_args}: {e}")
 
 
 def width(cfg):

@@ -161,7 +161,7 @@ class Flamingo(VLM):
         seen = torch.stack(last_image(marker, pos, z.shape[1]))                # (2, N)
         if cache is not None:
             chat = cache.slot // cache.L                                       # (N,) the conversation of each token
-            if self in cache.kv:                                               # an answer sees the last image so far
+            if self in cache.kv:                       # generated tokens see the last image of their prompt
                 seen = cache.kv[self][:, chat]
             else:
                 cache.kv[self] = seen.new_zeros(2, cache.B).scatter_reduce(1, chat.expand(2, -1), seen, "amax")

@@ -53,7 +53,7 @@ class Reader:
     """([(ids, labels, ...)] of conversations, pixels of all their images) -> Instructed"""
 
     def __init__(self, tok, spec, image_id, Q, longest):
-        """spec: content of the Q-Former's tokenizer.json; None: it has the words of the language model"""
+        """spec: content of the Q-Former's tokenizer.json; None: it uses the tokenizer of the language model"""
         self.tok, self.image_id, self.Q, self.longest = tok, image_id, Q, longest
         self.words = spec and tokenizers.Tokenizer.from_str(json.dumps(spec | {"padding": None, "truncation": None}))
         if self.words:
@@ -96,7 +96,8 @@ class InstructConfig(QFormerConfig):
 
 
 class InstructLayer(QFormerLayer):
-    """In the last layer the MLP of the words changes nothing, as nothing reads the words after it. It is published."""
+    """In the last layer, the MLP of the words has no effect, because nothing reads the words after it. It is built all
+    the same: the published model has weights for it."""
 
     def __init__(self, cfg, D, looks):
         super().__init__(cfg, D, looks)

@@ -17,7 +17,7 @@ from model import LinearConnector, VisionConfig
 class PatchesConfig(VisionConfig):
     model_type: str = "patches"
     hidden_size: int = 2700                  # 3 S^2
-    num_hidden_layers: int = 1               # feature layer 0: no block is built
+    num_hidden_layers: int = 1               # no block is built, because feature_layer is 0
     image_size: int = 30
     patch_size: int = 30
     feature_layer: int | tuple = 0

@@ -32,7 +32,7 @@ def image_size(source):
                 image.load()
             turned = False
             with contextlib.suppress(Exception):               # broken EXIF: load_image does not turn the image
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)    # these orientations exchange the sides
+                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)    # these swap width and height
             return image.size[::-1] if turned else image.size
     except Exception as e:                                     # Pillow raises many exception types on a broken file
         raise BadSample("image cannot be read", f"{os.path.basename(source)!r} ({type(e).__name__})") from None
