@@ -187,8 +187,11 @@ def test_a_new_one_has_the_published_positions_which_never_train(model):
     (dict(tokens=5), "tokens=5: its queries form a square"),
     (dict(tokens=0), "tokens=0: its queries form a square"),
     (dict(connector_args={}), "width 32 with 0 heads"),
-    (dict(connector_args={"heads": 3}), "width 32 with 3 heads")])
-def test_a_resampler_that_cannot_be_is_refused(change, says):
+    (dict(connector_args={"heads": 3}), "width 32 with 3 heads"),
+    (dict(connector_args={"depth": 3}), "unexpected keyword argument 'depth'"),
+    (dict(connector="qformer"), "unexpected keyword argument 'heads'"),
+    (dict(connector="qformer", connector_args={}, tokens=0), "a Q-Former of 0 queries")])
+def test_a_connector_that_cannot_be_is_refused(change, says):
     cfg = qwen_vl()
     vars(cfg).update(change)
     assert says in error(build, cfg)

@@ -1,4 +1,5 @@
-"""Prompts of systems that have no processor in transformers, as texts; supervised text in [[ ]]."""
+"""Whole conversations of systems whose processor in transformers writes prompts alone, or that have none, as texts;
+supervised text in [[ ]]."""
 
 import itertools
 
@@ -11,6 +12,8 @@ from formats.tokenizer import Tokenizer
 
 TURNS = [("<image><image>What is this?", "a cat"), ("And this?<image>", "a dog"), ("Yes?", "No.")]
 PROMPTS = {
+    "blip": "<image><image><image><s>What is this?[[ a cat\n]]And this?[[ a dog\n]]Yes?[[ No.\n]]",
+    "instructblip": "<image><image><image><s>What is this?[[ a cat</s>]]And this?[[ a dog</s>]]Yes?[[ No.</s>]]",
     "flamingo": "<s><image><image>Question: What is this? Answer:[[ a cat</s>]]<image>Question: And this? Answer:[[ a dog"
                 "</s>]]Question: Yes? Answer:[[ No.</s>]]",
     "visualchat": "<s>SYS\n\n### Image 1:\n<image>\n### Image 2:\n<image>\n\n### Question:\nWhat is this?\n\n### Answer:\n"
