@@ -9,9 +9,9 @@ conversations of different lengths, and the same trained parameters. A row is on
     theirs+sorted    puts conversations of similar length in one batch, so there is less padding
 On both sides the vision tower is frozen and runs without an autograd graph.
 
-Every measurement has its own process. Processes of ours and theirs alternate. Each ratio is of two processes that
-ran one after the other. On a CPU the time is CPU time (user + system) of one thread, which depends little on the load of the machine. On a GPU it is the
-time between two CUDA events, before and after the step.
+Every measurement has its own process. Processes of ours and theirs alternate. Each ratio is of two processes that ran
+one after the other. On a CPU the time is CPU time (user + system) of one thread, which depends little on the load of
+the machine. On a GPU it is the time between two CUDA events, before and after the step.
 """
 
 import contextlib
