@@ -55,7 +55,10 @@ def build(cfg):
         kind = "mmca"
     tower = TwoTowers(cfg.vision, cfg.second) if cfg.second else build_tower(cfg.vision)
     decoder = DECODERS.get(kind, model.Llama)(cfg.text)
-    kind = cfg.connector if cfg.connector in VLMS else kind
+    if cfg.connector in VLMS:
+        if kind in VLMS:
+            stop(f"connector={cfg.connector} with a language model or mask of type {kind!r}: they exclude each other")
+        kind = cfg.connector
     return VLMS.get(kind, model.VLM)(cfg, tower, build_connector(cfg), decoder)
 
 

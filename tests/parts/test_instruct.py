@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import example
+from conftest import error, example
 from part_checks import check_flops, check_no_images, check_packed, config, random_model, samples
 from test_model import TIGHT, gradients
 from tiny_runs import refusal, run, state
@@ -12,6 +12,7 @@ from tiny_runs import refusal, run, state
 from data import pack
 from formats import llava
 from generate import Chat
+from parts.build import build
 from parts.eva import EvaConfig
 from parts.instruct import Instructed, Reader, placed, reader
 
@@ -108,6 +109,12 @@ def test_images_without_words_are_images_with_empty_instructions(model):
     images, none = example(1)[2], torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         assert torch.equal(model.image_features(images), model.image_features(Instructed(images, none[:0], none)))
+
+
+def test_mmca_is_refused():
+    cfg = instructblip()
+    cfg.mask = "mmca"
+    assert "connector=instruct with a language model or mask of type 'mmca'" in error(build, cfg)
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
