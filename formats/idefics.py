@@ -67,6 +67,11 @@ def names(cfg):
     return NAMES
 
 
+def first_rows(cfg):
+    """-> rows of the first tables. A new model has no second ones."""
+    return min(cfg.text.base_vocab, cfg.text.vocab_size)
+
+
 def read(tensors, cfg):
     """Join the tables, and give gates of shape (1, 1, C) the shape (C,)"""
     out = {k: x.flatten() if ".alpha_" in k else x for k, x in tensors.items()}
@@ -82,7 +87,7 @@ def write(tensors, cfg):
     D, wide = cfg.vision.hidden_size, cfg.text.gate_width > 1
     out = {f"{TOWER}post_layernorm.weight": torch.ones(D), f"{TOWER}post_layernorm.bias": torch.zeros(D)}
     out |= {k: x[None, None] if wide and ".alpha_" in k else x for k, x in tensors.items()}
-    n = cfg.text.base_vocab
+    n = first_rows(cfg)
     for name, more in TABLES if n < cfg.text.vocab_size else ():
         if name in out:
             out[name], out[more] = out[name][:n], out[name][n:]
@@ -98,7 +103,7 @@ def files(folder, cfg):
     return {"config.json": {k: getattr(t, k) for k in kept} | {
         "architectures": ["IdeficsForVisionText2Text"], "model_type": "idefics", "hidden_act": "silu",
         "bos_token_id": folder.tok.bos, "eos_token_id": folder.tok.eos, "image_token_id": cfg.image_token_index,
-        "vocab_size": t.base_vocab, "additional_vocab_size": t.vocab_size - t.base_vocab,
+        "vocab_size": first_rows(cfg), "additional_vocab_size": t.vocab_size - first_rows(cfg),
         "rope_theta": t.rope_theta, "rope_scaling": t.rope_scaling,
         "alpha_type": "vector" if t.gate_width > 1 else "float", "cross_layer_interval": t.cross_every,
         "qk_layer_norms": t.cross_qk_norm, "use_resampler": True,

@@ -1,6 +1,8 @@
 """VipLlava and Idefics: folders that transformers wrote, read, compared in float64, written, opened by transformers."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,7 +50,7 @@ def idefics(**fields):
 
 
 CASES = {"vipllava": vipllava, "vipllava, one layer": lambda: vipllava((-2,)), "idefics": idefics,
-         "idefics 80b": lambda: idefics(qk_layer_norms=True, alpha_type="vector"),
+         "idefics 80b": lambda: idefics(qk_layer_norms=True, alpha_type="vector", vocab_size=690),
          "idefics, tied": lambda: idefics(tie_word_embeddings=True)}
 ONLY_IDEFICS = pytest.mark.parametrize("family", [c for c in CASES if c.startswith("idefics")], indirect=True)
 
@@ -59,7 +61,8 @@ def family(request, tmp_path_factory):
     at = tmp_path_factory.mktemp("family")
     theirs, pre = CASES[request.param]()
     random(theirs).save_pretrained(at)
-    tok = tokenizers.Tokenizer.from_file(str(make_tokenizer(at) / "tokenizer.json"))
+    kind = "pieces" if request.param == "idefics 80b" else "bytes"
+    tok = tokenizers.Tokenizer.from_file(str(make_tokenizer(at, kind) / "tokenizer.json"))
     tok.add_special_tokens([FAKE])
     tok.save(str(at / "tokenizer.json"))
     (at / "preprocessor_config.json").write_text(json.dumps(pre))
@@ -204,4 +207,31 @@ def test_tokens_of_idefics_prompts(family):
     fake = folder.tok.id(FAKE)
     ids, labels = chat.encode(folder.tok, "idefics", [("<image><image> and <image>", "a cat")], [[3]] * 3)
     assert [i for i in ids if i in (3, fake)] == [fake, 3, fake, 3, fake, fake, 3, fake]
-    assert folder.tok.decode([y for y in labels if y >= 0]) == " a cat\n"
+    assert folder.tok.decode([y for y in labels if y >= 0]).lstrip(" ") == "a cat\n"
+
+
+@pytest.mark.parametrize("family", [c for c in CASES if c.startswith("vipllava")], indirect=True)
+def test_without_the_blocks_after_the_last_layer(family, tmp_path):
+    """A tower that ends at its last feature layer, without a last norm: -2 of three blocks becomes 2"""
+    name, at, theirs, mine, folder = family
+    _, model, _ = opened((name, at, theirs, mine, folder._replace(unused={})), tmp_path)
+    assert model.config.vision_feature_layer == ([-2, 1, -1] if mine.cfg.vision.depth == 3 else 2)
+    ids, _, images = examples(mine)[2]
+    true = their_logits(theirs, mine, ids, images)
+    assert (their_logits(model, mine, ids, images) - true).abs().max() < PARITY * true.abs().max()
+
+
+@ONLY_IDEFICS
+def test_a_new_model_has_one_vocabulary(family, tmp_path):
+    """Made of parts, from a tower without a last norm"""
+    name, at, theirs, mine, folder = family
+    cfg = copy.deepcopy(mine.cfg)
+    cfg.text.base_vocab = 32000
+    out, model, _ = opened((name, at, theirs, SimpleNamespace(cfg=cfg, state_dict=mine.state_dict),
+                            folder._replace(unused={})), tmp_path)
+    assert model.config.additional_vocab_size == 0
+    ids, _, images = examples(mine)[0]
+    true = their_logits(theirs, mine, ids, images)
+    assert (their_logits(model, mine, ids, images) - true).abs().max() < PARITY * true.abs().max()
+    again, _ = llava.load_model(init=out, dtype=torch.float64)
+    assert again.cfg.image_token_index == 3 and again.cfg.text.base_vocab == cfg.text.vocab_size

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import error, example
 from part_checks import check_cache, check_flops, check_no_images, check_packed, check_rows, config, random_model
 from test_model import all_logits
@@ -11,7 +12,7 @@ from test_model import all_logits
 from data import pack
 from model import Llama
 from parts.build import build
-from parts.cross_attention import FlamingoConfig, IdeficsConfig, last_image
+from parts.cross_attention import FlamingoConfig, GatedBlock, IdeficsConfig, last_image
 from parts.init import init_new
 
 SIZES = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -50,6 +51,27 @@ def test_a_token_sees_the_last_image_alone(model):
         a, b = (all_logits(model, pack([(ids, [-100] * 9, x)], 8)) for x in (images, other))
     moved = (a != b).any(1).tolist()
     assert moved == [False] + [True] * 4 + [False] * 4
+
+
+def test_the_papers_block_is_the_formula():
+    """x + tanh(a) attention(norm(x), z), x + tanh(b) relu(norm(x) A)^2 B; two latents per image, token 0 sees none"""
+    torch.manual_seed(0)
+    block = GatedBlock(FlamingoConfig(**SIZES)).double()
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, z = torch.randn(4, 32, dtype=torch.float64), torch.randn(4, 32, dtype=torch.float64)
+    seen = [(0, 0), (0, 2), (2, 4), (2, 4)]
+    a, y = block.cross_attn, F.layer_norm(x, (32,), block.input_layernorm.weight, block.input_layernorm.bias)
+    q, k, v = ((w.weight @ t.T).T.view(4, 4, 8) for w, t in ((a.q_proj, y), (a.k_proj, z), (a.v_proj, z)))
+    out = torch.zeros(4, 4, 8, dtype=torch.float64)
+    for i, (lo, hi) in enumerate(seen):
+        p = (torch.einsum("hk,jhk->hj", q[i], k[lo:hi]) / 8**0.5).softmax(-1)
+        out[i] = torch.einsum("hj,jhk->hk", p, v[lo:hi])
+    true = x + block.alpha_cross_attn.tanh() * (out.flatten(1) @ a.o_proj.weight.T)
+    y = F.layer_norm(true, (32,), block.post_attention_layernorm.weight, block.post_attention_layernorm.bias)
+    true = true + block.alpha_dense.tanh() * (F.relu(y @ block.mlp.up_proj.weight.T) ** 2 @ block.mlp.down_proj.weight.T)
+    lo, hi = torch.tensor(seen, dtype=torch.int32).T.contiguous()
+    assert (block(x, z, lo, hi) - true).abs().max() < 1e-13
 
 
 def test_closed_gates_give_the_bare_language_model(model):
