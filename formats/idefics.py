@@ -1,6 +1,6 @@
-"""Folders of Idefics, the open Flamingo (arXiv 2306.16527): CLIP with its class token, a perceiver resampler, Llama with
-gated blocks. transformers keeps the last rows of the embedding and of the head, those of new tokens, as tables of
-their own; here, each is one table."""
+"""Folders of Idefics (arXiv 2306.16527), a Flamingo with open weights: CLIP with its class token, a perceiver resampler,
+and a Llama with gated blocks. transformers keeps the last rows of the embedding and of the head, those of new tokens,
+in two further tables. Here, the embedding is one table, and so is the head."""
 
 import torch
 
@@ -107,7 +107,8 @@ def files(folder, cfg):
         "rope_theta": t.rope_theta, "rope_scaling": t.rope_scaling,
         "alpha_type": "vector" if t.gate_width > 1 else "float", "cross_layer_interval": t.cross_every,
         "qk_layer_norms": t.cross_qk_norm, "use_resampler": True,
-        "vision_config": {"model_type": "idefics_vision", "embed_dim": v.hidden_size} | {k: getattr(v, k) for k in tower},
+        "vision_config": {k: getattr(v, k) for k in tower} | {
+            "model_type": "idefics_vision", "embed_dim": v.hidden_size},
         "perceiver_config": {
             "model_type": "idefics_perciever", "use_resampler": True, "resampler_n_latents": p["latents"],
             "resampler_depth": p["depth"], "resampler_n_heads": p["heads"], "resampler_head_dim": p["head_dim"],

@@ -91,8 +91,8 @@ def visualchat(p, system, turns):
             p.text(answer, supervised=True).control(p.tok.eos, supervised=True)
 
 
-_V0 = ("A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-       "and polite answers to the human's questions.")
+_V0 = ("A chat between a curious human and an artificial intelligence assistant. "
+       "The assistant gives helpful, detailed, and polite answers to the human's questions.")
 chat.TEMPLATES |= {"llava_v0": Template(llava_v0, _V0, ""), "idefics": Template(idefics, "", "\n"),
                    "flamingo": Template(flamingo, "", ""),
                    "visualchat": Template(visualchat, chat.TEMPLATES["llama_3"].system, "")}

@@ -57,7 +57,7 @@ ONLY_IDEFICS = pytest.mark.parametrize("family", [c for c in CASES if c.startswi
 
 @pytest.fixture(scope="module", params=CASES)
 def family(request, tmp_path_factory):
-    """-> name of the case, its folder as transformers writes it, their model in float64, our model, our folder's parts"""
+    """-> name of the case, its folder as transformers writes it, their model in float64, our model and Folder"""
     at = tmp_path_factory.mktemp("family")
     theirs, pre = CASES[request.param]()
     random(theirs).save_pretrained(at)
@@ -148,14 +148,14 @@ def test_transformers_opens_our_folder(family, tmp_path):
     shown, blocks = asked.look([image] * 2)
     if name.startswith("idefics"):
         prompt = asked.prompt([("<image><image>What is this?", "a cat"), ("Is it black?", None)], blocks)
-        there = processor(text=[["User:", image, image, "What is this?\nAssistant: a cat\nUser: Is it black?\nAssistant:"]],
-                          return_tensors="pt")
+        said = "What is this?\nAssistant: a cat\nUser: Is it black?\nAssistant:"
+        there = processor(text=[["User:", image, image, said]], return_tensors="pt")
         mask = seen(mine, prompt.tolist(), torch.cat(shown))["image_attention_mask"]
         assert torch.equal(there["image_attention_mask"].bool(), mask)
     else:
         prompt = asked.prompt([("<image>\n<image>\nWhat is this?", "a cat"), ("Is it black?", None)], blocks)
         text = processor.apply_chat_template([
-            {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is this?"}]},
+            {"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "What is this?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
             {"role": "user", "content": [{"type": "text", "text": "Is it black?"}]}], add_generation_prompt=True)
         assert text.count("A chat between a curious human") == 1 and text.endswith("Is it black?###Assistant:")

@@ -53,7 +53,7 @@ def check_packed(model, reader=None, dead="-"):
     largest = max(float(g.abs().max()) for g in single.values())
     for n, g in single.items():
         error, scale = float((together[n] - g).abs().max()), float(g.abs().max())
-        if n.endswith("k_proj.bias"):                          # its true gradient is 0: a bias adds the same to all scores
+        if n.endswith("k_proj.bias"):                          # true gradient 0: a bias adds the same to all scores
             assert error <= 1e-12 * largest, n
         else:
             assert error <= 1e-12 * scale and (scale > 0) != (dead in n), (n, error, scale)

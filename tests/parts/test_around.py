@@ -119,7 +119,7 @@ def test_autocast(kind):
 
 
 def test_adapters(kind):
-    """New adapters change nothing, and they and nothing else get a gradient. NF4 leaves the gated blocks as they are"""
+    """New adapters change nothing, and only they get a gradient. NF4 leaves the gated blocks as they are"""
     model = random_model(MODELS[kind]())
     with torch.no_grad():
         plain = all_logits(model, batch(model.cfg))

@@ -69,7 +69,8 @@ def test_the_papers_block_is_the_formula():
         out[i] = torch.einsum("hj,jhk->hk", p, v[lo:hi])
     true = x + block.alpha_cross_attn.tanh() * (out.flatten(1) @ a.o_proj.weight.T)
     y = F.layer_norm(true, (32,), block.post_attention_layernorm.weight, block.post_attention_layernorm.bias)
-    true = true + block.alpha_dense.tanh() * (F.relu(y @ block.mlp.up_proj.weight.T) ** 2 @ block.mlp.down_proj.weight.T)
+    h = F.relu(y @ block.mlp.up_proj.weight.T) ** 2 @ block.mlp.down_proj.weight.T
+    true = true + block.alpha_dense.tanh() * h
     lo, hi = torch.tensor(seen, dtype=torch.int32).T.contiguous()
     assert (block(x, z, lo, hi) - true).abs().max() < 1e-13
 

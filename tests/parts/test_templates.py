@@ -14,13 +14,13 @@ TURNS = [("<image><image>What is this?", "a cat"), ("And this?<image>", "a dog")
 PROMPTS = {
     "blip": "<image><image><image><s>What is this?[[ a cat\n]]And this?[[ a dog\n]]Yes?[[ No.\n]]",
     "instructblip": "<image><image><image><s>What is this?[[ a cat</s>]]And this?[[ a dog</s>]]Yes?[[ No.</s>]]",
-    "flamingo": "<s><image><image>Question: What is this? Answer:[[ a cat</s>]]<image>Question: And this? Answer:[[ a dog"
-                "</s>]]Question: Yes? Answer:[[ No.</s>]]",
-    "visualchat": "<s>SYS\n\n### Image 1:\n<image>\n### Image 2:\n<image>\n\n### Question:\nWhat is this?\n\n### Answer:\n"
-                  "[[a cat</s>]]<s>### Image 3:\n<image>\n\n### Question:\nAnd this?\n\n### Answer:\n[[a dog</s>]]<s>### "
-                  "Question:\nYes?\n\n### Answer:\n[[No.</s>]]",
-    "llava_v0": "<s>SYS###Human: <image><image>What is this?###Assistant:[[ a cat</s>]]###Human: <image>\nAnd this?"
-                "###Assistant:[[ a dog</s>]]###Human: Yes?###Assistant:[[ No.</s>]]"}
+    "flamingo": "<s><image><image>Question: What is this? Answer:[[ a cat</s>]]"
+                "<image>Question: And this? Answer:[[ a dog</s>]]Question: Yes? Answer:[[ No.</s>]]",
+    "visualchat": "<s>SYS\n\n### Image 1:\n<image>\n### Image 2:\n<image>\n\n### Question:\nWhat is this?\n\n"
+                  "### Answer:\n[[a cat</s>]]<s>### Image 3:\n<image>\n\n### Question:\nAnd this?\n\n"
+                  "### Answer:\n[[a dog</s>]]<s>### Question:\nYes?\n\n### Answer:\n[[No.</s>]]",
+    "llava_v0": "<s>SYS###Human: <image><image>What is this?###Assistant:[[ a cat</s>]]"
+                "###Human: <image>\nAnd this?###Assistant:[[ a dog</s>]]###Human: Yes?###Assistant:[[ No.</s>]]"}
 
 
 @pytest.mark.parametrize("name", PROMPTS)
