@@ -11,7 +11,8 @@ import config
 
 # tokens per image, tile or patch in the paper
 SYSTEMS = {"paligemma": 256, "llava": 256, "pali3": 256, "internvl15": 256, "fuyu": 1, "mm1": 144, "blip2": 32,
-           "comm": 576, "qwen_vl": 256, "flamingo": 1, "visualchat": 257}
+           "comm": 576, "qwen_vl": 256, "flamingo": 1, "visualchat": 257,
+           "instructblip": 32}
 KEPT = {"connector", "parts", "train", "template", "system", "warmup"}         # of a recipe, on tiny towers
 
 
