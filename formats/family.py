@@ -18,6 +18,7 @@ from config import stop
 from formats.configs import positions
 from formats.metadata import generation_config, tokenizer_files
 from formats.names import rename
+from formats.strict_json import read_json
 
 WORDS = "qformer_tokenizer"    # folder of the tokenizer of InstructBLIP's Q-Former
 
@@ -77,6 +78,12 @@ def write_names(state, pairs):
         split = [x[i].unflatten(0, ((heads or [1])[0], -1)) for i in range(n)]
         out[name] = torch.stack(split, 1).flatten(0, 2)
     return out
+
+
+def image_settings(folder):
+    """-> preprocessor_config.json of a folder, or what transformers 5 writes in its place into processor_config.json"""
+    both = read_json(folder / "processor_config.json", {}).get("image_processor")
+    return read_json(folder / "preprocessor_config.json", both or {})
 
 
 def with_ids(layout, tok):

@@ -23,7 +23,7 @@ from formats.adapter_config import PATTERNS, rank_and_alpha, read_adapter_config
 from formats.configs import (CLASSES, image_spec, one_line, read_config, read_pre, strategy, text_config, vision_config,
                              vision_kind)
 from formats.families import FAMILIES, family_of
-from formats.family import WORDS, family_files, read_names, with_ids, write_names
+from formats.family import WORDS, family_files, image_settings, read_names, with_ids, write_names
 from formats.hub import find_folder, find_model, weights_file
 from formats.metadata import metadata
 from formats.names import account, dino_name, published_tensors, renamed
@@ -132,7 +132,7 @@ def read_llava_repository(folder, c):
 def read_family(folder, c, family):
     """A folder of another family (formats/family.py), its config.json c -> Folder, {our name: tensor}, VLMConfig"""
     v, t = c.get("vision_config") or {}, c.get("text_config") or {}
-    pre = read_json(folder / "preprocessor_config.json", {})
+    pre = image_settings(folder)
     with one_line(f"{folder}: config.json"):
         cfg = family.config(c, pre)
     with torch.device("meta"):

@@ -17,7 +17,7 @@ import config
 from config import BadSample, setting, stop
 from data import Encoder
 from formats.families import FAMILIES
-from formats.family import with_ids
+from formats.family import image_settings, with_ids
 from formats.rows import Rows
 from formats.strict_json import read_json
 from formats.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def encoder(s):
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
     cfg, about = read_json(folder / "config.json", {}), read_json(folder / "pumice.json", {})
     family = FAMILIES.get(cfg.get("model_type"))
-    model = family.config(cfg, read_json(folder / "preprocessor_config.json", {})) if family else None
+    model = family.config(cfg, image_settings(folder)) if family else None
     image_id = model.image_token_index if model else cfg.get("image_token_index", cfg.get("image_token_id"))
     tok = Tokenizer(folder, image_id)
     known = about.get("template", family.template if family else "plain")
