@@ -2,6 +2,7 @@
 written, and opened by transformers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from formats.internvl import INTERNVL
 from formats.tokenizer import Tokenizer
 from generate import Chat, generate
 from parts.build import build
+from parts.internvit import InternViTConfig
 from parts.patches import PatchesConfig
 from parts.persimmon import PersimmonConfig
 from parts.spans import span_ends
@@ -199,7 +201,7 @@ def test_a_user_cannot_type_fuyus_placeholder(tmp_path):
 
 
 def test_published_fuyu_has_one_flat_config(tmp_path):
-    """adept/fuyu-8b: no text_config, and the tensors' names without `model.`"""
+    """Without text_config (transformers: "Hub configs are saved as flat dicts"), and names without `model.`"""
     flat = {"architectures": ["FuyuForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "relu2",
             "hidden_size": 4096, "image_size": 300, "intermediate_size": 16384, "layer_norm_eps": 1e-05,
             "max_position_embeddings": 16384, "model_type": "fuyu", "num_attention_heads": 64, "num_hidden_layers": 36,
@@ -226,3 +228,38 @@ def test_what_is_not_supported_is_said_in_one_line(family, change, line):
     c = {"vision_config": {}, "text_config": {"model_type": "llama"}} if family is INTERNVL else {}
     with torch.device("meta"):
         assert line in error(lambda: build(family.config(c | change, {})))
+
+
+def test_settings_of_images_may_be_in_processor_config(family, tmp_path):
+    """transformers 5 writes them there; without them, an image would have up to 12 tiles, here up to 5"""
+    _, at, _, mine, _ = family
+    shutil.copytree(at, tmp_path / "a")
+    pre = json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())
+    (tmp_path / "a" / "preprocessor_config.json").unlink()
+    (tmp_path / "a" / "processor_config.json").write_text(json.dumps({"image_processor": pre}))
+    assert llava.load_model(init=tmp_path / "a", dtype=torch.float64)[0].cfg == mine.cfg
+
+
+def test_published_internvl_is_known_to_the_last_name():
+    """Sizes as those of InternVL3-1B-hf, and the names that transformers' class has for them"""
+    vision = {"architectures": ["InternVLVisionModel"], "attention_bias": True, "attention_dropout": 0.0,
+              "hidden_act": "gelu", "hidden_size": 1024, "image_size": [448, 448], "intermediate_size": 4096,
+              "layer_norm_eps": 1e-06, "layer_scale_init_value": 0.1, "model_type": "internvl_vision",
+              "norm_type": "layer_norm", "num_attention_heads": 16, "num_channels": 3, "num_hidden_layers": 24,
+              "patch_size": [14, 14], "use_absolute_position_embeddings": True, "use_mask_token": False,
+              "use_mean_pooling": True, "use_qk_norm": False}
+    text = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+            "num_hidden_layers": 24, "num_key_value_heads": 2, "rope_theta": 1000000.0, "vocab_size": 151674}
+    cfg = INTERNVL.config({"model_type": "internvl", "vision_config": vision, "text_config": text}, {})
+    assert cfg.vision == InternViTConfig(attention_bias=True) and cfg.image_tokens == 256
+    assert cfg.layout["most"] == 12 and cfg.image_token_index == 151667
+    with torch.device("meta"):
+        names = {published_name(n, INTERNVL.names(cfg))[0] for n in build(cfg).state_dict()}
+    layer = "vision_tower.encoder.layer.23."
+    assert {f"{layer}{name}" for name in (
+        "attention.projection_layer.bias", "attention.q_proj.weight", "lambda_1", "lambda_2", "layernorm_before.weight",
+        "layernorm_after.bias", "mlp.fc2.weight")} <= names
+    assert {"vision_tower.embeddings.cls_token", "vision_tower.embeddings.position_embeddings",
+            "vision_tower.embeddings.patch_embeddings.projection.weight", "multi_modal_projector.layer_norm.weight",
+            "multi_modal_projector.linear_2.bias", "language_model.model.norm.weight"} <= names
+    assert len([n for n in names if n.startswith("vision_tower.")]) == 4 + 24 * 18
