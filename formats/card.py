@@ -51,9 +51,15 @@ def use(cfg):
     if family.model_type == "pumice":
         return ('No class of transformers holds this model; only pumice reads the folder:\n\n```bash\n'
                 'python sample.py --model=. --image=image.png --prompt="What is this?"\n```')
+    if family.model_type == "vipllava":
+        return USE.replace("LlavaForConditionalGeneration", "VipLlavaForConditionalGeneration")
     lines = USE.replace("LlavaForConditionalGeneration", "AutoModelForImageTextToText").splitlines()
     prompt = 'prompt = "<image>What is this?"                             # as pumice.json: template says'
     lines = [prompt if line.startswith("prompt =") else line for line in lines if not line.startswith("content =")]
+    if family.model_type == "idefics":                        # its processor takes a list of texts and images
+        own = {"prompt =": 'prompt = ["User:", Image.open("image.png"), "What is this?\\nAssistant:"]',
+               "inputs =": 'inputs = processor(text=[prompt], return_tensors="pt").to(model.dtype)'}
+        lines = [next((new for start, new in own.items() if line.startswith(start)), line) for line in lines]
     return "\n".join(lines)
 
 
@@ -66,7 +72,7 @@ def limits(cfg, aspect):
         "vLLM and llama.cpp know no LLaVA with a DINOv2 tower.": v.model_type == "dinov2",
         "The connector is one matrix and the identity behind it, which vLLM does not know.": cfg.connector == "linear",
         "Transformers 4.46 and earlier have no image processor that pads.": aspect == "pad",
-        f"An image becomes a square of {v.image_size} x {v.image_size} pixels ({aspect}), {v.patches} tokens.": True,
+        f"An image becomes a square of {v.image_size} x {v.image_size} pixels ({aspect}), {cfg.image_tokens} tokens.": True,
         "Answers can be wrong, also about what is not in the image. Biases were not measured.": True}
     return [line for line, applies in lines.items() if applies]
 

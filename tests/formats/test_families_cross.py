@@ -17,7 +17,7 @@ from test_model import PARITY, all_logits, pixels
 
 import chat
 from data import pack
-from formats import llava
+from formats import card, llava
 from generate import Chat, generate
 from parts.cross_attention import last_image
 from parts.spans import span_ends
@@ -181,6 +181,18 @@ def test_text_alone_as_in_its_processor(family, tmp_path):
         true = model(**there | {"pixel_values": there["pixel_values"].double()}).logits[0]
         mine = all_logits(asked.model, pack([(prompt.tolist(), [-100] * len(prompt), [])], 8))
     assert (mine - true).abs().max() < PARITY * true.abs().max()
+
+
+def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
+    out, _, _ = opened(family, tmp_path)
+    Image.new("RGB", (9, 5), "red").save(out / "image.png")
+    monkeypatch.chdir(out)
+    code = card.use(family[3].cfg).removeprefix("```python\n").removesuffix("\n```")
+    found = {}
+    exec(code.replace('AutoProcessor.from_pretrained("."', 'AutoProcessor.from_pretrained(".", backend="pil"'), found)
+    asked = Chat(out, device="cpu", dtype="fp32")
+    mine = asked.ask("image.png", "What is this?", 8).strip()
+    assert mine and mine in asked.tok.decode(found["answer"].tolist())
 
 
 def changed(at, tmp_path, file, **values):
