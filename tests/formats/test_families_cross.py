@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_families import NORMAL, TEXT, exact_norms
 from test_llava import random
 from test_model import PARITY, all_logits, pixels
+from tiny_runs import run
 
 import chat
 from data import pack
@@ -193,6 +194,26 @@ def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
     asked = Chat(out, device="cpu", dtype="fp32")
     mine = asked.ask("image.png", "What is this?", 8).strip()
     assert mine and mine in asked.tok.decode(found["answer"].tolist())
+
+
+@pytest.mark.parametrize("family", ["vipllava", "idefics"], indirect=True)
+@pytest.mark.parametrize("how", ({}, dict(lora_r=2, lora_dropout=0.0)), ids=("whole", "lora"))
+def test_a_published_folder_trains_on(family, how, world, tmp_path):
+    """The run has a folder of the same family; with LoRA, its adapter and the folder give the same model"""
+    name, at, theirs, mine, _ = family
+    image_aspect = "squash" if name == "idefics" else "crop"
+    assert run("sft", world, tmp_path / "sft", init=str(at), image_aspect=image_aspect, **how) is None
+    model, folder = llava.load_model(init=tmp_path / "sft", dtype=torch.float32)
+    assert json.loads((tmp_path / "sft" / "model" / "config.json").read_text())["model_type"] == name
+    assert folder.meta["template"] == {"idefics": "idefics", "vipllava": "llava_v0"}[name]
+    _, told = type(theirs).from_pretrained(tmp_path / "sft" / "model", output_loading_info=True)
+    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, mine.get_parameter(n).float())]
+    assert moved and ("language_model.model.layers.0.self_attn.q_proj.weight" in moved)
+    if how:
+        adapter = Chat(tmp_path / "sft" / "adapter", "cpu", "fp32").model
+        pairs = zip(adapter.parameters(), model.parameters(), strict=True)
+        assert all(torch.equal(a.half(), b.half()) for a, b in pairs)        # model/ is in fp16
 
 
 def changed(at, tmp_path, file, **values):
