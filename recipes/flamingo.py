@@ -27,7 +27,9 @@ paper = dict(
 if toy:
     vision, llm, batch_size, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 4096, 0, 0.03
     epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
-    train = "multi_modal_projector.*=2e-3 language_model.gated_layers.*=2e-3"
+    # the gates learn faster than the rest: at its rate they stay nearly closed for the toy's few hundred steps
+    train = ("multi_modal_projector.*=2e-3 language_model.gated_layers.*=2e-3 "
+             "language_model.gated_layers.*.alpha_*=3e-2")
     if not align:
         train = "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     parts = ("text.model_type=flamingo text.cross_width=128 connector=perceiver tokens=1 connector_args.latents=16 "
