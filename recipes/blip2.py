@@ -25,7 +25,7 @@ paper = dict(
     samples=129_000_000, images=1, text=32, supervised=20, hours="under 3 days on 16 A100")
 
 if toy:
-    vision, llm, batch_size, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 4096, 0, 0.03
+    vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03
     epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
     train = "multi_modal_projector.*=2e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     parts = ("connector=qformer tokens=12 connector_args.hidden_size=64 connector_args.num_hidden_layers=4 "

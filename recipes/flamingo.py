@@ -25,7 +25,7 @@ paper = dict(
     samples=1, images=1, text=64, supervised=64, hours="80B: 15 days on 1536 TPUv4")
 
 if toy:
-    vision, llm, batch_size, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 4096, 0, 0.03
+    vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03
     epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
     # the gates learn faster than the rest: at its rate they stay nearly closed for the toy's few hundred steps
     train = ("multi_modal_projector.*=2e-3 language_model.gated_layers.*=2e-3 "

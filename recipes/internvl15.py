@@ -25,7 +25,7 @@ paper = dict(
     samples=5_000_000, images=7, text=300, supervised=150, hours="not published (256 GPUs)")
 
 if toy:
-    vision, llm, batch_size, max_tokens, warmup = "demo/vit", "demo/llm", 16, 4096, 0.03
+    vision, llm, batch_size, max_len, max_tokens, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0.03
     epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
     train = "multi_modal_projector.*=5e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     parts = 'connector=shuffle tokens=9 vision.feature_layer=-1 layout={"kind":"grid","most":4}'

@@ -24,7 +24,7 @@ paper = dict(
     hours="under 4 h" if align else "under 10 h")
 
 if toy:
-    vision, llm, system, image_aspect, batch_size, max_tokens = "demo/vit", "demo/llm", "", "", 16, 4096
+    vision, llm, system, image_aspect, batch_size, max_len, max_tokens = "demo/vit", "demo/llm", "", "", 16, 512, 4096
     train = "multi_modal_projector.*=5e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     epochs = 3.0 if align else 2.0
 if not align:

@@ -26,7 +26,7 @@ paper = dict(
     samples=1, images=1, text=368, supervised=368, hours="not published")
 
 if toy:
-    vision, llm, batch_size, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 4096, 0, 0.03
+    vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03
     epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
     train = "multi_modal_projector.*=5e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     parts = "connector=abstractor tokens=9 connector_args.width=64 vision.feature_layer=-1"

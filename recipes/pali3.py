@@ -25,7 +25,8 @@ paper = dict(
     samples=1_000_000_000, images=1, text=64, supervised=32, hours="not published")
 
 if toy:
-    vision, llm, batch_size, max_tokens, epochs = "demo/vit", "demo/llm", 16, 4096, 3.0 if stage == "align" else 2.0
+    vision, llm, batch_size, max_len, max_tokens = "demo/vit", "demo/llm", 16, 512, 4096
+    epochs = 3.0 if stage == "align" else 2.0
     train = "multi_modal_projector.*=5e-3" if stage == "align" else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     template = "plain" if stage == "align" else "paligemma"
     if stage == "sft":

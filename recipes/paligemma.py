@@ -28,7 +28,7 @@ paper = dict(
 parts = "mask=prefix vision.feature_layer=-1 vision.feature_norm=true text.first_position=1"
 
 if toy:
-    vision, llm, batch_size, max_tokens, warmup = "demo/vit", "demo/llm", 16, 4096, 0.03
+    vision, llm, batch_size, max_len, max_tokens, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0.03
     train = "multi_modal_projector.*=5e-3" if stage == "align" else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     epochs = 3.0 if stage == "align" else 2.0
     template = "plain" if stage == "align" else "paligemma"

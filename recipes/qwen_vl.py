@@ -25,7 +25,7 @@ paper = dict(
     samples=1, images=1, text=32 if align else 256, supervised=24 if align else 128, hours="not published")
 
 if toy:
-    vision, llm, batch_size, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 4096, 0, 0.03
+    vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03
     epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
     train = "multi_modal_projector.*=5e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     parts = "connector=resampler tokens=16 connector_args.heads=4"

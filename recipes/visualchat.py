@@ -23,7 +23,7 @@ paper = dict(
     samples=300_000, images=2, text=300, supervised=150, hours="not published")
 
 if toy:
-    vision, llm, batch_size, max_tokens, warmup = "demo/vit", "demo/llm", 16, 4096, 0.03
+    vision, llm, batch_size, max_len, max_tokens, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0.03
     epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
     train = "multi_modal_projector.*=5e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     parts = "mask=mmca connector=linear_norm tokens=37 vision.feature_layer=-1 vision.keep_class=true"

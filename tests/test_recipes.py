@@ -13,7 +13,7 @@ import config
 SYSTEMS = {"paligemma": 256, "llava": 256, "pali3": 256, "internvl15": 256, "fuyu": 1, "mm1": 144, "blip2": 32,
            "comm": 576, "qwen_vl": 256, "flamingo": 1, "visualchat": 257,
            "instructblip": 32}
-KEPT = {"connector", "parts", "train", "template", "system", "warmup"}         # of a recipe, on tiny towers
+KEPT = {"connector", "parts", "train", "template", "system", "warmup", "max_len", "max_tokens"}    # toy settings
 
 
 def values(name, stage, toy):
@@ -42,7 +42,7 @@ def test_both_stages_train_on_tiny_data(name, world, tmp_path, monkeypatch):
             found |= {"parts": "", "init": init}
         else:
             found |= {"vision": "demo/vit", "llm": "demo/llm"}
-        sizes = {"batch_size": 2, "max_len": 128, "max_tokens": 256, "steps": 2, "save_every": 0}
+        sizes = {"batch_size": 2, "steps": 2, "save_every": 0}
         assert run(stage, world, tmp_path / stage, **sizes, **found) is None
     toy = values(name, "align", toy=True)
     assert not toy.get("steps") and toy["batch_size"] == 16, "the toy's own length"
