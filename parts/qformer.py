@@ -58,8 +58,8 @@ class QFormer(nn.Module):
     def __init__(self, D, C, Q, cfg):
         super().__init__()
         if Q < 1 or cfg.hidden_size % cfg.num_attention_heads:
-            stop(f"a Q-Former of {Q} queries, width {cfg.hidden_size} with {cfg.num_attention_heads} heads: tokens= and "
-                 "connector_args say what it has")
+            stop(f"a Q-Former of {Q} queries, width {cfg.hidden_size} with {cfg.num_attention_heads} heads: tokens= "
+                 "and connector_args say what it has")
         self.query_embedding = nn.Parameter(torch.empty(Q, cfg.hidden_size))
         self.norm = LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.layers = nn.ModuleList(QFormerLayer(cfg, D, looks=n % cfg.cross_attention_frequency == 0)
