@@ -197,7 +197,7 @@ def end_of_turn(tok, name):
 def stop_ids(tok, name):
     """-> the set of token ids at which generation stops"""
     if template(name).stop == "\n":
-        return {i for i in range(len(tok)) if "\n" in tok.full.decode([i], skip_special_tokens=False)}
+        return {i for i in range(len(tok)) if "\n" in tok.full.decode([i], skip_special_tokens=False) or i == tok.eos}
     return {end_of_turn(tok, name)} - {None}
 
 

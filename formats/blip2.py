@@ -33,7 +33,7 @@ TOWER = [(rf"^(vision_tower\..*)\.{x}_proj\.(weight|bias)", rf"\1.qkv.\2#{i}/3")
     (r"^vision_tower\.", "")]
 
 
-def config(c, pre, name="BLIP-2", connector="qformer", Config=QFormerConfig):
+def blip2_config(c, pre, name="BLIP-2", connector="qformer", Config=QFormerConfig):
     v, q = c.get("vision_config") or {}, c.get("qformer_config") or {}
     if not v.get("qkv_bias", True):
         stop(f"{name} with a vision tower without qkv_bias is not supported")
@@ -50,18 +50,18 @@ def config(c, pre, name="BLIP-2", connector="qformer", Config=QFormerConfig):
         connector_args=dataclasses.asdict(qformer)))
 
 
-def fits(cfg, connector="qformer"):
+def blip2_fits(cfg, connector="qformer"):
     v = cfg.vision
     return (cfg.connector == connector and type(v) is EvaConfig and v.feature_norm and v.keep_class
             and v.feature_layer in (-1, v.num_hidden_layers) and type(cfg.text) in (TextConfig, OptConfig)
             and cfg.mask == "causal" and not (cfg.layout or cfg.second or cfg.text.first_position))
 
 
-def names(cfg):
+def blip2_names(cfg):
     return TOWER + QFORMER + (NAMES if cfg.text.model_type == "opt" else [])
 
 
-def files(folder, cfg):
+def blip2_files(folder, cfg):
     S, text, tok = cfg.vision.image_size, text_part(folder, cfg), folder.tok
     bos = next(name for name, i in tok.specials.items() if i == tok.bos)
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
@@ -85,4 +85,4 @@ def files(folder, cfg):
             "special_tokens": {bos: {"id": bos, "ids": [tok.bos], "tokens": [bos]}}}}}
 
 
-BLIP2 = Family("blip-2", "blip", config, fits, names, files)
+BLIP2 = Family("blip-2", "blip", blip2_config, blip2_fits, blip2_names, blip2_files)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from config import Error
-from formats.families import family_of
+from formats.families import family_of, is_llava
 from formats.hub import find_model
 from formats.strict_json import read_json
 
@@ -70,9 +70,13 @@ def limits(cfg, aspect):
         "transformers loads this folder and refuses images: its LLaVA does not drop register tokens.":
             v.num_register_tokens,
         "vLLM and llama.cpp know no LLaVA with a DINOv2 tower.": v.model_type == "dinov2",
-        "The connector is one matrix and the identity behind it, which vLLM does not know.": cfg.connector == "linear",
+        "The connector is one matrix and the identity behind it, which vLLM does not know.":
+            cfg.connector == "linear" and is_llava(cfg),
         "Transformers 4.46 and earlier have no image processor that pads.": aspect == "pad",
-        f"An image becomes a square of {v.image_size} x {v.image_size} pixels ({aspect}), {cfg.image_tokens} tokens.": True,
+        f"An image becomes a square of {v.image_size} x {v.image_size} pixels ({aspect}), {cfg.image_tokens} tokens.":
+            not cfg.layout,
+        f"An image becomes squares of {v.image_size} x {v.image_size} pixels; each is {cfg.image_tokens} tokens.":
+            bool(cfg.layout),
         "Answers can be wrong, also about what is not in the image. Biases were not measured.": True}
     return [line for line, applies in lines.items() if applies]
 

@@ -43,7 +43,8 @@ TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None,
 READ = {"opt": read_opt}                   # LLMs whose config.json has keys of its own
 # model_types with a config class of their own: TextConfig or VisionConfig does not fit
 CLASSES = {"gemma": GemmaConfig, "opt": OptConfig, "blip_2_vision_model": EvaConfig, "internvl_vision": InternViTConfig,
-           "flamingo": FlamingoConfig, "idefics": IdeficsConfig, "patches": PatchesConfig, "persimmon": PersimmonConfig, "qwen_vl_vision": QwenViTConfig}
+           "flamingo": FlamingoConfig, "idefics": IdeficsConfig, "patches": PatchesConfig, "persimmon": PersimmonConfig,
+           "qwen_vl_vision": QwenViTConfig}
 # allowed hidden_act; other LLMs: silu. Gemma's two mean tanh gelu
 ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh"), "opt": ("relu",), "persimmon": ("relu2",)}
 

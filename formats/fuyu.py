@@ -11,7 +11,7 @@ from parts.patches import PatchesConfig
 NEWLINE = "|NEWLINE|"                                          # the token at the end of a row of patches
 
 
-def config(c, pre):
+def fuyu_config(c, pre):
     if (channels := c.get("num_channels", 3)) != 3:
         stop(f"Fuyu with num_channels={channels}: 3 is supported")
     t = dict(c.get("text_config") or c)                        # published folders have one flat config.json
@@ -40,15 +40,15 @@ def config(c, pre):
     return VLMConfig(vision, text, "patches", c.get("image_token_id", 71011), layout=rows)
 
 
-def fits(cfg):
+def fuyu_fits(cfg):
     t, rows = cfg.text, cfg.layout
     return (cfg.vision.model_type == "patches" and cfg.connector == "patches" and t.model_type == "persimmon"
             and cfg.mask == "causal" and not t.first_position and t.qkv_bias and t.o_bias and t.mlp_bias
             and rows.get("kind") == "rows" and len(rows.get("row_end", ())) == 1
-            and not (rows.get("before") or rows.get("after")))
+            and not (rows.get("before") or rows.get("after") or rows.get("thumbnail") or cfg.second))
 
 
-def names(cfg):
+def fuyu_names(cfg):
     H = cfg.text.num_attention_heads
     packed = [(rf"\.{x}_proj\.(weight|bias)$", rf".query_key_value.\1#{i}/3/{H}") for i, x in enumerate("qkv")]
     return packed + [(r"^multi_modal_projector\.linear_1\.", "vision_embed_tokens."),
@@ -73,7 +73,7 @@ def published_tokenizer(tok):
     return tok.spec | {"post_processor": None, "added_tokens": added, "model": tok.spec["model"] | {"vocab": vocab}}
 
 
-def files(folder, cfg):
+def fuyu_files(folder, cfg):
     t, rows, S = cfg.text, cfg.layout, cfg.vision.image_size
     width, height = rows.get("largest", (1920, 1080))
     text = {k: x for k, x in text_part(folder, cfg).items() if k not in ("rms_norm_eps", "num_key_value_heads")}
@@ -91,4 +91,4 @@ def files(folder, cfg):
         "tokenizer_config.json": {"image_token": None}}        # with a name here, it would become an added token
 
 
-FUYU = Family("fuyu", "fuyu", config, fits, names, files)
+FUYU = Family("fuyu", "fuyu", fuyu_config, fuyu_fits, fuyu_names, fuyu_files)

@@ -1,4 +1,4 @@
-"""Folders of Idefics (arXiv 2306.16527), a Flamingo with open weights: CLIP with its class token, a perceiver resampler,
+"""Folders of Idefics (arXiv 2306.16527), a Flamingo with open weights: CLIP with class token, a perceiver resampler,
 and a Llama with gated blocks. transformers keeps the last rows of the embedding and of the head, those of new tokens,
 in two further tables. Here, the embedding is one table, and so is the head."""
 
@@ -29,7 +29,7 @@ NAMES = [(rf"{LAYER}norm_features", r"\1.0.context_layer_norm"), (rf"{LAYER}norm
          (r"^language_model\.(?=model|lm_head)", ""), (r"^vision_tower\.vision_model\.", TOWER)]
 
 
-def config(c, pre):
+def idefics_config(c, pre):
     v, p = c.get("vision_config") or {}, c.get("perceiver_config") or {}
     if not c.get("use_resampler"):
         stop("Idefics without a perceiver resampler (use_resampler=false) is not supported")
@@ -53,7 +53,7 @@ def config(c, pre):
         image_token_index=c.get("image_token_id", base + 1)))            # in published tokenizers <image> is base + 1
 
 
-def fits(cfg):
+def idefics_fits(cfg):
     v, t = cfg.vision, cfg.text
     return (type(t) is IdeficsConfig and type(v) is VisionConfig and v.model_type == "clip_vision_model"
             and v.keep_class and not v.feature_norm and v.feature_layer in (-1, v.num_hidden_layers)
@@ -63,7 +63,7 @@ def fits(cfg):
             and not (t.qkv_bias or t.o_bias or t.mlp_bias or t.qk_norm or t.sliding_window))
 
 
-def names(cfg):
+def idefics_names(cfg):
     return NAMES
 
 
@@ -72,7 +72,7 @@ def first_rows(cfg):
     return min(cfg.text.base_vocab, cfg.text.vocab_size)
 
 
-def read(tensors, cfg):
+def idefics_read(tensors, cfg):
     """Join the tables, and give gates of shape (1, 1, C) the shape (C,)"""
     out = {k: x.flatten() if ".alpha_" in k else x for k, x in tensors.items()}
     for name, more in TABLES:
@@ -82,7 +82,7 @@ def read(tensors, cfg):
     return out
 
 
-def write(tensors, cfg):
+def idefics_write(tensors, cfg):
     """Split the tables again. transformers needs a last norm in the tower, although it does not use its output."""
     D, wide = cfg.vision.hidden_size, cfg.text.gate_width > 1
     out = {f"{TOWER}post_layernorm.weight": torch.ones(D), f"{TOWER}post_layernorm.bias": torch.zeros(D)}
@@ -94,7 +94,7 @@ def write(tensors, cfg):
     return out
 
 
-def files(folder, cfg):
+def idefics_files(folder, cfg):
     v, t, p, S = cfg.vision, cfg.text, cfg.connector_args, cfg.vision.image_size
     kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
             "max_position_embeddings", "tie_word_embeddings")
@@ -118,4 +118,5 @@ def files(folder, cfg):
             "image_num_channels": 3, "image_size": S, "size": {"height": S, "width": S}, "do_convert_rgb": True}}
 
 
-IDEFICS = Family("idefics", "idefics", config, fits, names, files, read, write)
+IDEFICS = Family("idefics", "idefics", idefics_config, idefics_fits, idefics_names, idefics_files,
+                 idefics_read, idefics_write)

@@ -14,23 +14,23 @@ WORDS = [(r"^multi_modal_projector\.norm", "qformer.embeddings.layernorm"),
          (rf"{LAYER}word_norm", r"qformer.encoder.layer.\1.output.LayerNorm")]
 
 
-def config(c, pre):
+def instructblip_config(c, pre):
     c = c | {"qformer_config": PUBLISHED | (c.get("qformer_config") or {})}
-    return blip2.config(c, pre, "InstructBLIP", "instruct", InstructConfig)
+    return blip2.blip2_config(c, pre, "InstructBLIP", "instruct", InstructConfig)
 
 
-def fits(cfg):
-    return blip2.fits(cfg, "instruct") and cfg.connector_args["vocab_size"] > 0
+def instructblip_fits(cfg):
+    return blip2.blip2_fits(cfg, "instruct") and cfg.connector_args["vocab_size"] > 0
 
 
-def names(cfg):
-    return WORDS + blip2.names(cfg)
+def instructblip_names(cfg):
+    return WORDS + blip2.blip2_names(cfg)
 
 
-def files(folder, cfg):
+def instructblip_files(folder, cfg):
     if not folder.words:
         stop("InstructBLIP's Q-Former has a tokenizer of its own: the folder qformer_tokenizer is missing")
-    out = blip2.files(folder, cfg)
+    out = blip2.blip2_files(folder, cfg)
     c = out["config.json"]
     c |= {"architectures": ["InstructBlipForConditionalGeneration"], "model_type": "instructblip"}
     c["vision_config"]["model_type"], c["qformer_config"]["model_type"] = (
@@ -40,9 +40,10 @@ def files(folder, cfg):
     return out
 
 
-def read(tensors, cfg):
+def instructblip_read(tensors, cfg):
     """Old files hold a table of the numbers 0, 1, 2 ..."""
     return {k: x for k, x in tensors.items() if k != "qformer.embeddings.position_ids"}
 
 
-INSTRUCTBLIP = Family("instructblip", "instructblip", config, fits, names, files, read)
+INSTRUCTBLIP = Family("instructblip", "instructblip", instructblip_config, instructblip_fits,
+                      instructblip_names, instructblip_files, instructblip_read)

@@ -5,12 +5,12 @@ from config import stop
 from formats.configs import text_config, vision_config
 from formats.family import Family
 from formats.metadata import text_part, vision_part
-from model import VLMConfig
+from model import TextConfig, VLMConfig
 
 CONTEXT = "<IMG_CONTEXT>"                                      # the placeholder in published tokenizers
 
 
-def config(c, pre):
+def internvl_config(c, pre):
     v = {"model_type": "internvl_vision", **c["vision_config"]}
     if v["model_type"] != "internvl_vision" or not v.get("use_absolute_position_embeddings", True):
         stop(f"InternVL with a vision tower of type {v['model_type']!r}, or without position embeddings")
@@ -28,16 +28,17 @@ def config(c, pre):
     return VLMConfig(vision, text, "shuffle", c.get("image_token_id", 151667), vision.patches // r**2, layout=tiles)
 
 
-def fits(cfg):
+def internvl_fits(cfg):
     v, tiles = cfg.vision, cfg.layout
-    return (v.model_type == "internvl_vision" and v.feature_layer in (-1, v.num_hidden_layers) and not v.keep_class
+    return (type(cfg.text) is TextConfig and not (cfg.second or cfg.connector_args)
+            and v.model_type == "internvl_vision" and v.feature_layer in (-1, v.num_hidden_layers) and not v.keep_class
             and cfg.connector == "shuffle" and cfg.mask == "causal" and not cfg.text.first_position
             and tiles.get("kind") == "grid" and tiles.get("thumbnail", True)
             and not (tiles.get("row_end") or tiles.get("grids"))
             and len(tiles.get("before", ())) == len(tiles.get("after", ())) == 1)
 
 
-def names(cfg):
+def internvl_names(cfg):
     return [(r"^vision_tower\.vision_model\.", "vision_tower."),
             (r"^(vision_tower\.embeddings\.)class_embedding$", r"\1cls_token@3"),
             (r"^(vision_tower\.embeddings\.)position_embedding\.weight$", r"\1position_embeddings@3"),
@@ -51,7 +52,7 @@ def names(cfg):
             (r"^vision_tower\.post_layernorm\.", "vision_tower.layernorm.")]
 
 
-def files(folder, cfg):
+def internvl_files(folder, cfg):
     v, tiles, Q = cfg.vision, cfg.layout, cfg.image_tokens
     token = {i: name for name, i in folder.tok.specials.items()}
     own = {"start_image_token": token[tiles["before"][0]], "end_image_token": token[tiles["after"][0]],
@@ -73,4 +74,4 @@ def files(folder, cfg):
         "tokenizer_config.json": own | {"image_token": CONTEXT, "extra_special_tokens": own}}
 
 
-INTERNVL = Family("internvl", "internvl", config, fits, names, files)
+INTERNVL = Family("internvl", "internvl", internvl_config, internvl_fits, internvl_names, internvl_files)

@@ -4,10 +4,11 @@ from config import stop
 from formats.configs import text_config, vision_config
 from formats.family import Family
 from formats.metadata import text_part, vision_part
-from model import VLMConfig
+from model import TextConfig, VisionConfig, VLMConfig
+from parts.gemma import GemmaConfig
 
 
-def config(c, pre):
+def paligemma_config(c, pre):
     v, t = c["vision_config"], c["text_config"]
     vision = vision_config({"model_type": "siglip_vision_model", **v}, -1, pre)
     if vision.class_token:
@@ -19,17 +20,19 @@ def config(c, pre):
     return VLMConfig(vision, text, "linear", c.get("image_token_index", c.get("image_token_id", 256000)), mask="prefix")
 
 
-def fits(cfg):
+def paligemma_fits(cfg):
     v = cfg.vision
-    return (cfg.mask == "prefix" and cfg.connector == "linear" and cfg.text.first_position == 1 and v.feature_norm
-            and v.feature_layer in (-1, v.num_hidden_layers) and not v.class_token)
+    return (type(v) is VisionConfig and type(cfg.text) in (TextConfig, GemmaConfig) and cfg.mask == "prefix"
+            and cfg.connector == "linear" and cfg.text.first_position == 1 and v.feature_norm
+            and v.feature_layer in (-1, v.num_hidden_layers) and not v.class_token
+            and not (v.keep_class or cfg.tokens or cfg.layout or cfg.second or cfg.connector_args))
 
 
-def names(cfg):
+def paligemma_names(cfg):
     return [(r"^multi_modal_projector\.linear_1\.", "multi_modal_projector.linear.")]
 
 
-def files(folder, cfg):
+def paligemma_files(folder, cfg):
     C, Q, S = cfg.text.hidden_size, cfg.image_tokens, cfg.vision.image_size
     return {"config.json": {
         "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", "projection_dim": C,
@@ -42,4 +45,4 @@ def files(folder, cfg):
             "image_seq_length": Q, "do_convert_rgb": True, "size": {"height": S, "width": S}}}
 
 
-PALIGEMMA = Family("paligemma", "paligemma", config, fits, names, files)
+PALIGEMMA = Family("paligemma", "paligemma", paligemma_config, paligemma_fits, paligemma_names, paligemma_files)

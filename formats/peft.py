@@ -91,7 +91,7 @@ def load_adapter(model, folder):
         if not x.isfinite().all():
             stop(f"{folder}: {k} is not finite")
     if says := read_json(folder / "pumice.json", {}):                         # PEFT itself writes no such file
-        base = base_digest({k: tensor_digest(p) for k, p in model.named_parameters() if k not in tensors})
+        base = base_digest({k: tensor_digest(x) for k, x in model.state_dict().items() if k not in tensors})
         if says.get("base") != base:
             stop(f"{folder} was trained on another base (digest {says.get('base')}) than this model ({base})")
     if says.get("bits") == 4:
@@ -121,7 +121,7 @@ def load_merged(folder, dtype):
         stop(f"{where}, and {e}")
     if towers:                                                                # the connector is in the adapter's files
         mlp = any("linear_2" in k for k in read_tensors(folder, "adapter_model"))
-        model, source = load_model(*at, connector="mlp" if mlp else "linear", dtype=None)
+        model, source = load_model(*at, connector="mlp" if mlp else "linear", dtype=None, parts=says.get("parts") or "")
     else:
         model, source = load_model(init=at[0], dtype=None)                    # the digest needs unrounded tensors
     load_adapter(model, folder)

@@ -22,15 +22,15 @@ def part(d, Usual):
     return typed(Config, "model", as_tuples(d))
 
 
-def config(c, pre):
+def pumice_config(c, pre):
     second = c.get("second") and part(c["second"], VisionConfig)
     made = {"vision": part(c["vision"], VisionConfig), "text": part(c["text"], TextConfig), "second": second}
     return typed(VLMConfig, "model", {k: x for k, x in c.items() if k != "model_type"} | made)
 
 
-def files(folder, cfg):
+def pumice_files(folder, cfg):
     return {"config.json": {"architectures": ["pumice.VLM"], "model_type": "pumice", **dataclasses.asdict(cfg)},
             "preprocessor_config.json": folder.pre | {"processor_class": "none"}}
 
 
-PUMICE = Family("pumice", "vicuna_v1", config, lambda cfg: True, lambda cfg: [], files)
+PUMICE = Family("pumice", "vicuna_v1", pumice_config, lambda cfg: True, lambda cfg: [], pumice_files)

@@ -12,7 +12,7 @@ from parts.features import feature_layers
 NORM = "vision_tower.vision_model.post_layernorm."
 
 
-def config(c, pre):
+def vipllava_config(c, pre):
     layers = c.get("vision_feature_layer", c.get("vision_feature_layers", [-2, -5, -8, -11, 6]))
     layers = layers if isinstance(layers, list) else [layers]
     vision, eps = vision_config(c.get("vision_config") or {}, -1, pre), c.get("projector_layernorm_eps", 1e-5)
@@ -29,7 +29,7 @@ def config(c, pre):
                      connector_args={"eps": eps})
 
 
-def fits(cfg):
+def vipllava_fits(cfg):
     v = cfg.vision
     return (cfg.connector == "norm_mlp" and type(cfg.text) is TextConfig and type(v) is VisionConfig
             and v.model_type == "clip_vision_model" and cfg.mask == "causal"
@@ -37,17 +37,17 @@ def fits(cfg):
                      or cfg.text.first_position))
 
 
-def names(cfg):
+def vipllava_names(cfg):
     return [(r"^multi_modal_projector\.norm", "multi_modal_projector.projector_layernorm")]
 
 
-def write(tensors, cfg):
+def vipllava_write(tensors, cfg):
     """transformers needs a last norm in the tower, although it does not use its output"""
     D = cfg.vision.hidden_size
     return {f"{NORM}weight": torch.ones(D), f"{NORM}bias": torch.zeros(D)} | tensors
 
 
-def files(folder, cfg):
+def vipllava_files(folder, cfg):
     llava, v = metadata(folder, cfg, "llava_v0", "", folder.meta["image_aspect"], torch.float32), cfg.vision
     L = v.num_hidden_layers if has_later_blocks(folder, cfg) else None      # None: count from the first block
     layers = [n if L or n >= 0 else n + v.num_hidden_layers + 1 for n in feature_layers(v)]
@@ -60,4 +60,5 @@ def files(folder, cfg):
         "processor_config.json": llava["processor_config.json"]}
 
 
-VIPLLAVA = Family("vipllava", "llava_v0", config, fits, names, files, write=write)
+VIPLLAVA = Family("vipllava", "llava_v0", vipllava_config, vipllava_fits, vipllava_names, vipllava_files,
+                  write=vipllava_write)

@@ -20,6 +20,7 @@ from parts.resampler import Resampler
 from parts.persimmon import Persimmon
 from parts.pool import Abstractor, PoolConnector, sides
 from parts.shuffle import ShuffleConnector, group_side
+from parts.spans import SPANS
 from parts.tiles import layout
 from parts.two_towers import CommConnector, TwoTowers
 
@@ -47,7 +48,16 @@ VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat, "instruct
 
 def build(cfg):
     """VLMConfig -> VLM"""
-    assert cfg.connector in CONNECTORS, f"connector {cfg.connector!r}: {', '.join(CONNECTORS)}"
+    if cfg.connector not in CONNECTORS:
+        stop(f"connector {cfg.connector!r}: {', '.join(CONNECTORS)}")
+    if cfg.mask not in SPANS:
+        stop(f"mask {cfg.mask!r}: {', '.join(SPANS)}")
+    if cfg.mask != "causal" and cfg.text.sliding_window:
+        stop(f"mask={cfg.mask} with sliding_window={cfg.text.sliding_window}: only causal attention has a window")
+    seen = cfg.vision.patches + (cfg.vision.class_token and cfg.vision.keep_class)
+    one_each = cfg.connector in ("linear", "mlp", "norm_mlp", "linear_norm", "comm") and cfg.text.model_type not in VLMS
+    if one_each and cfg.image_tokens != seen:
+        stop(f"connector={cfg.connector} gives {seen} tokens per image, not tokens={cfg.image_tokens}")
     kind = cfg.text.model_type
     if cfg.mask == "mmca":
         if kind in DECODERS:

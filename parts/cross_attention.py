@@ -51,7 +51,7 @@ def last_image(marker, pos, Q):
     return (Q * torch.maximum(c - 1, b)).int(), (Q * c).int()
 
 
-class CrossAttention(nn.Module):
+class ImageAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         H, K, C, D = cfg.num_attention_heads, cfg.head_dim, cfg.hidden_size, cfg.cross_width
@@ -86,7 +86,7 @@ class GatedBlock(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cross_attn = CrossAttention(cfg)
+        self.cross_attn = ImageAttention(cfg)
         self.input_layernorm, self.mlp, self.post_attention_layernorm = self.parts(cfg)
         self.alpha_cross_attn, self.alpha_dense = (nn.Parameter(torch.zeros(cfg.gate_width)) for _ in range(2))
 

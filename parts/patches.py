@@ -1,6 +1,6 @@
 """Fuyu (adept.ai/blog/fuyu-8b) has no vision transformer: one linear layer turns the pixels of a patch into a token.
 
-An image is cut into tiles of one patch each (parts/tiles.py: Rows), so an image of any size is a number of tiles.
+An image is cut into tiles of one patch each (PatchRows of parts/tiles.py), so an image of any size is many tiles.
 
     I patches, each an image of its own   S side of a patch in pixels   C LLM width
 """

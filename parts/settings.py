@@ -26,7 +26,9 @@ def apply_parts(cfg, parts, classes, read_second=None):
         owner = cfg
         for step in path:
             owner = getattr(owner, step, None) if dataclasses.is_dataclass(owner) else None
-        if field == "model_type" and len(path) == 1 and text in classes:
+        if field == "model_type" and len(path) == 1:
+            if text not in classes:
+                stop(f"parts={parts}: model_type {text!r}: {', '.join(classes)}")
             setattr(cfg, path[0], classes[text](**dataclasses.asdict(owner) | {"model_type": text}))
             continue
         if field == "second" and not path:

@@ -85,7 +85,7 @@ class Tiles:
 
 
 @dataclass
-class Rows(Tiles):
+class PatchRows(Tiles):
     """The layout of an image as rows of patches. largest: (w, h) above which an image shrinks; fill: grey of the pixels
     that fill up the last row and column"""
     thumbnail: bool = False
@@ -110,11 +110,11 @@ class Rows(Tiles):
         return canvas
 
 
-LAYOUTS = {"grid": Tiles, "rows": Rows}
+LAYOUTS = {"grid": Tiles, "rows": PatchRows}
 
 
 def layout(cfg):
-    """VLMConfig with a dict `layout` -> Tiles or Rows. The key "kind" says which; the others are fields."""
+    """VLMConfig with a dict `layout` -> Tiles or PatchRows. The key "kind" says which; the others are fields."""
     settings = dict(cfg.layout)
     if (kind := settings.pop("kind", None)) not in list(LAYOUTS):
         stop(f"layout of images of kind {kind!r}: {' or '.join(LAYOUTS)}")

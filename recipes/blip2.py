@@ -18,11 +18,13 @@ connector, template, system, init, out = "mlp", "blip", "", "", f"runs/blip2_{st
 data, vision, llm = "", "EVA ViT-g", "facebook/opt-2.7b"
 train = "multi_modal_projector.*=1e-4 *.post_layernorm.*=1e-4"
 batch_size, max_len, max_tokens, steps, warmup = 1920, 128, 4096, 80_000, 0.025
+weight_decay = 0.0 if toy else 0.05
 paper = dict(
     model=VLMConfig(EvaConfig(), OptConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
                                            num_attention_heads=32, num_key_value_heads=32, head_dim=80),
                     "qformer", tokens=32),
     samples=129_000_000, images=1, text=32, supervised=20, hours="under 3 days on 16 A100")
+parts = "connector=qformer tokens=32 vision.feature_layer=-1 vision.feature_norm=true vision.keep_class=true"
 
 if toy:
     vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03

@@ -3,7 +3,7 @@ with learned weights; the second tower's mix passes an MLP; both stand side by s
 layer.
 
 Published: about 100 hours for stage 1 and 20 for stage 2, on 8 A800. The toy takes its one tower twice, from different
-layers: it shows that the parts train, not what a second kind of tower adds.
+layers: it shows that the parts train, not what a second kind of tower adds. The number of steps of stage 2 is ours.
 
     python train_sft.py recipes/comm.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/comm.py --data=toy       # the toy world: both stages
@@ -24,6 +24,8 @@ paper = dict(
                     second=VisionConfig("dinov2", **large, hidden_act="gelu", feature_layer=tuple(range(19, 25)))),
     samples=3_600_000, images=1, text=120, supervised=60, hours="about 100 h, then 20 h, on 8 A800")
 del large
+parts = ("second=facebook/dinov2-large connector=comm second.feature_layer=[19,20,21,22,23,24] "
+         f"vision.feature_layer={[*range(1, 25)]}".replace(", ", ","))
 
 if toy:
     vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03

@@ -3,7 +3,8 @@ language model, and new gated cross-attention blocks between its layers. An imag
 token sees the last image before it. Gates start at 0, so training starts from the bare language model.
 
 Published for 80B: 15 days on 1536 TPUv4. NFNet and Chinchilla are not public: below are CLIP-L and a Llama of 7B. Not
-here: the paper's weights of data sets (1.0, 0.2, 0.2, 0.03), except as shares of samples (--data=a:1,b:.2).
+here: the paper's weights of data sets (1.0, 0.2, 0.2, 0.03), except as shares of samples (--data=a:1,b:.2). The toy's
+second stage trains the language model, too.
 
     python train_sft.py recipes/flamingo.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/flamingo.py --data=toy       # the toy world: both stages
@@ -18,11 +19,14 @@ connector, template, system, init, out = "mlp", "flamingo", "", "", f"runs/flami
 data, vision, llm = "", "openai/clip-vit-large-patch14", "a 7B language model"
 train = "multi_modal_projector.*=1e-4 language_model.gated_layers.*=1e-4"
 batch_size, max_len, max_tokens, steps, warmup = 2048, 256, 8192, 500_000, 0.01
+weight_decay = 0.0 if toy else 0.1
 paper = dict(
     model=VLMConfig(VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                                  image_size=224, patch_size=14, feature_layer=-1, keep_class=True),
                     FlamingoConfig(cross_every=4, cross_width=1024), "perceiver", tokens=1),
     samples=1, images=1, text=64, supervised=64, hours="80B: 15 days on 1536 TPUv4")
+parts = ("text.model_type=flamingo text.cross_every=4 text.cross_width=1024 connector=perceiver tokens=1 "
+         "vision.feature_layer=-1 vision.keep_class=true")
 
 if toy:
     vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03

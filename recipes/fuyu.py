@@ -1,7 +1,8 @@
 """Fuyu-8B (Adept 2023, adept.ai/blog/fuyu-8b; compared in arXiv 2407.07726): no vision tower. One linear layer turns
 each patch of 30 x 30 pixels into a token, and a newline token ends each row of patches. Images keep their size.
 
-No training details are published: batch, learning rate and data here are ours. The toy has patches of 12 px.
+No training details are published: batch, learning rate and data here are ours. The toy has patches of 12 px. A row of
+the toy ends in a token of its text, because its vocabulary has no other.
 
     python train_sft.py recipes/fuyu.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/fuyu.py --data=toy       # the toy world: both stages
@@ -21,6 +22,8 @@ paper = dict(
     model=VLMConfig(PatchesConfig(), PersimmonConfig(), "patches", tokens=1,
                     layout={"kind": "rows", "row_end": (71019,)}),
     samples=1_000_000, images=300, text=120, supervised=60, hours="not published")
+parts = ("connector=patches tokens=1 vision.model_type=patches vision.image_size=30 vision.patch_size=30 "
+         'vision.hidden_size=2700 vision.feature_layer=0 layout={"kind":"rows","row_end":[71019]}')
 
 if toy:
     vision, llm, batch_size, max_len, max_tokens, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0.03

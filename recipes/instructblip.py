@@ -13,13 +13,16 @@ from model import TextConfig, VLMConfig
 from parts.eva import EvaConfig
 
 align = stage == "align"
-connector, template, system, init, out = "mlp", "blip", "", "", f"runs/instructblip_{stage}"
+connector, template, system, init, out = "mlp", "instructblip", "", "", f"runs/instructblip_{stage}"
 data, vision, llm = "", "EVA ViT-g", "lmsys/vicuna-7b-v1.1"
-train = "multi_modal_projector.*=1e-5 *.post_layernorm.*=1e-5"
+train = "multi_modal_projector.*=1e-5"
 batch_size, max_len, max_tokens, steps, warmup = 128, 256, 4096, 60_000, 0.017
+weight_decay = 0.0 if toy else 0.05
 paper = dict(
     model=VLMConfig(EvaConfig(), TextConfig(), "instruct", tokens=32, connector_args={"vocab_size": 30523}),
     samples=1, images=1, text=64, supervised=16, hours="about 1.5 days on 16 A100 (unchecked)")
+parts = ("connector=instruct tokens=32 connector_args.vocab_size=30523 vision.feature_layer=-1 "
+         "vision.feature_norm=true vision.keep_class=true")
 
 if toy:
     vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03

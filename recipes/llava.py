@@ -12,9 +12,9 @@ or after the first question at random; this recipe puts it in front, as the rele
 from model import TextConfig, VisionConfig, VLMConfig
 
 align = stage == "align"
-connector, template, system = "linear", "plain" if align else "vicuna_v1", None
+connector, template, system = "linear", "plain" if align else "llava_v0", None
 train = "multi_modal_projector.*=2e-3" if align else "multi_modal_projector.*=2e-5 language_model.*=2e-5"
-data, vision, llm = "", "openai/clip-vit-large-patch14", "lmsys/vicuna-7b-v1.5"
+data, vision, llm = "", "openai/clip-vit-large-patch14", "lmsys/vicuna-7b-v1.1"
 init, out, image_aspect = "" if align else "runs/llava_align", f"runs/llava_{stage}", "crop"
 batch_size, max_len, max_tokens, epochs, warmup = 128 if align else 32, 2048, 16384, 1.0 if align else 3.0, 0.03
 paper = dict(
@@ -26,7 +26,7 @@ paper = dict(
 if toy:
     vision, llm, system, image_aspect, batch_size, max_len, max_tokens = "demo/vit", "demo/llm", "", "", 16, 512, 4096
     train = "multi_modal_projector.*=5e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
-    epochs = 3.0 if align else 2.0
+    epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
 if not align:
     vision, llm = "", ""
 del align

@@ -4,6 +4,8 @@ of 3, 7 or 30 billion. Everything trains, on 45 % captions, 45 % interleaved doc
 
 The paper's batches are 512 x 4096 tokens for 200,000 steps. Not here: mixtures of experts, Apple's data and weights.
 Connectors to compare: connector=pool (averages), abstractor, resampler (attention), with the same number of tokens.
+Not here either: AdaFactor, and the 2 x 2 tiles of the paper's fine-tuning. The toy's first stage trains the connector
+alone.
 
     python train_sft.py recipes/mm1.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/mm1.py --data=toy       # the toy world: both stages
@@ -24,6 +26,7 @@ paper = dict(
                                num_attention_heads=20, num_key_value_heads=20), "abstractor", tokens=144,
                     connector_args={"width": 1280}),
     samples=1, images=1, text=368, supervised=368, hours="not published")
+parts = "connector=abstractor tokens=144 connector_args.width=1280 vision.feature_layer=-1"
 
 if toy:
     vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03

@@ -29,5 +29,5 @@ if toy:
     epochs = 3.0 if stage == "align" else 2.0
     train = "multi_modal_projector.*=5e-3" if stage == "align" else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     template = "plain" if stage == "align" else "paligemma"
-    if stage == "sft":
-        init, vision, llm, parts = "runs/pali3_align", "", "", ""
+if stage == "sft":
+    init, vision, llm, parts = "runs/pali3_align", "", "", ""

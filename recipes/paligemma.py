@@ -7,7 +7,8 @@ each other (prefix-LM), and only the answer is supervised. Every weight trains, 
 
 On the toy world the parts are small: its CLIP-like tower with the last norm, its Llama with a prefix mask. The stages
 of the paper: 1 billion samples at 224 px (text 128), then 50 million at 448 px and 10 million at 896 px. Not here:
-Google's data, the reciprocal square root schedule, the slow warm-up of SigLIP's learning rate.
+Google's data, the reciprocal square root schedule, the slow warm-up of SigLIP's rate, the mean loss per example.
+Batch, rate and warm-up are those of the paper's transfer to tasks. The toy's first stage trains the connector alone.
 """
 
 from model import VisionConfig, VLMConfig
@@ -32,5 +33,5 @@ if toy:
     train = "multi_modal_projector.*=5e-3" if stage == "align" else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
     epochs = 3.0 if stage == "align" else 2.0
     template = "plain" if stage == "align" else "paligemma"
-    if stage == "sft":
-        init, vision, llm, parts = "runs/paligemma_align", "", "", ""
+if stage == "sft":
+    init, vision, llm, parts = "runs/paligemma_align", "", "", ""

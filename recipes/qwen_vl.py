@@ -18,11 +18,14 @@ data, vision, llm = "", "OpenCLIP ViT-bigG/14", "Qwen/Qwen-7B"
 train = "vision_tower.*=2e-4 multi_modal_projector.*=2e-4"
 if not align:
     train = "multi_modal_projector.*=1e-5 language_model.*=1e-5"
-batch_size, max_len, max_tokens, steps, warmup = 30_720 if align else 128, 2048, 4096, 50_000 if align else 8_000, 0.01
+batch_size, steps, warmup = (30_720, 50_000, 0.01) if align else (128, 8_000, 0.375)
+max_len, max_tokens = 2048, 4096
+weight_decay = 0.0 if toy else 0.05
 paper = dict(
     model=VLMConfig(QwenViTConfig(image_size=224 if align else 448), TextConfig(vocab_size=151936), "resampler",
                     tokens=256),
     samples=1, images=1, text=32 if align else 256, supervised=24 if align else 128, hours="not published")
+parts = "connector=resampler tokens=256"
 
 if toy:
     vision, llm, batch_size, max_len, max_tokens, steps, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0, 0.03

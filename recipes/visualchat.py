@@ -3,6 +3,7 @@ images by two attentions whose results are added; an image token sees itself alo
 frozen: the linear layer with its norm and the token embeddings train (the head does not).
 
 Up to 8 images in a conversation. Hours are not published. The script it released feeds CLIP-L with its class token.
+The toy's second stage trains the whole language model.
 
     python train_sft.py recipes/visualchat.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/visualchat.py --data=toy       # the toy world: both stages
@@ -21,6 +22,7 @@ paper = dict(
                                  image_size=224, patch_size=14, feature_layer=-1, keep_class=True), TextConfig(),
                     "linear_norm", tokens=257, mask="mmca"),
     samples=300_000, images=2, text=300, supervised=150, hours="not published")
+parts = "mask=mmca connector=linear_norm tokens=257 vision.feature_layer=-1 vision.keep_class=true"
 
 if toy:
     vision, llm, batch_size, max_len, max_tokens, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0.03

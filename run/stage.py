@@ -112,11 +112,19 @@ def training_table(s, usual):
     table `usual` of the stage."""
     if not s.train:
         return usual
-    table = dict(item.rpartition("=")[::2] for item in s.train.split())
+    ignored = [key for key in ("lr", "connector_lr", "vision_lr") if getattr(s, key, 0) != getattr(type(s), key, 0)]
+    if ignored or getattr(s, "lora_r", 0):
+        stop(f"train={s.train} says who trains, so {(ignored or ['lora_r'])[0]} would not be read: give one of them "
+             "(--train= is the stage's own choice)")
+    items = [item.rpartition("=")[::2] for item in s.train.split()]
     try:
-        return {glob: float(lr) for glob, lr in table.items()}
+        table = {glob: float(lr) for glob, lr in items}
     except ValueError:
-        stop(f"train={s.train}: expected glob=lr, separated by spaces, as in 'multi_modal_projector.*=1e-3'")
+        table = {}
+    if len(table) < len(items) or not all(0 <= lr < math.inf for lr in table.values()) or not table:
+        stop(f"train={s.train}: expected glob=lr, separated by spaces, each glob once, as in "
+             "'multi_modal_projector.*=1e-3'")
+    return table
 
 
 @dataclasses.dataclass
@@ -201,5 +209,6 @@ def rehearse(s, world, samples, first):
         b, encode = next(b for b in first.micro if len(b.ids)), samples.encode
         n = int((b.lo == 0).sum())                               # tokens of the first sample in this sequence
         images = int((b.ids[:n] == encode.layout.image_id).sum()) // encode.layout.tokens
-        print(f"  {first.names[0]}, {n} tokens, {images} image(s), its loss mask:")
+        kind = "tile(s)" if encode.layout.needs_image else "image(s)"
+        print(f"  {first.names[0]}, {n} tokens, {images} {kind}, its loss mask:")
         chat.show(encode.tok, b.ids[:n].tolist(), [IGNORE, *b.labels[: n - 1].tolist()], encode.layout.image_id)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import engine
 import lora
+from config import Error
 from data import pack
 from formats import configs, names
 from generate import generate
@@ -699,7 +700,7 @@ def test_initial_weights_follow_seed_and_table():
 
 
 def test_an_unknown_connector_is_refused():
-    with pytest.raises(AssertionError, match="connector 'conv': linear, mlp"):
+    with pytest.raises(Error, match="connector 'conv': linear, mlp"):
         build(VLMConfig(tiny_config().vision, tiny_config().text, "conv"))
 
 

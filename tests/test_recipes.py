@@ -42,7 +42,7 @@ def test_both_stages_train_on_tiny_data(name, world, tmp_path, monkeypatch):
             found |= {"parts": "", "init": init}
         else:
             found |= {"vision": "demo/vit", "llm": "demo/llm"}
-        sizes = {"batch_size": 2, "steps": 2, "save_every": 0}
+        sizes = {"batch_size": 2, "steps": 2, "save_every": 0, "lr": SCRIPTS[stage].Settings.lr}
         assert run(stage, world, tmp_path / stage, **sizes, **found) is None
     toy = values(name, "align", toy=True)
     assert not toy.get("steps") and toy["batch_size"] == 16, "the toy's own length"

@@ -16,6 +16,7 @@ import chat
 import config
 from config import BadSample, setting, stop
 from data import Encoder
+from formats.configs import one_line
 from formats.families import FAMILIES
 from formats.family import image_settings, with_ids
 from formats.rows import Rows
@@ -45,7 +46,10 @@ def encoder(s):
     folder = folder / "model" if (folder / "model" / "tokenizer.json").is_file() else folder
     cfg, about = read_json(folder / "config.json", {}), read_json(folder / "pumice.json", {})
     family = FAMILIES.get(cfg.get("model_type"))
-    model = family.config(cfg, image_settings(folder)) if family else None
+    with one_line(f"{folder / 'config.json'}"):
+        model = family.config(cfg, image_settings(folder)) if family else None
+    if cfg.get("vision_config") and not family and cfg.get("model_type") != "llava":
+        stop(f"{folder} holds a {cfg.get('model_type')!r}: llava, {', '.join(FAMILIES)} are supported")
     image_id = model.image_token_index if model else cfg.get("image_token_index", cfg.get("image_token_id"))
     tok = Tokenizer(folder, image_id)
     known = about.get("template", family.template if family else "plain")

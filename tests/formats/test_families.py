@@ -1,4 +1,4 @@
-"""Families beside LLaVA: folders that transformers wrote, read, compared in float64, written and opened by transformers."""
+"""Families beside LLaVA: folders of transformers are read, compared in float64, written, and opened by transformers."""
 
 import functools
 import json
@@ -31,7 +31,8 @@ def exact_norms(model):
     """transformers computes RMSNorm in fp32 even in a float64 model, and keeps Gemma's sqrt(C) in fp32."""
     def forward(m, x):
         eps = getattr(m, "variance_epsilon", getattr(m, "eps", None))
-        return (m.weight + type(m).__name__.startswith("Gemma")) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        scale = m.weight + type(m).__name__.startswith("Gemma")
+        return scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
     for m in model.modules():
         if type(m).__name__.endswith("RMSNorm"):
@@ -42,8 +43,8 @@ def exact_norms(model):
 
 
 def paligemma(text):
-    c = T.PaliGemmaConfig(vision_config=SIGLIP, text_config=text, projection_dim=32, hidden_size=32, image_token_index=3,
-                          tie_word_embeddings=text["model_type"] == "gemma")
+    c = T.PaliGemmaConfig(vision_config=SIGLIP, text_config=text, projection_dim=32, hidden_size=32,
+                          image_token_index=3, tie_word_embeddings=text["model_type"] == "gemma")
     return T.PaliGemmaForConditionalGeneration(c), {**NORMAL, "image_processor_type": "SiglipImageProcessor",
                                                     "image_seq_length": 4}
 
@@ -54,7 +55,7 @@ CASES = {"paligemma": lambda: paligemma(TEXT | {"model_type": "gemma"}),
 
 @pytest.fixture(scope="module", params=CASES)
 def family(request, tmp_path_factory):
-    """-> name of the case, its folder as transformers writes it, their model in float64, our model, our folder's parts"""
+    """-> name of the case, its folder as transformers writes it, their model in float64, our model, our Folder"""
     at = tmp_path_factory.mktemp(request.param)
     theirs, pre = CASES[request.param]()
     random(theirs).save_pretrained(at)
@@ -73,7 +74,8 @@ def their_logits(model, mine, ids, labels, images):
     kind = (torch.arange(len(ids)) >= first).long()[None]
     seen = {"pixel_values": pixels(images, mine.cfg.vision).double()} if len(images) else {}
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), token_type_ids=kind, attention_mask=torch.ones_like(kind), **seen).logits[0]
+        return model(input_ids=torch.tensor([ids]), token_type_ids=kind, attention_mask=torch.ones_like(kind),
+                     **seen).logits[0]
 
 
 def test_logits_are_those_of_transformers(family):
@@ -91,7 +93,8 @@ def test_greedy_tokens_are_those_of_transformers(family):
         seen = {"pixel_values": pixels(images, mine.cfg.vision).double()} if len(images) else {}
         one = torch.tensor([ids])
         out = theirs.generate(input_ids=one, attention_mask=torch.ones_like(one), token_type_ids=torch.zeros_like(one),
-                              **seen, max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2, pad_token_id=4)
+                              **seen, max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2,
+                              pad_token_id=4)
         answer, = generate(mine, [one[0]], images, {2}, 6)
         assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
 
@@ -108,11 +111,12 @@ def test_tensors_return_bit_equal(family, tmp_path):
 
 
 def test_transformers_opens_our_folder(family, tmp_path):
-    """No missing or unexpected tensors; its processor gives our ids and pixels; equal logits and greedy tokens."""
+    """No missing or unexpected tensors; its processor gives our ids and pixels; equal logits and answers."""
     _, at, theirs, mine, folder = family
     out = tmp_path / "out"
     llava.save_model(out, mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
-    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64, attn_implementation="sdpa")
+    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64,
+                                               attn_implementation="sdpa")
     assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     model = exact_norms(model.eval())
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8))
@@ -128,3 +132,8 @@ def test_transformers_opens_our_folder(family, tmp_path):
         true = model(**{k: x for k, x in there.items() if k != "labels"} | {
             "pixel_values": pixels(shown[0], mine.cfg.vision).double()}).logits[0]
         assert (all_logits(asked.model, batch) - true).abs().max() < PARITY * true.abs().max()
+    there.pop("labels", None)
+    out = model.generate(**there | {"pixel_values": pixels(shown[0], mine.cfg.vision).double()}, max_new_tokens=6,
+                         do_sample=False)[0, len(prompt):]
+    answer = asked.tok.decode([i for i in out.tolist() if i != asked.tok.eos])
+    assert asked.answers([prompt], shown, 6) == [answer.strip()]

@@ -15,10 +15,10 @@ from data import Encoder, Steps
 from formats.tokenizer import Tokenizer
 from images import load_image
 from parts.build import image_layout
-from parts.tiles import Rows, Tiles, image_size
+from parts.tiles import PatchRows, Tiles, image_size
 
 GRID = Tiles(3, 4, 16, most=6, before=[7], after=[8])
-ROWS = Rows(3, 1, 6, largest=(48, 24), row_end=[9])
+ROWS = PatchRows(3, 1, 6, largest=(48, 24), row_end=[9])
 
 
 def picture(w, h, seed=0):
