@@ -227,7 +227,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
                 v.image_size = side
         with torch.device("meta"):
             model = build(cfg)
-    digests = {k: tensor_digest(x) for k, x in tensors.items()}
+    digests = {k: tensor_digest(tensors[k]) for k, _ in model.named_parameters() if k in tensors}
     for k in tensors if dtype else ():                                        # one at a time, to save memory
         tensors[k] = tensors[k].to(dtype, copy=True)                          # a copy, because the file may change
     model.load_state_dict(tensors, strict=False, assign=True)

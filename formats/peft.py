@@ -91,7 +91,7 @@ def load_adapter(model, folder):
         if not x.isfinite().all():
             stop(f"{folder}: {k} is not finite")
     if says := read_json(folder / "pumice.json", {}):                         # PEFT itself writes no such file
-        base = base_digest({k: tensor_digest(x) for k, x in model.state_dict().items() if k not in tensors})
+        base = base_digest({k: tensor_digest(p) for k, p in model.named_parameters() if k not in tensors})
         if says.get("base") != base:
             stop(f"{folder} was trained on another base (digest {says.get('base')}) than this model ({base})")
     if says.get("bits") == 4:

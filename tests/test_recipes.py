@@ -8,6 +8,9 @@ from conftest import ROOT
 from tiny_runs import SCRIPTS, refusal, rows, run
 
 import config
+from formats.configs import CLASSES
+from model import VisionConfig, VLMConfig
+from parts.settings import apply_parts
 
 # tokens per image, tile or patch in the paper
 SYSTEMS = {"paligemma": 256, "llava": 256, "pali3": 256, "internvl15": 256, "fuyu": 1, "mm1": 144, "blip2": 32,
@@ -66,3 +69,38 @@ def test_all_systems_are_tested():
     there = {p.stem for p in (ROOT / "recipes").glob("*.py")} - {"llava15", "llava15_align"}
     assert there == set(SYSTEMS)
     assert sum(len((ROOT / "recipes" / f"{name}.py").read_text().splitlines()) for name in there) <= 500
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_real_data_train_the_parts_of_the_paper(name):
+    """`paper` is for the plan, `parts` for a run: both must describe one system."""
+    found = values(name, "align", toy=False)
+    want = found["paper"]["model"]
+    cfg = VLMConfig(VisionConfig(num_hidden_layers=want.vision.num_hidden_layers), connector=found["connector"])
+    apply_parts(cfg, found.get("parts", ""), CLASSES, lambda folder: VisionConfig(num_hidden_layers=24))
+    for field in ("connector", "mask", "tokens", "connector_args"):
+        assert getattr(cfg, field) == getattr(want, field), field
+    assert cfg.layout.get("kind") == want.layout.get("kind") or name == "internvl15", "the plan counts tiles itself"
+    assert cfg.vision.keep_class == want.vision.keep_class or name in ("blip2", "instructblip"), "EVA's own default"
+    if cfg.vision.model_type == want.vision.model_type:
+        assert cfg.vision.feature_layer in (want.vision.feature_layer, want.vision.num_hidden_layers)
+    assert bool(cfg.second) == bool(want.second) and (cfg.text.model_type == "flamingo") == (name == "flamingo")
+    assert not found.get("init") and values(name, "sft", toy=False)["init"] == f"runs/{name}_align"
+
+
+@pytest.mark.parametrize("name, changes, says", [
+    ("align", {"train": "multi_modal_projector.*=-1e-3"}, "expected glob=lr"),
+    ("align", {"train": "multi_modal_projector.*=nan"}, "expected glob=lr"),
+    ("align", {"train": "multi_modal_projector.*"}, "expected glob=lr"),
+    ("align", {"train": "*=1 multi_modal_projector.*=2 *=3"}, "each glob once"),
+    ("align", {"train": "multi_modal_projector.*=1e-3", "lr": 5.0}, "lr would not be read"),
+    ("sft", {"train": "multi_modal_projector.*=1e-3", "connector_lr": 5.0}, "connector_lr would not be read"),
+    ("sft", {"train": "multi_modal_projector.*=1e-3", "lora_r": 2}, "lora_r would not be read"),
+    ("align", {"parts": "mask=foo"}, "mask 'foo'"), ("align", {"parts": "connector=foo"}, "connector 'foo'"),
+    ("align", {"parts": "text.model_type=foo"}, "model_type 'foo'"),
+    ("align", {"parts": "vision.keep_class=true"}, "gives 5 tokens per image, not tokens=4"),
+    ("align", {"parts": "tokens=9"}, "gives 4 tokens per image, not tokens=9"),
+    ("align", {"parts": "mask=prefix text.sliding_window=4"}, "only causal attention has a window")])
+def test_a_contradiction_ends_in_one_line(name, changes, says, world, tmp_path):
+    usual = {"lr": SCRIPTS[name].Settings.lr}
+    assert says in refusal(name, world, tmp_path / "x", **usual | changes)

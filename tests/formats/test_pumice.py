@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 from conftest import error
-from tiny_runs import refusal, run, state, write_whole_tower
+from tiny_runs import LORA, halves_agree, refusal, run, state, write_whole_tower
 
 from formats import families, llava
 from formats.gguf import export
 from generate import Chat
+from model import TextConfig, VisionConfig, VLMConfig
 
 PREFIX = "mask=prefix vision.feature_layer=-1 vision.feature_norm=true text.first_position=1"
 
@@ -71,6 +72,33 @@ def test_an_unknown_key_is_refused(prefix_run, tmp_path):
     c["vision"]["colour"] = "red"
     file.write_text(json.dumps(c))
     assert "unknown key 'colour'" in error(llava.load_model, init=tmp_path / "m")
+
+
+@pytest.mark.parametrize("parts", [PREFIX, "connector=resampler tokens=1 connector_args.heads=4"])
+def test_adapters_bring_their_parts(parts, world, tower, tmp_path):
+    """Over two towers: the adapter names them and the parts. Over a whole model: the base has them."""
+    out = tmp_path / "lora"
+    assert run("sft", world, out, parts=parts, vision=str(tower), template="vicuna_v1", **LORA) is None
+    a, b = Chat(out / "adapter", "cpu", "fp32"), Chat(out / "model", "cpu", "fp32")
+    assert a.cfg == b.cfg and a.cfg.mask == ("prefix" if "prefix" in parts else "causal")
+    halves_agree(a, b)
+    assert run("align", world, tmp_path / "whole", parts=parts, vision=str(tower)) is None
+    assert run("sft", world, tmp_path / "again", init=str(tmp_path / "whole"), template="vicuna_v1", **LORA) is None
+    halves_agree(*(Chat(tmp_path / "again" / kind, "cpu", "fp32") for kind in ("adapter", "model")))
+
+
+@pytest.mark.parametrize("change", [
+    {"layout": {"kind": "grid"}}, {"second": VisionConfig()}, {"tokens": 3}, {"mask": "causal"}, {"connector": "mlp"},
+    {"vision.keep_class": True}, {"vision.feature_norm": False}, {"vision.feature_layer": -2},
+    {"text.first_position": 0}, {"vision.model_type": "clip_vision_model"}])
+def test_a_family_takes_only_what_its_class_can_hold(change):
+    cfg = VLMConfig(VisionConfig("siglip_vision_model", feature_layer=-1, feature_norm=True),
+                    TextConfig(first_position=1), "linear", mask="prefix")
+    assert families.family_of(cfg).model_type == "paligemma"
+    (name, value), = change.items()
+    *path, field = name.split(".")
+    setattr(getattr(cfg, path[0]) if path else cfg, field, value)
+    assert families.family_of(cfg).model_type == "pumice"
 
 
 def test_llama_cpp_is_refused_in_one_line(prefix_run, tmp_path):
