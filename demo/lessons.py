@@ -84,23 +84,23 @@ def drill(rng, easy):
 
 def drill_document(tok, rng, easy):
     texts, drills = drill(rng, easy)
-    p = Parts(tok, 0)
+    p = Parts(tok, ())
     p.control(tok.bos)
     p.text(" " + "; ".join(texts) + "\n")
     for key, answer in drills:                     # put a space before each word: " red" and "red" are different tokens
         p.text(" " + key)
         p.text(" " + answer, supervised=True)
         p.text("\n")
-    return (*p.tokenise(3, 0), [])
+    return (*p.tokenise(), [])
 
 
 def caption_document(tok, rng):
     """Make a document with the caption of a scene. In 80 % of the documents, the text of the scene comes first."""
-    scene, p = toy.make_scene(rng), Parts(tok, 0)
+    scene, p = toy.make_scene(rng), Parts(tok, ())
     p.control(tok.bos)
     p.text(toy.scene_text(scene) + "\n" if rng.random() < 0.8 else "")
     p.text(toy.caption(scene, rng.random() < 0.75) + "\n", supervised=True)
-    return (*p.tokenise(3, 0), [])
+    return (*p.tokenise(), [])
 
 
 def question_document(tok, rng):

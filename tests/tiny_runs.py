@@ -70,7 +70,7 @@ def write_data(folder, name, n, seed=0):
 def run(kind, world, out, **changes):
     """-> what main returns"""
     script = SCRIPTS[kind]
-    extra = {"init": ""} if kind == "sft" else {"lr": 2e-3}
+    extra = {"init": ""} if kind == "sft" else {} if changes.get("train") else {"lr": 2e-3}
     extra |= {"vision": "", "llm": ""} if changes.get("init") else {}
     return script.main(script.Settings(**{**world, **extra, "out": str(out), **changes}))
 

@@ -15,7 +15,7 @@ from run import stage
 
 @pytest.mark.parametrize("kind, changes, line", [
     ("align", dict(data="nowhere.json"), "no data file nowhere.json"),
-    ("align", dict(data="."), ". is a folder, no data file"), ("align", dict(data=""), "no data file (no name)"),
+    ("align", dict(data="."), ". is a folder, no data file"), ("align", dict(data=""), "data is empty"),
     ("align", dict(val_data="."), ". is a folder, no data file"), ("align", dict(val_data="gone"), "no data file gone"),
     ("align", dict(vision="no_tower"), "no such folder"),
     ("align", dict(images="no_images"), "images=no_images is no folder"),
