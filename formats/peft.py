@@ -26,7 +26,7 @@ PREFIX = "base_model.model."  # every tensor name in a PEFT file begins with thi
 BEHIND = re.compile(r"vision_tower\.vision_model\.(?:post_layernorm|layernorm|encoder\.layers?\.(\d+))\.")
 
 
-def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="", folder=None):
+def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="", folder=None, length=0):
     """Write a PEFT folder completely or not at all.
 
     state     {name: trained tensor}. Trained modules without an adapter are listed in modules_to_save
@@ -34,7 +34,8 @@ def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="",
     digest    base_digest of the frozen tensors
     about     other keys of pumice.json: template, system, image_aspect ...
     card      text of README.md
-    folder    formats.llava.Folder; its tokenizer and chat template are written, too"""
+    folder    formats.llava.Folder; its tokenizer and chat template are written, too
+    length    how many tokens the LLM can read; 0: as the config.json of the LLM in `folder` says"""
     dino = folder is not None and folder.vision.get("model_type", "").startswith("dinov2")
     tensors = {name_in_transformers(k, dino): x.detach().float().cpu().contiguous() for k, x in state.items()}
     extra = sorted({k.rpartition(".")[0] for k in tensors if ".lora_" not in k})
@@ -47,7 +48,7 @@ def save_adapter(out, state, r, alpha, dropout, base, digest, about={}, card="",
               "inference_mode": True}
     files = {"adapter_config.json": config, "pumice.json": {"base": digest, **about}, "README.md": card}
     if folder:
-        length = positions(text_config(folder.text))
+        length = length or positions(text_config(folder.text))
         files |= tokenizer_files(folder.tok, about["template"], about["system"], length)
 
     def fill(tmp):

@@ -7,7 +7,7 @@ import torch
 
 from config import stop
 from engine import unwrap, whole_tensor
-from formats import card, hub, llava, peft
+from formats import card, configs, hub, llava, peft
 from formats.whole import write_file
 from lora import merge_state, scales
 from run.checkpoint import retire
@@ -51,7 +51,7 @@ def publish(run, model, folder, log):
             about = dict(template=s.template, system=s.system, image_aspect=s.image_aspect, bits=s.bits)
             about |= {} if s.init else dict(vision=full_path(s.vision), llm=full_path(s.llm), parts=s.parts)
             peft.save_adapter(out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout, base, run.base, about,
-                              card.adapter(out, base), folder)
+                              card.adapter(out, base), folder, configs.positions(model.cfg.text))
             state = merge_state(state, adapted, dtype)
         llava.save_model(out / "model", state, model.cfg, folder, s.template, s.system, s.image_aspect, dtype,
                          card.text(out, model.cfg))
