@@ -1,4 +1,4 @@
-"""Read and write LLaVA folders. Our tensors have the names of llava-hf checkpoints; names.py renames others.
+"""Read and write model folders. Our tensors have the names of llava-hf checkpoints; names.py, family.py rename others.
 
     folder        a path, or a name `org/name` on the Hugging Face hub
     vision        a folder of a vision tower: CLIP or SigLIP (with or without its text encoder) or DINOv2
@@ -202,6 +202,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
     given, new = cfg.vision, set()
     apply_parts(cfg, parts, CLASSES, lambda name: read_second(name, tensors, cfg.vision.image_size))
+    cfg.layout = with_ids(cfg.layout, folder.tok)
     if cfg.vision.image_size != given.image_size:                             # parts ask for another size
         side = cfg.vision.image_size
         folder = folder._replace(pre=folder.pre | {"size": {"height": side, "width": side}, "do_center_crop": False})
@@ -278,8 +279,8 @@ def aspect(folder, cfg):
 
 
 def save_model(out, state, cfg, folder, template, system, aspect, dtype=torch.float16, card=""):
-    """Write a complete llava-hf folder, or nothing if an error occurs. state: {name: tensor} of a VLM. A tensor is
-    rounded to dtype when its shard is written, so memory never holds a second model. card: text of README.md"""
+    """Write a complete folder of LLaVA or another family, or nothing if an error occurs. state: {name: tensor} of a VLM,
+    each rounded to dtype when its shard is written, so memory never holds a second model. card: text of README.md"""
     family, state = family_of(cfg), {**folder.unused, **state}
     files = family_files(family, folder, cfg, template, system, aspect, dtype) if family else metadata(
         folder, cfg, template, system, aspect, dtype)

@@ -8,6 +8,9 @@ from formats.configs import CLASSES, typed
 from formats.family import Family
 from model import TextConfig, VisionConfig, VLMConfig
 
+# keys of config.json beside those of VLMConfig
+HEAD = {"architectures", "model_type", "torch_dtype", "pad_token_id"}
+
 
 def as_tuples(d):
     """JSON has no tuples: a list in config.json -> a tuple"""
@@ -24,6 +27,8 @@ def part(d, Usual):
 
 def pumice_config(c, pre):
     second = c.get("second") and part(c["second"], VisionConfig)
+    if unknown := c.keys() - {f.name for f in dataclasses.fields(VLMConfig)} - HEAD:
+        stop(f"config.json: unknown key {sorted(unknown)[0]!r}")
     made = {"vision": part(c["vision"], VisionConfig), "text": part(c["text"], TextConfig), "second": second}
     return typed(VLMConfig, "model", {k: x for k, x in c.items() if k != "model_type"} | made)
 

@@ -44,12 +44,19 @@ TOWERS = {"internvl_vision": InternViT, "patches": Patches, "qwen_vl_vision": Qw
 DECODERS = {"gemma": Gemma, "opt": Opt, "persimmon": Persimmon}                                  # model_type -> class
 DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca: cfg.mask
 VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat, "instruct": InstructVLM}    # or connector
+NO_ARGS = ("linear", "mlp", "shuffle", "pool", "patches")                        # connectors without settings
 
 
 def build(cfg):
     """VLMConfig -> VLM"""
     if cfg.connector not in CONNECTORS:
         stop(f"connector {cfg.connector!r}: {', '.join(CONNECTORS)}")
+    if cfg.connector_args and cfg.connector in NO_ARGS:
+        stop(f"connector={cfg.connector} has no settings, so connector_args={cfg.connector_args} would not be read")
+    for v in (cfg.vision, cfg.second):
+        L, layers = (v.num_hidden_layers, v.feature_layer) if v else (0, 0)
+        if not all(-L - 1 <= n <= L for n in (layers if isinstance(layers, tuple) else (layers,))):
+            stop(f"feature_layer={layers} of a vision tower of {L} blocks")
     if cfg.mask not in SPANS:
         stop(f"mask {cfg.mask!r}: {', '.join(SPANS)}")
     if cfg.mask != "causal" and cfg.text.sliding_window:

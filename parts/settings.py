@@ -38,7 +38,7 @@ def apply_parts(cfg, parts, classes, read_second=None):
             value = tuple(x) if isinstance(x := json.loads(text), list) else x
         except ValueError:
             value = text                                       # a word, such as prefix
-        if isinstance(owner, dict):
+        if isinstance(owner, dict) and equals:
             owner[field] = value
             continue
         if not equals or not dataclasses.is_dataclass(owner) or field not in vars(owner):

@@ -15,6 +15,7 @@ from test_model import PARITY, all_logits, pixels
 import chat
 from data import pack
 from formats import llava
+from formats.tensors import tensor_digest
 from generate import Chat, generate
 from parts.spans import span_ends
 
@@ -105,7 +106,7 @@ def test_tensors_return_bit_equal(family, tmp_path):
     llava.save_model(tmp_path / "out", state, mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
     there, here = load_file(at / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     again, _ = llava.load_model(init=tmp_path / "out", dtype=torch.float64)
-    assert sum(x.numel() for x in here.values()) == sum(x.numel() for x in there.values())
+    assert sorted(map(tensor_digest, here.values())) == sorted(map(tensor_digest, there.values()))
     assert again.cfg == mine.cfg
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), mine.state_dict().values(), strict=True))
 
@@ -136,4 +137,4 @@ def test_transformers_opens_our_folder(family, tmp_path):
     out = model.generate(**there | {"pixel_values": pixels(shown[0], mine.cfg.vision).double()}, max_new_tokens=6,
                          do_sample=False)[0, len(prompt):]
     answer = asked.tok.decode([i for i in out.tolist() if i != asked.tok.eos])
-    assert asked.answers([prompt], shown, 6) == [answer.strip()]
+    assert asked.answers([prompt], shown, 6) == [answer.strip()] != [""]

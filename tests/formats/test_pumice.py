@@ -69,9 +69,11 @@ def test_an_unknown_key_is_refused(prefix_run, tmp_path):
     shutil.copytree(prefix_run / "model", tmp_path / "m")
     file = tmp_path / "m" / "config.json"
     c = json.loads(file.read_text())
-    c["vision"]["colour"] = "red"
-    file.write_text(json.dumps(c))
-    assert "unknown key 'colour'" in error(llava.load_model, init=tmp_path / "m")
+    for place in (c, c["vision"]):
+        place["colour"] = "red"
+        file.write_text(json.dumps(c))
+        assert "unknown key 'colour'" in error(llava.load_model, init=tmp_path / "m")
+        del place["colour"]
 
 
 @pytest.mark.parametrize("parts", [PREFIX, "connector=resampler tokens=1 connector_args.heads=4"])
