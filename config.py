@@ -60,7 +60,7 @@ class Common:
     data: str = setting("toy", "LLaVA json or jsonl; a.json:0.7,b.json:0.3 mixes; or toy", resume="free", group="data")
     images: str = setting(".", "folder that image names are relative to", resume="say")
     val_data: str = setting("", "validation data in the same form; empty: no validation, no samples", resume="free")
-    template: str = setting("", "plain, vicuna_v1, llama_3, ... (chat.py, parts/templates.py); empty: as init was trained")
+    template: str = setting("", "of chat.py or parts/templates.py: plain, vicuna_v1 ...; empty: as init was trained")
     system: str | None = setting(None, "system text; none: as init was trained, else the template's own")
     image_aspect: str = setting("", "pad (LLaVA-1.5), crop (CLIP), squash (SigLIP); empty: as init, else pad")
     max_dropped: float = setting(0.01, "share of the samples that may be unusable", 0, 1, resume="free")

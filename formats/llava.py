@@ -279,7 +279,7 @@ def aspect(folder, cfg):
 
 
 def save_model(out, state, cfg, folder, template, system, aspect, dtype=torch.float16, card=""):
-    """Write a complete folder of LLaVA or another family, or nothing if an error occurs. state: {name: tensor} of a VLM,
+    """Write a complete folder of LLaVA or another family, or nothing after an error. state: {name: tensor} of a VLM,
     each rounded to dtype when its shard is written, so memory never holds a second model. card: text of README.md"""
     family, state = family_of(cfg), {**folder.unused, **state}
     files = family_files(family, folder, cfg, template, system, aspect, dtype) if family else metadata(

@@ -31,7 +31,7 @@ from parts.build import image_layout
 class Settings:
     images: str = setting(".", "folder that image names are relative to")
     model: str = setting("", "a run, a LLaVA folder or a language model: whatever has the tokenizer")
-    template: str = setting("", "plain, vicuna_v1, llava_llama_2, llama_3, chatml, mistral; empty: as train_sft.py "
+    template: str = setting("", "of chat.py or parts/templates.py: plain, vicuna_v1 ...; empty: as train_sft.py "
                                 "goes on from this model")
     max_len: int = setting(0, "tokens of one sample; 0: as the run was trained, else the default of train_sft.py", 0)
     image_tokens: int = setting(576, "tokens of one image, where the model does not say", 1)
