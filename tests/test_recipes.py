@@ -1,16 +1,19 @@
 """Each recipe of a system: its plan at the size of the paper, and both stages on tiny towers and data."""
 
 import math
+import os
 import re
+import signal
 
 import pytest
 from conftest import ROOT
-from tiny_runs import SCRIPTS, refusal, rows, run
+from tiny_runs import SCRIPTS, refusal, rows, run, state
 
 import config
 from formats.configs import CLASSES
 from model import VisionConfig, VLMConfig
 from parts.settings import apply_parts
+from run.log import Log
 
 # tokens per image, tile or patch in the paper
 SYSTEMS = {"paligemma": 256, "llava": 256, "pali3": 256, "internvl15": 256, "fuyu": 1, "mm1": 144, "blip2": 32,
@@ -35,21 +38,40 @@ def test_the_plan_has_the_size_of_the_paper(name, stage, capsys, monkeypatch):
     assert trained > 1e6 and trained + frozen > 1e9, "the size of the paper, not of the toy"
 
 
+def killed(*args, **how):
+    """Run in a child process that kills itself in its second step, behind the checkpoint of the first."""
+    if not (child := os.fork()):
+        try:
+            count = Log.count
+            Log.count = lambda log, step, *rest: os.kill(os.getpid(), signal.SIGKILL) if step else count(log, step, *rest)
+            run(*args, **how)
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_both_stages_train_on_tiny_data(name, world, tmp_path, monkeypatch):
-    """Two steps of the toy's towers each; the second stage brings the parts of the first."""
+def test_both_stages_end_killed_or_not(name, world, tmp_path, monkeypatch):
+    """Two steps of the toy's towers each; the second stage brings the parts of the first. A run that was killed and
+    started again publishes the same bits, and so does the stage after it."""
     monkeypatch.chdir(ROOT)
-    for stage, init in (("align", ""), ("sft", str(tmp_path / "align"))):
+    for stage, init in (("align", ""), ("sft", "align")):
         found = {k: x for k, x in values(name, stage, toy=True).items() if k in KEPT}
-        if init:
-            found |= {"parts": "", "init": init}
-        else:
-            found |= {"vision": "demo/vit", "llm": "demo/llm"}
-        sizes = {"batch_size": 2, "steps": 2, "save_every": 0, "lr": SCRIPTS[stage].Settings.lr}
-        assert run(stage, world, tmp_path / stage, **sizes, **found) is None
+        found |= {"parts": ""} if init else {"vision": "demo/vit", "llm": "demo/llm"}
+        found |= {"batch_size": 2, "steps": 2, "save_every": 1, "lr": SCRIPTS[stage].Settings.lr}
+        for life in ("whole", "killed"):
+            out = tmp_path / life / stage
+            how = found | ({"init": str(tmp_path / life / init)} if init else {})
+            if life == "killed":
+                killed(stage, world, out, **how)
+                assert (out / "checkpoints/step_0000001").is_dir() and not (out / "model").exists()
+            assert run(stage, world, out, **how) is None
+        assert state(tmp_path / "whole" / stage, 2) == state(tmp_path / "killed" / stage, 2)
+        weights = [(tmp_path / life / stage / "model/model.safetensors").read_bytes() for life in ("whole", "killed")]
+        assert weights[0] == weights[1]
     toy = values(name, "align", toy=True)
     assert not toy.get("steps") and toy["batch_size"] == 16, "the toy's own length"
-    logged = [row["loss"] for row in rows(tmp_path / "sft" / "log.jsonl") if "loss" in row]
+    logged = [row["loss"] for row in rows(tmp_path / "killed" / "sft" / "log.jsonl") if "loss" in row]
     assert len(logged) == 2 and all(math.isfinite(loss) for loss in logged)
 
 
