@@ -9,8 +9,13 @@ from safetensors.torch import load_file, save_file
 from test_cross_attention import flamingo
 from test_distributed import Spy
 from test_instruct import instructblip, read
+from test_internvit import KINDS as INTERNVIT_KINDS
+from test_internvit import SIZES as INTERNVIT
 from test_model import Syncs, all_logits, gradients
 from test_opt import SIZES as OPT
+from test_patches import SIZES as PATCHES
+from test_persimmon import SIZES as PERSIMMON
+from test_pool import CASES as POOLS
 from test_qformer import blip2
 from test_resampler import qwen_vl
 from test_two_towers import comm
@@ -19,7 +24,13 @@ import engine
 import lora
 from data import pack
 from loss import token_loss
+from parts.gemma import GemmaConfig
+from parts.internvit import InternViTConfig
 from parts.opt import OptConfig
+from parts.patches import PatchesConfig
+from parts.persimmon import PersimmonConfig
+from parts.spans import span_ends
+
 
 def blip2_opt():
     cfg = blip2()
@@ -27,10 +38,31 @@ def blip2_opt():
     return cfg
 
 
+
+
+def internvit(name):
+    cfg = config(connector="shuffle", tokens=1)
+    cfg.vision = InternViTConfig(**INTERNVIT, **INTERNVIT_KINDS[name])
+    return cfg
+
+
+def fuyu():
+    cfg = config(PersimmonConfig(**PERSIMMON), connector="patches")
+    cfg.vision = PatchesConfig(**PATCHES)
+    return cfg
+
+
+def pooled(name):
+    return config(vision={"patch_size": 2}, connector=name, tokens=9, connector_args=POOLS[name])
+
+
+TWO_RANKS = ("flamingo", "mmca", "comm", "blip2", "qwen_vl", "instructblip", "internvit", "fuyu", "gemma", "abstractor")
 CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)
 MODELS = {"flamingo": flamingo, "idefics": lambda: flamingo("idefics"), "comm": comm,
           "mmca": lambda: config(mask="mmca", connector="linear_norm"), "blip2": blip2_opt, "qwen_vl": qwen_vl,
-          "instructblip": instructblip}
+          "instructblip": instructblip, "internvit": lambda: internvit("6b"), "fuyu": fuyu,
+          "gemma": lambda: config(GemmaConfig(**PERSIMMON), mask="prefix"), "pool": lambda: pooled("pool"),
+          "abstractor": lambda: pooled("abstractor")}
 
 
 @pytest.fixture(params=MODELS)
@@ -39,7 +71,8 @@ def kind(request):
 
 
 def batch(cfg, chosen=lambda sample: True):
-    return pack([s for s in samples(cfg) if chosen(s)], 8, reader=read(12) if cfg.connector == "instruct" else None)
+    reader = read(12) if cfg.connector == "instruct" else None
+    return pack([s for s in samples(cfg) if chosen(s)], 8, span_ends(cfg), reader)
 
 
 def worst(found, truth):
@@ -49,7 +82,7 @@ def worst(found, truth):
                if not n.endswith("k_proj.bias"))
 
 
-@pytest.mark.parametrize("kind", ("flamingo", "mmca", "comm", "blip2", "qwen_vl", "instructblip"))
+@pytest.mark.parametrize("kind", TWO_RANKS)
 @pytest.mark.parametrize("wrap", ("ddp", "fsdp"))
 def test_two_ranks_are_one(kind, wrap, tmp_path):
     """Rank 1 has text alone"""
@@ -86,9 +119,11 @@ def test_recomputed(kind):
     assert same_when(kind, lambda model: model.blocks, recompute="block")
 
 
-@pytest.mark.parametrize("kind, block", {"flamingo": lambda m: m.gated_layers[0], "idefics": lambda m: m.gated_layers[0],
-                                         "mmca": lambda m: m.model.layers[-1],
-                                         "blip2": lambda m: m.model.layers[-1]}.items())
+@pytest.mark.parametrize("kind, block", {"flamingo": lambda m: m.gated_layers[0],
+                                         "idefics": lambda m: m.gated_layers[0], "mmca": lambda m: m.model.layers[-1],
+                                         "blip2": lambda m: m.model.layers[-1],
+                                         "fuyu": lambda m: m.model.layers[-1],
+                                         "gemma": lambda m: m.model.layers[-1]}.items())
 def test_compiled(kind, block, monkeypatch):
     plain, counters = torch.compile, torch._dynamo.utils.counters["stats"]
     monkeypatch.setattr(torch, "compile", lambda forward: plain(forward, backend="aot_eager", fullgraph=True))
@@ -124,13 +159,17 @@ def test_adapters(kind):
     with torch.no_grad():
         plain = all_logits(model, batch(model.cfg))
     names = lora.add_adapters(model, 2, 4, 0.0, "all-linear")
-    assert len(names) == (6 if kind == "blip2" else 7) * model.cfg.text.num_hidden_layers
+    assert len(names) == (6 if kind in ("blip2", "fuyu") else 7) * model.cfg.text.num_hidden_layers
     with torch.no_grad():
         assert torch.equal(all_logits(model, batch(model.cfg)), plain)
     engine.choose(model, {"*.lora_*": 1e-3}, torch.float64)
     _, grads = gradients(model, [batch(model.cfg)])
     assert len(grads) == 2 * len(names)
     other = random_model(MODELS[kind]()).float()
+    for p in other.parameters():
+        p.data *= 0.5
+    with torch.no_grad():
+        plain = all_logits(other, batch(model.cfg))
     assert lora.quantize_base(other) == names
     with torch.no_grad():
         rough = all_logits(other, batch(model.cfg))
