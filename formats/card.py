@@ -51,8 +51,8 @@ def use(cfg):
     if family.model_type == "pumice":
         return ('No class of transformers holds this model; only pumice reads the folder:\n\n```bash\n'
                 'python sample.py --model=. --image=image.png --prompt="What is this?"\n```')
-    if family.model_type == "vipllava":
-        return USE.replace("LlavaForConditionalGeneration", "VipLlavaForConditionalGeneration")
+    if kind := {"vipllava": "VipLlava", "llava_next": "LlavaNext"}.get(family.model_type):
+        return USE.replace("LlavaForConditionalGeneration", f"{kind}ForConditionalGeneration")
     lines = USE.replace("LlavaForConditionalGeneration", "AutoModelForImageTextToText").splitlines()
     prompt = 'prompt = "<image>What is this?"                             # as pumice.json: template says'
     lines = [prompt if line.startswith("prompt =") else line for line in lines if not line.startswith("content =")]

@@ -5,6 +5,7 @@ from formats.fuyu import FUYU
 from formats.idefics import IDEFICS
 from formats.instructblip import INSTRUCTBLIP
 from formats.internvl import INTERNVL
+from formats.llava_next import LLAVA_NEXT
 from formats.paligemma import PALIGEMMA
 from formats.pumice import PUMICE
 from formats.vipllava import VIPLLAVA
@@ -12,7 +13,7 @@ from model import TextConfig, VisionConfig
 
 # PUMICE, the last, fits all
 FAMILIES = {family.model_type: family for family in
-            (PALIGEMMA, BLIP2, INSTRUCTBLIP, INTERNVL, FUYU, VIPLLAVA, IDEFICS, PUMICE)}
+            (PALIGEMMA, BLIP2, INSTRUCTBLIP, INTERNVL, FUYU, VIPLLAVA, LLAVA_NEXT, IDEFICS, PUMICE)}
 
 
 def is_llava(cfg):

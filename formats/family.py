@@ -25,13 +25,19 @@ WORDS = "qformer_tokenizer"    # folder of the tokenizer of InstructBLIP's Q-For
 
 class Family(NamedTuple):
     model_type: str          # the value of this key in config.json
-    template: str            # name in chat.TEMPLATES: writes prompts as the family's own processor does
+    template: str            # name in chat.TEMPLATES: writes prompts as the family's own processor does. Or a function
+                             # (text_config of config.json, Tokenizer) -> name
     config: callable         # (config.json, preprocessor_config.json) -> VLMConfig
     fits: callable           # VLMConfig -> can transformers' class of this family hold such a model?
     names: callable          # VLMConfig -> [(pattern, replacement)], from our names to published ones
     files: callable          # (Folder, VLMConfig) -> {file name: content}, without tokenizer and pumice.json
     read: callable = lambda tensors, cfg: tensors      # {published name, as by names.rename: tensor} before read_names
     write: callable = lambda tensors, cfg: tensors     # {published name: tensor} after write_names
+
+
+def usual_template(family, c, tok):
+    """Family, its config.json, Tokenizer -> name of the template"""
+    return family.template if isinstance(family.template, str) else family.template(c.get("text_config") or {}, tok)
 
 
 def published_name(name, pairs):

@@ -23,7 +23,8 @@ from formats.adapter_config import PATTERNS, rank_and_alpha, read_adapter_config
 from formats.configs import (CLASSES, image_spec, one_line, read_config, read_pre, strategy, text_config, vision_config,
                              vision_kind)
 from formats.families import FAMILIES, family_of
-from formats.family import WORDS, family_files, image_settings, read_names, with_ids, write_names
+from formats.family import (WORDS, family_files, image_settings, read_names, usual_template, with_ids,
+                            write_names)
 from formats.hub import find_folder, find_model, weights_file
 from formats.metadata import metadata
 from formats.names import account, dino_name, published_tensors, renamed
@@ -139,9 +140,10 @@ def read_family(folder, c, family):
         wanted = build(cfg).state_dict()
     tensors = family.read(renamed(read_tensors(folder), folder), cfg)
     tensors = read_names(tensors, wanted, family.names(cfg), folder)
-    meta = {"template": family.template, "system": chat.template(family.template).system, "image_aspect":
-            "crop" if pre.get("do_center_crop") else "squash"} | read_json(folder / "pumice.json", {})
     tok = Tokenizer(folder, cfg.image_token_index)
+    template = usual_template(family, c, tok)
+    meta = {"template": template, "system": chat.template(template).system, "image_aspect":
+            "crop" if pre.get("do_center_crop") else "squash"} | read_json(folder / "pumice.json", {})
     cfg.layout = with_ids(cfg.layout, tok)
     words = {k: read_json(folder / WORDS / k) for k in ("tokenizer.json", "tokenizer_config.json")
              if (folder / WORDS / k).is_file()}

@@ -4,6 +4,7 @@ import images
 import model
 import parts.templates  # noqa: F401  (adds to chat.TEMPLATES)
 from config import stop
+from parts.anyres import AnyresConnector, AnyresVLM
 from parts.cross_attention import Flamingo, FlamingoDecoder, IdeficsDecoder
 from parts.features import FeatureTower, levels
 from parts.gemma import Gemma
@@ -39,12 +40,14 @@ CONNECTORS["pool"] = lambda cfg: PoolConnector(width(cfg), cfg.text.hidden_size,
 CONNECTORS["abstractor"] = lambda cfg: Abstractor(width(cfg), cfg.text.hidden_size,
                                                   *sides(cfg.vision.patches, cfg.tokens), **cfg.connector_args)
 CONNECTORS["patches"] = lambda cfg: PatchConnector(width(cfg), cfg.text.hidden_size)
+CONNECTORS["anyres"] = lambda cfg: AnyresConnector(width(cfg), cfg.text.hidden_size)
 CONNECTORS["comm"] = lambda cfg: comm(cfg)
 TOWERS = {"internvl_vision": InternViT, "patches": Patches, "qwen_vl_vision": QwenViT}           # model_type -> class
 DECODERS = {"gemma": Gemma, "opt": Opt, "persimmon": Persimmon}                                  # model_type -> class
 DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca: cfg.mask
-VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat, "instruct": InstructVLM}    # or connector
-NO_ARGS = ("linear", "mlp", "shuffle", "pool", "patches")                        # connectors without settings
+VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat, "instruct": InstructVLM}   # or connector
+VLMS["anyres"] = AnyresVLM
+NO_ARGS = ("linear", "mlp", "shuffle", "pool", "patches", "anyres")                      # connectors without settings
 
 
 def build(cfg):
@@ -61,8 +64,13 @@ def build(cfg):
         stop(f"mask {cfg.mask!r}: {', '.join(SPANS)}")
     if cfg.mask != "causal" and cfg.text.sliding_window:
         stop(f"mask={cfg.mask} with sliding_window={cfg.text.sliding_window}: only causal attention has a window")
+    anyres = {cfg.connector == "anyres", cfg.layout.get("kind") == "anyres"}
+    if anyres != {False} and (anyres != {True} or cfg.mask == "image"):
+        stop(f"connector={cfg.connector} layout.kind={cfg.layout.get('kind')} mask={cfg.mask}: anyres is the connector "
+             "and the layout, and its mask is not `image`")
     seen = cfg.vision.patches + (cfg.vision.class_token and cfg.vision.keep_class)
-    one_each = cfg.connector in ("linear", "mlp", "norm_mlp", "linear_norm", "comm") and cfg.text.model_type not in VLMS
+    one_each = (cfg.connector in ("linear", "mlp", "norm_mlp", "linear_norm", "comm", "anyres")
+                and cfg.text.model_type not in VLMS)
     if one_each and cfg.image_tokens != seen:
         stop(f"connector={cfg.connector} gives {seen} tokens per image, not tokens={cfg.image_tokens}")
     kind = cfg.text.model_type

@@ -4,6 +4,8 @@
               grid has the aspect ratio that is closest to the image's. A thumbnail of the whole image follows
     rows      Fuyu (adept.ai/blog/fuyu-8b): a tile is one patch. The image keeps its size, or shrinks to the largest
               size; its last row and column of patches are filled up. An id ends each row of patches
+    anyres    LLaVA-NeXT (llava-vl.github.io/blog/2024-01-30-llava-next): a small picture of the whole image, and the
+              image in a grid of tiles with black borders. The features of the borders get no placeholder
 
     before    ids in front of an image   after   ids behind it   row_end    ids behind a row of tiles
     S side of a tile in pixels   w, h width and height of an image   Q placeholders per tile
@@ -110,11 +112,67 @@ class PatchRows(Tiles):
         return canvas
 
 
-LAYOUTS = {"grid": Tiles, "rows": PatchRows}
+@dataclass
+class Anyres:
+    """The layout of LLaVA-NeXT. The Q features of a tile are n x n. The features of all tiles together are one picture
+    of the image, R rows of C features without the borders. Its placeholders: Q for the small picture of the whole
+    image, then R times C + 1, because one more vector ends each row (parts/anyres.py).
+
+    The model must know the grid and the borders. So the first placeholder of an image has an id of its own: its four
+    bytes are the numbers of tiles (rows, columns), R and C. This id is at least 2^24, more than any vocabulary has."""
+    image_id: int
+    tokens: int
+    side: int
+    grids: tuple = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))    # (columns, rows) to choose from
+    resample: int = Image.BICUBIC
+    needs_image = True
+
+    def __post_init__(self):
+        self.n = math.isqrt(self.tokens)
+        if self.n**2 != self.tokens or self.n < 2:
+            stop(f"layout of images: anyres needs a square of tokens per tile, at least 2 x 2, not {self.tokens}")
+        if not self.grids or not all(0 < k * self.n < 256 for grid in self.grids for k in grid):
+            stop(f"layout of images: grids={self.grids} of {self.n} x {self.n} tokens per tile: anyres needs at least "
+                 "one grid, and at most 255 features on a side")
+
+    def grid(self, w, h):
+        """-> columns, rows: the grid that shows most pixels of the image; of equal ones, the smallest; then the first"""
+        def cost(grid):
+            W, H = (k * self.side for k in grid)
+            scale = min(W / w, H / h)
+            shown = min(int(w * scale) * int(h * scale), w * h)
+            return -shown, W * H - shown
+
+        return min(self.grids, key=cost)
+
+    def block(self, image):
+        """A path or a PIL image -> the ids of this image"""
+        w, h = image_size(image)
+        columns, rows = self.grid(w, h)
+        C, R = columns * self.n, rows * self.n
+        if w / h > C / R:                                      # borders above and below, else left and right
+            R -= (R - int(round(h * (C / w), 7))) // 2 * 2
+        else:
+            C -= (C - int(round(w * (R / h), 7))) // 2 * 2
+        first = rows << 24 | columns << 16 | R << 8 | C
+        return [first] + [self.image_id] * (self.tokens - 1 + R * (C + 1))
+
+    def cut(self, image):
+        """A PIL image -> PIL images of side S: the whole image, then its tiles row by row"""
+        (w, h), S, (columns, rows) = image.size, self.side, self.grid(*image.size)
+        W, H = columns * S, rows * S
+        size = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
+        canvas = Image.new("RGB", (W, H))
+        canvas.paste(image.resize(size, self.resample), ((W - size[0]) // 2, (H - size[1]) // 2))
+        tiles = [canvas.crop((x, y, x + S, y + S)) for y in range(0, H, S) for x in range(0, W, S)]
+        return [image.resize((S, S), self.resample), *tiles]
+
+
+LAYOUTS = {"grid": Tiles, "rows": PatchRows, "anyres": Anyres}
 
 
 def layout(cfg):
-    """VLMConfig with a dict `layout` -> Tiles or PatchRows. The key "kind" says which; the others are fields."""
+    """VLMConfig with a dict `layout` -> Tiles, PatchRows or Anyres. The key "kind" says which; the others are fields."""
     settings = dict(cfg.layout)
     if (kind := settings.pop("kind", None)) not in list(LAYOUTS):
         stop(f"layout of images of kind {kind!r}: {' or '.join(LAYOUTS)}")

@@ -18,7 +18,7 @@ from config import BadSample, setting, stop
 from data import Encoder
 from formats.configs import one_line
 from formats.families import FAMILIES
-from formats.family import image_settings, with_ids
+from formats.family import image_settings, usual_template, with_ids
 from formats.rows import Rows
 from formats.strict_json import read_json
 from formats.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def encoder(s):
         stop(f"{folder} holds a {cfg.get('model_type')!r}: llava, {', '.join(FAMILIES)} are supported")
     image_id = model.image_token_index if model else cfg.get("image_token_index", cfg.get("image_token_id"))
     tok = Tokenizer(folder, image_id)
-    known = about.get("template", family.template if family else "plain")
+    known = about.get("template", usual_template(family, cfg, tok) if family else "plain")
     template = s.template or (known if known != "plain" else "vicuna_v1")
     trained = read_json(run / "config.json", {}).get("settings", {}).get("max_len")
     max_len = s.max_len or trained or config.Common.max_len
