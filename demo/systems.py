@@ -1,12 +1,12 @@
-"""All systems on the toy world, with equal data and equal steps: one pass over the captions, one over the conversations.
+"""All systems on the toy world with equal data and equal steps: one pass over captions, one over conversations.
 
-    python -m demo.systems                                  # run what is missing in demo/systems.jsonl (hours), and print
+    python -m demo.systems                                  # run what demo/systems.jsonl lacks (hours), and print
     python -m demo.systems --only=llava15,fuyu --seeds=1    # some of it
     python -m demo.systems --show                           # print the tables alone
 
 A row of demo/systems.jsonl is one run of one arm with one seed: both stages, held-out questions, and the same questions
-with image features set to zero (blind). An arm is a system, or a system with one change. FINDINGS compares arms: each is
-a claim of a paper, and the measurement that can refute it here. A difference counts if it is larger than twice the
+with image features set to zero (blind). An arm is a system, or a system with one change. FINDINGS compares arms: each
+is a claim of a paper, and the measurement that can refute it here. A difference counts if it is larger than twice the
 pooled standard deviation over the seeds.
 """
 
@@ -18,15 +18,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 import config
 from config import setting
+from demo import toy
+from demo.variants import write_variants
 from generate import Chat
 
 SYSTEMS = {"llava15": "LLaVA-1.5", "llava": "LLaVA v1", "pali3": "PaLI-3, an analogue", "paligemma": "PaliGemma",
-           "internvl15": "InternVL 1.5", "fuyu": "Fuyu", "mm1": "MM1", "blip2": "BLIP-2", "instructblip": "InstructBLIP",
-           "qwen_vl": "Qwen-VL", "flamingo": "Flamingo", "comm": "COMM", "visualchat": "DeepSpeed-VisualChat"}
+           "internvl15": "InternVL 1.5", "fuyu": "Fuyu", "mm1": "MM1", "blip2": "BLIP-2",
+           "instructblip": "InstructBLIP", "qwen_vl": "Qwen-VL", "flamingo": "Flamingo", "comm": "COMM",
+           "visualchat": "DeepSpeed-VisualChat"}
 
 
 @dataclasses.dataclass
@@ -40,8 +43,70 @@ class Settings:
 
 ONE = ["--data=toy", "--epochs=1", "--eval_every=0", "--sample_every=0", "--save_every=0"]
 
-# arm: (system, changed settings of stage 1, changed settings of stage 2)
-ARMS = {name: (name, [], []) for name in SYSTEMS}
+IMAGES, LARGE = ["--system=", "--images=runs/toy/images"], ["--system=", "--images=runs/toy/large"]   # with a data file
+CONNECTOR = "--train=multi_modal_projector.*=3e-3"                           # stage 2 with a frozen language model
+
+
+def mm1(connector, tokens, *more):
+    return f"--parts=vision.feature_layer=-1 connector={connector} tokens={tokens} {' '.join(more)}"
+
+
+# arm: (system, changed settings of stage 1, changed settings of stage 2, settings of eval.py)
+ARMS = {name: (name, [], [], []) for name in SYSTEMS}
+ARMS |= {f"{name}_full": (name, ["--epochs=3"], ["--epochs=2"], []) for name in SYSTEMS}    # a recipe's own length
+ARMS |= {
+    **{f"mlp_lr{lr}": ("llava15", [f"--lr={lr}e-3"], [], []) for lr in (2, 10)},
+    **{f"linear_lr{lr}": ("llava15", ["--connector=linear", f"--lr={lr}e-3"], [], []) for lr in (2, 5, 10)},
+    "mm1_abstractor4": ("mm1", [mm1("abstractor", 4, "connector_args.width=64")], [], []),
+    "mm1_abstractor36": ("mm1", [mm1("abstractor", 36, "connector_args.width=64")], [], []),
+    "mm1_pool4": ("mm1", [mm1("pool", 4)], [], []), "mm1_pool9": ("mm1", [mm1("pool", 9)], [], []),
+    "mm1_pool36": ("mm1", [mm1("pool", 36)], [], []),
+    "mm1_resampler9": ("mm1", [mm1("resampler", 9, "connector_args.heads=4")], [], []),
+    "pali3_causal": ("pali3", ["--parts=vision.feature_layer=-1 vision.feature_norm=true"], [], []),
+    "llava15_frozen_llm": ("llava15", [], [CONNECTOR], []),
+    "llava15_trained_vit": ("llava15", [], ["--vision_lr=3e-4"], []),
+    "visualchat_frozen": ("visualchat", [], [CONNECTOR + " language_model.model.embed_tokens.*=1e-3"], []),
+    "visualchat_frozen_causal": (
+        "visualchat", ["--parts=connector=linear_norm tokens=37 vision.feature_layer=-1 vision.keep_class=true"],
+        [CONNECTOR + " language_model.model.embed_tokens.*=1e-3"], []),
+    "flamingo_no_gate": (
+        "flamingo", ["--parts=text.model_type=flamingo text.cross_width=128 text.gate_width=0 connector=perceiver "
+                     "tokens=1 connector_args.latents=16 connector_args.depth=2 connector_args.heads=4 "
+                     "connector_args.head_dim=32 vision.keep_class=true",
+                     "--train=multi_modal_projector.*=2e-3 language_model.gated_layers.*=2e-3"], [], []),
+    "blip2_frozen": ("blip2", [], [CONNECTOR], []), "instructblip_frozen": ("instructblip", [], [CONNECTOR], []),
+    "llava15_no_replay": ("llava15", [], ["--data=runs/toy/sft_images.json", *IMAGES],
+                          ["--data=runs/toy/text_questions.jsonl"]),
+    "llava15_replay": ("llava15", [], ["--data=runs/toy/sft.json", *IMAGES], ["--data=runs/toy/text_questions.jsonl"])}
+ARMS |= {f"internvl15_{n}_tiles": (
+    "internvl15", [f'--parts=connector=shuffle tokens=9 vision.feature_layer=-1 layout={{"kind":"grid","most":{n}}}',
+                   "--data=runs/toy/align.json", *LARGE], ["--data=runs/toy/sft.json", *LARGE],
+    ["--data=runs/toy/questions.jsonl", "--images=runs/toy/large"]) for n in (1, 4)}
+
+MLP, LINEAR = "llava15|mlp_lr2|mlp_lr10", "linear_lr2|linear_lr5|linear_lr10"
+
+# (claim, paper), arm that should win, arm that should lose (or the best of several), questions compared; expected: ">",
+# or "=" where no difference is expected
+FINDINGS = [
+    ("an MLP is no better than one layer, each at its best learning rate (MM1)", MLP, LINEAR, "all", "="),
+    ("36 tokens are better than 9, C-Abstractor (MM1)", "mm1_abstractor36", "mm1", "all", ">"),
+    ("9 tokens are better than 4, C-Abstractor (MM1)", "mm1", "mm1_abstractor4", "all", ">"),
+    ("36 tokens are better than 9, averages (MM1)", "mm1_pool36", "mm1_pool9", "all", ">"),
+    ("with 9 tokens, C-Abstractor and averages are equal (MM1)", "mm1", "mm1_pool9", "all", "="),
+    ("with 9 tokens, C-Abstractor and resampler are equal (MM1)", "mm1", "mm1_resampler9", "all", "="),
+    ("a prefix that sees itself is better than causal attention (PaliGemma)", "pali3", "pali3_causal", "all", ">"),
+    ("a frozen language model is worse (PaliGemma)", "llava15", "llava15_frozen_llm", "all", ">"),
+    ("a frozen vision tower is not worse (PaliGemma)", "llava15", "llava15_trained_vit", "all", "="),
+    ("with a frozen language model, MMCA is better than causal attention (VisualChat)", "visualchat_frozen",
+     "visualchat_frozen_causal", "all", ">"),
+    ("gates are better than none (Flamingo)", "flamingo", "flamingo_no_gate", "all", ">"),
+    ("with a frozen language model, queries that read the question are better (InstructBLIP)", "instructblip_frozen",
+     "blip2_frozen", "all", ">"),
+    ("tiles are better for small digits (InternVL 1.5)", "internvl15_4_tiles", "internvl15_1_tiles", "read", ">"),
+    ("tiles change nothing for places (InternVL 1.5)", "internvl15_4_tiles", "internvl15_1_tiles", "place", "="),
+    ("a vision tower is better than raw patches (Fuyu), short", "llava15", "fuyu", "all", ">"),
+    ("a vision tower is better than raw patches (Fuyu), 2.3 times the steps", "llava15_full", "fuyu_full", "all", ">"),
+    ("text samples keep the language model's reading of text (MM1)", "llava15_replay", "llava15_no_replay", "all", ">")]
 
 
 def command(*args):
@@ -66,20 +131,22 @@ def plan_numbers(lines):
 
 def measure(s, arm, seed):
     """Run both stages of an arm, and its questions -> row for demo/systems.jsonl"""
-    system, first, second = ARMS[arm]
+    system, first, second, asked = ARMS[arm]
     recipe = [] if system == "llava15" else [f"recipes/{system}.py"]
     align, sft = (f"{s.out}/{arm}_{seed}/{stage}" for stage in ("align", "sft"))
     common = [*ONE, f"--seed={seed}"]
     lines1, cpu1 = command("train_align.py", *recipe, *common, f"--out={align}", *first)
     lines2, cpu2 = command("train_sft.py", *recipe, *common, f"--init={align}", f"--out={sft}", *second)
     (trained1, steps1), (trained2, steps2) = plan_numbers(lines1), plan_numbers(lines2)
-    seeing, blind = (json.loads(command("eval.py", f"--model={sft}", *how)[0][-1]) for how in ([], ["--blind"]))
+    seeing, blind = (json.loads(command("eval.py", f"--model={sft}", *asked, *how)[0][-1])
+                     for how in ([], ["--blind"]))
     tokens = tokens_per_image(sft)
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     shutil.rmtree(f"{s.out}/{arm}_{seed}")
-    return {"arm": arm, "seed": seed, "seeing": seeing["accuracy"], "blind": blind["accuracy"], "types": seeing["types"],
-            "n": seeing["n"], "tokens": tokens, "trained": [trained1, trained2], "steps": [steps1, steps2],
-            "cpu_s": round(cpu1 + cpu2), "date": datetime.date.today().isoformat(), "revision": revision}
+    return {"arm": arm, "seed": seed, "seeing": seeing["accuracy"], "blind": blind["accuracy"],
+            "types": seeing["types"], "n": seeing["n"], "tokens": tokens, "trained": [trained1, trained2],
+            "steps": [steps1, steps2], "cpu_s": round(cpu1 + cpu2),
+            "date": datetime.date.today().isoformat(), "revision": revision}
 
 
 def tokens_per_image(model):
@@ -110,13 +177,36 @@ def spread(values):
     return f"{100 * fmean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def percent(rows, what):
+    """-> scores of these rows in percent: of all questions, or of the type `what`"""
+    return [100 * (r["seeing"] if what == "all" else r["types"][what]) for r in rows]
+
+
+def findings(rows):
+    """{arm: its rows} -> lines of a Markdown table, one line per finding whose two arms were measured"""
+    out = ["| finding | first | second | difference | twice the deviation | expected | seen |",
+           "|---|--:|--:|--:|--:|---|---|"]
+    for claim, more, less, what, sign in FINDINGS:
+        best = [max((percent(rows[arm], what) for arm in arms.split("|") if arm in rows), key=fmean, default=[])
+                for arms in (more, less)]
+        if all(best):
+            a, b = best
+            gap, many = fmean(a) - fmean(b), min(len(a), len(b)) > 1
+            noise = 2 * ((variance(a) + variance(b)) / 2) ** 0.5 if many else None
+            seen = "one seed" if not many else "=" if abs(gap) <= noise else ">" if gap > 0 else "<"
+            out.append(f"| {claim} | {fmean(a):.1f} | {fmean(b):.1f} | {gap:+.1f} "
+                       f"| {'' if noise is None else f'{noise:.1f}'} | {sign} | {seen} |")
+    return out
+
+
 def table(rows):
-    """Rows of demo/systems.jsonl -> lines of a Markdown table, one line per system"""
-    kinds = sorted(rows[0]["types"]) if rows else []
-    out = ["| system | seeds | seeing % | blind % | " + " | ".join(kinds) + " | tokens | trained, stage 1 + 2 | CPU s |",
+    """{arm: its rows} -> lines of a Markdown table, one line per system"""
+    kinds = sorted(rows["llava15"][0]["types"]) if "llava15" in rows else []
+    head = ["system", "seeds", "seeing %", "blind %", *kinds, "tokens", "trained, stage 1 + 2", "CPU s"]
+    out = [f"| {' | '.join(head)} |",
            "|---|--:|--:|--:|" + "--:|" * (len(kinds) + 3)]
-    for arm, of in by_arm(rows).items():
-        if arm in SYSTEMS:
+    for arm in SYSTEMS:
+        if of := rows.get(arm):
             types = " | ".join(f"{100 * fmean(r['types'][k] for r in of):.0f}" for k in kinds)
             trained = " + ".join(f"{n / 1e6:.2f} M" for n in of[0]["trained"])
             out.append(f"| {SYSTEMS[arm]} | {len(of)} | {spread([r['seeing'] for r in of])} "
@@ -133,11 +223,15 @@ def main(s):
     for seed in range(0 if s.show else s.seeds):
         for arm in wanted:
             if not any(r["arm"] == arm and r["seed"] == seed for r in measured(s.rows)):
+                if not Path("runs/toy/text_questions.jsonl").exists():
+                    toy.write_world("runs/toy")
+                    write_variants(Path("runs/toy"))
                 row = measure(s, arm, seed)
                 with open(s.rows, "a") as f:
                     f.write(json.dumps(row) + "\n")
                 print(row, file=sys.stderr, flush=True)
-    print(*table(measured(s.rows)), sep="\n")
+    rows = by_arm(measured(s.rows))
+    print(*table(rows), "", *findings(rows), sep="\n")
 
 
 if __name__ == "__main__":

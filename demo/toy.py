@@ -89,10 +89,19 @@ def things(scene):
 
 # ---- the image ------------------------------------------------------------------------------------------------------
 
+def draw_sign(d, x, y, digit, ups):
+    """Draw a sign of 15 x 19 pixels. d: PIL.ImageDraw of an image `ups` times as large; x, y: centre in pixels"""
+    from PIL import ImageFont
+    w, h = 7.5, 9.5
+    d.rectangle([(x - w) * ups, (y - h) * ups, (x + w) * ups, (y + h) * ups], fill=(250, 250, 250), outline=(0, 0, 0),
+                width=ups)
+    d.text((x * ups, y * ups), str(digit), fill=(0, 0, 0), font=ImageFont.load_default(size=17 * ups), anchor="mm")
+
+
 def draw_scene(scene, seed):
     """Draw a scene -> PIL image, SIDE x SIDE, RGB. The background has a colour gradient and a little noise."""
     import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(seed)
     ups = 3                                                # draw at three times the size, then shrink, for smooth edges
@@ -105,11 +114,7 @@ def draw_scene(scene, seed):
     for o in things(scene):
         x, y = (CELL * (k + 0.5) + rng.uniform(-2, 2) for k in (o["column"], o["row"]))
         if "digit" in o:
-            w, h = 7.5, 9.5
-            d.rectangle([(x - w) * ups, (y - h) * ups, (x + w) * ups, (y + h) * ups], fill=(250, 250, 250),
-                        outline=(0, 0, 0), width=ups)
-            d.text((x * ups, y * ups), str(o["digit"]), fill=(0, 0, 0), font=ImageFont.load_default(size=17 * ups),
-                   anchor="mm")
+            draw_sign(d, x, y, o["digit"], ups)
             continue
         r = (rng.uniform(9.0, 10.5) if o["size"] == "large" else rng.uniform(4.8, 6.0))
         fill = tuple(int(v) for v in (np.array(COLORS[o["color"]]) + rng.integers(-14, 15, 3)).clip(0, 255))

@@ -33,7 +33,7 @@ class FlamingoConfig(TextConfig):
     cross_every: int = 1                     # a gated block stands before layers 0, n, 2 n, ...
     cross_width: int = 1024                  # D
     cross_qk_norm: bool = False              # RMSNorm of queries and keys of the gated blocks
-    gate_width: int = 1                      # 1, or C: one gate per channel
+    gate_width: int = 1                      # 1; C: one gate per channel; 0: no gates
 
 
 @dataclass
@@ -88,22 +88,25 @@ class GatedBlock(nn.Module):
         super().__init__()
         self.cross_attn = ImageAttention(cfg)
         self.input_layernorm, self.mlp, self.post_attention_layernorm = self.parts(cfg)
-        self.alpha_cross_attn, self.alpha_dense = (nn.Parameter(torch.zeros(cfg.gate_width)) for _ in range(2))
+        self.alpha_cross_attn, self.alpha_dense = (
+            nn.Parameter(torch.zeros(cfg.gate_width)) if cfg.gate_width else None for _ in range(2))
 
     def reset_parameters(self):
         """For parts.init.init_new: the gates begin at 0."""
-        for gate in (self.alpha_cross_attn, self.alpha_dense):
-            nn.init.zeros_(gate)
+        for gate in self._parameters.values():
+            if gate is not None:
+                nn.init.zeros_(gate)
 
     def parts(self, cfg):
         return LayerNorm(cfg.hidden_size), SquaredReLU(cfg.hidden_size), LayerNorm(cfg.hidden_size)
 
     def forward(self, x, z, lo, hi, cache=None):
         """x (N, C), z (I Q, D) -> (N, C)"""
-        h = self.cross_attn(self.input_layernorm(x), z, lo, hi, cache)
-        x = x + self.alpha_cross_attn.tanh().to(h.dtype) * h
-        h = self.mlp(self.post_attention_layernorm(x))
-        return x + self.alpha_dense.tanh().to(h.dtype) * h
+        def gated(h, alpha):
+            return h if alpha is None else alpha.tanh().to(h.dtype) * h
+
+        x = x + gated(self.cross_attn(self.input_layernorm(x), z, lo, hi, cache), self.alpha_cross_attn)
+        return x + gated(self.mlp(self.post_attention_layernorm(x)), self.alpha_dense)
 
 
 class IdeficsBlock(GatedBlock):

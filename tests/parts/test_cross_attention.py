@@ -1,6 +1,7 @@
 """Gated cross-attention: who sees which image, closed gates, cache, packing, both forms of the block."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -85,6 +86,22 @@ def test_closed_gates_give_the_bare_language_model(model):
     with torch.no_grad():
         hidden = bare(bare.embed(batch.ids), batch.pos, batch.lo, batch.hi)
         assert torch.equal(all_logits(model, batch), hidden @ bare.head_weight.T)
+
+
+def test_without_gates_blocks_are_open(model):
+    """gate_width=0 is the model whose gates are tanh(20) = 1, without their parameters, bit for bit"""
+    bare = config(dataclasses.replace(model.cfg.text, gate_width=0), {"keep_class": True}, connector="perceiver",
+                  tokens=1, connector_args=PERCEIVER)
+    bare = build(bare).double()
+    state = {n: p for n, p in model.state_dict().items() if "alpha_" not in n}
+    bare.load_state_dict(state)
+    for n, p in model.named_parameters():
+        if "alpha_" in n:
+            p.data.fill_(20)
+    batch = pack([example(1, model_patches=1), example(2, images=0)], 8)
+    with torch.no_grad():
+        assert torch.equal(all_logits(model, batch), all_logits(bare, batch))
+    init_new(bare, {n for n in state if "gated_layers" in n})
 
 
 def test_new_blocks_begin_closed_and_learn(model):
