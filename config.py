@@ -57,7 +57,8 @@ def setting(default, about, least=None, most=None, choices=(), resume="same", gr
 
 @dataclasses.dataclass
 class Common:
-    data: str = setting("toy", "LLaVA json or jsonl; a.json:0.7,b.json:0.3 mixes; or toy", resume="free", group="data")
+    data: str = setting("toy", "LLaVA json, jsonl or toy; a.json:0.7,b.json:0.3 mixes, a.json:0.7:0.2 weights a loss",
+                        resume="free", group="data")
     images: str = setting(".", "folder that image names are relative to", resume="say")
     val_data: str = setting("", "validation data in the same form; empty: no validation, no samples", resume="free")
     template: str = setting("", "of chat.py or parts/templates.py: plain, vicuna_v1 ...; empty: as init was trained")
@@ -78,6 +79,7 @@ class Common:
     max_len: int = setting(512, "tokens of one sample; the rest is cut, never inside an image, and counted", 1)
     epochs: float = setting(2.0, "passes over the data, where steps is 0", 0, 1e9, resume="say")
     steps: int = setting(0, "optimizer steps", 0, resume="say")
+    loss: str = setting("token", "what counts 1: each supervised token, or each sample", choices=("token", "sample"))
     lr: float = setting(3e-3, "peak learning rate", 0, resume="say")
     warmup: float = setting(0.03, "share of the steps with a rising learning rate", 0, 0.99, resume="say")
     weight_decay: float = setting(0.0, "of matrices, not of norms, biases and embeddings", 0, resume="say")

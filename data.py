@@ -75,14 +75,16 @@ class Batch(NamedTuple):
     lo: torch.Tensor      # (N,) int32: each token attends to the keys lo <= j < hi of the stream
     hi: torch.Tensor      # (N,) int32: end of the range of keys that each token attends to
     images: torch.Tensor  # (I, 3, S, S) uint8
+    weights: torch.Tensor = torch.zeros(0)  # (R,) fp32: of the R supervised tokens in the loss; empty: all are 1
 
     def to(self, device):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 
-def pack(samples, side, span_ends=None, reader=None):
+def pack(samples, side, span_ends=None, reader=None, weights=()):
     """Samples [(ids, labels, images (n, 3, side, side) uint8)] -> one Batch. Labels are shifted by one within each
-    sample, so no sample predicts the next one. span_ends: function that gives `hi` (parts/spans.py); None = causal"""
+    sample, so no sample predicts the next one. span_ends: function that gives `hi` (parts/spans.py); None = causal
+    weights: for each sample, the weight of its tokens in the loss; () = all are 1"""
     lengths = torch.tensor([len(ids) for ids, _, _ in samples], dtype=torch.long)
     ids = torch.tensor([i for ids, _, _ in samples for i in ids], dtype=torch.long)
     labels = torch.tensor([y for _, labels, _ in samples for y in [*labels[1:], IGNORE]], dtype=torch.long)
@@ -92,7 +94,9 @@ def pack(samples, side, span_ends=None, reader=None):
     images = torch.cat(images) if images else torch.zeros(0, 3, side, side, dtype=torch.uint8)
     images = reader(samples, images) if reader else images
     hi = span_ends(ids, labels, at - lo, lo) if span_ends else at + 1
-    return Batch(ids, labels, at - lo, lo.int(), hi.int(), images)
+    w = torch.tensor(weights if any(w != 1 for w in weights) else [], dtype=torch.float32)
+    w = w.repeat_interleave(lengths)[labels != IGNORE] if len(w) else w
+    return Batch(ids, labels, at - lo, lo.int(), hi.int(), images, w)
 
 
 def share_out(costs, n):
@@ -132,27 +136,32 @@ class StepData(NamedTuple):
 class Steps(torch.utils.data.Dataset):
     """steps[s] -> StepData of this rank for step s. The samples of a step depend only on (seed, s). They are divided
     between the ranks so that every rank has similar work.
-    spec: "a.json:0.7,b.json:0.3" mixes files by weight; "a.json,b.json" takes every sample once per epoch. An epoch has
-    as many samples as all files together. A file is shuffled again when all its samples have been drawn."""
+    spec: "a.json:0.7,b.json:0.3" mixes files by share; "a.json,b.json" takes every sample once per epoch. An epoch has
+    as many samples as all files together. A file is shuffled again when all its samples have been drawn. A second
+    number, as in "a.json:0.7:0.2", multiplies the loss of the file's tokens. loss="sample": each sample counts 1 in the
+    loss, and its supervised tokens share this weight (PaliGemma)."""
 
-    def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1, span_ends=None):
+    def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1, span_ends=None,
+                 loss="token"):
         if max_tokens < encode.max_len:
             stop(f"max_tokens={max_tokens} is less than max_len={encode.max_len}: one sample must fit into a stream")
         image_folder(images)
-        files, _, weights = zip(*(part.partition(":") for part in spec.split(",")))
+        files, shares, weights = zip(*((part.split(":", 2) + ["", ""])[:3] for part in spec.split(",")))
         self.files = [Rows(f) for f in files]
         self.total = sum(len(r) for r in self.files)
         try:
-            weights = np.array([float(w) for w in weights] if any(weights) else [len(r) for r in self.files])
+            shares = np.array([float(x) for x in shares] if any(shares) else [len(r) for r in self.files])
+            self.weights = [float(w or 1) for w in weights]
         except ValueError:
-            weights = np.array([math.nan])
-        if not (weights.min() >= 0 and 0 < weights.sum() < math.inf):
-            stop(f"data={spec}: each file needs a weight after a colon, as in a.json:0.7,b.json:0.3, or none does")
-        ends = np.cumsum([0, *weights]) / weights.sum() * self.total
+            shares, self.weights = np.array([math.nan]), []
+        if not (shares.min() >= 0 and 0 < shares.sum() < math.inf and all(0 < w < math.inf for w in self.weights)):
+            stop(f"data={spec}: each file needs a share after a colon, as in a.json:0.7,b.json:0.3, or none does; a "
+                 "second colon may give the weight of its loss, above 0")
+        ends = np.cumsum([0, *shares]) / shares.sum() * self.total
         self.counts = np.diff(np.round(ends)).astype(int)                              # (files,) samples per epoch
         self.images, self.encode, self.image_spec, self.span_ends = images, encode, image_spec, span_ends
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
-        self._epoch = (None, None)
+        self.loss, self._epoch = loss, (None, None)
 
     def epoch(self, e):
         """-> (total, 2): for every sample drawn in epoch e, the index of its file and its index in this file"""
@@ -185,27 +194,29 @@ class Steps(torch.utils.data.Dataset):
                 row = self.files[f][i]
                 name += f" id={row.get('id')!r:.80}"
                 ids, labels, names, cut = self.encode(row, self.images)
-                encoded.append((name, ids, labels, names))
+                count = sum(y != IGNORE for y in labels[1:]) if self.loss == "sample" else 1
+                encoded.append((name, ids, labels, names, self.weights[f] / count))
                 truncated += mine and cut > 0
             except BadSample as e:                             # all ranks find this error; only one rank reports it
                 if mine:
                     dropped.append((name, str(e)))
-        lengths = [len(ids) for _, ids, _, _ in encoded]
-        costs = [len(ids) + ids.count(self.encode.layout.image_id) for _, ids, _, _ in encoded]     # LLM + ViT tokens
+        lengths = [len(ids) for _, ids, *_ in encoded]
+        costs = [len(ids) + ids.count(self.encode.layout.image_id) for _, ids, *_ in encoded]       # LLM + ViT tokens
         streams = [best_fit(group, lengths, self.max_tokens) for group in share_out(costs, self.world)]
         mine, micro, names = streams[self.rank], [], []
         for stream in mine + [[]] * (max(map(len, streams)) - len(mine)):
-            samples = []
+            samples, weights = [], []
             for j in stream:
-                name, ids, labels, files = encoded[j]
+                name, ids, labels, files, weight = encoded[j]
                 try:
                     pixels, moving = zip(*map(self.pixels, files)) if files else ((), ())
                     samples.append((ids, labels, torch.cat(pixels) if pixels else []))                 # (i, 3, S, S)
+                    weights.append(weight)
                     names.append(name)
                     animated += sum(moving)
                 except BadSample as e:
                     dropped.append((name, str(e)))
-            micro.append(pack(samples, self.image_spec.side, self.span_ends, self.encode.reader))
+            micro.append(pack(samples, self.image_spec.side, self.span_ends, self.encode.reader, weights))
         return StepData(micro, names, dropped, truncated, animated)
 
     def pixels(self, file):

@@ -1,8 +1,8 @@
 """The parts of training that do not depend on images or text: start, choose, adamw, parallelize, sync_gradients,
 update, leave.
 
-The loop in each training script computes the gradient of a step. A loss is a sum over supervised tokens. n is the
-number of supervised tokens in all micro-batches of all ranks, counted before the first backward pass:
+The loop in each training script computes the gradient of a step. A loss is a sum over supervised tokens. n is their
+number (or the sum of their weights) in all micro-batches of all ranks, counted before the first backward pass:
 
     gradient = sum over ranks, micro-batches, tokens of d loss / n          (not a mean of means)
 """
@@ -220,7 +220,8 @@ def parallelize(model, world, blocks, parallel="auto", recompute="none", compile
     if sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         low = world.dtype in (torch.bfloat16, torch.float16)
-        policy = MixedPrecisionPolicy(*((world.dtype, torch.float32) if low else ()))    # sum gradients in fp32
+        # sum gradients in fp32, and cast no input: a rotary angle or the weight of a token must not be rounded
+        policy = MixedPrecisionPolicy(*((world.dtype, torch.float32) if low else ()), cast_forward_inputs=False)
         for b in [*blocks, model]:
             fully_shard(b, mp_policy=policy)
         return model

@@ -389,7 +389,7 @@ class Llama(nn.Module):
 
 # ---- vision-language model ------------------------------------------------------------------------------------------
 
-def logits_head(hidden, weight, labels):
+def logits_head(hidden, weight, labels, weights=None):
     """hidden (R, C), weight (V, C) -> logits (R, V). With this `head`, VLM.forward returns logits, not the loss."""
     return hidden @ weight.to(hidden.dtype).T
 
@@ -424,15 +424,15 @@ class VLM(nn.Module):
             features = self.vision_tower(images)                               # (I, P, D)
         return self.multi_modal_projector(features)
 
-    def forward(self, ids, labels, pos, lo, hi, images, head=linear_cross_entropy, cache=None):
+    def forward(self, ids, labels, pos, lo, hi, images, weights=None, head=linear_cross_entropy, cache=None):
         """One packed sequence: token ids, labels, positions, key ranges [lo, hi), all (N,); images (I, 3, S, S) uint8.
 
-        In the last layer, only the R labelled tokens are queries. -> head(hidden (R, C), weight (V, C), labels (R,)):
-        by default the loss, summed over these tokens."""
+        In the last layer, only the R labelled tokens are queries. -> head(hidden (R, C), weight (V, C), labels (R,),
+        weights (R,)): by default the loss, summed over these tokens, each times its weight."""
         rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). nonzero() makes the host wait: do it before other work
         x, *seen = self.inputs(ids, pos, images, cache)                        # (N, C)
         hidden = self.language_model(x, pos, lo, hi, rows, cache, *seen)       # (R, C)
-        return head(hidden, self.language_model.head_weight, labels[rows])
+        return head(hidden, self.language_model.head_weight, labels[rows], weights)
 
     def inputs(self, ids, pos, images, cache=None):
         """-> [x (N, C)]: token embeddings, with image features at the placeholders. A subclass may return more

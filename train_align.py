@@ -14,7 +14,7 @@ from pathlib import Path
 
 import engine
 from config import Common
-from loss import supervised, token_loss
+from loss import token_loss, total_weight
 from run import stage
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +40,7 @@ def main(s):
     model, optimizer, start, steps = run.model, run.optimizer, run.start, run.steps
     for step, batch in zip(range(start, steps), run.batches):
         lr = engine.set_lr(optimizer, step, steps, s.warmup)
-        n, = world.sum([sum(supervised(b.labels) for b in batch.micro)])   # n: supervised tokens of the step, all ranks
+        n, = world.sum([sum(map(total_weight, batch.micro))])    # n: supervised tokens of the step, or their weights
         total = 0.0
         for b in batch.micro:
             with engine.sync_gradients(model, enabled=b is batch.micro[-1]):

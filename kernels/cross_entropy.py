@@ -2,12 +2,15 @@
 
     R rows (one per token)   C width   V vocabulary entries   n rows of a chunk
     hidden (R, C)   weight (V, C)   labels (R,) int64, -100 = ignored   ->   scalar, fp32 (fp64 for fp64)
+    weights (R,): of each row in the sum; without them, every row counts 1
 
 The cost in bytes. The logits (R, V) take 4 GiB in fp32 for 8,192 rows and 128k entries. Plain autograd also holds their
 softmax and their gradient. But the gradient of a summed loss for the logits is softmax - onehot, times one scalar that
 backward receives. So the forward pass takes one chunk of rows at a time: it computes the logits of the chunk, replaces
 them by softmax - onehot, and computes from these the gradients of hidden and weight. Only one chunk of logits exists
 at a time. The kernel reads a row twice (for its sum, then for the gradient) and writes it once: 3 V elements.
+Weights of rows cost nothing in V: with g = softmax - onehot and row weights w, the gradients are w * (g @ weight) and
+g.T @ (w * hidden), and both products with w have the width C.
 
 A chunk should have many rows. Its matrix products do 6 V C flops per row. Each chunk adds to the gradient of weight in
 fp32. This moves 10 V C bytes, however few rows the chunk has. At 790 TFLOP/s and 4.3 TB/s, products and addition take
@@ -45,23 +48,24 @@ def logits_bytes(R, V, like):
     return min(R, chunk_rows(V, like.dtype)) * V * each
 
 
-def linear_cross_entropy_ref(hidden, weight, labels):
+def linear_cross_entropy_ref(hidden, weight, labels, weights=None):
     """Compute the summed loss by its definition in plain torch. All logits exist at the same time."""
     logits = hidden @ weight.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return (loss if weights is None else loss * weights).sum()
 
 
 # ---- one chunk: logits -> loss and gradient -------------------------------------------------------------------------
 
 def logits_to_gradient_torch(logits, labels, gradient):
-    """Return the summed loss () of logits (n, V) and labels (n,), and its gradient for the logits (n, V). The gradient
-    is softmax minus one-hot labels. It overwrites fp32 and fp64 logits. With gradient=False, it is None."""
+    """Return the losses (n,) of logits (n, V) and labels (n,), and the gradient of their sum for the logits (n, V). The
+    gradient is softmax minus one-hot labels. It overwrites fp32 and fp64 logits. With gradient=False, it is None."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     keep = labels != IGNORE
     at = labels.where(keep, 0)[:, None]
     lse = wide.logsumexp(-1, keepdim=True)
-    loss = ((lse - wide.gather(1, at)).squeeze(1) * keep).sum()
+    loss = (lse - wide.gather(1, at)).squeeze(1) * keep
     if not gradient:
         return loss, None
     g = wide.sub_(lse).exp_()                                                 # softmax overwrites `wide`
@@ -114,21 +118,24 @@ def logits_to_gradient_triton(logits, labels, gradient):
         block, warps = LOGITS_TILES[architecture(logits)]
         _logits_to_gradient[(n,)](logits, labels, loss, V, logits.stride(0), IGNORE=IGNORE, GRADIENT=gradient,
                                   BLOCK=block, num_warps=warps)
-    return loss.sum(), logits
+    return loss, logits
 
 
 # ---- the operator registered with torch -----------------------------------------------------------------------------
 
 @on_its_device
 def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int, dtype: torch.dtype,
-                       need_h: bool, need_w: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                       need_h: bool, need_w: bool, weights: torch.Tensor | None = None
+                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the summed loss (), the gradient of hidden (R, C) in `dtype`, and the gradient of weight (V, C) in fp32
-    (in fp64 if `dtype` is fp64). A gradient that is not needed is an empty tensor.
+    (in fp64 if `dtype` is fp64). A gradient that is not needed is an empty tensor. The gradient of hidden is not yet
+    multiplied by `weights`: _backward does it before it rounds.
 
     chunk     rows per chunk of logits
     dtype     of the matrix products
     need_h    is the gradient of hidden needed?
-    need_w    is the gradient of weight needed?"""
+    need_w    is the gradient of weight needed?
+    weights   (R,) of the rows in the sum; None: all are 1"""
     R, V = hidden.shape[0], weight.shape[0]
     hidden, weight, labels = hidden.to(dtype), weight.to(dtype), labels.contiguous()
     loss, dh, dw = _outputs(hidden, weight, dtype, need_h, need_w)
@@ -139,10 +146,13 @@ def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
         for i in range(0, R, chunk):
             h, y = hidden[i : i + chunk], labels[i : i + chunk]
             logits = torch.mm(h, weight.T, out=room[: h.shape[0]])            # (chunk, V)
-            part, g = to_gradient(logits, y, need_h or need_w)                # g (chunk, V)
-            loss += part
+            part, g = to_gradient(logits, y, need_h or need_w)                # part (chunk,), g (chunk, V)
             if need_h:
                 torch.mm(g, weight, out=dh[i : i + chunk])
+            if weights is not None:
+                w = weights[i : i + chunk].to(part.dtype)                     # (chunk,)
+                part, h = part * w, (h * w[:, None]).to(dtype)
+            loss += part.sum()
             if need_w and dw.dtype == dtype:
                 dw.addmm_(g.T, h)
             elif need_w:  # in slices: the whole product would be a second (V, C) tensor
@@ -168,33 +178,37 @@ def _setup(ctx, inputs, output):
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.mark_non_differentiable(dh, dw)
     ctx.set_materialize_grads(False)  # else autograd allocates zero gradients for dh and dw
-    ctx.save_for_backward(dh, dw)
+    ctx.save_for_backward(dh, dw, inputs[-1])
 
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
     """Multiply dh and dw by the incoming scalar `grad` in fp32, then round. A scalar rounded to bf16 would change all
     gradients by up to 1/500. dw is not overwritten, because a compiled graph may not overwrite a saved tensor."""
-    (dh, dw), (hidden, weight), (need_h, need_w, *_) = ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad
+    (dh, dw, weights), (hidden, weight), (need_h, need_w, *_) = ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad
     if grad is None:
-        return (None,) * 7
-    dh = (dh.to(grad.dtype) * grad).to(hidden) if need_h else None
+        return (None,) * 8
+    rows = grad if weights is None else grad * weights[:, None].to(grad.dtype)             # () or (R, 1)
+    dh = (dh.to(grad.dtype) * rows).to(hidden) if need_h else None
     dw = torch.mul(dw, grad, out=dw.new_empty(dw.shape, dtype=weight)) if need_w else None  # `out` avoids an fp32 copy
-    return dh, dw if need_w else None, None, None, None, None, None
+    return dh, dw if need_w else None, None, None, None, None, None, None
 
 
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 
 
-def linear_cross_entropy(hidden, weight, labels, chunk=None):
-    """Return the sum of the losses of all rows whose label is not -100. The top of this file shows the shapes. `chunk`
-    is the number of rows per chunk of logits; if it is None, chunk_rows decides.
+def linear_cross_entropy(hidden, weight, labels, weights=None, chunk=None):
+    """Return the sum of the losses of all rows whose label is not -100, each times its weight. The top of this file
+    shows the shapes; without weights (None, or an empty tensor) every row counts 1. `chunk` is the number of rows per
+    chunk of logits; if it is None, chunk_rows decides.
 
     For any other label outside [0, V), plain torch raises RuntimeError. The kernel returns nan instead, because a check
     would make the CPU wait for the GPU."""
     assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
+    weights = None if weights is None or not len(weights) else weights
+    assert weights is None or len(weights) == len(labels), f"{len(weights)} weights, {len(labels)} labels"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     chunk = chunk or chunk_rows(weight.shape[0], dtype)
     need_h, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
-    return linear_cross_entropy_op(hidden, weight, labels, chunk, dtype, need_h, need_w)[0]
+    return linear_cross_entropy_op(hidden, weight, labels, chunk, dtype, need_h, need_w, weights)[0]

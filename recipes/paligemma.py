@@ -1,5 +1,6 @@
 """PaliGemma (Beyer et al. 2024, arXiv 2407.07726): SigLIP-So400m, one linear layer, Gemma 2B. Image and question see
-each other (prefix-LM), and only the answer is supervised. Every weight trains, from the first stage on.
+each other (prefix-LM), and only the answer is supervised. Each example counts 1 in the loss, however long its answer is
+(loss=sample; so in the paper's code, big_vision). Every weight trains, from the first stage on.
 
     python train_sft.py recipes/paligemma.py --dry_run                      # the plan at the size of the paper
     torchrun train_align.py recipes/paligemma.py --data=toy                 # the toy world: both stages
@@ -7,14 +8,14 @@ each other (prefix-LM), and only the answer is supervised. Every weight trains, 
 
 On the toy world the parts are small: its CLIP-like tower with the last norm, its Llama with a prefix mask. The stages
 of the paper: 1 billion samples at 224 px (text 128), then 50 million at 448 px and 10 million at 896 px. Not here:
-Google's data, the reciprocal square root schedule, the slow warm-up of SigLIP's rate, the mean loss per example.
+Google's data, the reciprocal square root schedule, the slow warm-up of SigLIP's rate.
 Batch, rate and warm-up are those of the paper's transfer to tasks. The toy's first stage trains the connector alone.
 """
 
 from model import VisionConfig, VLMConfig
 from parts.gemma import GemmaConfig
 
-template, system, connector = "paligemma", "", "linear"
+template, system, connector, loss = "paligemma", "", "linear", "sample"
 train = "vision_tower.*=1e-5 multi_modal_projector.*=1e-5 language_model.*=1e-5"
 data, vision, llm = "", "google/siglip-so400m-patch14-224", "google/gemma-2b"
 init, out = "", f"runs/paligemma_{stage}"

@@ -95,8 +95,8 @@ def versions():
 def data_digest(samples):
     """Compute a digest (hash) of the data files and their mixture. A run is not resumed if this digest has changed."""
     h = hashlib.sha256()
-    for rows, draws in zip(samples.files, samples.counts):
-        h.update(b"%d of %d bytes" % (draws, len(rows.blob)))
+    for rows, draws, weight in zip(samples.files, samples.counts, samples.weights):
+        h.update(b"%d of %d bytes" % (draws, len(rows.blob)) + (f" times {weight}".encode() if weight != 1 else b""))
         h.update(rows.blob)
     return h.hexdigest()
 

@@ -10,7 +10,7 @@ from config import BadSample, stop
 from data import Steps, conversation
 from engine import unwrap
 from generate import Chat
-from loss import supervised
+from loss import total_weight
 
 
 class Once(Steps):
@@ -47,7 +47,7 @@ class Validation:
             for batch in part.micro:
                 with self.world.autocast():
                     total += float(loss_fn(model, batch.to(self.world.device)))
-                count += supervised(batch.labels)
+                count += total_weight(batch)
         model.train()
         total, count, bad = self.world.sum([total, count, bad])
         # count is 0 if no sample can be used any more, because the images were deleted during the run
@@ -98,7 +98,7 @@ def check_overfit(model, batch, world):
     with world.autocast():
         for b in batch.micro:
             b = b.to(world.device)
-            guess = model(*b, head=lambda hidden, weight, labels: (hidden @ weight.to(hidden.dtype).T).argmax(-1))
+            guess = model(*b, head=lambda hidden, weight, *_: (hidden @ weight.to(hidden.dtype).T).argmax(-1))
             labels = b.labels[b.labels >= 0]
             right, count = right + int((guess == labels).sum()), count + len(labels)
     right, count = world.sum([right, count])

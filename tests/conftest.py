@@ -26,7 +26,7 @@ import torch.distributed.fsdp  # noqa: E402,F401
 import chat  # noqa: E402
 import engine  # noqa: E402
 from config import Error  # noqa: E402
-from loss import supervised  # noqa: E402
+from loss import supervised, total_weight  # noqa: E402
 from model import VLM, TextConfig, VisionConfig, VLMConfig  # noqa: E402
 
 WORDS = """A chat between a curious user and an artificial intelligence assistant. \
@@ -125,10 +125,10 @@ def train_step(model, optimizer, micro, loss_fn, world, grad_clip=0.0, check=Fal
     """One optimizer step by the lines of the script's loop -> what engine.update gives, and the counts"""
     names = dict(model=model, optimizer=optimizer, batch=SimpleNamespace(micro=micro), token_loss=loss_fn, world=world,
                  s=SimpleNamespace(grad_clip=grad_clip), step=0, start=0 if check else 1, engine=engine,
-                 supervised=supervised)
+                 total_weight=total_weight)
     exec(step_of_the_loop(), names)
-    tokens, = world.sum([sum(len(b.ids) for b in micro)])
-    return names["result"] | dict(tokens=int(tokens), supervised_tokens=int(names["n"]))
+    tokens, labels = world.sum([sum(len(b.ids) for b in micro), sum(supervised(b.labels) for b in micro)])
+    return names["result"] | dict(tokens=int(tokens), supervised_tokens=int(labels), n=names["n"])
 
 
 def make_tokenizer(folder, kind="bytes"):

@@ -363,9 +363,12 @@ def test_files_are_mixed_by_weight(world, tmp_path):
 
 
 @pytest.mark.parametrize("kwargs, message", [
-    (dict(spec="{a}:x"), "needs a weight after a colon"), (dict(spec="{a}:0"), "needs a weight"),
-    (dict(spec="{a}:-1,{a}:2"), "needs a weight"), (dict(spec="{a}:nan"), "needs a weight"),
-    (dict(spec="{a}:inf"), "needs a weight"), (dict(spec="{a}:0.7,{a}"), "or none does"),
+    (dict(spec="{a}:x"), "needs a share after a colon"), (dict(spec="{a}:0"), "needs a share"),
+    (dict(spec="{a}:-1,{a}:2"), "needs a share"), (dict(spec="{a}:nan"), "needs a share"),
+    (dict(spec="{a}:inf"), "needs a share"), (dict(spec="{a}:1:0"), "weight of its loss, above 0"),
+    (dict(spec="{a}:1:x"), "weight of its loss"), (dict(spec="{a}:1:inf"), "weight of its loss"),
+    (dict(spec="{a}:1:-1"), "weight of its loss"), (dict(spec="{a}:1:2:3"), "weight of its loss"),
+    (dict(spec="{a}:0.7,{a}"), "or none does"),
     (dict(spec="{a},"), "no data file"), (dict(spec=""), "no data file"),
     (dict(max_tokens=119), "max_tokens=119 is less than max_len=120")])
 def test_an_impossible_setting_stops_with_one_line(world, kwargs, message):
@@ -604,7 +607,7 @@ def test_a_packed_stream_keeps_its_samples_apart():
         at, image = end, image + len(images)
     assert at == len(b.ids) and image == len(b.images)
     assert int((b.labels >= 0).sum()) == sum(int((pack([m], 8).labels >= 0).sum()) for m in made)
-    assert [t.dtype for t in b] == [torch.int64] * 3 + [torch.int32] * 2 + [torch.uint8]
+    assert [t.dtype for t in b] == [torch.int64] * 3 + [torch.int32] * 2 + [torch.uint8, torch.float32]
 
 
 def test_the_first_token_is_never_supervised(bytes_folder, tmp_path):

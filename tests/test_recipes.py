@@ -19,7 +19,7 @@ from run.log import Log
 SYSTEMS = {"paligemma": 256, "llava": 256, "pali3": 256, "internvl15": 256, "fuyu": 1, "mm1": 144, "blip2": 32,
            "comm": 576, "qwen_vl": 256, "flamingo": 1, "visualchat": 257,
            "instructblip": 32}
-KEPT = {"connector", "parts", "train", "template", "system", "warmup", "max_len", "max_tokens"}    # toy settings
+KEPT = {"connector", "parts", "train", "template", "system", "warmup", "max_len", "max_tokens", "loss"}    # toy settings
 
 
 def values(name, stage, toy):

@@ -41,6 +41,38 @@ def test_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, chunk=3), (hidden, weight))
 
 
+def weights_of(R, dtype=torch.float32):
+    """Weights (R,) between 1/64 and 64; every fourth is 0"""
+    w = 2.0 ** torch.linspace(-6, 6, R, dtype=dtype)
+    w[3::4] = 0
+    return w
+
+
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_weighted_rows_equal_the_definition(chunk):
+    """The definition weights the losses. Rows of weight 0 might as well be absent."""
+    hidden, weight, labels = case()
+    w = weights_of(37, torch.float64)
+    ours = with_gradients(linear_cross_entropy, hidden, weight, labels, weights=w, chunk=chunk)
+    for a, b in zip(ours, with_gradients(linear_cross_entropy_ref, hidden, weight, labels, weights=w)):
+        torch.testing.assert_close(a, b, rtol=TIGHT, atol=TIGHT)
+    some = w > 0
+    fewer = with_gradients(linear_cross_entropy, hidden[some], weight, labels[some], weights=w[some], chunk=chunk)
+    torch.testing.assert_close(fewer[0], ours[0], rtol=TIGHT, atol=TIGHT)
+    torch.testing.assert_close(fewer[2], ours[2], rtol=TIGHT, atol=TIGHT)
+    assert not ours[1][~some].any()
+    assert torch.autograd.gradcheck(lambda h, v: linear_cross_entropy(h, v, labels[:4], w[:4], chunk=3),
+                                    (hidden[:4].detach().requires_grad_(), weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_of_one_change_no_bit(dtype):
+    args = case(dtype=dtype)
+    plain = with_gradients(linear_cross_entropy, *args, chunk=7)
+    for w in (torch.ones(37), torch.ones(37, dtype=torch.float64), torch.zeros(0), None):
+        assert all(map(torch.equal, plain, with_gradients(linear_cross_entropy, *args, weights=w, chunk=7)))
+
+
 def test_ignored_rows_add_nothing():
     hidden, weight, labels = case()
     loss, dh, dw = with_gradients(linear_cross_entropy, hidden, weight, torch.full((37,), IGNORE))
@@ -87,6 +119,13 @@ def test_gradients_err_at_most_twice_as_much(dtype):
     theirs = with_gradients(linear_cross_entropy_ref, hidden, weight, labels)
     ours = with_gradients(linear_cross_entropy, hidden, weight, labels, chunk=20)
     assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == dtype
+    for results in zip(ours[1:], theirs[1:], truth[1:]):
+        check_error(*results, terms=32 + 300 if dtype == torch.float32 else 1)
+    w = weights_of(64)
+    exact = hidden.double(), weight.double(), labels
+    truth, theirs = (with_gradients(linear_cross_entropy_ref, *a, weights=w) for a in (exact, (hidden, weight, labels)))
+    ours = with_gradients(linear_cross_entropy, hidden, weight, labels, weights=w, chunk=20)
+    assert [t.dtype for t in ours] == [torch.float32, dtype, dtype]
     for results in zip(ours[1:], theirs[1:], truth[1:]):
         check_error(*results, terms=32 + 300 if dtype == torch.float32 else 1)
 
@@ -181,6 +220,8 @@ def test_wrong_shapes_and_labels_are_refused():
     hidden, weight, labels = case()
     with pytest.raises(AssertionError, match="37 rows, 36 labels"):
         linear_cross_entropy(hidden, weight, labels[1:])
+    with pytest.raises(AssertionError, match="36 weights, 37 labels"):
+        linear_cross_entropy(hidden, weight, labels, torch.ones(36))
     for label in (-1, -101, 7):
         with pytest.raises(RuntimeError, match="out of bounds"):
             linear_cross_entropy(torch.ones(2, 3), torch.ones(7, 3), torch.tensor([0, label]))
@@ -191,6 +232,7 @@ def test_the_operator_passes_opcheck(frozen):
     hidden, weight, labels = case(5, 4, 7, dtype=torch.float32)
     args = hidden, weight.requires_grad_(not frozen), labels, 2, torch.float32, True, not frozen
     opcheck(torch.ops.pumice.linear_cross_entropy, args)
+    opcheck(torch.ops.pumice.linear_cross_entropy, (*args, weights_of(5)))
 
 
 def test_it_compiles_as_one_graph():
@@ -198,7 +240,9 @@ def test_it_compiles_as_one_graph():
     for R, autocast in ((37, False), (50, True)):
         args = case(R, dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            assert all(map(torch.equal, *(with_gradients(g, *args) for g in (f, linear_cross_entropy))))
+            for w in (None, weights_of(R)):
+                found = (with_gradients(g, *args, weights=w) for g in (f, linear_cross_entropy))
+                assert all(map(torch.equal, *found))
 
 
 def test_a_second_derivative_is_refused():

@@ -17,6 +17,13 @@ def small_tiles(monkeypatch):
     monkeypatch.setitem(module.LOGITS_TILES, 80, (64, 1))
 
 
+def weights_of(R):
+    """Weights (R,) between 1/64 and 64; every fourth is 0"""
+    w = 2.0 ** torch.linspace(-6, 6, R)
+    w[3::4] = 0
+    return w
+
+
 def case(R, C, V, dtype=torch.float32):
     g = torch.Generator().manual_seed(R + V)
     hidden, weight = (torch.randn(n, C, generator=g).to(dtype).requires_grad_() for n in (R, V))
@@ -44,14 +51,15 @@ def check_chunk(n, V, dtype, to_gradient=logits_to_gradient_triton):
         labels[1::3] = IGNORE
         beyond, given = room[:, V:].clone(), logits.double()
         theirs, true = (logits_to_gradient_torch(t, labels, True) for t in (logits.clone(), given.clone()))
-        loss_alone, _ = to_gradient(logits.clone(), labels, False)
+        loss_alone, _ = to_gradient(logits.clone(), labels, False)             # (n,)
         loss, gradient = to_gradient(logits, labels, True)
-        assert gradient.data_ptr() == room.data_ptr() and torch.equal(room[:, V:], beyond) and loss == loss_alone
+        assert gradient.data_ptr() == room.data_ptr() and torch.equal(room[:, V:], beyond)
+        assert torch.equal(loss, loss_alone)
         if dtype == torch.bfloat16:                                          # the interpreter truncates: one more ulp
             torch.testing.assert_close(gradient, theirs[1], rtol=2**-7, atol=1e-6)
         else:
             check_error(gradient, theirs[1], true[1], terms=V if dtype == torch.float32 else 1)
-        check_loss(loss, true[0], n, V, given.abs().max())
+        check_loss(loss.sum(), true[0].sum(), n, V, given.abs().max())
         assert not gradient[labels == IGNORE].any()
 
 
@@ -98,6 +106,21 @@ def test_loss_and_gradients_err_at_most_twice_as_much(R, V, chunk, dtype):
         check_loss(ours[0], truth[0], R, V, 16 * logits.abs().max())         # each logit is a sum of 16 products
     else:                                        # R losses, each from logits that are rounded to fp16
         assert abs(ours[0].double() - truth[0]) <= 2 * abs(theirs[0].double() - truth[0]) + 2**-11 * truth[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_of_rows_err_at_most_twice_as_much(dtype):
+    args, weights = case(17, 16, 97, dtype), weights_of(17)
+    exact = [*(t.detach().double().requires_grad_() for t in args[:2]), args[2]]
+    truth = with_gradients(linear_cross_entropy_ref, *exact, weights=weights.double())
+    theirs = with_gradients(linear_cross_entropy_ref, *args, weights=weights)
+    ours = with_gradients(linear_cross_entropy, *args, weights=weights, chunk=5)
+    for results in zip(ours[1:], theirs[1:], truth[1:]):
+        check_error(*results, terms=16 + 97 if dtype == torch.float32 else 1)
+    assert abs(ours[0].double() / truth[0] - 1) < (1e-6 if dtype == torch.float32 else 2**-11)
+    for a, b in zip(with_gradients(linear_cross_entropy, *args, weights=torch.ones(17), chunk=5),
+                    with_gradients(linear_cross_entropy, *args, chunk=5)):
+        assert torch.equal(a, b), "weights of 1 change no bit"
 
 
 @pytest.mark.parametrize("label", [-1, 70, 2**31 + 5, -2**40])
