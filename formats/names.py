@@ -22,7 +22,7 @@ SPELLINGS = [(re.compile(theirs), ours) for theirs, ours in (
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
     (r"^model\.(?=(embed_tokens|layers|norm)\.)", "language_model.model."),  # files of an LLM or of LLaVA's own code
     (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.(?=(vision_tower|multi_modal_projector)\.|image_newline$)", ""),              # modules of transformers >= 4.52
+    (r"^model\.(?=(vision_tower|multi_modal_projector)\.|image_newline$)", ""),  # modules of transformers >= 4.52
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.vision_model\.", "vision_tower.vision_model."),                                # Idefics
     (r"^vision_tower\.(?!vision_model\.|second\.)", "vision_tower.vision_model."))]  # files of transformers >= 5

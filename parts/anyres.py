@@ -1,4 +1,4 @@
-"""LLaVA-NeXT, also called LLaVA-1.6 (llava-vl.github.io/blog/2024-01-30-llava-next): an image is seen at its own aspect.
+"""LLaVA-NeXT, also called LLaVA-1.6 (llava-vl.github.io/blog/2024-01-30-llava-next): images keep their aspect ratio.
 
 The vision tower sees a small picture of the whole image, and the image in tiles (parts/tiles.py, Anyres). The features
 of all tiles are one picture. Its black borders are dropped, and one trained vector ends each row:
@@ -31,11 +31,11 @@ def sources(ids, image_id, n, I):
     placeholder = first | (ids == image_id)
     tokens = torch.where(first, P + R * (C + 1), 0)
     torch._assert_async(tiles.sum() == I, "not as many tiles as the image placeholders say")
-    torch._assert_async(tokens.sum() == placeholder.sum(), "not as many image placeholders as image features")
+    torch._assert_async(tokens.sum() == placeholder.sum(), "not as many placeholders as features")
     i = at - start                                                                          # place within the image
     y, x = (i - P) // (C + 1), (i - P) % (C + 1)                                            # place within the picture
     end = (i >= P) & (x == C)
-    y, x = y + (rows * n - R) // 2, x + (columns * n - C) // 2                              # with the upper, left border
+    y, x = y + (rows * n - R) // 2, x + (columns * n - C) // 2                             # with the upper, left border
     tile = torch.where(i < P, before, before + 1 + y // n * columns + x // n)
     feature = tile * P + torch.where(i < P, i, y % n * n + x % n)
     return torch.where(placeholder, torch.where(end, N + I * P, N + feature), at)

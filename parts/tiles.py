@@ -136,7 +136,7 @@ class Anyres:
                  "one grid, and at most 255 features on a side")
 
     def grid(self, w, h):
-        """-> columns, rows: the grid that shows most pixels of the image; of equal ones, the smallest; then the first"""
+        """-> columns, rows of the grid that shows most pixels of the image; of equal ones, the smallest; the first"""
         def cost(grid):
             W, H = (k * self.side for k in grid)
             scale = min(W / w, H / h)
@@ -172,7 +172,7 @@ LAYOUTS = {"grid": Tiles, "rows": PatchRows, "anyres": Anyres}
 
 
 def layout(cfg):
-    """VLMConfig with a dict `layout` -> Tiles, PatchRows or Anyres. The key "kind" says which; the others are fields."""
+    """VLMConfig with a dict `layout` -> one of LAYOUTS. The key "kind" says which; the others are fields."""
     settings = dict(cfg.layout)
     if (kind := settings.pop("kind", None)) not in list(LAYOUTS):
         stop(f"layout of images of kind {kind!r}: {' or '.join(LAYOUTS)}")

@@ -5,22 +5,29 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import error, make_tokenizer
 from PIL import Image
+from safetensors.torch import load_file
 from test_families import NORMAL, SIGLIP, TEXT, exact_norms
 from test_families_cross import CLIP
 from test_llava import random
 from test_model import PARITY, all_logits, pixels
+from tiny_runs import run
 
+import sample
 from data import pack
-from formats import llava
+from formats import card, gguf, llava
+from formats.family import published_name
+from formats.llava_next import LLAVA_NEXT
+from formats.names import rename
+from formats.tensors import tensor_digest
 from generate import Chat, generate
 from images import preprocess
-from parts.build import image_layout
+from parts.build import build, image_layout
+from parts.tiles import Anyres
 
 T = pytest.importorskip("transformers")
 PINS = [[8, 16], [16, 8], [16, 16], [24, 8], [8, 24]]
-USER = "USER: "
 SIZES = [(17, 9)], [], [(9, 30), (8, 8), (90, 3)]              # of the images of three documents
 
 
@@ -97,3 +104,159 @@ def test_logits_are_those_of_transformers(family):
     with torch.no_grad():
         worst = (all_logits(mine, pack(samples, 8)) - true).abs().max() / true.abs().max()
     assert worst < PARITY and true.std() > 0.05, worst
+
+
+def test_greedy_tokens_are_those_of_transformers(family):
+    _, _, theirs, mine, folder = family
+    for (ids, _, tiles), sizes in zip(documents(mine, folder), SIZES):
+        one = torch.tensor([published(ids)])
+        out = theirs.generate(input_ids=one, attention_mask=torch.ones_like(one), **seen(mine.cfg, tiles, sizes),
+                              max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2, pad_token_id=4)
+        answer, = generate(mine, [torch.tensor(ids)], tiles, {2}, 6)
+        assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
+
+
+def saved(family, out, state=None):
+    """Our folder -> out"""
+    _, _, _, mine, folder = family
+    llava.save_model(out, state or mine.state_dict(), mine.cfg, folder, folder.meta["template"], folder.meta["system"],
+                     folder.meta["image_aspect"], torch.float32)
+    return out
+
+
+def test_tensors_return_bit_equal(family, tmp_path):
+    _, at, _, mine, _ = family
+    out = saved(family, tmp_path / "out", llava.load_model(init=at, dtype=None)[0].state_dict())
+    there, here = load_file(at / "model.safetensors"), load_file(out / "model.safetensors")
+    again, _ = llava.load_model(init=out, dtype=torch.float64)
+    assert sorted(map(tensor_digest, here.values())) == sorted(map(tensor_digest, there.values()))
+    assert again.cfg == mine.cfg
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), mine.state_dict().values(), strict=True))
+
+
+def opened(family, out):
+    """-> their model in float64 and their processor, from our folder"""
+    model, told = type(family[2]).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
+    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    return exact_norms(model.eval()), T.AutoProcessor.from_pretrained(out, backend="pil")
+
+
+def test_transformers_opens_our_folder(family, tmp_path):
+    """Its chat template and its processor give our ids and pixels; equal logits and greedy tokens. The same of three
+    images in one question"""
+    out = saved(family, tmp_path / "out")
+    model, processor = opened(family, out)
+    asked = Chat(out, device="cpu", dtype="fp64")
+    assert asked.template == TEMPLATES[family[0]]
+    for sizes in [(40, 22)], [(8, 8)], [(90, 3)], [(9, 30), (8, 8), (90, 3)]:
+        photos = [photo(size, n) for n, size in enumerate(sizes)]
+        shown, blocks = asked.look(photos)
+        prompt = asked.prompt([("<image>\n" * len(photos) + "What is this?", None)], blocks)
+        content = [{"type": "image"}] * len(photos) + [{"type": "text", "text": "What is this?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        there = processor(images=photos, text=text, return_tensors="pt")
+        assert there["input_ids"][0].tolist() == published(prompt.tolist())
+        for theirs, ours in zip(there["pixel_values"], shown, strict=True):
+            assert (theirs[: len(ours)] - pixels(ours, asked.cfg.vision)).abs().max() < 1e-6
+            assert not theirs[len(ours) :].any()
+        there["pixel_values"] = there["pixel_values"].double()
+        same = seen(asked.cfg, torch.cat(shown), sizes)
+        with torch.no_grad():
+            batch = pack([(prompt.tolist(), [-100] * len(prompt), torch.cat(shown))], 8)
+            mine, true = all_logits(asked.model, batch), model(**there | same).logits[0]
+            assert (mine - true).abs().max() < PARITY * true.abs().max()
+            greedy = model.generate(**there | same, max_new_tokens=6, do_sample=False)
+        answer, = generate(asked.model, [prompt], torch.cat(shown), asked.stop_ids, 6, banned=asked.banned)
+        assert answer == [i for i in greedy[0, len(prompt):].tolist() if i not in asked.stop_ids]
+
+
+def test_sample_asks_by_the_processors_prompt(family, tmp_path, capsys):
+    """The published folder has no pumice.json: its own chat template says how it is asked"""
+    _, at, *_ = family
+    photo((40, 22)).save(tmp_path / "a.png")
+    sample.main(sample.Settings(model=str(at), image=str(tmp_path / "a.png"), prompt="What is this?", max_new_tokens=3,
+                                device="cpu"))
+    out, err = capsys.readouterr()
+    assert out.strip() and "note" not in err
+    assert Chat(at, "cpu", "fp32").template == TEMPLATES[family[0]]
+
+
+def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
+    out = saved(family, tmp_path / "out")
+    photo((40, 22)).save(out / "image.png")
+    monkeypatch.chdir(out)
+    code = card.use(family[3].cfg).removeprefix("```python\n").removesuffix("\n```")
+    found = {}
+    exec(code.replace('AutoProcessor.from_pretrained("."', 'AutoProcessor.from_pretrained(".", backend="pil"'), found)
+    asked = Chat(out, device="cpu", dtype="fp32")
+    mine = asked.ask("image.png", "What is this?", 8).strip()
+    assert mine and mine in asked.tok.decode(found["answer"].tolist())
+
+
+@pytest.mark.parametrize("how", ({}, dict(lora_r=2, lora_dropout=0.0), dict(lora_r=2, lora_dropout=0.0, bits=4)),
+                         ids=("whole", "lora", "qlora"))
+@pytest.mark.parametrize("family", ["vicuna"], indirect=True)
+def test_a_published_folder_trains_on(family, how, world, tmp_path):
+    """Three steps on toy images; the run has a folder of the same family, and its adapter gives the same model"""
+    _, at, theirs, mine, _ = family
+    assert run("sft", world, tmp_path / "sft", init=str(at), image_aspect="crop", steps=3, max_len=128, max_tokens=256,
+               recompute="block", **how) is None
+    model, folder = llava.load_model(init=tmp_path / "sft", dtype=torch.float32)
+    config = json.loads((tmp_path / "sft" / "model" / "config.json").read_text())
+    assert config["model_type"] == theirs.config.model_type
+    assert folder.meta["template"] == TEMPLATES[family[0]]
+    _, told = type(theirs).from_pretrained(tmp_path / "sft" / "model", output_loading_info=True)
+    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, mine.get_parameter(n).float())]
+    assert "multi_modal_projector.image_newline" in moved
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in moved
+    if how:
+        adapter = Chat(tmp_path / "sft" / "adapter", "cpu", "fp32").model
+        pairs = zip(adapter.parameters(), model.parameters(), strict=True)
+        assert all(torch.equal(a.half(), b.half()) for a, b in pairs)        # model/ is in fp16
+
+
+def test_gguf_is_refused_in_one_line(family, tmp_path):
+    assert "llava_next folder" in error(gguf.export, family[1], tmp_path / "gguf", "f16")
+
+
+PUBLISHED = {"vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336,
+                               "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+                               "patch_size": 14, "projection_dim": 768, "vocab_size": 32000},
+             "text_config": {"model_type": "mistral", "intermediate_size": 14336, "max_position_embeddings": 32768,
+                             "num_key_value_heads": 8, "rope_theta": 1000000.0, "sliding_window": None,
+                             "vocab_size": 32064, "rms_norm_eps": 1e-05},
+             "image_token_index": 32000, "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336],
+                                                                  [336, 1008]],
+             "projector_hidden_act": "gelu", "tie_word_embeddings": False, "use_image_newline_parameter": True,
+             "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "model_type": "llava_next"}
+
+
+def test_published_llava_next_is_known_to_the_last_name():
+    """Sizes as those of llava-v1.6-mistral-7b-hf, the names of its files, and those of transformers' class"""
+    cfg = LLAVA_NEXT.config(PUBLISHED, {})
+    assert LLAVA_NEXT.fits(cfg) and cfg.image_tokens == 576 and cfg.vision.depth == 23
+    assert image_layout(cfg) == Anyres(32000, 576, 336, grids=[[2, 1], [1, 2], [2, 2], [1, 3], [3, 1]])
+    with torch.device("meta"):
+        theirs = T.LlavaNextForConditionalGeneration(T.LlavaNextConfig(**PUBLISHED))
+        state = build(cfg).state_dict()
+    names = {rename(published_name(n, LLAVA_NEXT.names(cfg))[0]): x.shape for n, x in state.items()}
+    whole = {rename(n): x.shape for n, x in theirs.state_dict().items()}
+    assert names.items() <= whole.items()
+    assert all(".layers.23." in n or ".post_layernorm." in n for n in whole.keys() - names.keys())
+    hub = {"image_newline", "language_model.lm_head.weight", "language_model.model.layers.31.mlp.down_proj.weight",
+           "multi_modal_projector.linear_2.bias", "vision_tower.vision_model.pre_layrnorm.weight"}
+    assert hub <= {rename(n) for n in hub} & names.keys()
+
+
+@pytest.mark.parametrize("change, pre, line", [
+    ({"vision_feature_layer": [-2, -5]}, {}, "vision_feature_layer=[-2, -5]: one layer"),
+    ({"vision_feature_select_strategy": "full"}, {}, "strategy='full' and a tower of type 'clip_vision_model'"),
+    ({"projector_hidden_act": "relu"}, {}, "projector_hidden_act='relu'"),
+    ({"multimodal_projector_bias": False}, {}, "multimodal_projector_bias=False"),
+    ({"vision_config": {"model_type": "dinov2"}}, {}, "type 'dinov2': CLIP and SigLIP"),
+    ({"image_grid_pinpoints": [[336, 700]]}, {"image_grid_pinpoints": [[336, 700]]}, "no tiles of side 336"),
+    ({}, {"image_grid_pinpoints": [[336, 336]]}, "but [[336, 336]] in preprocessor_config.json"),
+    ({}, {"size": {"shortest_edge": 400}, "crop_size": 336}, "images of side 400, of which 336 stay")])
+def test_what_is_not_supported_is_said_in_one_line(change, pre, line):
+    assert line in error(LLAVA_NEXT.config, PUBLISHED | change, pre)

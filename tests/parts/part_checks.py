@@ -2,6 +2,7 @@
 
 import torch
 from conftest import example, tiny_config
+from PIL import Image
 from test_model import all_logits, gradients
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,7 +10,7 @@ import engine
 from data import pack
 from generate import generate
 from kernels.cross_entropy import linear_cross_entropy_ref
-from parts.build import build
+from parts.build import build, image_layout
 from parts.spans import span_ends
 from run import plan
 
@@ -38,8 +39,20 @@ def config(text=None, vision=None, **fields):
 def samples(cfg):
     """One image, none, three, one again. Every document has supervised tokens"""
     Q = cfg.image_tokens
+    if cfg.layout.get("kind") == "anyres":
+        sizes = [(23, 8)], [], [(5, 90), (8, 8), (9, 17)], [(90, 2)]
+        return [sized(cfg, n, sizes) for n, sizes in enumerate(sizes)]
     return [example(1, model_patches=Q), example(2, images=0, text=14), example(3, images=3, text=5, model_patches=Q),
             example(4, text=20, model_patches=Q)]
+
+
+def sized(cfg, seed, sizes):
+    """A sample of random tiles and text, for images of these sizes (w, h), which stand side by side"""
+    layout, (_, labels, _) = image_layout(cfg), example(seed, images=0)
+    block = [i for size in sizes for i in layout.block(Image.new("RGB", size))]
+    tiles = sum(len(layout.cut(Image.new("RGB", size))) for size in sizes)
+    ids, _, tiles = example(seed, images=tiles)
+    return [1, *block, *ids[-9:]], [-100] * len(block) + labels[:-4] + ids[-4:], tiles
 
 
 def check_packed(model, reader=None, dead="-"):

@@ -56,13 +56,15 @@ def pooled(name):
     return config(vision={"patch_size": 2}, connector=name, tokens=9, connector_args=POOLS[name])
 
 
-TWO_RANKS = ("flamingo", "mmca", "comm", "blip2", "qwen_vl", "instructblip", "internvit", "fuyu", "gemma", "abstractor")
+TWO_RANKS = ("flamingo", "mmca", "comm", "blip2", "qwen_vl", "instructblip", "internvit", "fuyu", "gemma", "abstractor",
+             "anyres")
 CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)
 MODELS = {"flamingo": flamingo, "idefics": lambda: flamingo("idefics"), "comm": comm,
           "mmca": lambda: config(mask="mmca", connector="linear_norm"), "blip2": blip2_opt, "qwen_vl": qwen_vl,
           "instructblip": instructblip, "internvit": lambda: internvit("6b"), "fuyu": fuyu,
           "gemma": lambda: config(GemmaConfig(**PERSIMMON), mask="prefix"), "pool": lambda: pooled("pool"),
-          "abstractor": lambda: pooled("abstractor")}
+          "abstractor": lambda: pooled("abstractor"),
+          "anyres": lambda: config(connector="anyres", layout={"kind": "anyres"})}
 
 
 @pytest.fixture(params=MODELS)
