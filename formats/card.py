@@ -136,6 +136,45 @@ Limits:
 """
 
 
+def pairs(run, cfg):
+    """Return the text of README.md for the folder model/ of a run of train_pairs.py. cfg: PairsConfig"""
+    s, revision, steps, loss = facts(run)
+    rows = {"steps": steps, "validation loss": loss} | {k: s.get(k) for k in SETTINGS}
+    rows["data"] = ", ".join(Path(part).name for part in str(rows["data"] or "").split(","))
+    table = "\n".join(f"| {k} | {escaped(x)} |" for k, x in rows.items() if x)
+    title, v, length = escaped(Path(run).resolve().name), cfg.vision, cfg.text.max_position_embeddings
+    padding = '"max_length"' if cfg.kind == "siglip" else True
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags:
+- {cfg.kind}
+- pumice
+---
+
+# {title}
+
+An image tower and a text tower with the loss of {cfg.kind}. Trained with pumice (revision {escaped(revision)}).
+
+```python
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+processor, model = AutoProcessor.from_pretrained("."), AutoModel.from_pretrained(".")     # the folder of this card
+inputs = processor(images=Image.open("image.png"), text=["a red circle", "a blue star"], return_tensors="pt",
+                   padding={padding}, truncation=True, max_length={length})
+print(model(**inputs).logits_per_image)
+```
+
+| setting | value |
+| --- | --- |
+{table}
+
+An image becomes a square of {v.image_size} x {v.image_size} pixels. A text has at most {length} tokens.
+"""
+
+
 def peft_reads(base):
     """Is the base of an adapter a llava-hf model, which PEFT can load? base: a folder or a name on the hub"""
     try:

@@ -84,7 +84,8 @@ class Log:
         units = dict(tokens=tokens, supervised=labels, images=images)
         self.tokens, self.samples = self.tokens + tokens, self.samples + used
         self.flops += sum(f * units[u] for u, f in self.flops_per.items())
-        self.result = dict(loss=result["loss"], grad_norm=result["grad_norm"], tokens=tokens, supervised_tokens=labels)
+        self.result = {**result, "tokens": tokens, "supervised_tokens": labels}
+        del self.result["updated"]
         if dropped:
             tally(self.world, batch.dropped, self.reasons)
         check_dropped(self.max_dropped, self.seen["dropped"], self.seen["samples"], self.reasons)

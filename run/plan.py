@@ -70,8 +70,8 @@ def memory(model, world, micro, s):
     return states, most
 
 
-def lines(model, lrs, world, micro, steps, s):
-    """-> the plan as lines of text"""
+def trained_lines(model, lrs):
+    """-> what trains, as lines of text: a table of the parts, and the names per learning rate"""
     out, parts = [f"{'':24}{'trained':>16}{'frozen':>16}"], {}
     for name, p, count in count_parameters(model):
         part = parts.setdefault(name.split(".")[0], [0, 0])
@@ -81,9 +81,14 @@ def lines(model, lrs, world, micro, steps, s):
     for lr in sorted(set(lrs.values())):
         names = [n for n in lrs if lrs[n] == lr]
         out.append(f"  lr {lr:g}: {len(names)} tensors, {names[0]} ... {names[-1]}")
+    return out
+
+
+def lines(model, lrs, world, micro, steps, s):
+    """-> the plan as lines of text"""
     seen, cost = units(micro), step_flops(model, micro)
     states, work = memory(model, world, micro, s)
-    return [*out,
+    return [*trained_lines(model, lrs),
             f"  {steps} steps of {s.batch_size} samples; the first one, on this rank: {seen['tokens']:,} tokens in "
             f"{len(micro)} packed sequence(s), {seen['supervised']:,} supervised, {seen['images']} images",
             f"  memory, roughly: {states / 2**20:,.1f} MiB weights, gradients and moments "

@@ -27,8 +27,9 @@ def full_path(name):
     return str((hub.model_in(Path(name)) or Path(name)).resolve()) if Path(name).exists() else name
 
 
-def publish(run, model, folder, log):
-    """Write the trained model. run: RunFolder; folder: formats.llava.Folder. All ranks must call it; rank 0 writes."""
+def publish(run, model, folder, log, save=None):
+    """Write the trained model. run: RunFolder; folder: formats.llava.Folder. All ranks must call it; rank 0 writes.
+    save: function (folder, {name: tensor}, dtype) that writes model/ where the model is no VLM"""
     s, world, out = run.s, run.world, run.out
     model, state, seen = unwrap(model), {}, log.seen
     dtype, adapted = published_dtype(s, world), scales(model)
@@ -53,8 +54,11 @@ def publish(run, model, folder, log):
             peft.save_adapter(out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout, base, run.base, about,
                               card.adapter(out, base), folder, configs.positions(model.cfg.text))
             state = merge_state(state, adapted, dtype)
-        llava.save_model(out / "model", state, model.cfg, folder, s.template, s.system, s.image_aspect, dtype,
-                         card.text(out, model.cfg))
+        if save:
+            save(out / "model", state, dtype)
+        else:
+            llava.save_model(out / "model", state, model.cfg, folder, s.template, s.system, s.image_aspect, dtype,
+                             card.text(out, model.cfg))
         write_file(out / "finished.json", {"steps": run.steps, **seen, "data": run.data, "base": run.base,
                                            "settings": dataclasses.asdict(s)})
     except OSError as e:

@@ -38,7 +38,7 @@ def begin(s, template):
         paper.print_plan(s, world, training_table(s, {}))
         engine.leave()
     if s.data == "toy":
-        toy_world(s, world)
+        toy_world(s, world, s.stage)
     return world, *load(s, world, template)
 
 
@@ -48,8 +48,6 @@ def check(s):
         stop("out is empty: it names the folder of the run")
     if not s.data and not (s.paper and s.dry_run):
         stop("data is empty: it names the training data")
-    if not s.init and not (s.vision and s.llm):
-        stop("init is empty, so vision and llm must name a vision tower and a language model")
     if (problem := unwritable(path_of(s)) or would_overwrite(path_of(s))) and not s.dry_run:
         stop(f"out={s.out}: {problem}")
     if not s.steps and not s.epochs:
@@ -65,20 +63,21 @@ def check(s):
         stop(f"resume={s.resume} is no checkpoint: those of a run are called checkpoints/step_*")
 
 
-def toy_world(s, world):
-    """For data=toy: generate the toy data if it is missing, and set data, images and val_data to its files."""
+def toy_world(s, world, split):
+    """For data=toy: generate the toy data if it is missing, and set data, images and val_data to its files. split:
+    align (captions) or sft (conversations)"""
     if s.val_data or s.images != ".":
         stop("data=toy brings its own images and val_data; the given ones would not be read")
     from demo import toy
     place = Path("runs/toy")
     if world.rank == 0:
         try:
-            if toy.write_world(place, s.stage):
-                world.print(f"drew the toy world's images for {s.stage} in {place}")
+            if toy.write_world(place, split):
+                world.print(f"drew the toy world's images for {split} in {place}")
         except OSError as e:
             stop(f"the toy world cannot be drawn in {place}: {e.strerror or e}")
     world.gather("drawn")                                        # the other ranks wait for rank 0
-    s.data, s.images, s.val_data = (str(place / n) for n in (f"{s.stage}.json", "images", f"val_{s.stage}.json"))
+    s.data, s.images, s.val_data = (str(place / n) for n in (f"{split}.json", "images", f"val_{split}.json"))
     s.system = s.system or ""                                    # the toy's LLM was trained without a system text
 
 
@@ -87,6 +86,8 @@ def load(s, world, template):
     taken from `init`. A new model gets those of LLaVA-1.5.
 
     template    used if `init` has no template, or only `plain`, which is for captions"""
+    if not s.init and not (s.vision and s.llm):
+        stop("init is empty, so vision and llm must name a vision tower and a language model")
     if s.init and s.parts:
         stop(f"init={s.init} brings its own parts, so parts={s.parts} would not be read")
     model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None, parts=s.parts)
@@ -161,12 +162,18 @@ def prepare(s, world, model, folder, lrs):
     world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
         return Run(exit_code=rehearse(s, world, samples, first))
+    flops = plan.flops(model, plan.rows(cfg))
+    return begin_run(s, world, model, folder, lrs, samples, first, steps, flops, lambda: Validation(s, world, samples))
+
+
+def begin_run(s, world, model, folder, lrs, samples, first, steps, flops, validation):
+    """Start or resume a run -> Run. flops: what plan.flops returns; validation: function that makes Run.validation"""
     files = RunFolder(s, world, steps, samples, folder, lrs)
     if files.is_finished():
         return Run()
     if world.rank == 0 and not s.overfit:                        # --overfit writes no checkpoint and no model
         check_space(files.out, *plan.disk(model, published_dtype(s, world)), s.keep_last, world.print)
-    flops, validation = plan.flops(model, plan.rows(cfg)), Validation(s, world, samples)
+    validation = validation()
     model = engine.parallelize(model, world, model.blocks, s.parallel, s.recompute, s.compile)
     optimizer = engine.adamw(model, lrs, s.weight_decay)
     state = files.resume(model, optimizer)

@@ -1,0 +1,152 @@
+"""What train_pairs.py does before and after its loop, as run/stage.py does it for the other stages."""
+
+import math
+
+import torch
+
+import engine
+from config import BadSample, stop
+from data import Steps
+from engine import unwrap
+from formats import card
+from formats.configs import image_spec
+from formats.pairs import load_pairs, save_pairs
+from formats.rows import conversation
+from images import Layout
+from kernels import choose_kernels
+from kernels.cross_entropy import IGNORE
+from parts.pairs import accuracy, vectors
+from run import plan, stage
+from run.log import check_dropped, tally
+from run.publish import publish
+from run.validate import Once
+
+UNREAD = ("llm", "connector", "template", "system", "loss")       # settings of Common that say nothing here
+
+
+class PairEncoder:
+    """Turns a row into a pair: the ids of its caption, the name of its image. The caption is the first answer. The one
+    label of a text is its last id: data.pack shifts labels, so it stands one token before (parts/text_tower.py)."""
+    reader, layout = None, Layout(-1, 0)                   # no image stands among the ids
+
+    def __init__(self, words):
+        self.words, self.max_len = words, words.length
+
+    def __call__(self, row, root=""):
+        """-> ids, labels, [image], number of tokens cut off"""
+        turns, names, _ = conversation(row)
+        if len(names) != 1:
+            raise BadSample("a pair has one image and one caption", f"{len(names)} images")
+        text = turns[0][1].strip()
+        ids = self.words.encode(text)
+        return ids, [IGNORE] * (len(ids) - 1) + ids[-1:], names, self.words.lost(text)
+
+
+def text_ends(cfg):
+    """-> function for data.pack: the end of the span of each token. CLIP: causal; SigLIP: the whole text"""
+    length = cfg.text.max_position_embeddings
+    return None if cfg.text.causal else lambda ids, labels, pos, lo: lo + length
+
+
+def begin(s):
+    """Check the settings, join the other ranks, load the model -> World, Pairs, PairFolder"""
+    for key in UNREAD:
+        if getattr(s, key) != getattr(type(s), key):
+            stop(f"{key}={getattr(s, key)} would not be read: this stage has no language model")
+    stage.check(s)
+    if s.init and s.parts:
+        stop(f"init={s.init} brings its own sizes, so parts={s.parts} would not be read")
+    world = engine.start(s.device, s.dtype, s.seed)
+    choose_kernels(s.kernels, world.device)
+    if s.data == "toy":
+        stage.toy_world(s, world, "align")
+    model, folder = load_pairs(s.init, s.kind, s.tokenizer, s.vision, s.parts, s.seed)
+    if s.init and s.kind not in (type(s).kind, model.cfg.kind):
+        stop(f"kind={s.kind}, but {s.init} is a {model.cfg.kind}")
+    engine.set_threads(model, world)
+    s.image_aspect = s.image_aspect or ("crop" if folder.pre.get("do_center_crop", s.kind == "clip") else "squash")
+    return world, model, folder
+
+
+def rows(cfg):
+    """As plan.rows: {pattern of a weight's name: (unit, how many vectors the weight multiplies for each unit)}"""
+    P = cfg.vision.patches
+    return {"vision_model.embeddings.patch_embedding.weight": ("images", P),
+            "vision_model.encoder.*": ("images", P + cfg.vision.class_token), "vision_model.head.*": ("images", 1),
+            "vision_model.head.attention.in_proj_weight": ("images", P), "text_model.encoder.*": ("tokens", 1),
+            "*_projection.weight": ("images", 1), "text_model.head.weight": ("images", 1)}
+
+
+def prepare(s, world, model, folder, lrs):
+    """Open the data and print the plan. Then do a dry run, or start or resume the run -> stage.Run"""
+    cfg, spec = model.cfg, image_spec(folder.pre, s.image_aspect)
+
+    def steps_of(data, batch_size, seed, Kind):
+        return Kind(data, s.images, PairEncoder(folder.words), spec, batch_size, s.max_tokens, seed, world.rank,
+                    world.size, text_ends(cfg))
+
+    samples = steps_of(s.data, s.batch_size, s.seed, Steps)
+    steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
+    first, flops = samples[0], plan.flops(model, rows(cfg))
+    seen = plan.units(first.micro)
+    cost = sum(f * seen[unit] for unit, f in flops.items())
+    world.print(*folder.notes, *plan.trained_lines(model, lrs),
+                f"  {steps} steps of {s.batch_size} pairs; the first one, on this rank: {seen['images']} pairs, "
+                f"{seen['tokens']:,} tokens in {len(first.micro)} packed sequence(s), {cost / 1e9:,.2f} GFLOP; "
+                f"{world.size} x {world.device}, {world.dtype}", sep="\n")
+    val = steps_of(s.val_data, s.batch_size, 0, Once) if s.val_data else []
+    if s.dry_run:
+        return stage.Run(exit_code=rehearse(s, world, first, folder))
+    return stage.begin_run(s, world, model, folder, lrs, samples, first, steps, flops, lambda: Validation(val, world))
+
+
+def rehearse(s, world, first, folder):
+    """Do what --dry_run does after the plan -> exit code, or None"""
+    used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
+    reasons = {}
+    tally(world, first.dropped, reasons)
+    check_dropped(s.max_dropped, dropped, used + dropped, reasons)
+    if not used:
+        world.print("  none of the first step's samples can be used: python data.py says why")
+        return 1
+    if first.names:
+        b = next(b for b in first.micro if len(b.ids))
+        n = int((b.lo == 0).sum())                         # tokens of the first text
+        world.print(f"  {first.names[0]}, {n} tokens: {folder.words.decode(b.ids[:n].tolist())}")
+
+
+class Validation:
+    """Loss and accuracy on the pairs of a file, in steps of batch_size; the last one may be smaller."""
+
+    def __init__(self, steps, world):
+        self.steps, self.world = steps, world
+
+    @torch.no_grad()
+    def loss(self, step, model, loss_fn, log):
+        if not self.steps:
+            return
+        model.eval()
+        total, images, texts = 0.0, [], []
+        for part in (self.steps[i] for i in range(len(self.steps))):
+            if part.micro:
+                image, text, scale, *_ = vectors(model, part.micro, self.world)
+                total += float(loss_fn(image, text, scale).sum())
+                images.append(image)
+                texts.append(text)
+        model.train()
+        n = sum(map(len, images))
+        loss, right = (total / n, accuracy(torch.cat(images) @ torch.cat(texts).T)) if n else (math.nan, math.nan)
+        log.append({"step": step + 1, "val_loss": loss, "val_accuracy": right})
+        self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}, accuracy {right:.1%} of {n} pairs")
+
+
+def finish(run, s, world, folder):
+    """Called after the last step: publish the model -> exit code, or None"""
+    if run.folder is None:                                 # a dry run, or the run was already finished
+        return run.exit_code
+    if s.overfit:
+        world.print(f"overfit: accuracy {run.log.result['accuracy']:.1%} of the first batch")
+        return 0 if run.log.result["accuracy"] == 1 else 1
+    cfg = unwrap(run.model).cfg
+    publish(run.folder, run.model, folder, run.log, lambda out, state, dtype: save_pairs(
+        out, state, cfg, folder, dtype, card.pairs(run.folder.out, cfg)))
