@@ -1,7 +1,10 @@
-"""Scores as pure functions on strings. They follow the VQA evaluation script, its EvalAI variant and POPE's evaluation,
-including the errors in these programs. tests/test_metrics.py compares the scores with their outputs."""
+"""Answers of a word or a phrase: exact match, GQA, VQA accuracy (VQAv2, TextVQA, VizWiz).
+
+The VQA rules are those of the VQA evaluation script (GT-Vision-Lab/VQA, vqaEval.py) and of its EvalAI variant (mmf,
+m4c_evaluators.py), including the errors in these programs."""
 
 import re
+import string
 
 # ---- exact match ----------------------------------------------------------------------------------------------------
 
@@ -66,28 +69,21 @@ def vqa_accuracy(answer, truth, evalai=True):
     return sum(min(1.0, (same - (t == answer)) / 3) for t in truth) / len(truth)
 
 
-# ---- POPE -----------------------------------------------------------------------------------------------------------
+# ---- GQA -------------------------------------------------------------------------------------------------------------
 
-def pope_answer(answer):
-    """POPE's rule: "no" if the text before the first period has the word No, no or not (commas removed), else "yes"."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return "no" if any(w in ("No", "no", "not") for w in words) else "yes"
+def gqa(answer, truth, rule="official"):
+    """Compare an answer with the true one -> is it right?
 
-
-def pope(answers, truth):
-    """Compute POPE's scores -> dict of accuracy, precision, recall, f1 and yes_ratio (share of yes answers). "yes" is
-    the positive class. A ratio whose denominator is 0 is 0. truth: "yes" or "no" for each answer"""
-    pairs = [(pope_answer(a), t) for a, t in zip(answers, truth, strict=True)]
-    tp, fp, fn, tn = (pairs.count(p) for p in (("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")))
-    n = max(1, len(pairs))
-    return {"accuracy": (tp + tn) / n, "precision": tp / max(1, tp + fp), "recall": tp / max(1, tp + fn),
-            "f1": 2 * tp / max(1, 2 * tp + fp + fn), "yes_ratio": (tp + fp) / n}
+    official    the same string: Stanford's eval.py normalises nothing. If "yes" is true, "Yes" and "yes." are wrong
+    llava       LLaVA removes final periods and writes small letters before it (scripts/convert_gqa_for_eval.py)
+    lmms        lmms-eval ignores case and punctuation, as the tasks do that use its metric exact_match"""
+    if rule == "llava":
+        return answer.rstrip(".").lower() in truth
+    if rule == "lmms":
+        return bare_of_punctuation(answer) in map(bare_of_punctuation, truth)
+    return answer in truth
 
 
-def pope_by_type(answers, truth, types):
-    """Compute pope() of all answers, and add two keys to its dict: f1_types, the f1 score of each question type, and
-    f1_mean, the mean of these, which papers report. An answer None (the question could not be asked) is wrong.
-    types: {type: indices of its questions}"""
-    answers = [{"yes": "no", "no": "yes"}[t] if a is None else a for a, t in zip(answers, truth)]
-    f1 = {k: pope([answers[i] for i in at], [truth[i] for i in at])["f1"] for k, at in types.items()}
-    return pope(answers, truth) | {"f1_types": f1, "f1_mean": sum(f1.values()) / len(f1)}
+def bare_of_punctuation(s):
+    """Write small letters, and remove ASCII punctuation. Spaces stay: "t-shirt" becomes "tshirt"."""
+    return s.lower().translate(str.maketrans("", "", string.punctuation))

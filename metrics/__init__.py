@@ -1,0 +1,16 @@
+"""Scores as pure functions on strings, each by the rule of its benchmark. The errors of the official programs are kept.
+tests/test_benchmarks.py compares the scores with values of these programs. docs/evaluation.md has a table of all tasks.
+
+    words       exact match, VQA accuracy, GQA                        yes_no      POPE, MME
+    letters     MMStar, MMBench, ScienceQA, AI2D, SEED-Bench          mmmu        MMMU
+    reading     ChartQA, DocVQA, InfoVQA, OCRBench                    captions    CIDEr-D of COCO and NoCaps
+    boxes       RefCOCO                                               certainty   confidence intervals, paired tests
+    tasks       the table of all tasks; evaluate(), compare()
+"""
+
+from metrics.tasks import TASKS, compare, evaluate
+from metrics.words import CONTRACTIONS, exact, vqa_accuracy, vqa_normalise
+from metrics.yes_no import pope, pope_answer, pope_by_type
+
+__all__ = ["CONTRACTIONS", "TASKS", "compare", "evaluate", "exact", "pope", "pope_answer", "pope_by_type",
+           "vqa_accuracy", "vqa_normalise"]
