@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Settings(Common):
     stage = "pairs"
-    epochs: float = 20.0
+    epochs: float = 10.0
     batch_size: int = 64                         # pairs per optimizer step, over all processes
     lr: float = 1e-3                             # of both towers
     warmup: float = 0.1

@@ -1,7 +1,7 @@
 """Train the two towers of the toy world from random weights: a small Llama (LLM) and a small ViT.
 
-    python demo/pretrain.py llm [--out=DIR ...]                     # -> demo/llm: config, weights, tokenizer
-    python demo/pretrain.py vit [--head=contrastive --out=DIR ...]  # -> demo/vit: config, weights, preprocessing
+    python demo/pretrain.py llm [--out=DIR ...]  # -> demo/llm: config, weights, tokenizer
+    python demo/pretrain.py vit [--out=DIR ...]  # -> demo/vit: config, weights, preprocessing
 
 Later, stage 1 trains only the connector between both towers. This works only if the LLM can already answer questions
 about a scene that it reads as text. So the LLM is trained on such texts and questions (demo/lessons.py). Test scenes
@@ -10,6 +10,8 @@ training.json in each folder holds the settings, the scores during training, and
 
     I  images      T  tokens of an image: class token + patches      D  width of the ViT      S  image side in pixels
     N  tokens of a packed sequence      R  supervised tokens      K  kinds of attributes, the keys of CLASSES
+
+train_pairs.py trains a ViT of this size on captions instead.
 """
 
 import json
@@ -65,14 +67,12 @@ class ViTSettings:
     steps: int = setting(2000, "optimizer steps", 1)
     batch: int = setting(96, "images per step", 2)
     scenes: int = setting(16000, "training scenes; the images stay in memory", 2)
-    head: str = setting("classes", "what trains the ViT", choices=("classes", "contrastive"))
     lr: float = setting(1e-3, "peak learning rate of AdamW: embeddings, heads, norms, biases")
     matrix_lr: float = setting(0.01, "peak learning rate of Muon: matrices inside the blocks")
     exam_every: int = setting(500, "steps between scores", 1)
     exam: int = setting(600, "held-out scenes of a score", 1)
     seed: int = setting(0, "of the initial weights and the data")
     out: str = setting(str(HERE / "vit"), "folder to write")
-    llm: str = setting(str(HERE / "llm"), "folder with the tokenizer of the captions")
 
 
 def make_folder(s):
@@ -134,7 +134,7 @@ def save(out, state, about, s, log):
     os.chmod(out / "model.safetensors", 0o644)
     (out / "config.json").write_text(json.dumps(about, indent=2))
     cpu = next((line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), "?").strip()
-    settings = {k: v for k, v in asdict(s).items() if k not in ("out", "llm")}
+    settings = {k: v for k, v in asdict(s).items() if k != "out"}
     (out / "training.json").write_text(json.dumps(dict(
         settings=settings, torch=torch.__version__, cpu=cpu, threads=torch.get_num_threads(), log=log), indent=1))
 
@@ -247,49 +247,25 @@ CELLS = torch.arange(9).view(3, 1, 3, 1).expand(3, PER_CELL, 3, PER_CELL).flatte
 
 
 class Pretraining(torch.nn.Module):
-    """A ViT with the head that trains it.
+    """A ViT with the head that trains it: from each patch, one linear layer predicts the attributes and the position of
+    the patch's cell. The loss is computed for the last block and for the block before it, whose output LLaVA uses."""
 
-    classes      From each patch, one linear layer predicts the attributes and the position of the patch's cell. The
-                 loss is computed for the last block and for the block before it, whose output LLaVA uses.
-    contrastive  The loss of CLIP (Radford et al. 2021), with a text encoder and two projections.
-
-    demo/README.md compares the two heads and explains the choice of `classes`."""
-
-    def __init__(self, head, vocab):
+    def __init__(self):
         super().__init__()
-        self.head, D = head, VIT["hidden_size"]
+        D = VIT["hidden_size"]
         self.vision_model = VisionModel(VisionConfig(**VIT, feature_layer=VIT["num_hidden_layers"]))
         self.vision_model.post_layernorm = torch.nn.LayerNorm(D, eps=1e-5)
-        if head == "contrastive":
-            self.text_encoder = Llama(TextConfig(vocab_size=vocab, hidden_size=D, intermediate_size=352,
-                                                 num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                                                 head_dim=32, tie_word_embeddings=True))
-            self.visual_projection, self.text_projection = (torch.nn.Linear(D, D, bias=False) for _ in range(2))
-            self.logit_scale = torch.nn.Parameter(torch.empty(1))
-        else:
-            self.classes = torch.nn.Linear(D, sum(COUNTS))
-            self.vision_model.encoder.layers[-2].register_forward_hook(lambda m, i, o: setattr(self, "early", o))
+        self.classes = torch.nn.Linear(D, sum(COUNTS))
+        self.vision_model.encoder.layers[-2].register_forward_hook(lambda m, i, o: setattr(self, "early", o))
 
-    def forward(self, images, captions, truth):
-        """Compute the loss of I images -> a scalar.
-
-        images      (I, 3, S, S) uint8
-        captions    a data.Batch of I documents; only the head `contrastive` reads it
-        truth       (I, 9, K) the classes of the 9 cells of each image; only the head `classes` reads it"""
+    def forward(self, images, truth):
+        """images (I, 3, S, S) uint8, truth (I, 9, K): the classes of the 9 cells of each image -> the loss, a scalar"""
         x = self.vision_model.post_layernorm(self.vision_model(images))                 # (I, T, D)
-        if self.head == "classes":
-            early = self.vision_model.post_layernorm(self.early.view(x.shape))          # (I, T, D), block -2
-            truth = truth[:, CELLS].repeat(2, 1, 1)                                     # (2 * I, T - 1, K)
-            logits = self.classes(torch.cat([x, early])[:, 1:]).float()                 # (2 * I, T - 1, sum of COUNTS)
-            return sum(F.cross_entropy(z.flatten(0, 1), truth[:, :, i].flatten())
-                       for i, z in enumerate(logits.split(COUNTS, dim=-1)))
-        ends = torch.cat([captions.lo[1:] != captions.lo[:-1], torch.tensor([True])]).nonzero()[:, 0]        # (I,)
-        embedded = self.text_encoder.model.embed_tokens(captions.ids)                   # (N, D)
-        t = self.text_projection(self.text_encoder(embedded, captions.pos, captions.lo, captions.hi, ends))  # (I, D)
-        x, t = (F.normalize(f.float(), dim=-1) for f in (self.visual_projection(x[:, 0]), t))
-        logits = self.logit_scale.clamp(max=4.6).exp() * x @ t.T                        # (I, I)
-        target = torch.arange(len(x))
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        early = self.vision_model.post_layernorm(self.early.view(x.shape))              # (I, T, D), block -2
+        truth = truth[:, CELLS].repeat(2, 1, 1)                                         # (2 * I, T - 1, K)
+        logits = self.classes(torch.cat([x, early])[:, 1:]).float()                     # (2 * I, T - 1, sum of COUNTS)
+        return sum(F.cross_entropy(z.flatten(0, 1), truth[:, :, i].flatten())
+                   for i, z in enumerate(logits.split(COUNTS, dim=-1)))
 
 
 def change_one(scene, rng):
@@ -310,22 +286,19 @@ def change_one(scene, rng):
 
 
 def make_examples(n, seed, test=False):
-    """Draw n scenes -> images (n, 3, S, S) uint8, n captions, classes (n, 9, K).
-
-    For training, every second scene is a copy of the scene before it, with one attribute changed. For the
-    contrastive loss, the two similar scenes are hard negatives of each other."""
-    images, captions, classes = [], [], torch.zeros(n, 9, len(CLASSES), dtype=torch.long)
+    """Draw n scenes -> images (n, 3, S, S) uint8, classes (n, 9, K). For training, every second scene is a copy of the
+    scene before it, with one attribute changed."""
+    images, classes = [], torch.zeros(n, 9, len(CLASSES), dtype=torch.long)
     scene = None
     for i in range(n):
         rng = random.Random(f"sight/{seed}/{i}")
         scene = toy.make_scene(rng, test, 0.4 if test else 0.8) if i % 2 == 0 or test else change_one(scene, rng)
         images.append(torch.from_numpy(np.array(toy.draw_scene(scene, rng.getrandbits(32)))).permute(2, 0, 1))
-        captions.append(toy.caption(scene, True))
         for o in toy.things(scene):
             for k, name in enumerate(CLASSES):
                 if name in o:
                     classes[i, 3 * o["row"] + o["column"], k] = 1 + CLASSES[name].index(o[name])
-    return torch.stack(images), captions, classes
+    return torch.stack(images), classes
 
 
 @torch.no_grad()
@@ -335,7 +308,7 @@ def probe(model, train, test, layer):
     The probe is a ridge regression: it predicts the classes of a cell from the concatenated features of its patches.
     The accuracy is measured on the held-out scenes, over the cells that have such an attribute.
 
-    train, test    (images, captions, classes), as from make_examples
+    train, test    (images, classes), as from make_examples
     layer          which block: -2 is the last but one"""
     def features(images):
         out = []
@@ -353,21 +326,17 @@ def probe(model, train, test, layer):
     gram = a.T @ a + 1e-5 * len(a) * torch.eye(a.shape[1], dtype=torch.float64)
     score = {}
     for k, (name, values) in enumerate(CLASSES.items()):
-        y = F.one_hot(train[2][:, :, k].flatten(), len(values) + 1).double()
-        guess, truth = (b @ torch.linalg.solve(gram, a.T @ y)).argmax(1), test[2][:, :, k].flatten()
+        y = F.one_hot(train[1][:, :, k].flatten(), len(values) + 1).double()
+        guess, truth = (b @ torch.linalg.solve(gram, a.T @ y)).argmax(1), test[1][:, :, k].flatten()
         score[name] = round((guess == truth)[truth > 0].double().mean().item(), 3)
     return score
 
 
 def train_vit(s):
-    out, tok = make_folder(s), Tokenizer(s.llm)
-    model = Pretraining(s.head, -(-len(tok) // 64) * 64)
+    out, model = make_folder(s), Pretraining()
     init_weights(model, s.seed)
-    if s.head == "contrastive":
-        torch.nn.init.constant_(model.logit_scale, 2.6592)                              # log(1 / 0.07), as in CLIP
-    images, captions, classes = make_examples(s.scenes, s.seed)
-    probed, test = tuple(x[:3000] for x in (images, captions, classes)), make_examples(s.exam, "exam", test=True)
-    docs = [[tok.bos, *tok.text(c)[0], tok.eos] for c in captions]
+    images, classes = make_examples(s.scenes, s.seed)
+    probed, test = tuple(x[:3000] for x in (images, classes)), make_examples(s.exam, "exam", test=True)
     n = sum(p.numel() for p in model.vision_model.parameters())
     print(f"ViT: {n:,} parameters", flush=True)
     (out / "preprocessor_config.json").write_text(json.dumps({
@@ -384,11 +353,10 @@ def train_vit(s):
         i = torch.randint(0, s.scenes // 2, (s.batch // 2,), generator=g) * 2
         i = torch.stack([i, i + 1], 1).flatten().tolist()                               # a scene and its changed copy
         pixels, truth = images[i], classes[i]
-        if s.head == "classes":    # a third of the images becomes grey, so the ViT must recognise shapes without colour
-            grey = torch.rand(len(i), generator=g) < 1 / 3
-            pixels[grey] = pixels[grey].float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
-            truth[grey, :, 0] = IGNORE                                                  # no colour loss for grey images
-        return model(pixels, pack([(docs[j], docs[j], []) for j in i], 1), truth)
+        grey = torch.rand(len(i), generator=g) < 1 / 3     # these become grey: shapes must be recognised without colour
+        pixels[grey] = pixels[grey].float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
+        truth[grey, :, 0] = IGNORE                                                      # no colour loss for grey images
+        return model(pixels, truth)
 
     def score():
         return {"probe": {str(layer): probe(model, probed, test, layer) for layer in (-2, -1)}}  # LLaVA uses block -2

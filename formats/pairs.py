@@ -44,7 +44,7 @@ END = "<|endoftext|>"
 NEW = dict(vision=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
                        image_size=72, patch_size=12),
            text=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-                     max_position_embeddings=160), width=128)
+                     max_position_embeddings=48), width=128)
 
 
 class Words:
@@ -165,18 +165,20 @@ def load_pairs(init="", kind="clip", tokenizer="", vision="", parts="", seed=0):
 
 
 def init_pairs(model, seed):
-    """First weights: those of parts/init.py; the scale and the bias of the logits as in the papers. SigLIP's query is
-    N(0, 1/sqrt(D)), and its pooling begins with random matrices, because no residual stands beside them."""
+    """First weights: those of parts/init.py, but as in CLIP's code, the last matrices of attention and MLP in a tower of
+    L blocks are N(0, 1/sqrt(2 L fan in)). With zeros, an image would begin as a constant and a text as its length. The
+    scale and the bias of the logits are those of the papers."""
     init_weights(model, seed)
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
+        for tower, c in ((model.vision_model, model.cfg.vision), (model.text_model, model.cfg.text)):
+            for name, p in tower.named_parameters():
+                if name.endswith(("out_proj.weight", "fc2.weight", "probe")):
+                    p.normal_(0, (2 * c.num_hidden_layers * p.shape[-1]) ** -0.5)
         scale, bias = SCALES[model.cfg.kind]
         model.logit_scale.fill_(scale)
         if model.logit_bias is not None:
             model.logit_bias.fill_(bias)
-            head = model.vision_model.head
-            for p in (head.probe, head.attention.out_proj.weight):
-                p.normal_(0, model.cfg.vision.hidden_size**-0.5)
 
 
 def new_pairs(kind, tokenizer, vision, parts):

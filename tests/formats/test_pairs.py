@@ -118,13 +118,13 @@ def test_transformers_opens_a_new_folder(kind, tmp_path):
     texts = ["a red circle", "top left: a small blue star; bottom right: a sign that says 7"]
     processor = T.AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
     there = processor(images=image, text=texts, return_tensors="pt", padding="max_length" if kind == "siglip" else True,
-                      max_length=160 if kind == "siglip" else None)
+                      max_length=48 if kind == "siglip" else None)
     found = preprocess(image, image_spec(folder.pre, "crop" if kind == "clip" else "squash"))
     assert (there["pixel_values"][0] - pixels(found[None], mine.cfg.vision)[0]).abs().max() < 1e-6
     for text, ids, mask in zip(texts, there["input_ids"], there.get("attention_mask", torch.ones(2, 999))):
         assert folder.words.encode(text) == [i for i, m in zip(ids.tolist(), mask.tolist()) if m or kind == "siglip"]
     rows = [(i := folder.words.encode(t), [-100] * (len(i) - 1) + i[-1:], found[None]) for t in texts]
-    b = data.pack(rows, 72, None if kind == "clip" else lambda ids, labels, pos, lo: lo + 160)
+    b = data.pack(rows, 72, None if kind == "clip" else lambda ids, labels, pos, lo: lo + 48)
     theirs = exact_norms(theirs.eval())
     ask = {"input_ids": there["input_ids"], "pixel_values": pixels(found[None], mine.cfg.vision).double()}
     if kind == "clip":
