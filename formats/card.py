@@ -26,6 +26,8 @@ inputs = processor(images=Image.open("image.png"), text=prompt, return_tensors="
 answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
 print(processor.decode(answer, skip_special_tokens=True))
 ```'''
+# families whose processors are used as LLaVA's: model_type -> name in transformers' class
+NAMES = {"vipllava": "VipLlava", "llava_next": "LlavaNext", "idefics3": "Idefics3", "smolvlm": "SmolVLM"}
 ADAPTER = '''\
 ```python
 from peft import PeftConfig, PeftModel
@@ -51,7 +53,7 @@ def use(cfg):
     if family.model_type == "pumice":
         return ('No class of transformers holds this model; only pumice reads the folder:\n\n```bash\n'
                 'python sample.py --model=. --image=image.png --prompt="What is this?"\n```')
-    if kind := {"vipllava": "VipLlava", "llava_next": "LlavaNext"}.get(family.model_type):
+    if kind := NAMES.get(family.model_type):
         return USE.replace("LlavaForConditionalGeneration", f"{kind}ForConditionalGeneration")
     lines = USE.replace("LlavaForConditionalGeneration", "AutoModelForImageTextToText").splitlines()
     prompt = 'prompt = "<image>What is this?"                             # as pumice.json: template says'

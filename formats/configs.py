@@ -14,6 +14,7 @@ from model import ACTIVATIONS, TextConfig, VisionConfig
 from parts.cross_attention import FlamingoConfig, IdeficsConfig
 from parts.eva import EvaConfig
 from parts.gemma import GemmaConfig
+from parts.idefics3_vit import Idefics3ViTConfig
 from parts.internvit import InternViTConfig
 from parts.patches import PatchesConfig
 from parts.persimmon import PersimmonConfig
@@ -27,7 +28,7 @@ VISION = {"clip_vision_model": {},
                                       image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)),
           "dinov2": dict(DINO, patch_size=14),
           "dinov2_with_registers": dict(DINO, patch_size=16, num_register_tokens=4),
-          "internvl_vision": {}, "blip_2_vision_model": {}}
+          "internvl_vision": {}, "blip_2_vision_model": {}, "idefics3_vision": {}, "smolvlm_vision": {}}
 QWEN = dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768)
 TEXT = {"llama": dict(architecture="LlamaForCausalLM", num_key_value_heads=None, head_dim=None,
                       max_position_embeddings=2048),
@@ -44,7 +45,7 @@ READ = {"opt": read_opt}                   # LLMs whose config.json has keys of 
 # model_types with a config class of their own: TextConfig or VisionConfig does not fit
 CLASSES = {"gemma": GemmaConfig, "opt": OptConfig, "blip_2_vision_model": EvaConfig, "internvl_vision": InternViTConfig,
            "flamingo": FlamingoConfig, "idefics": IdeficsConfig, "patches": PatchesConfig, "persimmon": PersimmonConfig,
-           "qwen_vl_vision": QwenViTConfig}
+           "qwen_vl_vision": QwenViTConfig, "idefics3_vision": Idefics3ViTConfig, "smolvlm_vision": Idefics3ViTConfig}
 # allowed hidden_act; other LLMs: silu. Gemma's two mean tanh gelu
 ACTS = {"gemma": ("gelu", "gelu_pytorch_tanh"), "opt": ("relu",), "persimmon": ("relu2",)}
 

@@ -3,6 +3,7 @@
 from formats.blip2 import BLIP2
 from formats.fuyu import FUYU
 from formats.idefics import IDEFICS
+from formats.idefics3 import IDEFICS3, SMOLVLM
 from formats.instructblip import INSTRUCTBLIP
 from formats.internvl import INTERNVL
 from formats.llava_next import LLAVA_NEXT
@@ -13,7 +14,8 @@ from model import TextConfig, VisionConfig
 
 # PUMICE, the last, fits all
 FAMILIES = {family.model_type: family for family in
-            (PALIGEMMA, BLIP2, INSTRUCTBLIP, INTERNVL, FUYU, VIPLLAVA, LLAVA_NEXT, IDEFICS, PUMICE)}
+            (PALIGEMMA, BLIP2, INSTRUCTBLIP, INTERNVL, FUYU, VIPLLAVA, LLAVA_NEXT, IDEFICS, IDEFICS3,
+             SMOLVLM, PUMICE)}
 
 
 def is_llava(cfg):

@@ -93,9 +93,12 @@ def image_settings(folder):
 
 
 def with_ids(layout, tok):
-    """A layout of images (VLMConfig.layout) with the names of tokens -> the same with their ids"""
-    return {k: [t if isinstance(t, int) else tok.id(t) for t in x] if k in ("before", "after", "row_end") else x
-            for k, x in layout.items()}
+    """A layout of images (VLMConfig.layout) with the names of tokens, or newlines -> the same with ids"""
+    def ids(t):
+        return [t] if isinstance(t, int) else tok.text(t, first=False)[0] if t.isspace() else [tok.id(t)]
+
+    own = ("before", "after", "row_end", "grid_end", "cells", "whole")
+    return {k: [i for t in x for i in ids(t)] if k in own else x for k, x in layout.items()}
 
 
 def family_files(family, folder, cfg, template, system, aspect, dtype):

@@ -30,6 +30,11 @@ JINJA = {
         "###Assistant:" + BEGIN + " {{ answer }}{{ eos_token }}" + END, "###Assistant:"),
     "mistral": ("{{ bos_token }}", _INST, BEGIN + " {{ answer }} {{ eos_token }}" + END, "")}
 JINJA["internvl"] = JINJA["chatml"]
+JINJA["idefics3"] = (   # images stay where they are, and the text between them is stripped
+    "{{ bos_token }}{% if system %}System: {{ system }}<end_of_utterance>\n{% endif %}",
+    "User:{% set pieces = said.split('<image>') %}{{ ' ' if pieces[0] | trim }}{% for piece in pieces %}"
+    "{{ '' if loop.first else '<image>' }}{{ piece | trim }}{% endfor %}<end_of_utterance>\n",
+    "Assistant:" + BEGIN + " {{ answer }}<end_of_utterance>" + END + "{{ '\\n' }}", "Assistant:")
 
 # _FRAME: the template around the texts of JINJA. A message's content is a string or a list of parts. A single <image>
 # moves to the front of its message. _FRAME is one line, because programs treat a line break after a tag differently

@@ -20,7 +20,7 @@ from parts.qwen_vit import QwenViT
 from parts.resampler import Resampler
 from parts.persimmon import Persimmon
 from parts.pool import Abstractor, PoolConnector, sides
-from parts.shuffle import ShuffleConnector, group_side
+from parts.shuffle import ShuffleConnector, ShuffleLinear, group_side
 from parts.spans import SPANS
 from parts.tiles import layout
 from parts.two_towers import CommConnector, TwoTowers
@@ -33,6 +33,8 @@ CONNECTORS["instruct"] = lambda cfg: instruct(cfg, InstructConfig(**cfg.connecto
 CONNECTORS["resampler"] = lambda cfg: Resampler(width(cfg), cfg.text.hidden_size, cfg.tokens, **cfg.connector_args)
 CONNECTORS["shuffle"] = lambda cfg: ShuffleConnector(cfg.vision.hidden_size, cfg.text.hidden_size,
                                                      group_side(cfg.vision.patches, cfg.tokens))
+CONNECTORS["shuffle_linear"] = lambda cfg: ShuffleLinear(cfg.vision.hidden_size, cfg.text.hidden_size,
+                                                         group_side(cfg.vision.patches, cfg.tokens))
 CONNECTORS["norm_mlp"] = lambda cfg: NormMLP(width(cfg), cfg.text.hidden_size, **cfg.connector_args)
 CONNECTORS["linear_norm"] = lambda cfg: LinearNorm(width(cfg), cfg.text.hidden_size, **cfg.connector_args)
 CONNECTORS["perceiver"] = lambda cfg: Perceiver(width(cfg), **cfg.connector_args)
@@ -47,7 +49,8 @@ DECODERS = {"gemma": Gemma, "opt": Opt, "persimmon": Persimmon}                 
 DECODERS |= {"flamingo": FlamingoDecoder, "idefics": IdeficsDecoder, "mmca": MMCADecoder}        # mmca: cfg.mask
 VLMS = {"flamingo": Flamingo, "idefics": Flamingo, "mmca": VisualChat, "instruct": InstructVLM}   # or connector
 VLMS["anyres"] = AnyresVLM
-NO_ARGS = ("linear", "mlp", "shuffle", "pool", "patches", "anyres")                      # connectors without settings
+ONE_EACH = ("linear", "mlp", "norm_mlp", "linear_norm", "comm", "anyres")       # connectors: one token per patch
+NO_ARGS = ("linear", "mlp", "shuffle", "shuffle_linear", "pool", "patches", "anyres")    # connectors without settings
 
 
 def build(cfg):
@@ -69,7 +72,7 @@ def build(cfg):
         stop(f"connector={cfg.connector} layout.kind={cfg.layout.get('kind')} mask={cfg.mask}: anyres is the connector "
              "and the layout, and its mask is not `image`")
     seen = cfg.vision.patches + (cfg.vision.class_token and cfg.vision.keep_class)
-    one_each = (cfg.connector in ("linear", "mlp", "norm_mlp", "linear_norm", "comm", "anyres")
+    one_each = (cfg.connector in ONE_EACH
                 and cfg.text.model_type not in VLMS)
     if one_each and cfg.image_tokens != seen:
         stop(f"connector={cfg.connector} gives {seen} tokens per image, not tokens={cfg.image_tokens}")

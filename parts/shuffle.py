@@ -1,12 +1,15 @@
 """Pixel shuffle: r x r neighbouring patches become one token that is r^2 times as wide, so nothing is lost.
 
-InternVL 1.5 (arXiv 2404.16821, section 3.1) has r = 2, then LayerNorm and an MLP. The channels of the r x r patches
-stand side by side in the order [row, column, channel]. torch's F.pixel_unshuffle has another order.
+InternVL 1.5 (arXiv 2404.16821, section 3.1) has r = 2, then LayerNorm and an MLP. Idefics3 (arXiv 2408.12637) has
+r = 2, SmolVLM (arXiv 2504.05299) r = 3 or 4, then one matrix without bias. The channels of the r x r patches stand side
+by side in the order [row, column, channel]. torch's F.pixel_unshuffle has another order.
 
     I images   P patches per image, n x n   r side of a group   Q = P / r^2 tokens   D ViT width   C LLM width
 """
 
 import math
+
+import torch.nn as nn
 
 from config import stop
 from model import LayerNorm, MLPConnector
@@ -36,3 +39,14 @@ class ShuffleConnector(MLPConnector):
 
     def forward(self, x):
         return super().forward(self.layer_norm(pixel_shuffle(x, self.r)))
+
+
+class ShuffleLinear(nn.Module):
+    """x (I, P, D) -> (I, Q, C)"""
+
+    def __init__(self, D, C, r):
+        super().__init__()
+        self.r, self.linear_1 = r, nn.Linear(r * r * D, C, bias=False)
+
+    def forward(self, x):
+        return self.linear_1(pixel_shuffle(x, self.r))

@@ -63,6 +63,23 @@ def idefics(p, system, turns):
             p.text(" " + answer + "\n", supervised=True)
 
 
+def idefics3(p, system, turns):
+    """Idefics3 and SmolVLM: BOS, "User:" and the question with its images, <end_of_utterance>, a newline, "Assistant:"
+    and the answer, <end_of_utterance>, a newline. Images stay where they are; the text between them is stripped."""
+    end = "<end_of_utterance>"
+    p.control(p.tok.bos)
+    if system:
+        p.text("System: " + system).control(end).text("\n")
+    for user, answer in turns:
+        first, *rest = [piece.strip() for piece in user.split(IMAGE)] if p.images else [user.strip()]
+        p.text("User:" + " " * bool(first) + first)
+        for piece in rest:
+            p.image().text(piece)
+        p.control(end).text("\nAssistant:")
+        if answer is not None:
+            p.text(" " + answer, supervised=True).control(end, supervised=True).text("\n")
+
+
 def flamingo(p, system, turns):
     """Flamingo's prompt (arXiv 2204.14198, appendix A.3): images, Question: ... Answer: ... and the end of a chunk,
     which is EOS here"""
@@ -93,6 +110,7 @@ def visualchat(p, system, turns):
 
 _V0 = ("A chat between a curious human and an artificial intelligence assistant. "
        "The assistant gives helpful, detailed, and polite answers to the human's questions.")
+chat.TEMPLATES["idefics3"] = Template(idefics3, "", "<end_of_utterance>")
 chat.TEMPLATES |= {"llava_v0": Template(llava_v0, _V0, ""), "idefics": Template(idefics, "", "\n"),
                    "flamingo": Template(flamingo, "", ""),
                    "visualchat": Template(visualchat, chat.TEMPLATES["llama_3"].system, "")}

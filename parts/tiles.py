@@ -6,6 +6,9 @@
               size; its last row and column of patches are filled up. An id ends each row of patches
     anyres    LLaVA-NeXT (llava-vl.github.io/blog/2024-01-30-llava-next): a small picture of the whole image, and the
               image in a grid of tiles with black borders. The features of the borders get no placeholder
+    split     Idefics3 (arXiv 2408.12637, section 3.1) and SmolVLM (arXiv 2504.05299, section 2): the longer side gets
+              one length, then both sides become multiples of S. A small picture of the whole image follows the tiles.
+              Ids name the place of each tile
 
     before    ids in front of an image   after   ids behind it   row_end    ids behind a row of tiles
     S side of a tile in pixels   w, h width and height of an image   Q placeholders per tile
@@ -168,7 +171,65 @@ class Anyres:
         return [image.resize((S, S), self.resample), *tiles]
 
 
-LAYOUTS = {"grid": Tiles, "rows": PatchRows, "anyres": Anyres}
+@dataclass
+class Split:
+    """The layout of Idefics3. An image that fits into one tile is not split"""
+    image_id: int
+    tokens: int
+    side: int
+    longest: int = 1456        # of the longer side in pixels
+    split: bool = True         # False: every image becomes one tile
+    before: tuple = ()         # ids in front of every tile; then those of its place:
+    cells: tuple = ()          # one id for each place in a square grid, row by row
+    whole: tuple = ()          # ids of the place of the small picture
+    row_end: tuple = ()
+    grid_end: tuple = ()       # in place of the last row_end
+    after: tuple = ()          # ids behind an image
+    resample: int = Image.LANCZOS
+    needs_image = True
+
+    def sizes(self, w, h):
+        """-> two sizes (w, h): of the image with `longest`, and in whole tiles. Idefics3's code makes the shorter side
+        even, and allows no side above 4096"""
+        aspect, L = w / h, self.longest
+
+        def even(n):
+            return max(1, n + n % 2)
+
+        w, h = (L, even(int(L / aspect))) if w >= h else (even(int(L * aspect)), L)
+        aspect, L = w / h, min(max(w, h), 4096)
+        if max(w, h) > L:
+            w, h = (L, max(1, int(L / aspect))) if w >= h else (max(1, int(L * aspect)), L)
+            aspect = w / h
+
+        def tiles(n):
+            return math.ceil(n / self.side) * self.side
+
+        W, H = (tiles(w), tiles(int(tiles(w) / aspect))) if w >= h else (tiles(int(tiles(h) * aspect)), tiles(h))
+        return (w, h), ((W, H) if self.split else (self.side,) * 2)
+
+    def grid(self, w, h):
+        return tuple(n // self.side for n in self.sizes(w, h)[1])
+
+    def block(self, image):
+        """A path or a PIL image -> the ids of this image"""
+        columns, rows = self.grid(*image_size(image))
+        tile, most, out = [self.image_id] * self.tokens, math.isqrt(len(self.cells)), []
+        for r in range(rows if columns * rows > 1 else 0):
+            for c in range(columns):
+                out += [*self.before, self.cells[r * most + c], *tile]
+            out += self.row_end if r + 1 < rows else self.grid_end
+        return [*out, *self.before, *self.whole, *tile, *self.after]
+
+    def cut(self, image):
+        """A PIL image -> PIL images of side S: its tiles row by row, then the whole image"""
+        S, (first, (W, H)) = self.side, self.sizes(*image.size)
+        image = image.resize(first, self.resample).resize((W, H), self.resample)
+        tiles = [image.crop((x, y, x + S, y + S)) for y in range(0, H, S) for x in range(0, W, S)]
+        return tiles + [image.resize((S, S), self.resample)] * (len(tiles) > 1)
+
+
+LAYOUTS = {"grid": Tiles, "rows": PatchRows, "anyres": Anyres, "split": Split}
 
 
 def layout(cfg):

@@ -1,6 +1,8 @@
-"""LlavaNext: folders that transformers wrote, read, compared in float64, written, and opened by transformers."""
+"""LlavaNext, Idefics3 and SmolVLM: folders that transformers wrote, read, compared in float64, written, and opened by
+transformers."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_families import NORMAL, SIGLIP, TEXT, exact_norms
 from test_families_cross import CLIP
+from test_families_tiles import add_specials
 from test_llava import random
 from test_model import PARITY, all_logits, pixels
 from tiny_runs import run
@@ -44,12 +47,31 @@ def llava_next(folder, text, vision, chat_template, **fields):
     return T.LlavaNextForConditionalGeneration(c)
 
 
+def idefics3(folder, name, text, split=True, **fields):
+    """The same for a tiny Idefics3 or SmolVLM"""
+    vision = {k: x for k, x in SIGLIP.items() if k not in ("model_type", "vision_use_head")} | {"patch_size": 2}
+    c = getattr(T, f"{name}Config")(vision_config=vision, text_config=TEXT | {"model_type": "llama"} | text,
+                                    image_token_id=3, **fields)
+    make_tokenizer(folder, "pieces" if name == "SmolVLM" else "bytes")
+    add_specials(folder, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
+                 *(f"<row_{y}_col_{x}>" for y in range(1, 7) for x in range(1, 7)))
+    pre = {k: x for k, x in NORMAL.items() if k != "size"} | {
+        "image_processor_type": f"{name}ImageProcessor", "size": {"longest_edge": 24}, "do_image_splitting": split,
+        "max_image_size": {"longest_edge": 8}, "resample": 1}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pre))
+    return getattr(T, f"{name}ForConditionalGeneration")(c)
+
+
 CASES = {
+    "idefics3": lambda at: idefics3(at, "Idefics3", {}),
+    "idefics3, whole images": lambda at: idefics3(at, "Idefics3", {"tie_word_embeddings": True}, split=False,
+                                                  tie_word_embeddings=True),
+    "smolvlm": lambda at: idefics3(at, "SmolVLM", {"num_key_value_heads": 2}, scale_factor=4),
     "vicuna": lambda at: llava_next(at, {"model_type": "llama"}, CLIP, "{{ message['role'].upper() }}"),
     "mistral": lambda at: llava_next(at, {"model_type": "mistral", "sliding_window": None}, CLIP, "[INST] "),
     "qwen": lambda at: llava_next(at, {"model_type": "qwen2"}, SIGLIP, "<|im_start|>", vision_feature_layer=-1,
                                   vision_feature_select_strategy="full")}
-TEMPLATES = {"vicuna": "vicuna_v1", "mistral": "mistral", "qwen": "chatml"}
+TEMPLATES = {"vicuna": "vicuna_v1", "mistral": "mistral", "qwen": "chatml"}    # the others: idefics3
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -87,6 +109,8 @@ def published(ids):
 
 def seen(cfg, tiles, sizes):
     """-> further arguments of their model"""
+    if sizes and cfg.layout["kind"] == "split":
+        return {"pixel_values": pixels(tiles, cfg.vision).double()[None]}
     return {"pixel_values": pixels(tiles, cfg.vision).double(),
             "image_sizes": torch.tensor([size[::-1] for size in sizes])} if sizes else {}
 
@@ -138,7 +162,15 @@ def opened(family, out):
     """-> their model in float64 and their processor, from our folder"""
     model, told = type(family[2]).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
     assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    return exact_norms(model.eval()), T.AutoProcessor.from_pretrained(out, backend="pil")
+    if model.config.model_type != "smolvlm":
+        return exact_norms(model.eval()), T.AutoProcessor.from_pretrained(out, backend="pil")
+    with pytest.MonkeyPatch.context() as m:                    # its video processor needs torchvision and num2words
+        m.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", str)
+        m.setattr(T.SmolVLMProcessor, "check_argument_for_proper_class", lambda *_: None)
+        tok, images = T.AutoTokenizer.from_pretrained(out), T.AutoImageProcessor.from_pretrained(out, backend="pil")
+        told = json.loads((out / "processor_config.json").read_text())
+        return exact_norms(model.eval()), T.SmolVLMProcessor(
+            images, tok, SimpleNamespace(num_frames=1, fps=1), told["image_seq_len"], tok.chat_template)
 
 
 def test_transformers_opens_our_folder(family, tmp_path):
@@ -147,7 +179,7 @@ def test_transformers_opens_our_folder(family, tmp_path):
     out = saved(family, tmp_path / "out")
     model, processor = opened(family, out)
     asked = Chat(out, device="cpu", dtype="fp64")
-    assert asked.template == TEMPLATES[family[0]]
+    assert asked.template == TEMPLATES.get(family[0], "idefics3")
     for sizes in [(40, 22)], [(8, 8)], [(90, 3)], [(9, 30), (8, 8), (90, 3)]:
         photos = [photo(size, n) for n, size in enumerate(sizes)]
         shown, blocks = asked.look(photos)
@@ -156,7 +188,8 @@ def test_transformers_opens_our_folder(family, tmp_path):
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         there = processor(images=photos, text=text, return_tensors="pt")
         assert there["input_ids"][0].tolist() == published(prompt.tolist())
-        for theirs, ours in zip(there["pixel_values"], shown, strict=True):
+        tiles = [torch.cat(shown)] if asked.template == "idefics3" else shown
+        for theirs, ours in zip(there["pixel_values"], tiles, strict=True):
             assert (theirs[: len(ours)] - pixels(ours, asked.cfg.vision)).abs().max() < 1e-6
             assert not theirs[len(ours) :].any()
         there["pixel_values"] = there["pixel_values"].double()
@@ -178,9 +211,10 @@ def test_sample_asks_by_the_processors_prompt(family, tmp_path, capsys):
                                 device="cpu"))
     out, err = capsys.readouterr()
     assert out.strip() and "note" not in err
-    assert Chat(at, "cpu", "fp32").template == TEMPLATES[family[0]]
+    assert Chat(at, "cpu", "fp32").template == TEMPLATES.get(family[0], "idefics3")
 
 
+@pytest.mark.parametrize("family", [c for c in CASES if c != "smolvlm"], indirect=True)    # AutoProcessor: see opened()
 def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
     out = saved(family, tmp_path / "out")
     photo((40, 22)).save(out / "image.png")
@@ -195,7 +229,7 @@ def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", ({}, dict(lora_r=2, lora_dropout=0.0), dict(lora_r=2, lora_dropout=0.0, bits=4)),
                          ids=("whole", "lora", "qlora"))
-@pytest.mark.parametrize("family", ["vicuna"], indirect=True)
+@pytest.mark.parametrize("family", ["vicuna", "idefics3", "smolvlm"], indirect=True)
 def test_a_published_folder_trains_on(family, how, world, tmp_path):
     """Three steps on toy images; the run has a folder of the same family, and its adapter gives the same model"""
     _, at, theirs, mine, _ = family
@@ -204,11 +238,12 @@ def test_a_published_folder_trains_on(family, how, world, tmp_path):
     model, folder = llava.load_model(init=tmp_path / "sft", dtype=torch.float32)
     config = json.loads((tmp_path / "sft" / "model" / "config.json").read_text())
     assert config["model_type"] == theirs.config.model_type
-    assert folder.meta["template"] == TEMPLATES[family[0]]
+    assert folder.meta["template"] == TEMPLATES.get(family[0], "idefics3")
     _, told = type(theirs).from_pretrained(tmp_path / "sft" / "model", output_loading_info=True)
     assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, mine.get_parameter(n).float())]
-    assert "multi_modal_projector.image_newline" in moved
+    assert "multi_modal_projector.linear_1.weight" in moved
+    assert ("multi_modal_projector.image_newline" in moved) == (family[0] == "vicuna")
     assert "language_model.model.layers.0.self_attn.q_proj.weight" in moved
     if how:
         adapter = Chat(tmp_path / "sft" / "adapter", "cpu", "fp32").model
@@ -217,7 +252,7 @@ def test_a_published_folder_trains_on(family, how, world, tmp_path):
 
 
 def test_gguf_is_refused_in_one_line(family, tmp_path):
-    assert "llava_next folder" in error(gguf.export, family[1], tmp_path / "gguf", "f16")
+    assert f"{family[2].config.model_type} folder" in error(gguf.export, family[1], tmp_path / "gguf", "f16")
 
 
 PUBLISHED = {"vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336,
