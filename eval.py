@@ -6,24 +6,30 @@
     python eval.py --model=DIR --task=vqa --data=FILE.jsonl --images=DIR [--answers=FILE]
     torchrun --nproc_per_node=8 eval.py ...                 # the questions are divided between the processes
 
-The file of questions is jsonl or a json list. Each question has `question_id`, `image`, `text` and `answer` (or
-`answers`, or POPE's `label`). It may have a `type` (or `category`). The task says how an answer is scored:
+The file of questions is jsonl or a json list with `question_id`, `image`, `text`, `answer` (or `answers`, or POPE's
+`label`) and perhaps a `type` (or `category`); or a file as its benchmark publishes it. The task says how an answer is
+scored. All tasks, their files and their rules: docs/evaluation.md. Some of them:
 
-    exact           exact match
-    vqa             VQA accuracy; the answers are normalised as EvalAI's scorer does it
-    vqa_official    VQA accuracy; the answers are normalised as the official script does it
-    pope            yes or no
+    exact                 exact match
+    vqa, vqa_official     VQA accuracy; the answers are normalised as EvalAI's scorer or as the official script does it
+    pope, mme             yes or no
+    mmmu, mmbench ...     letters of options; mmbench asks each question with its options rotated
+    refcoco               boxes: right if intersection over union is at least 0.5
+
+    python eval.py --score=ANSWERS.jsonl --task=T --data=FILE     # score answers that exist, without a model
+    python eval.py ... --against=OTHER.jsonl                      # and test them against the answers of another run
+    python eval.py ... --shots=4 [--shots_data=FILE]              # each question after four examples with their answers
 
 The answers are written as jsonl. tools/report.py makes a page of them with images. The last line of the output has the
-scores as JSON.
+scores as JSON, with 95 % confidence intervals. Questions without true answers are answered, not scored.
 """
 
 import dataclasses
+import io
 import json
 import sys
 import time
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
@@ -31,26 +37,29 @@ import config
 import engine
 import metrics
 from config import BadSample, setting
-from formats.rows import read_questions
+from formats.answers import answered_questions, plain_row, read_answers
+from formats.questions import choose_examples, example_answer, read_questions
 from formats.whole import write_file
 from generate import Chat, with_marker
 from images import image_folder, safe_path
 from run.folder import unwritable
 
-SCORES = {"exact": metrics.exact, "vqa": metrics.vqa_accuracy,     # each: (answer, true answers) -> score from 0 to 1
-          "vqa_official": lambda answer, truth: metrics.vqa_accuracy(answer, truth, evalai=False),
-          "pope": lambda answer, truth: float(metrics.pope_answer(answer) == truth[0])}
+TOY_TASKS = ("exact", "vqa", "vqa_official", "pope")          # the toy world has questions for these
 
 
 @dataclasses.dataclass
 class Settings:
     model: str = setting("runs/sft", "a run, its model/ or adapter/, any LLaVA folder or adapter")
-    task: str = setting("exact", "how an answer is scored", choices=tuple(SCORES))
-    data: str = setting("", "jsonl of questions; empty: the toy world's held-out ones")
+    task: str = setting("exact", "how an answer is scored", choices=tuple(metrics.TASKS))
+    data: str = setting("", "file of questions; empty: the toy world's held-out ones")
     images: str = setting("", "folder that image names are relative to; empty: the folder of the data")
     answers: str = setting("", "file to write; empty: answers_HOW.jsonl in the run, or in answers/ if it is read-only")
     blind: bool = setting(False, "image features set to zero: what the text alone gives away")
     shuffled: bool = setting(False, "the image of another question: the fairer control")
+    score: str = setting("", "file of answers: score these, without a model")
+    against: str = setting("", "answers of another run to the same questions: test the difference")
+    shots: int = setting(0, "examples before each question", 0, 32)
+    shots_data: str = setting("", "questions with answers to choose examples from; empty: the data")
     limit: int = setting(0, "questions; 0 = all", 0)
     batch_size: int = setting(64, "questions at a time", 1)
     max_new_tokens: int = setting(32, "tokens of an answer", 1)
@@ -76,24 +85,34 @@ def toy_questions(world):
 
 
 def other_images(rows):
-    """Choose, for each question, an image that is not its own -> list of names; None for a question without image"""
-    images = sorted({r["image"] for r in rows} - {None})
+    """Choose, for each question, images that are not its own -> list; None for a question without image"""
+    own = [r["image"] if isinstance(r["image"], tuple) else (r["image"],) for r in rows]
+    images = {image: None for several in own for image in several if image is not None}     # as a set, but in order
+    images = sorted(images, key=lambda image: image if isinstance(image, str) else "")
     if len(images) < 2:
         config.stop("--shuffled needs at least two different images")
     half = len(images) // 2
-    other = {name: images[(i + half) % len(images)] for i, name in enumerate(images)}
-    return [other.get(r["image"]) for r in rows]
+    other = {image: images[(i + half) % len(images)] for i, image in enumerate(images)}
+    return [tuple(map(other.get, several)) if len(several) > 1 else other.get(several[0]) for several in own]
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
 
-def ask(chat, rows, names, images, max_new_tokens):
-    """Ask the questions `rows` about the images `names` -> list of answers; None for a question that cannot be asked"""
+def sources(image, folder):
+    """The image of a question (None, a name, bytes, or several of these) -> list of what Chat.look reads"""
+    several = image if isinstance(image, tuple) else () if image is None else (image,)
+    return [io.BytesIO(x) if isinstance(x, bytes) else safe_path(folder, x) for x in several]
+
+
+def ask(chat, rows, images, folder, max_new_tokens, examples):
+    """Ask the questions `rows` about `images` -> list of answers; None for a question that cannot be asked.
+    examples: question -> [(text, answer, sources)]: the turns before the question, each with its own images"""
     prompts, pixels, asked = [], [], []
-    for i, (row, name) in enumerate(zip(rows, names)):
+    for i, (row, image) in enumerate(zip(rows, images)):
         try:
-            shown, blocks = chat.look([safe_path(images, name)] if name else [])                    # [(tiles, 3, S, S)]
-            prompts.append(chat.prompt([(with_marker(row["text"], len(blocks)), None)], blocks))    # ids (N,)
+            turns = [*examples(row), (row["text"], None, sources(image, folder))]
+            shown, blocks = chat.look([source for turn in turns for source in turn[2]])             # [(tiles, 3, S, S)]
+            prompts.append(chat.prompt([(with_marker(t, len(own)), a) for t, a, own in turns], blocks))       # ids (N,)
         except BadSample as e:
             print(f"question {row['question_id']}: {e}; counted as wrong", file=sys.stderr)
             continue
@@ -120,45 +139,63 @@ def answers_file(s, name):
     return out
 
 
+def scores(s, rows, answers):
+    """-> the score of each answer, dict of all scores; with --against, a test against the answers of another run"""
+    points, result = metrics.evaluate(s.task, answers, rows)
+    if s.against and None not in points:
+        others = read_answers(s.against, rows)
+        result["against"] = {"answers": s.against} | metrics.compare(s.task, answers, others, rows)
+    return points, {"task": s.task} | result | {"unreadable": answers.count(None)}
+
+
 def main(s):
     config.check_ranges(s)
     if s.blind and s.shuffled:
         config.stop("--blind and --shuffled are two different controls: choose one")
+    if s.score:
+        rows = read_questions(s.data, s.task) if s.data else answered_questions(s.score)
+        print(json.dumps(scores(s, rows, read_answers(s.score, rows))[1] | {"data": s.data, "score": s.score}))
+        return
+    if not s.data and s.task not in TOY_TASKS:
+        config.stop(f"task={s.task} needs --data=FILE; the toy world has questions for {', '.join(TOY_TASKS)}")
     world = engine.start(s.device, s.dtype)
     data, images = (s.data, s.images or str(Path(s.data).parent)) if s.data else toy_questions(world)
     rows = read_questions(data, s.task if s.data else "exact")
-    if s.task == "pope":
+    if s.task == "pope" and not s.data:
         rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # keep only yes/no questions
-    rows = rows[: s.limit or None]
+    pool, rows = read_questions(s.shots_data, s.task) if s.shots_data else rows, rows[: s.limit or None]
+    pool_images = str(Path(s.shots_data).parent) if s.shots_data and not s.images else images
     image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"
-    names = other_images(rows) if s.shuffled else [r["image"] for r in rows]
+    shown = other_images(rows) if s.shuffled else [r["image"] for r in rows]
+    if s.against:
+        read_answers(s.against, rows)                             # a wrong file stops here, not after the last question
     chat = Chat(s.model, s.device, s.dtype, s.template, s.system, s.kernels)
-    out = answers_file(s, how if s.task == "exact" else f"{s.task}_{how}") if world.rank == 0 else None
+    name = how if s.task == "exact" else f"{s.task}_{how}"
+    out = answers_file(s, name + f"_{s.shots}shots" * bool(s.shots)) if world.rank == 0 else None
     if s.blind:
         chat.model.vision_tower.register_forward_hook(lambda module, args, features: torch.zeros_like(features))
+
+    def examples(row):
+        chosen = choose_examples(row, pool, s.shots)
+        return [(q["text"], example_answer(q), sources(q["image"], pool_images)) for q in chosen]
 
     began, mine, answered = time.time(), range(world.rank, len(rows), world.size), []
     for i in range(0, len(mine), s.batch_size):
         at = mine[i : i + s.batch_size]
-        answered += zip(at, ask(chat, [rows[j] for j in at], [names[j] for j in at], images, s.max_new_tokens))
+        some = [rows[j] for j in at], [shown[j] for j in at]
+        answered += zip(at, ask(chat, *some, images, s.max_new_tokens, examples))
     answers = [a for _, a in sorted((i, a) for rank in world.gather(answered) for i, a in rank)]
     if answers.count(None) == len(answers):
         config.stop(f"none of the {len(rows)} questions could be asked; the lines above say why")
-    points = [0.0 if a is None else SCORES[s.task](a, r["answers"]) for a, r in zip(answers, rows)]
-
-    kinds = {k: [i for i, r in enumerate(rows) if r["type"] == k] for k in sorted({r["type"] for r in rows})}
-    result = {"task": s.task, "n": len(rows), "accuracy": fmean(points), "how": how,
-              "types": {k: fmean([points[i] for i in at]) for k, at in kinds.items()},
-              "counts": {k: len(at) for k, at in kinds.items()}, "unreadable": answers.count(None),
-              "model": s.model, "data": data, "template": chat.template, "seconds": round(time.time() - began, 1)}
-    if s.task == "pope":
-        result |= metrics.pope_by_type(answers, [r["answers"][0] for r in rows], kinds)
+    points, result = scores(s, rows, answers)
+    result |= {"how": how, "model": s.model, "data": data, "template": chat.template, "shots": s.shots,
+               "seconds": round(time.time() - began, 1)}
     if world.rank > 0:
         return
-    lines = [json.dumps({"question_id": r["question_id"], "prompt": r["text"], "text": a, "score": p,
-                         "answers": r["answers"], "image": n, "type": r["type"]}) + "\n"
-             for r, a, p, n in zip(rows, answers, points, names)]
+    lines = [json.dumps({"question_id": r["question_id"], "prompt": r["text"], "text": a, "score": p}
+                        | plain_row(r | {"image": image})) + "\n"
+             for r, a, p, image in zip(rows, answers, points, shown)]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, "".join(lines))

@@ -7,5 +7,6 @@
     tokenizer.Tokenizer, gguf.export         turn text into token ids; write the files for llama.cpp
     card.text, adapter                       write the model card of a model or of an adapter
     rows.Rows                                read the samples of a data file
+    questions.read_questions, answers        read the questions of a benchmark; read answers that exist
     whole.commit, write_file                 write a folder or a file completely or not at all
 """

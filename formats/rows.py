@@ -177,26 +177,3 @@ def read_content(content, turn):
         else:
             raise BadSample("a turn has no text", f"turn {turn}")
     return text, names
-
-
-# ---- a file of questions ---------------------------------------------------------------------------------------------
-
-def read_questions(file, task):
-    """Read the questions for eval.py -> [dict with question_id, text, answers (a list), image (or None), type]"""
-    questions, rows = [], Rows(file)
-    for i in range(len(rows)):
-        try:
-            row = rows[i]
-            answers = next((row[k] for k in ("answers", "answer", "label") if k in row), None)
-            answers = [answers] if isinstance(answers, str) else answers
-            strings = [row.get("text"), row.get("image") or "", *(answers if isinstance(answers, list) else [None])]
-            if "question_id" not in row or not answers or not all(isinstance(t, str) for t in strings):
-                raise BadSample("it needs question_id, text, image (one name or none), answer or a list of answers")
-            if task == "pope" and (answers := [a.strip().lower() for a in answers]) not in (["yes"], ["no"]):
-                raise BadSample(f"POPE's answer is yes or no, not {answers[0]!r}")
-        except BadSample as e:
-            stop(f"{file}, question {i} (counted from 0): {e}")
-        kind = str(row.get("type") or row.get("category") or "all")
-        questions.append(dict(question_id=row["question_id"], text=row["text"], answers=answers, type=kind,
-                              image=row.get("image") or None))
-    return questions

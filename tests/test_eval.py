@@ -13,7 +13,7 @@ import eval
 import sample
 from config import Error
 from formats import llava, tokenizer
-from formats.rows import read_questions
+from formats.questions import read_questions
 from generate import Chat
 
 KINDS = ["color", "count", "exists"]
@@ -160,10 +160,10 @@ def test_without_a_question_asked_there_is_no_score(model_folder, world, capsys)
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("", "is empty"), ('{"question_id": 1, "text": "a"}', "question 0 .*: it needs question_id, text"),
+    ("", "is empty"), ('{"question_id": 1, "answer": "a"}', "question 0 .*: it needs question_id, text"),
     ("[1]", "question 0 .*: not an object"), ('{"question_id": 1, "text": "a", "answer": 5}', "it needs"),
     ('{"question_id": 1, "text": "a", "answers": []}', "question 0 .*: it needs"),
-    ('{"question_id": 1, "text": "a", "answer": "b", "image": ["c"]}', "image .one name or none."),
+    ('{"question_id": 1, "text": "a", "answer": "b", "image": [5]}', "image .a name, several or none."),
     ('\n{"question_id": 1, "text": "a", "answer": "b", "answer": "c"}', "0: duplicate key")])
 def test_a_bad_question_file_ends_in_one_clear_line(tmp_path, text, complaint):
     (tmp_path / "q.jsonl").write_bytes(text.encode("latin-1"))
