@@ -70,7 +70,7 @@ class Common:
     vision: str = setting("", "where init is empty, CLIP, SigLIP or DINOv2: folder or org/name", resume="say")
     llm: str = setting("", "where init is empty, Llama, Mistral or Qwen: folder or org/name", resume="say")
     connector: str = setting("mlp", "of a new model", choices=("mlp", "linear"))
-    parts: str = setting("", "of a new model, beyond LLaVA: field=value ... (parts/settings.py)")
+    parts: str = setting("", "of a new model, beyond LLaVA: field=value ... (parts/settings.py); of init: image_size")
     train: str = setting("", "who trains: glob=lr ...; the last glob that fits decides; empty: as the stage says",
                          resume="say")
 

@@ -6,7 +6,7 @@
     init          a LLaVA: a run; a llava-hf folder; a folder that LLaVA's own code saved: all weights, only
                   mm_projector.bin, or a LoRA and non_lora_trainables.bin
 
-    V vocabulary size   D ViT width   n, m patches along the side of an image, before and after resampling
+    V vocabulary size
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import chat
 from config import stop
@@ -36,6 +35,7 @@ from model import VLMConfig
 from parts.build import build
 from parts.features import FeatureTower
 from parts.init import init_new
+from parts.resize import POSITIONS, asked_side, processor, resampled, resize
 from parts.settings import apply_parts
 
 # config.json written by LLaVA's code. LLAVA_TEXT: model_type -> type of the LLM. LLAVA_KEYS: supported values of keys
@@ -43,8 +43,6 @@ LLAVA_TEXT = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistra
 LLAVA_KEYS = {"mm_projector_type": ("linear", "mlp2x_gelu"), "mm_vision_select_feature": ("patch",),
               "mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",),
               "image_aspect_ratio": ("square", "pad")}
-POSITIONS = "vision_model.embeddings.position_embedding.weight"               # the position table of a vision tower
-LARGER = 4  # limit of an image side, in multiples of the side in training: the number of tokens grows with its square
 
 
 class Folder(NamedTuple):
@@ -203,6 +201,9 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         cfg.text.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
     notes = folder.tok.notes + add_token_rows(tensors, cfg.text, folder.tok, where)
     given, new = cfg.vision, set()
+    if init and parts:
+        was, side, parts = side, asked_side(parts, cfg, where), ""
+        folder = folder._replace(pre=processor(folder.pre, was, side))
     apply_parts(cfg, parts, CLASSES, lambda name: read_second(name, tensors, cfg.vision.image_size))
     cfg.layout = with_ids(cfg.layout, folder.tok)
     if cfg.vision.image_size != given.image_size:                             # parts ask for another size
@@ -223,11 +224,7 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
     if side != cfg.vision.image_size:
         notes.append(f"images of side {side}, the tower was trained on {cfg.vision.image_size}: its positions are "
                      "resampled")
-        for tower, v in (("", cfg.vision), ("second.", cfg.second)):
-            if v:
-                table = f"vision_tower.{tower}{POSITIONS}"
-                tensors[table] = resampled(tensors[table], v, side)
-                v.image_size = side
+        resize(cfg, tensors, side)
         with torch.device("meta"):
             model = build(cfg)
     digests = {k: tensor_digest(tensors[k]) for k, _ in model.named_parameters() if k in tensors}
@@ -258,19 +255,6 @@ def add_token_rows(tensors, cfg, tok, where):
             tensors[name] = torch.cat([x, mean.to(x.dtype).expand(cfg.vocab_size - V, -1)])
     return [f"embedding and head get {cfg.vocab_size - V} rows for it, each the mean of the old ones: {V:,} -> "
             f"{cfg.vocab_size:,}"]
-
-
-def resampled(table, v, side):
-    """Position table (first + n n, D) -> (first + m m, D), for images with another side; first: 1 with a class token,
-    else 0. Bicubic, and antialiased only for DINOv2 with registers, as interpolate_pos_encoding of transformers."""
-    n, m, first = v.image_size // v.patch_size, side // v.patch_size, int(v.class_token)
-    if not v.patch_size <= side <= LARGER * v.image_size:
-        stop(f"preprocessor_config.json makes images of side {side}; this vision tower was trained on {v.image_size}")
-    if m == n:
-        return table
-    grid = table[first:].float().view(1, n, n, -1).permute(0, 3, 1, 2)                             # (1, D, n, n)
-    grid = F.interpolate(grid, size=(m, m), mode="bicubic", antialias=v.model_type == "dinov2_with_registers")
-    return torch.cat([table[:first], grid.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)])
 
 
 def aspect(folder, cfg):

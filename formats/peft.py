@@ -124,7 +124,7 @@ def load_merged(folder, dtype):
         mlp = any("linear_2" in k for k in read_tensors(folder, "adapter_model"))
         model, source = load_model(*at, connector="mlp" if mlp else "linear", dtype=None, parts=says.get("parts") or "")
     else:
-        model, source = load_model(init=at[0], dtype=None)                    # the digest needs unrounded tensors
+        model, source = load_model(init=at[0], dtype=None, parts=says.get("parts") or "")  # digest: unrounded tensors
     load_adapter(model, folder)
     for k, p in model.named_parameters():
         if ".lora_" not in k:

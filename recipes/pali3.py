@@ -5,6 +5,7 @@ together; here it is a Llama of that size. The sizes of both towers are not publ
     python train_sft.py recipes/pali3.py --dry_run                     # the plan at the size of the paper
     torchrun train_align.py recipes/pali3.py --data=toy                # the toy world: both stages
     torchrun train_sft.py recipes/pali3.py --data=toy
+    torchrun train_sft.py recipes/pali3.py --data=FILE --parts="vision.image_size=812" --max_len=4096   # at 812 px
 
 Stages of the paper: the language model trains with a frozen tower at 224 px; then everything at 812 and 1064 px; then
 the language model on each task. Batch sizes and learning rates are not published; those here are ours.

@@ -5,6 +5,7 @@ each other (prefix-LM), and only the answer is supervised. Each example counts 1
     python train_sft.py recipes/paligemma.py --dry_run                      # the plan at the size of the paper
     torchrun train_align.py recipes/paligemma.py --data=toy                 # the toy world: both stages
     torchrun train_sft.py recipes/paligemma.py --data=toy
+    torchrun train_sft.py recipes/paligemma.py --data=FILE --parts="vision.image_size=448" --max_len=1536  # at 448 px
 
 On the toy world the parts are small: its CLIP-like tower with the last norm, its Llama with a prefix mask. The stages
 of the paper: 1 billion samples at 224 px (text 128), then 50 million at 448 px and 10 million at 896 px. Not here:

@@ -7,6 +7,7 @@ trains language model and resampler on 350k conversations. Hours are not publish
     python train_sft.py recipes/qwen_vl.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/qwen_vl.py --data=toy       # the toy world: both stages
     torchrun train_sft.py recipes/qwen_vl.py --data=toy
+    torchrun train_sft.py recipes/qwen_vl.py --data=FILE --parts="vision.image_size=448" --train="*=1e-5"      # stage 2
 """
 
 from model import TextConfig, VLMConfig

@@ -50,7 +50,8 @@ def publish(run, model, folder, log, save=None):
         if adapted:
             trained = {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
             about = dict(template=s.template, system=s.system, image_aspect=s.image_aspect, bits=s.bits)
-            about |= {} if s.init else dict(vision=full_path(s.vision), llm=full_path(s.llm), parts=s.parts)
+            about |= dict(parts=s.parts) if s.parts or not s.init else {}
+            about |= {} if s.init else dict(vision=full_path(s.vision), llm=full_path(s.llm))
             peft.save_adapter(out / "adapter", trained, s.lora_r, s.lora_alpha, s.lora_dropout, base, run.base, about,
                               card.adapter(out, base), folder, configs.positions(model.cfg.text))
             state = merge_state(state, adapted, dtype)

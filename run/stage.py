@@ -88,8 +88,6 @@ def load(s, world, template):
     template    used if `init` has no template, or only `plain`, which is for captions"""
     if not s.init and not (s.vision and s.llm):
         stop("init is empty, so vision and llm must name a vision tower and a language model")
-    if s.init and s.parts:
-        stop(f"init={s.init} brings its own parts, so parts={s.parts} would not be read")
     model, folder = llava.load_model(s.vision, s.llm, s.init, s.connector, s.seed, dtype=None, parts=s.parts)
     engine.set_threads(model, world)
     cfg = model.cfg

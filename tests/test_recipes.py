@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import signal
 
 import pytest
@@ -73,6 +74,18 @@ def test_both_stages_end_killed_or_not(name, world, tmp_path, monkeypatch):
     assert not toy.get("steps") and toy["batch_size"] == 16, "the toy's own length"
     logged = [row["loss"] for row in rows(tmp_path / "killed" / "sft" / "log.jsonl") if "loss" in row]
     assert len(logged) == 2 and all(math.isfinite(loss) for loss in logged)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_commands_of_a_recipe_are_read(name):
+    text = (ROOT / "recipes" / f"{name}.py").read_text().split('"""')[1]
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if "recipes/" in line and "train_" in line]
+    assert len(lines) >= 3
+    for words in lines:
+        script = SCRIPTS[re.search(r"train_(\w+)\.py", words[1])[1]]
+        words = [str(ROOT / w) if w.endswith(".py") else w for w in words[2:]]
+        config.check_ranges(s := config.parse(script.Settings, words))
+        assert s.data or s.dry_run
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
