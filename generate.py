@@ -41,11 +41,12 @@ class Cache:
 
 
 @torch.no_grad()
-def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.0, banned=(), seed=0):
+def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.0, banned=(), seed=0, each=None):
     """Generate answers to B prompts of different lengths -> B lists of token ids.
     prompts: list of tensors of ids, with placeholders for images. images: (I, 3, S, S) uint8, in the order of the
     placeholders. An answer ends before an id in `stop_ids`. Ids in `banned` and the placeholder are never generated.
-    Temperature 0 is greedy decoding. At the end, train/eval modes and the global random state are as before."""
+    Temperature 0 is greedy decoding. At the end, train/eval modes and the global random state are as before.
+    each(answers) is called after each step, with the B lists so far (stop tokens included); it returns True to end."""
     if not prompts:
         return []
     device = images.device
@@ -79,7 +80,7 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
                 answers[b].append(token)
             keep = [i for i, token in enumerate(tokens) if token not in stop_ids]
             alive = [alive[i] for i in keep]
-            if not alive:
+            if each and each(answers) or not alive:
                 break
             ids, images = ids[keep], images[:0]               # the cache holds the keys and values of the images
             lo = start[alive]
@@ -143,13 +144,13 @@ class Chat:
         """Encode turns [(user text, assistant text)], the last (text, None). blocks: from look() -> tensor of ids"""
         return torch.tensor(chat.encode(self.tok, self.template, turns, blocks, self.system)[0])
 
-    def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0):
+    def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0, each=None):
         """Answer prompts (list of id tensors). pixels: from look(), for all prompts in order -> a string per prompt"""
         S = self.cfg.vision.image_size
         images = torch.cat(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
         images = self.reader([(p.tolist(), []) for p in prompts], images) if self.reader else images
         answers = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop_ids,
-                           max_new_tokens, temperature, self.banned, seed)
+                           max_new_tokens, temperature, self.banned, seed, each)
         texts = [self.tok.decode(ids) for ids in answers]
         return [(t.split("\n")[0] if self.template == "plain" else t).strip() for t in texts]
 

@@ -78,6 +78,18 @@ def test_an_answer_ends_before_a_stop_token():
     assert generate(model, [], NOTHING, {2}) == []
 
 
+def test_each_sees_every_step_and_ends_it():
+    """Two prompts, of which one ends early: `each` sees its stop token, the caller does not. True ends generation."""
+    model, (ids, pixels), (short, _) = tiny_vlm(), prompt(1), prompt(2, 0, 3)
+    free = generate(model, [ids, short], pixels, set(), 5)
+    stop, seen = free[0][2], []
+    assert stop not in free[0][:2] + free[1]
+    ended = generate(model, [ids, short], pixels, {stop}, 5, each=lambda a: seen.append([[*x] for x in a]))
+    assert ended == [free[0][:2], free[1]]
+    assert seen == [[free[0][: min(n, 3)], free[1][:n]] for n in range(1, 6)]
+    assert generate(model, [ids], pixels, set(), 5, each=lambda a: len(a[0]) == 2) == [free[0][:2]]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_banned_ids_are_never_generated(temperature):
     """All but ten ids are banned, among them the free answer's."""
