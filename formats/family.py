@@ -93,12 +93,17 @@ def image_settings(folder):
 
 
 def with_ids(layout, tok):
-    """A layout of images (VLMConfig.layout) with the names of tokens, or newlines -> the same with ids"""
-    def ids(t):
-        return [t] if isinstance(t, int) else tok.text(t, first=False)[0] if t.isspace() else [tok.id(t)]
+    """A layout of images (VLMConfig.layout) with tokens or texts -> the same with ids. before, after, row_end: lists of
+    tokens. row_end, grid_end, whole and each cell may be a text; it is one token if the tokenizer knows it."""
+    def text(t):
+        return ([tok.id(t)] if t in tok.specials else tok.text(t, first=False)[0]) if isinstance(t, str) else t
 
-    own = ("before", "after", "row_end", "grid_end", "cells", "whole")
-    return {k: [i for t in x for i in ids(t)] if k in own else x for k, x in layout.items()}
+    def ids(k, x):
+        if k in ("before", "after", "row_end") and not isinstance(x, str):
+            return [t if isinstance(t, int) else tok.id(t) for t in x]
+        return [text(t) for t in x] if k == "cells" else text(x) if k in ("row_end", "grid_end", "whole") else x
+
+    return {k: ids(k, x) for k, x in layout.items()}
 
 
 def family_files(family, folder, cfg, template, system, aspect, dtype):

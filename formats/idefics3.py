@@ -10,7 +10,7 @@ from formats.family import Family
 from formats.metadata import text_part, vision_part
 from model import TextConfig, VLMConfig
 from parts.idefics3_vit import table_rows
-from parts.tiles import layout
+from parts.tiles import Split, layout
 
 
 def idefics3_config(kind, c, pre):
@@ -27,10 +27,9 @@ def idefics3_config(kind, c, pre):
         stop(f"{kind} with tiles of side {tile} of images of longest_edge {longest}, do_resize="
              f"{pre.get('do_resize', True)}: tiles of the tower's side {S} and true are supported")
     longest = longest if pre else 4 * S
-    most = math.ceil((min(longest, 4096) + 1) / S) if longest % 2 else math.ceil(min(longest, 4096) / S)
-    split = pre.get("do_image_splitting", True)
+    most, split = Split(0, 1, S, longest).most, pre.get("do_image_splitting", True)
     tiles = {"kind": "split", "longest": longest, "split": split, "before": ["<fake_token_around_image>"],
-             "after": ["<fake_token_around_image>"], "whole": ["<global-img>"], "row_end": ["\n"], "grid_end": ["\n\n"],
+             "after": ["<fake_token_around_image>"], "whole": "<global-img>", "row_end": "\n", "grid_end": "\n\n",
              "cells": [f"<row_{y + 1}_col_{x + 1}>" for y in range(most) for x in range(most)] * split,
              "resample": pre.get("resample", 1)}
     pre["size"] = {"height": S, "width": S}                    # a preprocessed image of ours is one tile

@@ -31,5 +31,5 @@ class Idefics3ViTConfig(VisionConfig):
 
 def table_rows(n):
     """-> (n,): for each row of patches of a full tile, the row of the table that transformers gives it"""
-    share = (torch.arange(n, dtype=torch.float32) * (1.0 / torch.tensor(n))).clamp(max=1 - 1e-6)
-    return torch.bucketize(share, torch.arange(1 / n, 1.0, 1 / n), right=True)
+    share = (torch.arange(n, dtype=torch.float32, device="cpu") * (1 / n)).clamp(max=1 - 1e-6)
+    return torch.bucketize(share, torch.arange(1 / n, 1.0, 1 / n, device="cpu"), right=True)

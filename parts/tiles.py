@@ -8,7 +8,7 @@
               image in a grid of tiles with black borders. The features of the borders get no placeholder
     split     Idefics3 (arXiv 2408.12637, section 3.1) and SmolVLM (arXiv 2504.05299, section 2): the longer side gets
               one length, then both sides become multiples of S. A small picture of the whole image follows the tiles.
-              Ids name the place of each tile
+              The place of each tile is written in front of it
 
     before    ids in front of an image   after   ids behind it   row_end    ids behind a row of tiles
     S side of a tile in pixels   w, h width and height of an image   Q placeholders per tile
@@ -180,13 +180,22 @@ class Split:
     longest: int = 1456        # of the longer side in pixels
     split: bool = True         # False: every image becomes one tile
     before: tuple = ()         # ids in front of every tile; then those of its place:
-    cells: tuple = ()          # one id for each place in a square grid, row by row
+    cells: tuple = ()          # for each place in a square grid, row by row, its ids
     whole: tuple = ()          # ids of the place of the small picture
     row_end: tuple = ()
     grid_end: tuple = ()       # in place of the last row_end
     after: tuple = ()          # ids behind an image
     resample: int = Image.LANCZOS
     needs_image = True
+
+    @property
+    def most(self):
+        """Most tiles on a side"""
+        return math.ceil(min(self.longest + self.longest % 2, 4096) / self.side)
+
+    def __post_init__(self):
+        if self.cells and len(self.cells) != self.most**2:
+            stop(f"layout of images: {len(self.cells)} cells for a grid of at most {self.most} x {self.most} tiles")
 
     def sizes(self, w, h):
         """-> two sizes (w, h): of the image with `longest`, and in whole tiles. Idefics3's code makes the shorter side
@@ -214,10 +223,10 @@ class Split:
     def block(self, image):
         """A path or a PIL image -> the ids of this image"""
         columns, rows = self.grid(*image_size(image))
-        tile, most, out = [self.image_id] * self.tokens, math.isqrt(len(self.cells)), []
+        tile, out, cells = [self.image_id] * self.tokens, [], self.cells or [()] * self.most**2
         for r in range(rows if columns * rows > 1 else 0):
             for c in range(columns):
-                out += [*self.before, self.cells[r * most + c], *tile]
+                out += [*self.before, *cells[r * self.most + c], *tile]
             out += self.row_end if r + 1 < rows else self.grid_end
         return [*out, *self.before, *self.whole, *tile, *self.after]
 

@@ -21,6 +21,7 @@ import sample
 from data import pack
 from formats import card, gguf, llava
 from formats.family import published_name
+from formats.idefics3 import IDEFICS3, SMOLVLM
 from formats.llava_next import LLAVA_NEXT
 from formats.names import rename
 from formats.tensors import tensor_digest
@@ -47,14 +48,15 @@ def llava_next(folder, text, vision, chat_template, **fields):
     return T.LlavaNextForConditionalGeneration(c)
 
 
-def idefics3(folder, name, text, split=True, **fields):
-    """The same for a tiny Idefics3 or SmolVLM"""
+def idefics3(folder, name, text, split=True, named=True, **fields):
+    """The same for a tiny Idefics3 or SmolVLM. named: has the tokenizer a token for the place of a tile? Those of
+    Idefics3-8B and SmolVLM-Instruct have none, those of SmolVLM-256M have"""
     vision = {k: x for k, x in SIGLIP.items() if k not in ("model_type", "vision_use_head")} | {"patch_size": 2}
     c = getattr(T, f"{name}Config")(vision_config=vision, text_config=TEXT | {"model_type": "llama"} | text,
                                     image_token_id=3, **fields)
     make_tokenizer(folder, "pieces" if name == "SmolVLM" else "bytes")
-    add_specials(folder, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
-                 *(f"<row_{y}_col_{x}>" for y in range(1, 7) for x in range(1, 7)))
+    places = ["<global-img>", *(f"<row_{y}_col_{x}>" for y in range(1, 7) for x in range(1, 7))]
+    add_specials(folder, "<fake_token_around_image>", "<end_of_utterance>", *places * named)
     pre = {k: x for k, x in NORMAL.items() if k != "size"} | {
         "image_processor_type": f"{name}ImageProcessor", "size": {"longest_edge": 24}, "do_image_splitting": split,
         "max_image_size": {"longest_edge": 8}, "resample": 1}
@@ -63,7 +65,7 @@ def idefics3(folder, name, text, split=True, **fields):
 
 
 CASES = {
-    "idefics3": lambda at: idefics3(at, "Idefics3", {}),
+    "idefics3": lambda at: idefics3(at, "Idefics3", {}, named=False),
     "idefics3, whole images": lambda at: idefics3(at, "Idefics3", {"tie_word_embeddings": True}, split=False,
                                                   tie_word_embeddings=True),
     "smolvlm": lambda at: idefics3(at, "SmolVLM", {"num_key_value_heads": 2}, scale_factor=4),
@@ -233,7 +235,7 @@ def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
 def test_a_published_folder_trains_on(family, how, world, tmp_path):
     """Three steps on toy images; the run has a folder of the same family, and its adapter gives the same model"""
     _, at, theirs, mine, _ = family
-    assert run("sft", world, tmp_path / "sft", init=str(at), image_aspect="crop", steps=3, max_len=128, max_tokens=256,
+    assert run("sft", world, tmp_path / "sft", init=str(at), image_aspect="crop", steps=3, max_len=256, max_tokens=512,
                recompute="block", **how) is None
     model, folder = llava.load_model(init=tmp_path / "sft", dtype=torch.float32)
     config = json.loads((tmp_path / "sft" / "model" / "config.json").read_text())
@@ -282,6 +284,43 @@ def test_published_llava_next_is_known_to_the_last_name():
     hub = {"image_newline", "language_model.lm_head.weight", "language_model.model.layers.31.mlp.down_proj.weight",
            "multi_modal_projector.linear_2.bias", "vision_tower.vision_model.pre_layrnorm.weight"}
     assert hub <= {rename(n) for n in hub} & names.keys()
+
+
+SMOL = {"model_type": "smolvlm", "image_token_id": 49190, "scale_factor": 4, "pad_token_id": 128002,
+        "vision_config": {"model_type": "smolvlm_vision", "hidden_size": 768, "image_size": 512, "patch_size": 16,
+                          "num_attention_heads": 12},
+        "text_config": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+                        "num_hidden_layers": 30, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49280,
+                        "max_position_embeddings": 8192, "rms_norm_eps": 1e-05, "rope_theta": 100000}}
+SMOL_PRE = {"do_image_splitting": True, "resample": 1, "max_image_size": {"longest_edge": 512},
+            "size": {"longest_edge": 2048}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize("family, name", [(IDEFICS3, "Idefics3"), (SMOLVLM, "SmolVLM")])
+def test_published_smolvlm_is_known_to_the_last_name(family, name):
+    """Sizes as those of SmolVLM-256M, and the names of transformers' class, which are those of its files"""
+    cfg = family.config(SMOL, dict(SMOL_PRE))
+    assert [f.fits(cfg) for f in (IDEFICS3, SMOLVLM)] == [name == "Idefics3", name == "SmolVLM"]
+    assert cfg.image_tokens == 64 and len(cfg.layout["cells"]) == 16 and cfg.layout["longest"] == 2048
+    with torch.device("meta"):
+        c = SMOL | {"vision_config": SMOL["vision_config"] | {"model_type": f"{name.lower()}_vision"}}
+        theirs = getattr(T, f"{name}ForConditionalGeneration")(getattr(T, f"{name}Config")(**c))
+        state = build(cfg).state_dict()
+    assert {published_name(n, family.names(cfg))[0]: x.shape for n, x in state.items()} == {
+        n: x.shape for n, x in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize("change, pre, line", [
+    ({"scale_factor": 5}, {}, "cannot turn 1024 patches"),
+    ({"vision_config": {"image_size": 400, "patch_size": 16}}, {"max_image_size": {"longest_edge": 400}},
+     "25 patches on a side: transformers' positions"),
+    ({"text_config": {"model_type": "t5"}}, {}, "language model of type 't5'"),
+    ({}, {"max_image_size": {"longest_edge": 364}}, "tiles of side 364 of images of longest_edge 2048"),
+    ({}, {"size": {"height": 512, "width": 512}}, "longest_edge None"),
+    ({}, {"do_resize": False}, "do_resize=False")])
+def test_smolvlm_that_is_not_supported_is_said_in_one_line(change, pre, line):
+    with torch.device("meta"):
+        assert line in error(lambda: build(SMOLVLM.config(SMOL | change, SMOL_PRE | pre)))
 
 
 @pytest.mark.parametrize("change, pre, line", [

@@ -40,8 +40,8 @@ def samples(cfg):
     """One image, none, three, one again. Every document has supervised tokens"""
     Q = cfg.image_tokens
     if cfg.layout.get("kind") == "anyres":
-        sizes = [(23, 8)], [], [(5, 90), (8, 8), (9, 17)], [(90, 2)]
-        return [sized(cfg, n, sizes) for n, sizes in enumerate(sizes)]
+        documents = [(23, 8)], [], [(5, 90), (8, 8), (9, 17)], [(90, 2)]
+        return [sized(cfg, n, sizes) for n, sizes in enumerate(documents)]
     return [example(1, model_patches=Q), example(2, images=0, text=14), example(3, images=3, text=5, model_patches=Q),
             example(4, text=20, model_patches=Q)]
 

@@ -25,6 +25,7 @@ import lora
 from data import pack
 from loss import token_loss
 from parts.gemma import GemmaConfig
+from parts.idefics3_vit import Idefics3ViTConfig
 from parts.internvit import InternViTConfig
 from parts.opt import OptConfig
 from parts.patches import PatchesConfig
@@ -56,15 +57,22 @@ def pooled(name):
     return config(vision={"patch_size": 2}, connector=name, tokens=9, connector_args=POOLS[name])
 
 
+def smolvlm():
+    cfg = config(connector="shuffle_linear", tokens=1)
+    cfg.vision = Idefics3ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                                   image_size=8, patch_size=4)
+    return cfg
+
+
 TWO_RANKS = ("flamingo", "mmca", "comm", "blip2", "qwen_vl", "instructblip", "internvit", "fuyu", "gemma", "abstractor",
-             "anyres")
+             "anyres", "smolvlm")
 CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)
 MODELS = {"flamingo": flamingo, "idefics": lambda: flamingo("idefics"), "comm": comm,
           "mmca": lambda: config(mask="mmca", connector="linear_norm"), "blip2": blip2_opt, "qwen_vl": qwen_vl,
           "instructblip": instructblip, "internvit": lambda: internvit("6b"), "fuyu": fuyu,
           "gemma": lambda: config(GemmaConfig(**PERSIMMON), mask="prefix"), "pool": lambda: pooled("pool"),
           "abstractor": lambda: pooled("abstractor"),
-          "anyres": lambda: config(connector="anyres", layout={"kind": "anyres"})}
+          "anyres": lambda: config(connector="anyres", layout={"kind": "anyres"}), "smolvlm": smolvlm}
 
 
 @pytest.fixture(params=MODELS)
