@@ -225,7 +225,7 @@ def written(question, options, hint, task):
         lines = [f"({c}) {o}" for c, o in options.items()] + [""] * bool(options)
         suffix = suffix if options else SHORT
     else:
-        lines = [f"{c}. {o}" for c, o in options.items()]
+        lines = [f"{c}. {o}" for c, o in options.items() if o]
     lines = [line for line in (hint, question) if line] + lines + [suffix] * bool(suffix)
     return "\n".join(lines)
 
