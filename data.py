@@ -42,9 +42,9 @@ class Encoder:
         except BadSample as e:
             stop(f"template {template} does not fit the tokenizer in {tok.folder}: {e}")
 
-    def encode(self, turns, blocks=(), system=None):
-        return chat.encode(self.tok, self.template, turns, blocks, self.system if system is None else system,
-                           self.max_len)
+    def encode(self, turns, blocks=(), system=None, template=None):
+        return chat.encode(self.tok, template or self.template, turns, blocks,
+                           self.system if system is None else system, self.max_len)
 
     def blocks(self, names, root):
         """Names of images below the folder root -> for each image, the list of ids that stand for it"""
@@ -54,7 +54,7 @@ class Encoder:
         """A row -> ids, labels, names of the images that fit into max_len, number of tokens cut off"""
         turns, names, system = conversation(row)
         blocks = self.blocks(names, root)
-        ids, labels = self.encode(turns, blocks, system)
+        ids, labels = self.encode(turns, blocks, system, "document" if turns[0][1] == "" else None)
         short, kept, images = chat.truncate(ids, labels, blocks, self.layout.image_id, self.max_len)
         if all(y == IGNORE for y in kept[1:]):                 # [1:]: no position predicts the first token
             if len(short) == len(ids):

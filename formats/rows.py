@@ -1,7 +1,8 @@
 """Data files, json or jsonl: where their rows are, and what a row contains.
 
 A row is LLaVA's {"image": name, "conversations": [{"from": "human", "value": text}, {"from": "gpt", ...}]}, or the
-same in OpenAI's form, {"images": [name], "messages": [{"role": "user", "content": text or parts}, ...]}.
+same in OpenAI's form, {"images": [name], "messages": [{"role": "user", "content": text or parts}, ...]}. Or it is a
+document: {"text": "words <image> words", "images": [name]}, or {"text": words} alone.
 """
 
 import json
@@ -104,11 +105,12 @@ class Rows:
 def conversation(row):
     """Read a row. Raise BadSample if the row is unusable. Return three values:
 
-        [(question, answer)]           one pair of texts for each turn
+        [(question, answer)]           one pair of texts for each turn; a document is [(its text, "")]
         [name]                         file names of the images
         the system text, or None"""
     messages = row.get("conversations", row.get("messages"))
-    if not isinstance(messages, list) or not messages:
+    is_document = messages is None and "text" in row and "question_id" not in row        # a question is for eval.py
+    if not is_document and (not isinstance(messages, list) or not messages):
         raise BadSample("no conversations")
     # a file that was made from a table has "system" in every row: there, "" means that a row has no system text
     system, turns = row.get("system") or None, []
@@ -116,6 +118,10 @@ def conversation(row):
         raise BadSample("the system text is not a string", f"{system!r:.80}")
     names = row.get("image", row.get("images"))
     names = [name for name in (names if isinstance(names, list) else [names]) if name not in (None, "")]
+    if is_document:
+        if not isinstance(row["text"], str) or not row["text"].strip() or system:
+            raise BadSample("a document is one text, without a system text")
+        messages, turns = [], [(row["text"], "")]
     for i, message in enumerate(messages):
         message = message if isinstance(message, dict) else {}
         role, content = (message.get(a, message.get(b)) for a, b in (("from", "role"), ("value", "content")))

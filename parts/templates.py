@@ -6,6 +6,21 @@ import chat
 from chat import IMAGE, Template
 
 
+def document(p, system, turns):
+    """A document (MM1, arXiv 2403.09611, section 3.2; Flamingo's M3W): BOS, text with images between the words, EOS.
+    All of its text is supervised. Rows with a text and no conversation use this template, whatever the run's own is. A
+    prompt is the beginning of a document: examples with images, and the model goes on."""
+    if p.tok.bos is not None:
+        p.control(p.tok.bos)
+    for text, end in turns:
+        first, *rest = text.split(IMAGE) if p.images else [text]
+        p.text(first, supervised=True)
+        for piece in rest:
+            p.image().text(piece, supervised=True)
+        if end is not None:
+            p.control(p.tok.eos, supervised=True)
+
+
 def paligemma(p, system, turns):
     """Write all images, BOS, the question, a newline, the answer, EOS. Later questions follow in the same way."""
     p.image(sum(user.count(IMAGE) for user, _ in turns) if p.images else 0).control(p.tok.bos)
@@ -117,4 +132,4 @@ chat.TEMPLATES |= {"llava_v0": Template(llava_v0, _V0, ""), "idefics": Template(
 chat.TEMPLATES |= {"paligemma": Template(paligemma, "", ""), "internvl": Template(chat.chatml, "", "<|im_end|>"),
                    "blip": Template(blip, "", "\n"),
                    "instructblip": Template(partial(blip, newline=False), "", ""),
-                   "fuyu": Template(fuyu, "", "")}
+                   "fuyu": Template(fuyu, "", ""), "document": Template(document, "", "")}

@@ -1,6 +1,6 @@
 """MM1 (McKinzie et al. 2024, arXiv 2403.09611): a CLIP ViT-H at 378 px, a C-Abstractor to 144 tokens, a language model
-of 3, 7 or 30 billion. Everything trains, on 45 % captions, 45 % interleaved documents and 10 % text:
---data=a:.45,b:.45,c:.1
+of 3, 7 or 30 billion. Everything trains, on 45 % captions, 45 % interleaved documents and 10 % text, as rows of
+formats/rows.py: --data=captions.json:.45,documents.jsonl:.45,text.jsonl:.1
 
 The paper's batches are 512 x 4096 tokens for 200,000 steps. Not here: mixtures of experts, Apple's data and weights.
 Connectors to compare: connector=pool (averages), abstractor, resampler (attention), with the same number of tokens.

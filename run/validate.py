@@ -63,7 +63,7 @@ class Validation:
         for row in (self.steps.files[0][i] for i in range(len(self.steps.files[0]))):
             try:
                 turns, names, system = conversation(row)
-                if names and turns[0][0].count(chat.IMAGE) == len(names):
+                if names and turns[0][1] and turns[0][0].count(chat.IMAGE) == len(names):      # no document: no answer
                     encode(row, self.s.images)                           # raises BadSample if training would drop `row`
                     prompt, _ = encode.encode([(turns[0][0], None)], encode.blocks(names, self.s.images), system)
                     pixels = [self.steps.pixels(name)[0] for name in names]
