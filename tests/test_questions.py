@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_vlm
+from conftest import make_tokenizer, tiny_config, tiny_vlm
 from PIL import Image
 from test_eval import always, run, write
 
@@ -17,6 +17,9 @@ from formats import llava, tokenizer
 from formats.answers import answered_questions, plain_row, read_answers
 from formats.questions import choose_examples, example_answer, read_questions, rotations
 from generate import Chat
+from model import VLMConfig
+from parts.build import build
+from parts.cross_attention import FlamingoConfig
 
 LETTER = "Answer with the option's letter from the given choices directly."
 SHORT = "Answer the question using a single word or phrase."
@@ -335,8 +338,9 @@ def test_images_in_the_file_are_seen(model_folder, world, capsys, monkeypatch):
     assert not any(a.equal(b) for a, b in zip(seen[0][0] + seen[1][0], pixels))
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_examples_are_turns_as_in_training(model_folder, world, capsys, monkeypatch, n):
+@pytest.mark.parametrize("n, template", [(2, "vicuna_v1"), (4, "vicuna_v1"), (2, "chatml"), (2, "mistral"), (4, "flamingo"),
+                                         (2, "paligemma"), (2, "blip"), (2, "visualchat")])
+def test_examples_are_turns_as_in_training(model_folder, world, capsys, monkeypatch, n, template):
     """The ids of a few-shot prompt begin a training conversation with the same turns and images, bit for bit."""
     prompts, pixels = [], []
 
@@ -347,9 +351,9 @@ def test_examples_are_turns_as_in_training(model_folder, world, capsys, monkeypa
     monkeypatch.setattr(Chat, "answers", answers)
     write(world / "shots.jsonl", [{"question_id": f"s{i}", "image": f"{i % 4}.png", "text": f"Shot {i}?", "answers":
                                    ["no", f"answer {i}", f"answer {i}"]} for i in range(12)])
-    result, _ = run(model_folder, world, capsys, shots=n, shots_data=str(world / "shots.jsonl"))
+    result, _ = run(model_folder, world, capsys, shots=n, shots_data=str(world / "shots.jsonl"), template=template)
     assert result["shots"] == n and len(prompts) == 8 and len(pixels) == 8 * (n + 1)
-    chat = Chat(model_folder, "cpu")
+    chat = Chat(model_folder, "cpu", template=template)
     encode = data.Encoder(chat.tok, chat.template, chat.layout, 9999, chat.system)
     pool, questions = (read_questions(world / f, "exact") for f in ("shots.jsonl", "q.jsonl"))
     for i, question in enumerate(questions):
@@ -365,6 +369,26 @@ def test_examples_are_turns_as_in_training(model_folder, world, capsys, monkeypa
         assert {*labels[: len(prompt)]} != {data.IGNORE} and chat.tok.decode(ids[len(prompt):]).strip() == "yes"
         assert all(a.equal(chat.look([str(world / name)])[0][0])
                    for a, name in zip(pixels[i * (n + 1) : (i + 1) * (n + 1)], names))
+
+
+def test_flamingo_answers_after_examples(model_folder, world):
+    """Each image is one marker token, and every text has its own image before it: the last one for its tokens."""
+    tok, spec = tokenizer.Tokenizer(model_folder / "model"), {"size": {"shortest_edge": 8}, "crop_size": 8}
+    text = FlamingoConfig(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                          num_attention_heads=4, num_key_value_heads=2, cross_width=32, cross_every=1)
+    torch.manual_seed(0)
+    cfg = VLMConfig(tiny_config().vision, text, "perceiver", tokens=1, image_token_index=3,
+                    connector_args=dict(latents=3, depth=1, heads=2, head_dim=6))
+    model = build(cfg).double()
+    chat = Chat.of(model, llava.Folder(tok, {}, {}, spec, {}, {}), "flamingo", "", "squash")
+    questions = read_questions(world / "q.jsonl", "exact")
+    asked, answers = [], chat.answers
+    chat.answers = lambda prompts, *rest: (asked.extend(prompts), answers(prompts, *rest))[1]
+
+    def examples(row):
+        return [(q["text"], example_answer(q), eval.sources(q["image"], world)) for q in choose_examples(row, questions, 4)]
+    given = eval.ask(chat, questions[:2], [q["image"] for q in questions[:2]], world, 3, examples)
+    assert len(given) == 2 and None not in given and [int((p == 3).sum()) for p in asked] == [5, 5]
 
 
 def test_examples_never_show_the_question(world):
