@@ -98,8 +98,9 @@ def draw_sign(d, x, y, digit, ups):
     d.text((x * ups, y * ups), str(digit), fill=(0, 0, 0), font=ImageFont.load_default(size=17 * ups), anchor="mm")
 
 
-def draw_scene(scene, seed):
-    """Draw a scene -> PIL image, SIDE x SIDE, RGB. The background has a colour gradient and a little noise."""
+def draw_scene(scene, seed, circles=None):
+    """Draw a scene -> PIL image, SIDE x SIDE, RGB. The background has a colour gradient and a little noise.
+    circles: a list to which the centre and the radius (x, y, r) of each object are appended, in pixels"""
     import numpy as np
     from PIL import Image, ImageDraw
 
@@ -117,6 +118,8 @@ def draw_scene(scene, seed):
             draw_sign(d, x, y, o["digit"], ups)
             continue
         r = (rng.uniform(9.0, 10.5) if o["size"] == "large" else rng.uniform(4.8, 6.0))
+        if circles is not None:
+            circles.append((x, y, r))
         fill = tuple(int(v) for v in (np.array(COLORS[o["color"]]) + rng.integers(-14, 15, 3)).clip(0, 255))
 
         def points(angles, radii):

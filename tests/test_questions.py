@@ -338,8 +338,9 @@ def test_images_in_the_file_are_seen(model_folder, world, capsys, monkeypatch):
     assert not any(a.equal(b) for a, b in zip(seen[0][0] + seen[1][0], pixels))
 
 
-@pytest.mark.parametrize("n, template", [(2, "vicuna_v1"), (4, "vicuna_v1"), (2, "chatml"), (2, "mistral"), (4, "flamingo"),
-                                         (2, "paligemma"), (2, "blip"), (2, "visualchat")])
+@pytest.mark.parametrize("n, template", [
+    (2, "vicuna_v1"), (4, "vicuna_v1"), (2, "chatml"), (2, "mistral"), (4, "flamingo"), (2, "paligemma"), (2, "blip"),
+    (2, "visualchat")])
 def test_examples_are_turns_as_in_training(model_folder, world, capsys, monkeypatch, n, template):
     """The ids of a few-shot prompt begin a training conversation with the same turns and images, bit for bit."""
     prompts, pixels = [], []
@@ -386,7 +387,8 @@ def test_flamingo_answers_after_examples(model_folder, world):
     chat.answers = lambda prompts, *rest: (asked.extend(prompts), answers(prompts, *rest))[1]
 
     def examples(row):
-        return [(q["text"], example_answer(q), eval.sources(q["image"], world)) for q in choose_examples(row, questions, 4)]
+        chosen = choose_examples(row, questions, 4)
+        return [(q["text"], example_answer(q), eval.sources(q["image"], world)) for q in chosen]
     given = eval.ask(chat, questions[:2], [q["image"] for q in questions[:2]], world, 3, examples)
     assert len(given) == 2 and None not in given and [int((p == 3).sum()) for p in asked] == [5, 5]
 
