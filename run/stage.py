@@ -213,7 +213,8 @@ def rehearse(s, world, samples, first):
     if world.rank == 0 and first.names:
         b, encode = next(b for b in first.micro if len(b.ids)), samples.encode
         n = int((b.lo == 0).sum())                               # tokens of the first sample in this sequence
-        images = int((b.ids[:n] == encode.layout.image_id).sum()) // encode.layout.tokens
-        kind = "tile(s)" if encode.layout.needs_image else "image(s)"
+        firsts = int((b.ids[:n] >> 24 > 0).sum())                # images of the layout Anyres
+        images = firsts or int((b.ids[:n] == encode.layout.image_id).sum()) // encode.layout.tokens
+        kind = "tile(s)" if encode.layout.needs_image and not firsts else "image(s)"
         print(f"  {first.names[0]}, {n} tokens, {images} {kind}, its loss mask:")
         chat.show(encode.tok, b.ids[:n].tolist(), [IGNORE, *b.labels[: n - 1].tolist()], encode.layout.image_id)

@@ -205,6 +205,39 @@ def test_transformers_opens_our_folder(family, tmp_path):
         assert answer == [i for i in greedy[0, len(prompt):].tolist() if i not in asked.stop_ids]
 
 
+def test_prompts_are_those_of_its_chat_template(family, tmp_path):
+    """Text alone, and a conversation of two turns with images in both"""
+    out = saved(family, tmp_path / "out")
+    _, processor = opened(family, out)
+    asked, photos = Chat(out, device="cpu", dtype="fp32"), [photo((9, 30)), photo((8, 8))]
+
+    def says(role, text, images=0):
+        return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+    for images, talk in ((None, [says("user", "Hi")]),
+                         (photos, [says("user", "Yes?", 1), says("assistant", "It is."), says("user", "And this?", 1)])):
+        text = processor.apply_chat_template(talk, add_generation_prompt=True)
+        there = processor(images=images, text=text, return_tensors="pt")["input_ids"][0].tolist()
+        marked = "<image>" * bool(images)
+        turns = [("Hi", None)] if len(talk) == 1 else [(f"{marked}Yes?", "It is."), (f"{marked}And this?", None)]
+        assert there == published(asked.prompt(turns, asked.look(images or [])[1]).tolist())
+
+
+@pytest.mark.parametrize("family", ["vicuna"], indirect=True)
+def test_a_new_model_of_its_parts(family, world, tmp_path, capsys):
+    """Stage 1 on towers of our own; transformers opens the folder; a dry run counts images, not tiles"""
+    parts = "connector=anyres layout.kind=anyres"
+    how = dict(parts=parts, steps=3, max_len=128, max_tokens=256)
+    assert run("align", world, tmp_path / "dry", dry_run=True, **how) is None
+    assert "1 image(s), its loss mask" in capsys.readouterr().out
+    assert run("align", world, tmp_path / "align", **how) is None
+    _, told = type(family[2]).from_pretrained(tmp_path / "align" / "model", output_loading_info=True)
+    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    assert run("sft", world, tmp_path / "sft", lora_r=2, **how) is None                # an adapter over two folders
+    adapter, model = (Chat(tmp_path / "sft" / k, "cpu", "fp32").model for k in ("adapter", "model"))
+    assert all(torch.equal(a.half(), b.half()) for a, b in zip(adapter.parameters(), model.parameters(), strict=True))
+
+
 def test_sample_asks_by_the_processors_prompt(family, tmp_path, capsys):
     """The published folder has no pumice.json: its own chat template says how it is asked"""
     _, at, *_ = family
