@@ -2,4 +2,5 @@
 
     check_data    check a data file; `python data.py` starts it, too       report         show answers and images
     plot          draw the curves of runs                                  export_gguf    write files for llama.cpp
+    look          page of one answer: probabilities, attention             serve          answer over HTTP; a chat page
 """

@@ -6,7 +6,7 @@ Token t of the answer is predicted at the token before it. The row of that token
     p[t, i]    probability of token i, given all tokens before token t: softmax of the logits, as generate() has them
                at temperature 1. The ids that generate() never chooses have probability 0
     a[t, j]    attention of row t to key j in one layer: softmax over the keys of the row's span, mean over heads
-    b[j]       the same number for a neutral question: the images alone with the text `neutral`, last token of the prompt
+    b[j]       the same for a neutral question (the images with the text `neutral`), at the last token of its prompt
     map        a[t, j] / b[j] for the keys j of the image. 1 means: as much attention as without the question
 
 The ratio is needed because some image tokens get much attention whatever the question is ("attention sinks": Xiao et
@@ -64,6 +64,17 @@ def attention_over_keys(attn, x, cos, sin, lo, hi, rows):
     return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
 
 
+def on_images(cfg, ids, found):
+    """ids (N,) of a prompt, {layer: a (R, N or more)} -> (L, R, I, n, n): the keys of its I images"""
+    keys, n = (ids == cfg.image_token_index).nonzero()[:, 0], grid_side(cfg)                 # (I n n,)
+    return torch.stack([a[:, keys] for a in found.values()]).unflatten(-1, (-1, n, n))
+
+
+def ratio(a, b):
+    """a / b, where b may have underflowed to 0"""
+    return a / b.clamp(min=torch.finfo(b.dtype).tiny)
+
+
 @torch.no_grad()
 def read_again(chat, prompt, answer, tiles, layers=()):
     """A Chat, ids of the prompt and of its answer (tensor, list), tiles from chat.look
@@ -100,14 +111,8 @@ def image_maps(chat, prompt, answer, tiles, blocks, neutral, layers):
     images, and for a system whose images are no grid of tokens."""
     if not blocks or (reason := why_no_map(chat.cfg)):
         raise BadSample("no heat map: no image" if not blocks else reason)
-    n = grid_side(chat.cfg)
     bare = chat.prompt([(with_marker(neutral, len(blocks)), None)], blocks)
-
-    def on_images(ids, found):
-        keys = (ids == chat.cfg.image_token_index).nonzero()[:, 0]                           # (I n n,)
-        return torch.stack([found[layer][:, keys] for layer in layers]).unflatten(-1, (-1, n, n))
-
     p, found = read_again(chat, prompt, answer, tiles, layers)
-    a = on_images(prompt, found)                                                             # (L, R, I, n, n)
-    b = on_images(bare, read_again(chat, bare, answer[:1], tiles, layers)[1])                # (L, 1, I, n, n)
-    return p, a / b.clamp(min=torch.finfo(b.dtype).tiny), a
+    a = on_images(chat.cfg, prompt, found)                                                   # (L, R, I, n, n)
+    b = on_images(chat.cfg, bare, read_again(chat, bare, answer[:1], tiles, layers)[1])      # (L, 1, I, n, n)
+    return p, ratio(a, b), a
