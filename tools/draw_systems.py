@@ -46,7 +46,7 @@ CELL = 12
 
 # ---- facts of a recipe ----------------------------------------------------------------------------------------------
 
-def facts(name):
+def paper_size(name):
     """-> VLMConfig at the size of the paper, [who trains in stage 1, in stage 2] as sets of parts"""
     if name == "llava15":
         vision = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
@@ -92,7 +92,7 @@ def mask(name, cfg):
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
-def text(x, y, s, size=12, weight="normal", anchor="start", fill="#222"):
+def label(x, y, s, size=12, weight="normal", anchor="start", fill="#222"):
     return (f'<text x="{x}" y="{y}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="{fill}">'
             f"{escape(s)}</text>")
 
@@ -100,12 +100,12 @@ def text(x, y, s, size=12, weight="normal", anchor="start", fill="#222"):
 def box(x, w, title, lines, trains):
     """A part of the model. trains: for each stage, whether the part trains: a filled circle"""
     out = [f'<rect x="{x}" y="46" width="{w}" height="112" rx="6" fill="#f5f5f2" stroke="#666"/>',
-           text(x + w / 2, 68, title, 14 if len(title) < 18 else 12, "bold", "middle")]
-    out += [text(x + w / 2, 90 + 17 * i, line, 12, anchor="middle") for i, line in enumerate(lines)]
+           label(x + w / 2, 68, title, 14 if len(title) < 18 else 12, "bold", "middle")]
+    out += [label(x + w / 2, 90 + 17 * i, line, 12, anchor="middle") for i, line in enumerate(lines)]
     for i, on in enumerate(trains):
         cx = x + w / 2 + (i - 0.5) * 26
         out += [f'<circle cx="{cx}" cy="172" r="9" fill="{"#c2452d" if on else "#fff"}" stroke="#c2452d"/>',
-                text(cx, 176, str(i + 1), 11, anchor="middle", fill="#fff" if on else "#c2452d")]
+                label(cx, 176, str(i + 1), 11, anchor="middle", fill="#fff" if on else "#c2452d")]
     return out
 
 
@@ -131,7 +131,7 @@ def tower_lines(v):
 
 def draw(name):
     """-> SVG text"""
-    cfg, who = facts(name)
+    cfg, who = paper_size(name)
     letters, keys, seen = mask(name, cfg)
     v, t = cfg.vision, cfg.text
     title, lines = tower_lines(v)
@@ -149,15 +149,15 @@ def draw(name):
         "flamingo": ("gated", "(only the gated blocks)", "; round: the latents of two images"),
         "visualchat": ("embeddings", "(only the embeddings)", "; images and text: two softmaxes, added")}.get(
             name, ("llm", "", ""))
-    out = [text(20, 28, systems.SYSTEMS[name], 18, "bold"),
-           text(940, 28, "filled circle: trains in this stage; sizes as in the paper", 11, anchor="end", fill="#666"),
+    out = [label(20, 28, systems.SYSTEMS[name], 18, "bold"),
+           label(940, 28, "filled circle: trains in this stage; sizes as in the paper", 11, anchor="end", fill="#666"),
            '<rect x="20" y="78" width="48" height="48" fill="#dfe9f5" stroke="#2f7fd1"/>']
     out += [f'<path d="M{20 + 16 * i} 78 v48 M20 {78 + 16 * i} h48" stroke="#2f7fd1"/>' for i in (1, 2)]
-    out += [text(44, 142, {"grid": "tiles", "rows": "rows"}.get(kind, "image"), 12, anchor="middle"), *arrow(70)]
+    out += [label(44, 142, {"grid": "tiles", "rows": "rows"}.get(kind, "image"), 12, anchor="middle"), *arrow(70)]
     out += [*box(96, 176, title, lines, ["tower" in w for w in who] if v.model_type != "patches" else []), *arrow(274)]
     out += [*box(300, 150, "connector", [cfg.connector, per], ["connector" in w for w in who]), *arrow(452)]
     out += box(478, 150, t.model_type, decoder, [part in w for w in who])
-    out += [text(553, 196, note, 11, anchor="middle", fill="#666")]
+    out += [label(553, 196, note, 11, anchor="middle", fill="#666")]
     x0, y0 = 940 - CELL * len(keys), 56
     out += [cell(x0 + j * CELL, y0 - CELL - 2, COLORS[c], radius=6 * (c == "z")) for j, c in enumerate(keys)]
     for i, c in enumerate(letters):
@@ -168,8 +168,8 @@ def draw(name):
     for n, (c, word) in enumerate((("i", "image"), ("q", "question"), ("a", "answer"), ("b", "other"))):
         x = 630 + 80 * n
         out += [f'<rect x="{x}" y="{foot - 9}" width="10" height="10" fill="{COLORS[c]}"/>',
-                text(x + 14, foot, word, 11)]
-    out.append(text(940, foot + 16, f"a row attends to its coloured columns{below}", 11, anchor="end", fill="#666"))
+                label(x + 14, foot, word, 11)]
+    out.append(label(940, foot + 16, f"a row attends to its coloured columns{below}", 11, anchor="end", fill="#666"))
     head = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 250" width="960" height="250" '
             'font-family="Helvetica, Arial, sans-serif"><rect width="960" height="250" fill="#fff"/>')
     return "\n".join([head, *out, "</svg>"]) + "\n"

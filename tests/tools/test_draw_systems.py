@@ -7,7 +7,7 @@ import pytest
 
 from demo import systems
 from tools import draw_systems
-from tools.draw_systems import CODE, code, facts, files, mask
+from tools.draw_systems import CODE, code, files, mask, paper_size
 
 
 def test_page_and_pictures_are_up_to_date():
@@ -20,7 +20,7 @@ def test_page_and_pictures_are_up_to_date():
 
 def rows(name):
     """-> the mask as strings: the letter of a key that is seen, or a dot"""
-    _, keys, seen = mask(name, facts(name)[0])
+    _, keys, seen = mask(name, paper_size(name)[0])
     return ["".join(k if on else "." for k, on in zip(keys, row)) for row in seen.tolist()]
 
 
@@ -41,7 +41,7 @@ def test_masks_are_those_of_the_papers():
     ("flamingo", [{"connector", "gated"}] * 2), ("visualchat", [{"connector", "embeddings"}] * 2),
     ("internvl15", [{"tower", "connector"}, {"tower", "connector", "llm", "embeddings", "gated"}])])
 def test_who_trains_is_read_from_the_recipe(name, stages):
-    assert facts(name)[1] == stages
+    assert paper_size(name)[1] == stages
 
 
 def test_ten_lines_are_code_of_the_repository():
