@@ -1,7 +1,8 @@
-"""Train an image tower and a text tower on images and their captions, by the loss of CLIP or of SigLIP.
+"""Train an image tower and a text tower on images and their captions: CLIP, SigLIP, or BLIP-2's Q-Former.
 
     torchrun train_pairs.py                                        # toy data (demo/), on a CPU, a few minutes
     torchrun train_pairs.py --kind=siglip --out=runs/siglip
+    torchrun train_pairs.py recipes/blip2.py --data=toy            # BLIP-2's first stage: a Q-Former (parts/blip2.py)
     torchrun train_pairs.py --init=openai/clip-vit-base-patch32 --data=FILE --images=DIR --lr=1e-5     # train on
     torchrun --nproc_per_node=8 train_pairs.py --data=FILE --images=DIR --batch_size=4096              # eight GPUs
     python -m tools.retrieval --model=runs/pairs                   # recall of held-out captions and images
@@ -19,7 +20,6 @@ from pathlib import Path
 import engine
 from config import Common, setting
 from loss import supervised
-from parts.pairs import LOSSES, compare, pair_loss
 from run import pairs, stage
 
 HERE = Path(__file__).resolve().parent
@@ -34,21 +34,21 @@ class Settings(Common):
     warmup: float = 0.1
     out: str = "runs/pairs"
 
-    kind: str = setting("clip", "of a new model, and its loss", choices=("clip", "siglip"), group="pairs")
+    kind: str = setting("clip", "of a new model, and its loss", choices=("clip", "siglip", "blip2"), group="pairs")
     tokenizer: str = setting(str(HERE / "demo/llm"), "of a new model: folder or org/name", resume="say")
 
 
 def main(s):
     world, model, folder = pairs.begin(s)
-    lrs = engine.choose(model, stage.training_table(s, {"*": s.lr}), world.dtype, world.device)
-    run, loss_of_pairs = pairs.prepare(s, world, model, folder, lrs), LOSSES[model.cfg.kind]
+    lrs = engine.choose(model, stage.training_table(s, pairs.who_trains(s, model.cfg)), world.dtype, world.device)
+    run, (compare, pair_loss, contrast) = pairs.prepare(s, world, model, folder, lrs), pairs.METHODS[model.cfg.kind]
 
     # ---- the loop: as in every stage, but all pairs of the step are compared first -----------------------------------
     model, optimizer, start, steps = run.model, run.optimizer, run.start, run.steps
     for step, batch in zip(range(start, steps), run.batches):
         lr = engine.set_lr(optimizer, step, steps, s.warmup)
         n, = world.sum([sum(supervised(b.labels) for b in batch.micro)])   # n: pairs of the step, all ranks
-        compared, accuracy = compare(model, batch.micro, world, loss_of_pairs)
+        compared, accuracy = compare(model, batch.micro, world, contrast, (s.seed, step))
         total = 0.0
         for b in compared:
             with engine.sync_gradients(model, enabled=b is compared[-1]):
@@ -67,7 +67,7 @@ def main(s):
         if run.due(step, s.log_every):
             run.log.write(step, lr)
         if run.due(step, s.eval_every):
-            run.validation.loss(step, model, loss_of_pairs, run.log)
+            run.validation.loss(step, model, contrast, run.log)
         stop, = world.sum([len(run.signals)])                              # has any rank received a signal to stop?
         if stop or run.due(step, s.save_every):
             run.folder.save(step, model, optimizer, run.log)

@@ -177,6 +177,24 @@ An image becomes a square of {v.image_size} x {v.image_size} pixels. A text has 
 """
 
 
+def blip2_pairs(run, cfg):
+    """Return the text of README.md for a Q-Former after its first stage. cfg: parts.blip2.Blip2Config"""
+    s, revision, steps, _ = facts(run)
+    return f"""\
+---
+tags:
+- blip2
+- pumice
+---
+
+# {escaped(Path(run).resolve().name)}
+
+A vision tower and a Q-Former of {cfg.tokens} queries after the first stage of BLIP-2: {steps} steps of
+{escaped(s.get("batch_size"))} pairs. Trained with pumice (revision {escaped(revision)}). `train_align.py --vision=` of
+pumice starts from this folder, `python -m tools.retrieval --model=` asks it.
+"""
+
+
 def peft_reads(base):
     """Is the base of an adapter a llava-hf model, which PEFT can load? base: a folder or a name on the hub"""
     try:

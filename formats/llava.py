@@ -59,12 +59,19 @@ class Folder(NamedTuple):
 
 
 def read_tower(folder):
-    """Folder of a vision tower -> its config, its preprocessor_config, {our name: tensor}"""
+    """Folder of a vision tower -> its config, its preprocessor_config, {our name: tensor}. A folder of BLIP-2's first
+    stage (formats/blip2_pairs.py) has a Q-Former, too, which starts the connector: its words and heads are not read."""
     v = read_config(folder)
+    kind = v.get("model_type")
     if nested := v.get("vision_config_dict") or v.get("vision_config"):       # CLIP or SigLIP with its text encoder
-        v = {"model_type": f"{v.get('model_type')}_vision_model", **nested}
+        v = {"model_type": f"{kind}_vision_model", **nested}
     pre = read_pre(folder, vision_kind(v))                                    # stops here if v is no vision tower
-    return v, pre, renamed({f"vision_tower.{k}": x for k, x in read_tensors(folder).items()}, folder)
+    tensors, former = read_tensors(folder), {}
+    if kind == "pumice_blip2":
+        tensors = {k: x for k, x in tensors.items() if re.match(r"vision_model\.|multi_modal_projector\.", k)}
+        former = {k: tensors.pop(k) for k in list(tensors) if k.startswith("multi_modal_projector.")}
+        former = {k: x for k, x in former.items() if not re.search(r"\.word_|\.position_embedding", k)}
+    return v, pre, renamed({f"vision_tower.{k}": x for k, x in tensors.items()}, folder) | former
 
 
 def read_llava_hf(folder, c):
@@ -188,8 +195,8 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
     else:
         vision_at, llm_at = find_folder(vision), find_folder(llm)
         t, (v, pre, tensors) = read_config(llm_at), read_tower(vision_at)
-        folder = Folder(Tokenizer(llm_at), v, t, pre, {}, {})
-        tensors |= renamed(read_tensors(llm_at), llm_at)
+        folder, started = Folder(Tokenizer(llm_at), v, t, pre, {}, {}), tensors.keys()
+        tensors = tensors | renamed(read_tensors(llm_at), llm_at)
     cfg = cfg or VLMConfig(vision_config(folder.vision, layer, folder.pre), text_config(folder.text), connector,
                            folder.tok.image)
     if (layers := max(cfg.vision.num_hidden_layers, cfg.text.num_hidden_layers)) > len(tensors):
@@ -216,7 +223,8 @@ def load_model(vision="", llm="", init="", connector="mlp", seed=0, dtype=torch.
         if cfg.vision.model_type != given.model_type:                         # parts replace the tower
             tensors = {k: x for k, x in tensors.items() if not k.startswith("vision_tower.") or k in names}
         tensors = {k: x for k, x in tensors.items() if not k.startswith("vision_tower.second.") or k in names}
-        new = {k for k in names if k.startswith("multi_modal_projector.") or k not in tensors and is_new(k, cfg, given)}
+        new = {k for k in names if k.startswith("multi_modal_projector.") and k not in started
+               or k not in tensors and is_new(k, cfg, given)}
     tensors, unused = account(model, tensors, where, new)
     for k, x in (tensors | unused).items():
         if not all(v.isfinite() for v in x.aminmax()):                        # 20 times as fast as x.isfinite().all()

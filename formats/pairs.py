@@ -150,18 +150,24 @@ def load_pairs(init="", kind="clip", tokenizer="", vision="", parts="", seed=0):
         if vision and lost:
             stop(f"{vision}: {len(lost)} tensor(s) missing, the first is {lost[0]}")
         tensors = new.state_dict() | {k: x for k, x in tensors.items() if k in want}
-    for name, keys in (("missing", want.keys() - tensors.keys()), ("unexpected", tensors.keys() - want.keys())):
-        if keys:
-            stop(f"{init}: {len(keys)} {name} tensor(s), the first is {min(keys)}")
-    for k, shape in want.items():
-        x = tensors[k] = tensors[k].view(1) if tensors[k].ndim == 0 else tensors[k]        # CLIP's logit_scale
-        if x.shape != shape or x.dtype not in FLOATS:
-            stop(f"{init or vision}: {k} is {x.dtype} {tuple(x.shape)}, the config says {tuple(shape)}")
-        if not all(v.isfinite() for v in x.aminmax()):
-            stop(f"{init or vision}: {k} holds values that are not finite")
+    tensors = {k: x.view(1) if x.ndim == 0 else x for k, x in tensors.items()}                 # CLIP's logit_scale
+    tensors = fitted(tensors, want, init or vision)
     model.load_state_dict(tensors, assign=True)
     digests = {k: tensor_digest(x) for k, x in tensors.items()}
     return model, folder._replace(digests=digests)
+
+
+def fitted(tensors, want, where):
+    """-> {name: tensor}, if the names and shapes are those of want, {name: shape}. Else stop."""
+    for name, keys in (("missing", want.keys() - tensors.keys()), ("unexpected", tensors.keys() - want.keys())):
+        if keys:
+            stop(f"{where}: {len(keys)} {name} tensor(s), the first is {min(keys)}")
+    for k, x in tensors.items():
+        if x.shape != want[k] or x.dtype not in FLOATS:
+            stop(f"{where}: {k} is {x.dtype} {tuple(x.shape)}, the config says {tuple(want[k])}")
+        if not all(v.isfinite() for v in x.aminmax()):
+            stop(f"{where}: {k} holds values that are not finite")
+    return tensors
 
 
 def init_pairs(model, seed):
@@ -212,7 +218,7 @@ def new_pairs(kind, tokenizer, vision, parts):
 
 
 def with_ends(spec, names, kind):
-    """A tokenizer without a post-processor -> one that writes BOS (CLIP) and EOS; its tokenizer_config.json; notes"""
+    """A tokenizer without a post-processor -> one that writes BOS (not SigLIP) and EOS; its tokenizer_config.json; notes"""
     spec, notes = copy.deepcopy(spec), []
     ids = vocabulary(spec)
     bos, eos = (token_text(names.get(f"{role}_token")) for role in ("bos", "eos"))
@@ -224,7 +230,7 @@ def with_ends(spec, names, kind):
         ids = vocabulary(spec)
         notes = [f"the tokenizer of the text tower gets {END}, id {ids[END]}: transformers reads a CLIP whose EOS has "
                  "id 2 in another way"]
-    ends = [t for t in (bos if kind == "clip" and bos in ids else None, eos) if t]
+    ends = [t for t in (bos if kind != "siglip" and bos in ids else None, eos) if t]
 
     def tokens(kind_of):
         return [{"SpecialToken": {"id": t, "type_id": 0}} for t in ends if (t == eos) == kind_of]

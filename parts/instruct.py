@@ -130,19 +130,27 @@ class InstructQFormer(QFormer):
                                     for n in range(cfg.num_hidden_layers))
 
     def forward(self, image, words, counts):
-        (I, P, _), Q, W, device = image.shape, len(self.query_embedding), len(words), image.device
+        queries, _ = self.states(image, words, counts)
+        return self.projection(queries).unflatten(0, (len(image), len(self.query_embedding)))
+
+    def states(self, image, words, counts, causal=False, queries=True):
+        """-> last states of the queries (I Q, E) and of the words (W, E). causal: queries see queries alone; a word
+        sees the queries and the words up to itself. queries=False: there are none, words see words, images have P = 0
+        """
+        (I, P, _), Q, W, device = image.shape, queries * len(self.query_embedding), len(words), image.device
         before = counts.cumsum(0) - counts                                                # (I,) words of images before
         images, n = torch.arange(I, device=device), torch.arange(W, device=device)
         asks, told = images.repeat_interleave(Q), images.repeat_interleave(counts, output_size=W)  # image of a token
         at = torch.arange(I * Q, device=device) + before[asks], n + Q * (told + 1)         # places of queries and words
         start, of = before + Q * images, placed(asks, told, at)                            # (I,), (T,)
-        own, seen = (start[of].int(), (start + Q + counts)[of].int()), own_keys(I, Q, P, device)
-        queries = self.query_embedding.to(image.dtype).expand(I, -1, -1).flatten(0, 1)     # (I Q, E)
+        hi = placed((start + Q)[asks], at[1] + 1, at) if causal else (start + Q + counts)[of]     # (T,)
+        own, seen = (start[of].int(), hi.int()), own_keys(I, Q, P, device)
+        queries = self.query_embedding[:Q].to(image.dtype).expand(I, -1, -1).flatten(0, 1)        # (I Q, E)
         words = self.word_embedding(words) + self.position_embedding(n - before[told])     # (W, E)
         x, image = self.norm(placed(queries, words.to(image.dtype), at)), image.flatten(0, 1)
         for layer in self.layers:
             x = layer(x, image, own, seen, at)
-        return self.projection(x[at[0]]).unflatten(0, (I, Q))
+        return x[at[0]], x[at[1]]
 
 
 class InstructVLM(VLM):

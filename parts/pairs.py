@@ -42,6 +42,11 @@ class PairsConfig:
     width: int = 512                         # E; in SigLIP it is the width of the vision tower
 
 
+def unit(x):
+    """-> x scaled to length 1, in fp32 at least"""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
 class PoolAttention(nn.Module):
     """One query per image -> (I, D). The tensors have the names of torch's nn.MultiheadAttention: q, k, v are one."""
 
@@ -100,13 +105,13 @@ class Pairs(nn.Module):
         x = self.vision_model(images)                                                                  # (I, T, D)
         norm, head = self.vision_model.post_layernorm, self.vision_model.head
         x = self.visual_projection(norm(x[:, 0])) if head is None else head(norm(x))
-        return F.normalize(x.float() if x.dtype == torch.bfloat16 else x, dim=-1)
+        return unit(x)
 
     def encode_texts(self, batch):
         """-> (B, E)"""
         x = self.text_model(*batch[:5])
         x = x if self.text_projection is None else self.text_projection(x)
-        return F.normalize(x.float() if x.dtype == torch.bfloat16 else x, dim=-1)
+        return unit(x)
 
     def forward(self, batch):
         scale = [self.logit_scale, torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias]
@@ -120,6 +125,12 @@ class Pairs(nn.Module):
 
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+
+
+def similarities(image, text):
+    """image (n, E), or (n, Q, E) where an image has Q vectors and the best one counts; text (m, E) -> (n, m)"""
+    s = image @ text.T
+    return s if s.ndim == 2 else s.amax(1)
 
 
 # ---- all pairs of a step --------------------------------------------------------------------------------------------
@@ -155,10 +166,10 @@ def vectors(model, micro, world):
     return image.detach(), text.detach(), seen[0][2].detach(), first, seen
 
 
-def compare(model, micro, world, loss):
+def compare(model, micro, world, loss, draw):
     """The micro-batches of a step -> [Compared], and the accuracy: how often a pair's own text is the nearest to its
     image, and its own image to its text. loss: image (n, E), text (n, E), scale (2,) -> (n,). Each rank computes the
-    n x n similarities of the whole step."""
+    n x n similarities of the whole step. draw: numbers that seed random choices; there are none here"""
     if not micro:                                          # no sample of the step is usable
         return [], math.nan
     with torch.set_grad_enabled(len(micro) == 1):
@@ -170,7 +181,7 @@ def compare(model, micro, world, loss):
     parts = [x[own].split(counts) for x in (losses.detach(), *slopes[:2])]
     rows = zip([b.to(world.device) for b in micro], *parts, [slopes[2] * count / n for count in counts],
                seen if len(micro) == 1 else [None] * len(micro))
-    return [Compared(*row) for row in rows], accuracy(leaves[0] @ leaves[1].T)
+    return [Compared(*row) for row in rows], accuracy(similarities(*leaves[:2]))
 
 
 def accuracy(similar):

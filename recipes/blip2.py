@@ -1,12 +1,13 @@
 """BLIP-2 (Li et al. 2023, arXiv 2301.12597), second stage: EVA ViT-g, a Q-Former of 32 queries, OPT 2.7B. Tower and
 language model are frozen; the Q-Former, its projection and the tower's last norm train on captions.
 
-Published: under 3 days on 16 A100 for this stage. Not here: the first stage (image-text contrast, matching,
-generation), so the toy's Q-Former starts from nothing, with a trained language model in its second stage.
+Published: under 6 days on 16 A100 for the first stage, under 3 days for the second. The first stage (image-text
+contrast, matching, generation: parts/blip2.py) is train_pairs.py. Without it, a Q-Former starts from nothing.
 
-    python train_sft.py recipes/blip2.py --dry_run            # the plan at the size of the paper
-    torchrun train_align.py recipes/blip2.py --data=toy       # the toy world: both stages
-    torchrun train_sft.py recipes/blip2.py --data=toy
+    python train_sft.py recipes/blip2.py --dry_run                                    # the plan at the paper's size
+    torchrun train_pairs.py recipes/blip2.py --data=toy                               # the toy world: first stage,
+    torchrun train_align.py recipes/blip2.py --data=toy --vision=runs/blip2_pairs     # second stage, on captions,
+    torchrun train_sft.py recipes/blip2.py --data=toy                                 # and on conversations
 """
 
 from model import VLMConfig
@@ -33,6 +34,13 @@ if toy:
     parts = ("connector=qformer tokens=12 connector_args.hidden_size=64 connector_args.num_hidden_layers=4 "
              "connector_args.num_attention_heads=4 connector_args.intermediate_size=256 vision.feature_layer=-1 "
              "vision.feature_norm=true vision.keep_class=true")
-if not align:
+if stage == "pairs":                                   # the first stage: no language model
+    kind, template, system, llm, train, lr = "blip2", "", None, "", "", 1e-4
+    parts, batch_size, steps, warmup, max_len = "tokens=32", 1680, 250_000, 0.02, 512
+    if toy:
+        parts = ("tokens=12 width=64 qformer.hidden_size=64 qformer.num_hidden_layers=4 qformer.num_attention_heads=4 "
+                 "qformer.intermediate_size=256")
+        batch_size, steps, epochs, lr = 64, 0, 10.0, 2e-3
+elif not align:
     init, vision, llm, parts = "runs/blip2_align", "", "", ""
 del align

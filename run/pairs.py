@@ -10,17 +10,25 @@ from data import Steps
 from engine import unwrap
 from formats import card
 from formats.configs import image_spec
+from formats.blip2_pairs import KIND, load_blip2, save_blip2
+from formats.configs import read_config
+from formats.hub import find_model
 from formats.pairs import load_pairs, save_pairs
 from formats.rows import conversation
 from images import Layout
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
-from parts.pairs import accuracy, vectors
+from loss import clip_loss, siglip_loss
+from parts.blip2 import blip2_loss, compare_blip2, itc_loss
+from parts.pairs import accuracy, compare, pair_loss, similarities, vectors
 from run import plan, stage
 from run.log import check_dropped, tally
 from run.publish import publish
 from run.validate import Once
 
+# kind -> first pass over a step, loss of a micro-batch, contrastive loss
+METHODS = {"clip": (compare, pair_loss, clip_loss), "siglip": (compare, pair_loss, siglip_loss),
+           "blip2": (compare_blip2, blip2_loss, itc_loss)}
 UNREAD = ("llm", "connector", "template", "system", "loss")       # settings of Common that say nothing here
 
 
@@ -43,9 +51,23 @@ class PairEncoder:
 
 
 def text_ends(cfg):
-    """-> function for data.pack: the end of the span of each token. CLIP: causal; SigLIP: the whole text"""
+    """-> function for data.pack: the end of the span of each token. SigLIP: the whole text; CLIP: causal"""
+    if cfg.kind != "siglip":
+        return None
     length = cfg.text.max_position_embeddings
-    return None if cfg.text.causal else lambda ids, labels, pos, lo: lo + length
+    return lambda ids, labels, pos, lo: lo + length
+
+
+def load(init="", kind="clip", **new):
+    """-> the model, PairFolder. new: of a new model, as for pairs.load_pairs"""
+    if init:
+        kind = "blip2" if read_config(find_model(init)).get("model_type") in (KIND, "blip-2") else ""
+    return load_blip2(init, **new) if kind == "blip2" else load_pairs(init, kind, **new)
+
+
+def who_trains(s, cfg):
+    """-> table {glob over names: learning rate} for engine.choose: all, but of BLIP-2's tower the last norm alone"""
+    return {"*": s.lr} | ({"vision_tower.*": 0.0, "*.post_layernorm.*": s.lr} if cfg.kind == "blip2" else {})
 
 
 def begin(s):
@@ -60,7 +82,7 @@ def begin(s):
     choose_kernels(s.kernels, world.device)
     if s.data == "toy":
         stage.toy_world(s, world, "align")
-    model, folder = load_pairs(s.init, s.kind, s.tokenizer, s.vision, s.parts, s.seed)
+    model, folder = load(s.init, s.kind, tokenizer=s.tokenizer, vision=s.vision, parts=s.parts, seed=s.seed)
     if s.init and s.kind not in (type(s).kind, model.cfg.kind):
         stop(f"kind={s.kind}, but {s.init} is a {model.cfg.kind}")
     engine.set_threads(model, world)
@@ -71,6 +93,10 @@ def begin(s):
 def rows(cfg):
     """As plan.rows: {pattern of a weight's name: (unit, how many vectors the weight multiplies for each unit)}"""
     P = cfg.vision.patches
+    if cfg.kind == "blip2":                                # the Q-Former reads five times: ITC, three pairs of ITM, ITG
+        return {"vision_tower.*.patch_embedding.weight": ("images", P), "vision_tower.*.layers.*": ("images", P + 1),
+                "multi_modal_projector.layers.*": ("images", 5 * cfg.tokens), "*.word_fc*": ("tokens", 5),
+                "multi_modal_projector.*.cross.[kv]_proj.*": ("images", 5 * (P + 1))}
     return {"vision_model.embeddings.patch_embedding.weight": ("images", P),
             "vision_model.encoder.*": ("images", P + cfg.vision.class_token), "vision_model.head.*": ("images", 1),
             "vision_model.head.attention.in_proj_weight": ("images", P), "text_model.encoder.*": ("tokens", 1),
@@ -135,7 +161,9 @@ class Validation:
                 texts.append(text)
         model.train()
         n = sum(map(len, images))
-        loss, right = (total / n, accuracy(torch.cat(images) @ torch.cat(texts).T)) if n else (math.nan, math.nan)
+        loss, right = math.nan, math.nan
+        if n:
+            loss, right = total / n, accuracy(similarities(torch.cat(images), torch.cat(texts)))
         log.append({"step": step + 1, "val_loss": loss, "val_accuracy": right})
         self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}, accuracy {right:.1%} of {n} pairs")
 
@@ -148,5 +176,6 @@ def finish(run, s, world, folder):
         world.print(f"overfit: accuracy {run.log.result['accuracy']:.1%} of the first batch")
         return 0 if run.log.result["accuracy"] == 1 else 1
     cfg = unwrap(run.model).cfg
-    publish(run.folder, run.model, folder, run.log, lambda out, state, dtype: save_pairs(
-        out, state, cfg, folder, dtype, card.pairs(run.folder.out, cfg)))
+    save, about = (save_blip2, card.blip2_pairs) if cfg.kind == "blip2" else (save_pairs, card.pairs)
+    publish(run.folder, run.model, folder, run.log, lambda out, state, dtype: save(
+        out, state, cfg, folder, dtype, about(run.folder.out, cfg)))

@@ -8,6 +8,9 @@ A row of FILE is an image with its caption, in LLaVA form: the caption is the fi
 is the share of images whose caption is among the k nearest captions (and of captions whose image is among the k nearest
 images). Equal captions count as one. Of two equally near ones, the wrong one comes first.
 
+A Q-Former (BLIP-2's first stage) retrieves by ITC; --rerank=16 then sorts the 16 nearest candidates by the sum of their
+ITC similarity and the logit of a match (ITM), as the released code does.
+
 With --classes the caption is the name of the class. The vector of a class is the mean over the templates, scaled to
 length 1 (CLIP, arXiv 2103.00020, section 3.1.4); the answer is the nearest class.
 """
@@ -25,11 +28,12 @@ import config
 from config import BadSample, setting, stop
 from data import pack
 from formats.configs import image_spec
-from formats.pairs import load_pairs
 from formats.rows import Rows, conversation
 from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
-from run.pairs import text_ends
+from parts.blip2 import chosen, texts_of
+from parts.pairs import similarities
+from run.pairs import load, text_ends
 
 KS = (1, 5, 10)
 
@@ -41,6 +45,7 @@ class Settings:
     images: str = setting(".", "folder that image names are relative to")
     classes: str = setting("", "names of classes, separated by commas; empty: retrieval")
     templates: str = setting("a photo of a {}.", "texts for a class, separated by |; {} is its name")
+    rerank: int = setting(0, "candidates that a Q-Former sorts again by ITM; 0: none", 0)
     batch_size: int = setting(64, "images or texts at once", 1)
     device: str = setting("cpu", "cpu or cuda")
 
@@ -64,33 +69,62 @@ class Towers:
     """The two towers of a folder, and what turns files and texts into their input."""
 
     def __init__(self, model, device="cpu", batch_size=64):
-        self.model, self.folder = load_pairs(model)
+        self.model, self.folder = load(model)
         self.model.to(device, torch.float32).eval()
         self.device, self.batch_size = device, batch_size
         pre, clip = self.folder.pre, self.model.cfg.kind == "clip"
         self.spec = image_spec(pre, "crop" if pre.get("do_center_crop", clip) else "squash")
 
-    @torch.no_grad()
-    def images(self, paths):
-        """Paths -> (I, E)"""
-        out = []
+    def pixels(self, paths):
+        """Paths -> tensors (batch_size, 3, S, S) uint8"""
         for i in range(0, len(paths), self.batch_size):
             try:
                 x = torch.stack([preprocess(load_image(p), self.spec) for p in paths[i : i + self.batch_size]])
             except BadSample as e:
                 stop(str(e))
-            out.append(self.model.encode_images(x.to(self.device)))
-        return torch.cat(out)
+            yield x.to(self.device)
+
+    @torch.no_grad()
+    def features(self, paths):
+        """Paths -> (I, P, D): what a Q-Former reads"""
+        return torch.cat([self.model.features(x) for x in self.pixels(paths)])
+
+    @torch.no_grad()
+    def images(self, paths):
+        """Paths -> (I, E), or (I, Q, E) of a Q-Former"""
+        encode, blip2 = self.model.encode_images, self.model.cfg.kind == "blip2"
+        return torch.cat([encode(self.model.features(x) if blip2 else x) for x in self.pixels(paths)])
+
+    def batch(self, texts):
+        """Texts -> data.Batch without images"""
+        ids = [self.folder.words.encode(t) for t in texts]
+        samples = [(x, [IGNORE] * (len(x) - 1) + x[-1:], []) for x in ids]
+        return pack(samples, 1, text_ends(self.model.cfg)).to(self.device)
 
     @torch.no_grad()
     def texts(self, texts):
         """Texts -> (B, E)"""
-        out = []
-        for i in range(0, len(texts), self.batch_size):
-            ids = [self.folder.words.encode(t) for t in texts[i : i + self.batch_size]]
-            batch = pack([(x, [IGNORE] * (len(x) - 1) + x[-1:], []) for x in ids], 1, text_ends(self.model.cfg))
-            out.append(self.model.encode_texts(batch.to(self.device)))
-        return torch.cat(out)
+        parts = [self.batch(texts[i : i + self.batch_size]) for i in range(0, len(texts), self.batch_size)]
+        encode, blip2 = self.model.encode_texts, self.model.cfg.kind == "blip2"
+        return torch.cat([encode(texts_of(part) if blip2 else part) for part in parts])
+
+
+@torch.no_grad()
+def reranked(towers, paths, texts, similar, k):
+    """similar (I, B) -> the same (I, B), (B, I), where the k nearest of each row are sorted by similarity + ITM"""
+    features, all_texts = towers.features(paths), texts_of(towers.batch(texts))
+    words, counts = all_texts.words.split(all_texts.counts.tolist()), all_texts.counts
+    out = []
+    for s in (similar, similar.T):
+        score = s - 1000                                                     # behind the k nearest, in their old order
+        for i, row in enumerate(s):
+            near = row.topk(min(k, len(row))).indices
+            one = torch.full_like(near, i)
+            image, text = (one, near) if not out else (near, one)
+            logits = towers.model.match(features[image], chosen(words, counts, text))
+            score[i, near] = row[near] + logits[:, 1]
+        out.append(score)
+    return out
 
 
 def recall(similar, same):
@@ -119,22 +153,26 @@ def main(s):
     file, images = toy_captions() if s.data == "toy" else (s.data, s.images)
     pairs, towers = read_pairs(file, images), Towers(s.model, s.device, s.batch_size)
     paths, captions = map(list, zip(*pairs))
-    image = towers.images(paths)
+    image, blip2 = towers.images(paths), towers.model.cfg.kind == "blip2"
+    if s.rerank and not blip2:
+        stop(f"rerank={s.rerank}: only a Q-Former has ITM")
     if s.classes:
         names = [name.strip() for name in s.classes.split(",")]
         if unknown := sorted({*captions} - {*names}):
             stop(f"{file}: the caption {unknown[0]!r:.80} is none of the classes")
         text = torch.stack([F.normalize(towers.texts([t.replace("{}", name) for t in s.templates.split("|")]).mean(0),
                                         dim=0) for name in names])
-        right = [names[i] == caption for i, caption in zip((image @ text.T).argmax(1).tolist(), captions)]
+        right = [names[i] == caption for i, caption in zip(similarities(image, text).argmax(1).tolist(), captions)]
         return print(json.dumps({"task": "zeroshot", "n": len(right), "accuracy": round(sum(right) / len(right), 4)}))
     kinds = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     own = torch.tensor([kinds[c] for c in captions])
     text = towers.texts(list(kinds))
     same = own[:, None] == torch.arange(len(kinds))
-    similar = (image @ text.T).cpu()
-    print(json.dumps({"task": "retrieval", "n": len(image), "captions": len(kinds),
-                      "image_to_text": recall(similar, same), "text_to_image": recall(similar.T, same.T)}))
+    similar = similarities(image, text)
+    scores = reranked(towers, paths, list(kinds), similar, s.rerank) if s.rerank else (similar, similar.T)
+    print(json.dumps({"task": "retrieval", "n": len(image), "captions": len(kinds), "rerank": s.rerank, **{
+        name: recall(score.cpu(), right) for name, score, right in zip(("image_to_text", "text_to_image"), scores,
+                                                                       (same, same.T))}}))
 
 
 if __name__ == "__main__":
