@@ -28,7 +28,7 @@ from formats.whole import write_file
 from generate import Chat, with_marker
 from images import image_folder
 from tools.attention import grid_side, image_maps, read_again, why_no_map
-from tools.pointing import pointing, table
+from tools.pointing import pointing, table_lines
 
 PAGE = Path(__file__).parent / "page"
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -57,7 +57,7 @@ class Settings:
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
 
-def segments(tok, ids, image_id):
+def prompt_parts(tok, ids, image_id):
     """ids (N,) of a prompt -> [(kind, text)]. kind: control, image (adjacent placeholders are folded) or text"""
     names = {i: name for name, i in tok.specials.items()}
 
@@ -72,7 +72,7 @@ def segments(tok, ids, image_id):
     return out
 
 
-def token_text(tok, before, i):
+def piece_text(tok, before, i):
     """The text that token i adds after the ids `before`; a token without text of its own: its name"""
     names, before = {j: name for name, j in tok.specials.items()}, before[-8:]
     head, whole = (tok.decode(ids) for ids in (before, [*before, i]))
@@ -88,7 +88,7 @@ def png(pixels):
 
 # ---- the record of an answer ----------------------------------------------------------------------------------------
 
-def packed(maps):
+def as_bytes(maps):
     """maps (L, R, I, n, n) -> the largest value of each (layer, token); all values as bytes, 255 is the largest"""
     peak = maps.amax((2, 3, 4))                                                              # (L, R)
     values = (255 * maps / peak[:, :, None, None, None].clamp(min=1e-30)).round().to(torch.uint8)
@@ -102,22 +102,22 @@ def record(chat, prompt, answer, tiles, blocks, neutral=""):
     reason = why_no_map(chat.cfg) if blocks else "no heat map: no image"
     if not reason:
         p, ratio, a = image_maps(chat, prompt, answer, tiles, blocks, neutral, range(layers))
-        maps = {"relative": packed(ratio), "raw": packed(a)}
+        maps = {"relative": as_bytes(ratio), "raw": as_bytes(a)}
     elif answer:
         p, _ = read_again(chat, prompt, answer, tiles)
     tokens = []
     for t, i in enumerate(answer):
         best = [(int(j), float(p[t, j])) for j in p[t].topk(min(5, p.shape[1])).indices]
         tokens.append({
-            "text": token_text(chat.tok, answer[:t], i), "p": float(p[t, i]), "end": i in chat.stop_ids,
-            "top": [(token_text(chat.tok, answer[:t], j), share, j == i) for j, share in best if share]})
-    return {"prompt": segments(chat.tok, prompt.tolist(), chat.cfg.image_token_index), "tokens": tokens,
+            "text": piece_text(chat.tok, answer[:t], i), "p": float(p[t, i]), "end": i in chat.stop_ids,
+            "top": [(piece_text(chat.tok, answer[:t], j), share, j == i) for j, share in best if share]})
+    return {"prompt": prompt_parts(chat.tok, prompt.tolist(), chat.cfg.image_token_index), "tokens": tokens,
             "layers": layers, "side": grid_side(chat.cfg),
             "covered": v.image_size // v.patch_size * v.patch_size / v.image_size,       # the rest: no whole patch
             "images": [png(tile) for tile in torch.cat(tiles)] if tiles else [], "no_map": reason, **maps}
 
 
-def ask(chat, images, text, max_new_tokens=256, temperature=0.0, seed=0, neutral=""):
+def ask_and_record(chat, images, text, max_new_tokens=256, temperature=0.0, seed=0, neutral=""):
     """As chat.ask -> the answer, its record"""
     tiles, blocks = chat.look(images)
     prompt, steps = chat.prompt([(with_marker(text, len(blocks)), None)], blocks), []
@@ -165,8 +165,8 @@ def main(s):
     if s.layer > layers:
         stop(f"layer={s.layer}: this decoder has {layers}")
     try:
-        answer, found = ask(chat, [file for file in s.image.split(",") if file], s.prompt, s.max_new_tokens,
-                            s.temperature, s.seed, s.neutral)
+        answer, found = ask_and_record(chat, [file for file in s.image.split(",") if file], s.prompt,
+                                       s.max_new_tokens, s.temperature, s.seed, s.neutral)
     except BadSample as e:
         stop(str(e))
     try:
@@ -191,7 +191,7 @@ def print_pointing(s, chat):
     except (OSError, ValueError) as e:
         stop(f"{data} cannot be read: {e}")
     result = pointing(chat, rows, data.parent / "images", s.neutral)
-    print(*table(result), json.dumps({"model": s.model, **result}), sep="\n")
+    print(*table_lines(result), json.dumps({"model": s.model, **result}), sep="\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from demo import toy
 from demo.variants import scenes
 from generate import with_marker
 from images import safe_path
-from tools.attention import grid_side, on_images, ratio, read_again, why_no_map
+from tools.attention import on_images, ratio, read_again, why_no_map
 
 KINDS = ("color", "shape", "size", "place", "exists", "read")           # types of questions about one thing
 WORDS = {"color": [*toy.COLORS], "shape": toy.SHAPES, "row": toy.ROWS, "column": toy.COLUMNS}
@@ -44,7 +44,7 @@ def asked_thing(row, scene):
     return thing
 
 
-def cells(maps):
+def largest_cell(maps):
     """maps (..., n, n) -> (...): number of the cell with the largest sum, 3 * row + column"""
     n = maps.shape[-1]
     if n % 3:
@@ -57,7 +57,7 @@ def pointing(chat, rows, images, neutral=""):
     per decoder layer."""
     if reason := why_no_map(chat.cfg):
         stop(reason)
-    layers, n = range(len(chat.model.language_model.model.layers)), grid_side(chat.cfg)
+    layers = range(len(chat.model.language_model.model.layers))
     drawn = {name: scene for name, scene, _ in scenes("test", toy.SCENES["test"])}
     rows = [r for r in rows if r.get("image") in drawn and asked_thing(r, drawn[r["image"]])]
     if not rows:
@@ -74,8 +74,8 @@ def pointing(chat, rows, images, neutral=""):
         if row["image"] not in divisors:
             divisors[row["image"]] = first_row(neutral, tiles, blocks)
         a, thing = first_row(row["text"], tiles, blocks), asked_thing(row, scene)
-        raw.append(cells(a))                                                                        # (L,)
-        relative.append(cells(ratio(a, divisors[row["image"]])))
+        raw.append(largest_cell(a))                                                                        # (L,)
+        relative.append(largest_cell(ratio(a, divisors[row["image"]])))
         true.append(3 * thing["row"] + thing["column"])
         any_thing.append(1 / len(toy.things(scene)))
     true = torch.tensor(true)[:, None]                                                              # (I, 1)
@@ -94,7 +94,7 @@ def pointing(chat, rows, images, neutral=""):
                           "raw": (raw == true)[at].double().mean(0).tolist()} for k, at in types.items() if any(at)}}
 
 
-def table(result):
+def table_lines(result):
     """-> lines of text"""
     names = ("relative", "relative_shuffled", "raw", "raw_shuffled")
     lines = [f"{'layer':>5}" + "".join(f"{name.replace('_', ' '):>20}" for name in names)]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_config
+from conftest import tiny_config
 from PIL import Image
 
 import tools.attention

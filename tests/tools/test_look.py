@@ -79,7 +79,7 @@ def test_the_record_is_the_answer(tok, images):  # noqa: F811
 def test_the_prompt_folds_images_and_shows_control_tokens(tok):  # noqa: F811
     chat = tiny_chat(tok)
     prompt, *_ = asked(chat, 2, "What <|im_end|> is \u202ethis?")
-    parts = look.segments(tok, prompt.tolist(), 3)
+    parts = look.prompt_parts(tok, prompt.tolist(), 3)
     assert [t for k, t in parts if k == "image"] == ["4 x image"] * 2
     assert [t for k, t in parts if k == "control"].count("<|im_start|>") == 3
     text = "".join(t for k, t in parts if k == "text")
@@ -90,11 +90,11 @@ def test_token_texts_joined_are_the_answer(tok_folder):
     tok = Tokenizer(tok_folder)
     for words in ("It is a black cat.", "1 2 3 \u00e9\u4f60\u597d!", "Yes! No.\nTwo dogs"):
         ids = tok.text(words)[0]
-        parts = [look.token_text(tok, ids[:t], i) for t, i in enumerate(ids)]
+        parts = [look.piece_text(tok, ids[:t], i) for t, i in enumerate(ids)]
         assert all(parts)
         if words.isascii():                                     # the bytes of a Chinese character: their own names
             assert "".join(parts).strip() == words
-    assert look.token_text(tok, [], tok.eos) == "</s>"
+    assert look.piece_text(tok, [], tok.eos) == "</s>"
 
 
 def test_bad_input_ends_in_one_line(folder, tmp_path):
@@ -132,11 +132,11 @@ def test_the_asked_thing_has_the_answer():
 
 def test_cells_match_a_definition_by_loops():
     maps = torch.rand(2, 6, 6)
-    for m, c in zip(maps, pointing.cells(maps)):
+    for m, c in zip(maps, pointing.largest_cell(maps)):
         sums = [sum(float(m[y, x]) for y in range(6) for x in range(6) if (y // 2, x // 2) == (r, k))
                 for r in range(3) for k in range(3)]
         assert int(c) == sums.index(max(sums))
-    assert "3 x 3 cells" in error(pointing.cells, torch.rand(4, 4))
+    assert "3 x 3 cells" in error(pointing.largest_cell, torch.rand(4, 4))
 
 
 class Planted:
@@ -185,5 +185,5 @@ def test_a_planted_map_is_found_behind_a_sink(monkeypatch, tmp_path):
     assert found["relative_shuffled"][0] < 0.5 and found["relative"][1] < 0.5
     assert found["any_thing"] == pytest.approx(sum(
         1 / len(toy.things(drawn[r["image"]])) for r, t in zip(rows, things) if t) / len(middle))
-    assert len(pointing.table(found)) == 4 and "100.0%" in pointing.table(found)[1]
+    assert len(pointing.table_lines(found)) == 4 and "100.0%" in pointing.table_lines(found)[1]
     assert "more images" in error(pointing.pointing, planted, rows[:3], tmp_path)
