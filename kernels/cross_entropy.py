@@ -53,7 +53,7 @@ def linear_cross_entropy_ref(hidden, weight, labels, weights=None):
     logits = hidden @ weight.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    return (loss if weights is None else loss * weights).sum()
+    return (loss if weights is None or not len(weights) else loss * weights).sum()
 
 
 # ---- one chunk: logits -> loss and gradient -------------------------------------------------------------------------
