@@ -25,7 +25,6 @@ scores as JSON, with 95 % confidence intervals. Questions without true answers a
 """
 
 import dataclasses
-import io
 import json
 import sys
 import time
@@ -101,7 +100,7 @@ def other_images(rows):
 def sources(image, folder):
     """The image of a question (None, a name, bytes, or several of these) -> list of what Chat.look reads"""
     several = image if isinstance(image, tuple) else () if image is None else (image,)
-    return [io.BytesIO(x) if isinstance(x, bytes) else safe_path(folder, x) for x in several]
+    return [safe_path(folder, x) for x in several]
 
 
 def ask(chat, rows, images, folder, max_new_tokens, examples):

@@ -1,6 +1,7 @@
 """Turn image files into pixels: check paths, decode, preprocess. S: side of a preprocessed image in pixels."""
 
 import contextlib
+import io
 import math
 import os
 from typing import NamedTuple
@@ -44,7 +45,10 @@ class Layout(NamedTuple):
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
 def safe_path(root, name):
-    """-> real path of the file `name` in `root`. BadSample if it is no file, or outside (links are followed)."""
+    """-> real path of the file `name` in `root`. BadSample if it is no file, or outside (links are followed).
+    If `name` is the bytes of an image -> these bytes as a file in memory"""
+    if isinstance(name, bytes):
+        return io.BytesIO(name)
     shown = f"{name!r:.200}"                                   # repr escapes unprintable characters
     root = os.path.realpath(root)
     try:

@@ -5,6 +5,7 @@ same in OpenAI's form, {"images": [name], "messages": [{"role": "user", "content
 document: {"text": "words <image> words", "images": [name]}, or {"text": words} alone.
 """
 
+import base64
 import json
 import mmap
 import os
@@ -21,6 +22,7 @@ SPACE = r"[ \t\n\r]*"
 FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")
 MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
 MAX_IMAGES = 256           # limit for one row
+MAX_PATH = 4096            # bytes; a longer text in the place of an image is no path, but base64
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # each: LLaVA's name of the role, OpenAI's name
 UNSUPPORTED = ("video", "audio")
 
@@ -106,7 +108,7 @@ def conversation(row):
     """Read a row. Raise BadSample if the row is unusable. Return three values:
 
         [(question, answer)]           one pair of texts for each turn; a document is [(its text, "")]
-        [name]                         file names of the images
+        [name]                         the images, each a file name, or the bytes of a file
         the system text, or None"""
     messages = row.get("conversations", row.get("messages"))
     is_document = messages is None and "text" in row and "question_id" not in row        # a question is for eval.py
@@ -117,7 +119,7 @@ def conversation(row):
     if not isinstance(system, str | None):
         raise BadSample("the system text is not a string", f"{system!r:.80}")
     names = row.get("image", row.get("images"))
-    names = [name for name in (names if isinstance(names, list) else [names]) if name not in (None, "")]
+    names = [read_image(x) for x in (names if isinstance(names, list) else [names]) if x not in (None, "")]
     if is_document:
         if not isinstance(row["text"], str) or not row["text"].strip() or system:
             raise BadSample("a document is one text, without a system text")
@@ -147,7 +149,7 @@ def conversation(row):
             raise BadSample("unknown speaker", f"turn {i}, {role!r:.80}")
     if not turns or turns[-1][1] is None:
         raise BadSample("the last question has no answer")
-    if not all(isinstance(name, str) for name in names):
+    if not all(isinstance(name, str | bytes) for name in names):
         raise BadSample("image is neither a name nor a list of names", f"{names!r:.80}")
     if len(names) > MAX_IMAGES:
         raise BadSample("too many images", f"{len(names):,}, the limit is {MAX_IMAGES}")
@@ -165,8 +167,25 @@ def at_an_edge(turns, marker):
     return sum(user.strip().startswith(marker) or user.strip().endswith(marker) for user, _ in turns)
 
 
+def read_image(value):
+    """Read one image of a row -> a file name or bytes. `value` is a file name, {"bytes": ..., "path": ...} as tables have
+    it, a data: URL, base64 (a text longer than any path) or bytes. No image is downloaded."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("bytes", "url", "path") if value.get(key)), value)
+    if not isinstance(value, str):
+        return value
+    if re.match("https?:", value, re.I):
+        raise BadSample("image is a URL, and training downloads nothing", f"{value!r:.80}")
+    if value.startswith("data:") or len(value) > MAX_PATH:
+        try:
+            return base64.b64decode(value.partition("base64,")[2] if value.startswith("data:") else value, validate=True)
+        except ValueError:
+            raise BadSample("image is not base64", f"{value!r:.80}") from None
+    return value
+
+
 def read_content(content, turn):
-    """Read the content of a message -> text with one marker per image, names of the images. `content` is a string, or
+    """Read the content of a message -> text with one marker per image, images. `content` is a string, or
     OpenAI's list of parts. turn: number of the message, for errors"""
     if isinstance(content, str):
         return content, []
@@ -175,9 +194,9 @@ def read_content(content, turn):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
-        elif kind == "image":                                  # the file name is in this part or in the row
+        elif kind in ("image", "image_url"):                   # the image is in this part or in the row
             text += IMAGE + "\n"
-            names += [name for name in (part.get("image"), part.get("path")) if name]
+            names += [read_image(part[key]) for key in ("image", "image_url", "path", "url", "data") if part.get(key)]
         elif kind in UNSUPPORTED:
             raise BadSample(f"{kind} is not supported", f"turn {turn}")
         else:

@@ -26,7 +26,7 @@ from images import FORMATS, MAX_PIXELS
 
 
 def image_size(source):
-    """A path or a PIL image -> (w, h) as images.load_image gives it, mostly from the header. BadSample on failure."""
+    """A path, a file in memory or a PIL image -> (w, h) as images.load_image gives it, mostly from the header. BadSample on failure."""
     if isinstance(source, Image.Image):
         return source.size
     try:
@@ -40,7 +40,8 @@ def image_size(source):
                 turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)    # these swap width and height
             return image.size[::-1] if turned else image.size
     except Exception as e:                                     # Pillow raises many exception types on a broken file
-        raise BadSample("image cannot be read", f"{os.path.basename(source)!r} ({type(e).__name__})") from None
+        name = repr(os.path.basename(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
+        raise BadSample("image cannot be read", f"{name} ({type(e).__name__})") from None
 
 
 @dataclass
