@@ -16,7 +16,7 @@ from metrics.boxes import iou, read_box
 
 @pytest.mark.parametrize("shape", toy.SHAPES)
 def test_a_box_bounds_its_shape(shape):
-    """The coloured pixels of a lone large object, found in the image, reach to its box, but for the last pixel of a thin tip"""
+    """The coloured pixels of a lone large object reach to its box, but for the last pixel of a thin tip"""
     for seed in range(4):
         color, rng = ("red", "blue", "green", "purple")[seed], random.Random(seed)
         o = dict(color=color, shape=shape, size="large", row=rng.randrange(3), column=rng.randrange(3))
