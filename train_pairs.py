@@ -39,9 +39,10 @@ class Settings(Common):
 
 
 def main(s):
-    world, model, folder = pairs.begin(s)
-    lrs = engine.choose(model, stage.training_table(s, pairs.who_trains(s, model.cfg)), world.dtype, world.device)
-    run, (compare, pair_loss, contrast) = pairs.prepare(s, world, model, folder, lrs), pairs.METHODS[model.cfg.kind]
+    world, model, folder = pairs.begin_pairs(s)
+    lrs = engine.choose(model, stage.training_table(s, pairs.trained_towers(s, model.cfg)), world.dtype, world.device)
+    compare, pair_loss, contrast = pairs.METHODS[model.cfg.kind]
+    run = pairs.prepare_pairs(s, world, model, folder, lrs)
 
     # ---- the loop: as in every stage, but all pairs of the step are compared first -----------------------------------
     model, optimizer, start, steps = run.model, run.optimizer, run.start, run.steps
@@ -74,7 +75,7 @@ def main(s):
         if stop:
             return stage.stopped(run, step, world)
     # ------------------------------------------------------------------------------------------------------------------
-    return pairs.finish(run, s, world, folder)
+    return pairs.finish_pairs(run, s, world, folder)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def draw_wrong(similar, draw):
 
 
 def compare_blip2(model, micro, world, loss, draw):
-    """The micro-batches of a step -> [Blip2Compared], accuracy of ITC. As pairs.compare"""
+    """The micro-batches of a step -> [Blip2Compared], accuracy of ITC. As compare_pairs"""
     if not micro:                                          # no sample of the step is usable
         return [], math.nan
     micro = [b.to(world.device) for b in micro]

@@ -7,7 +7,7 @@ The vectors of an image and of a text have length 1, so their dot product is the
 loss multiplies it by exp(logit_scale), and SigLIP adds logit_bias. The names of the tensors are the published ones.
 
 A contrastive loss compares each pair of a step with every other pair, also with those of other micro-batches and other
-ranks. compare() makes this exact (the idea of GradCache, arXiv 2101.06983): a first pass without gradients computes all
+ranks. compare_pairs() makes this exact (the idea of GradCache, arXiv 2101.06983): a first pass without gradients computes all
 vectors of the step, then the loss and its gradient at each vector. A micro-batch of the second pass needs no more than
 its own rows of this gradient. So a step may be larger than the memory; one more forward pass is the price. A rank whose
 step is one micro-batch needs no second pass.
@@ -25,7 +25,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.attention import attention
-from loss import clip_loss, siglip_loss
 from model import LayerNorm, ViTMLP, VisionConfig, VisionModel
 from parts.cross import own_keys
 from parts.text_tower import TextTower, TextTowerConfig
@@ -124,9 +123,6 @@ class Pairs(nn.Module):
             self.logit_scale.clamp_(max=MOST)
 
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
-
-
 def similarities(image, text):
     """image (n, E), or (n, Q, E) where an image has Q vectors and the best one counts; text (m, E) -> (n, m)"""
     s = image @ text.T
@@ -166,7 +162,7 @@ def vectors(model, micro, world):
     return image.detach(), text.detach(), seen[0][2].detach(), first, seen
 
 
-def compare(model, micro, world, loss, draw):
+def compare_pairs(model, micro, world, loss, draw):
     """The micro-batches of a step -> [Compared], and the accuracy: how often a pair's own text is the nearest to its
     image, and its own image to its text. loss: image (n, E), text (n, E), scale (2,) -> (n,). Each rank computes the
     n x n similarities of the whole step. draw: numbers that seed random choices; there are none here"""

@@ -20,14 +20,14 @@ from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
 from loss import clip_loss, siglip_loss
 from parts.blip2 import blip2_loss, compare_blip2, itc_loss
-from parts.pairs import accuracy, compare, pair_loss, similarities, vectors
+from parts.pairs import accuracy, compare_pairs, pair_loss, similarities, vectors
 from run import plan, stage
 from run.log import check_dropped, tally
 from run.publish import publish
 from run.validate import Once
 
 # kind -> first pass over a step, loss of a micro-batch, contrastive loss
-METHODS = {"clip": (compare, pair_loss, clip_loss), "siglip": (compare, pair_loss, siglip_loss),
+METHODS = {"clip": (compare_pairs, pair_loss, clip_loss), "siglip": (compare_pairs, pair_loss, siglip_loss),
            "blip2": (compare_blip2, blip2_loss, itc_loss)}
 UNREAD = ("llm", "connector", "template", "system", "loss")       # settings of Common that say nothing here
 
@@ -58,19 +58,19 @@ def text_ends(cfg):
     return lambda ids, labels, pos, lo: lo + length
 
 
-def load(init="", kind="clip", **new):
+def load_towers(init="", kind="clip", **new):
     """-> the model, PairFolder. new: of a new model, as for pairs.load_pairs"""
     if init:
         kind = "blip2" if read_config(find_model(init)).get("model_type") in (KIND, "blip-2") else ""
     return load_blip2(init, **new) if kind == "blip2" else load_pairs(init, kind, **new)
 
 
-def who_trains(s, cfg):
+def trained_towers(s, cfg):
     """-> table {glob over names: learning rate} for engine.choose: all, but of BLIP-2's tower the last norm alone"""
     return {"*": s.lr} | ({"vision_tower.*": 0.0, "*.post_layernorm.*": s.lr} if cfg.kind == "blip2" else {})
 
 
-def begin(s):
+def begin_pairs(s):
     """Check the settings, join the other ranks, load the model -> World, Pairs, PairFolder"""
     for key in UNREAD:
         if getattr(s, key) != getattr(type(s), key):
@@ -82,7 +82,7 @@ def begin(s):
     choose_kernels(s.kernels, world.device)
     if s.data == "toy":
         stage.toy_world(s, world, "align")
-    model, folder = load(s.init, s.kind, tokenizer=s.tokenizer, vision=s.vision, parts=s.parts, seed=s.seed)
+    model, folder = load_towers(s.init, s.kind, tokenizer=s.tokenizer, vision=s.vision, parts=s.parts, seed=s.seed)
     if s.init and s.kind not in (type(s).kind, model.cfg.kind):
         stop(f"kind={s.kind}, but {s.init} is a {model.cfg.kind}")
     engine.set_threads(model, world)
@@ -90,7 +90,7 @@ def begin(s):
     return world, model, folder
 
 
-def rows(cfg):
+def pair_rows(cfg):
     """As plan.rows: {pattern of a weight's name: (unit, how many vectors the weight multiplies for each unit)}"""
     P = cfg.vision.patches
     if cfg.kind == "blip2":                                # the Q-Former reads five times: ITC, three pairs of ITM, ITG
@@ -103,7 +103,7 @@ def rows(cfg):
             "*_projection.weight": ("images", 1), "text_model.head.weight": ("images", 1)}
 
 
-def prepare(s, world, model, folder, lrs):
+def prepare_pairs(s, world, model, folder, lrs):
     """Open the data and print the plan. Then do a dry run, or start or resume the run -> stage.Run"""
     cfg, spec = model.cfg, image_spec(folder.pre, s.image_aspect)
 
@@ -113,7 +113,7 @@ def prepare(s, world, model, folder, lrs):
 
     samples = steps_of(s.data, s.batch_size, s.seed, Steps)
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
-    first, flops = samples[0], plan.flops(model, rows(cfg))
+    first, flops = samples[0], plan.flops(model, pair_rows(cfg))
     seen = plan.units(first.micro)
     cost = sum(f * seen[unit] for unit, f in flops.items())
     world.print(*folder.notes, *plan.trained_lines(model, lrs),
@@ -122,11 +122,12 @@ def prepare(s, world, model, folder, lrs):
                 f"{world.size} x {world.device}, {world.dtype}", sep="\n")
     val = steps_of(s.val_data, s.batch_size, 0, Once) if s.val_data else []
     if s.dry_run:
-        return stage.Run(exit_code=rehearse(s, world, first, folder))
-    return stage.begin_run(s, world, model, folder, lrs, samples, first, steps, flops, lambda: Validation(val, world))
+        return stage.Run(exit_code=rehearse_pairs(s, world, first, folder))
+    return stage.begin_run(s, world, model, folder, lrs, samples, first, steps, flops,
+                           lambda: PairValidation(val, world))
 
 
-def rehearse(s, world, first, folder):
+def rehearse_pairs(s, world, first, folder):
     """Do what --dry_run does after the plan -> exit code, or None"""
     used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
     reasons = {}
@@ -141,7 +142,7 @@ def rehearse(s, world, first, folder):
         world.print(f"  {first.names[0]}, {n} tokens: {folder.words.decode(b.ids[:n].tolist())}")
 
 
-class Validation:
+class PairValidation:
     """Loss and accuracy on the pairs of a file, in steps of batch_size; the last one may be smaller."""
 
     def __init__(self, steps, world):
@@ -168,7 +169,7 @@ class Validation:
         self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}, accuracy {right:.1%} of {n} pairs")
 
 
-def finish(run, s, world, folder):
+def finish_pairs(run, s, world, folder):
     """Called after the last step: publish the model -> exit code, or None"""
     if run.folder is None:                                 # a dry run, or the run was already finished
         return run.exit_code

@@ -20,7 +20,7 @@ from data import pack
 from formats.pairs import Words, load_pairs
 from loss import clip_loss, siglip_loss
 from parts import pairs
-from run.pairs import PairEncoder, text_ends
+from run.pairs import METHODS, PairEncoder, text_ends
 from tools import retrieval
 
 GATE = 1e-12
@@ -86,7 +86,7 @@ def step(kind, groups, w, wrap=None):
     assert len(lrs) == len(list(model.parameters()))
     micro, model = batches(folder, model.cfg, groups), engine.parallelize(model, w, model.blocks, wrap)
     n, = w.sum([sum((b.labels >= 0).sum().item() for b in micro)])
-    compared, accuracy = pairs.compare(model, micro, w, pairs.LOSSES[kind])
+    compared, accuracy = pairs.compare_pairs(model, micro, w, METHODS[kind][2], (0, 0))
     total = 0.0
     for b in compared:
         with engine.sync_gradients(model, enabled=b is compared[-1]):
@@ -102,7 +102,7 @@ def truth(kind):
     """The loss of all eight pairs by autograd alone"""
     model, folder = tiny(kind)
     b, = batches(folder, model.cfg, [range(8)])
-    losses = pairs.LOSSES[kind](*model(b))
+    losses = METHODS[kind][2](*model(b))
     losses.mean().backward()
     return {k: p.grad for k, p in model.named_parameters()}, losses.mean().item()
 
@@ -209,7 +209,7 @@ def test_two_processes_train_what_one_does(data, tmp_path):
                     for p in (tmp_path / "one", tmp_path / parallel / "run"))
         assert off(two, one) < 1e-9
         for x, y in zip(*(rows(p / "log.jsonl") for p in (tmp_path / "one", tmp_path / parallel / "run")), strict=True):
-            for key in ("loss", "val_loss", "accuracy", "grad_norm"):
+            for key in ("loss", "val_loss", "grad_norm"):
                 assert x.get(key, 0) == pytest.approx(y.get(key, 0), rel=1e-9)
 
 
@@ -270,3 +270,16 @@ def test_retrieval_and_classes(data, tmp_path, capsys):
     retrieval.main(retrieval.Settings(**ask, classes="black,red,white", templates="a {} cat|{}"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] in (0, 0.3333, 0.6667, 1)
     assert "none of the classes" in error(retrieval.main, retrieval.Settings(**ask, classes="black,red"))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_stage_1_takes_the_image_tower(kind, data, tmp_path):
+    """train_align.py --vision=runs/pairs/model"""
+    run(data, tmp_path / "run", kind=kind, steps=1)
+    settings = {k: x for k, x in data.items() if k not in ("parts", "steps", "val_data", "batch_size", "max_tokens")}
+    assert train_align.main(train_align.Settings(
+        **settings, vision=str(tmp_path / "run/model"), steps=1, batch_size=4, max_len=60, max_tokens=120,
+        out=str(tmp_path / "align"))) is None
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    tower, vlm = (load_file(tmp_path / place / "model/model.safetensors") for place in ("run", "align"))
+    assert torch.equal(tower[name], vlm[f"vision_tower.{name}"])

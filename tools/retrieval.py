@@ -33,7 +33,7 @@ from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
 from parts.blip2 import chosen, texts_of
 from parts.pairs import similarities
-from run.pairs import load, text_ends
+from run.pairs import load_towers, text_ends
 
 KS = (1, 5, 10)
 
@@ -69,7 +69,7 @@ class Towers:
     """The two towers of a folder, and what turns files and texts into their input."""
 
     def __init__(self, model, device="cpu", batch_size=64):
-        self.model, self.folder = load(model)
+        self.model, self.folder = load_towers(model)
         self.model.to(device, torch.float32).eval()
         self.device, self.batch_size = device, batch_size
         pre, clip = self.folder.pre, self.model.cfg.kind == "clip"
