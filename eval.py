@@ -97,7 +97,7 @@ def other_images(rows):
 
 # ---- answers --------------------------------------------------------------------------------------------------------
 
-def sources(image, folder):
+def image_sources(image, folder):
     """The image of a question (None, a name, bytes, or several of these) -> list of what Chat.look reads"""
     several = image if isinstance(image, tuple) else () if image is None else (image,)
     return [safe_path(folder, x) for x in several]
@@ -109,7 +109,7 @@ def ask(chat, rows, images, folder, max_new_tokens, examples):
     prompts, pixels, asked = [], [], []
     for i, (row, image) in enumerate(zip(rows, images)):
         try:
-            turns = [*examples(row), (row["text"], None, sources(image, folder))]
+            turns = [*examples(row), (row["text"], None, image_sources(image, folder))]
             shown, blocks = chat.look([source for turn in turns for source in turn[2]])             # [(tiles, 3, S, S)]
             prompts.append(chat.prompt([(with_marker(t, len(own)), a) for t, a, own in turns], blocks))       # ids (N,)
         except BadSample as e:
@@ -138,7 +138,7 @@ def answers_file(s, name):
     return out
 
 
-def scores(s, rows, answers):
+def score_all(s, rows, answers):
     """-> the score of each answer, dict of all scores; with --against, a test against the answers of another run"""
     points, result = metrics.evaluate(s.task, answers, rows)
     if s.against and None not in points:
@@ -153,7 +153,7 @@ def main(s):
         config.stop("--blind and --shuffled are two different controls: choose one")
     if s.score:
         rows = read_questions(s.data, s.task) if s.data else answered_questions(s.score)
-        print(json.dumps(scores(s, rows, read_answers(s.score, rows))[1] | {"data": s.data, "score": s.score}))
+        print(json.dumps(score_all(s, rows, read_answers(s.score, rows))[1] | {"data": s.data, "score": s.score}))
         return
     if not s.data and s.task not in TOY_TASKS:
         config.stop(f"task={s.task} needs --data=FILE; the toy world has questions for {', '.join(TOY_TASKS)}")
@@ -177,7 +177,7 @@ def main(s):
 
     def examples(row):
         chosen = choose_examples(row, pool, s.shots)
-        return [(q["text"], example_answer(q), sources(q["image"], pool_images)) for q in chosen]
+        return [(q["text"], example_answer(q), image_sources(q["image"], pool_images)) for q in chosen]
 
     began, mine, answered = time.time(), range(world.rank, len(rows), world.size), []
     for i in range(0, len(mine), s.batch_size):
@@ -187,7 +187,7 @@ def main(s):
     answers = [a for _, a in sorted((i, a) for rank in world.gather(answered) for i, a in rank)]
     if answers.count(None) == len(answers):
         config.stop(f"none of the {len(rows)} questions could be asked; the lines above say why")
-    points, result = scores(s, rows, answers)
+    points, result = score_all(s, rows, answers)
     result |= {"how": how, "model": s.model, "data": data, "template": chat.template, "shots": s.shots,
                "seconds": round(time.time() - began, 1)}
     if world.rank > 0:

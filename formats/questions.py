@@ -187,7 +187,7 @@ def questions_of(record, i, task):
         human, answer = (turn["value"] for turn in record["conversations"][:2])
         text = f"{human.replace(IMAGE, '').strip()}\n{TASKS[task].suffix}"
         said = (re.findall(r"The answer is ([A-Z])", answer) or [answer])[0]
-    options, image = read_options(record, text, said, task) if kind == "letter" else {}, read_image(record)
+    options, image = read_options(record, text, said, task) if kind == "letter" else {}, question_image(record)
     if number is None and question is not None:
         number = i                                               # AI2D and ScienceQA on the hub have no ids
     if number is None or not isinstance(text if question is None else question, str) or said == []:
@@ -210,7 +210,7 @@ def questions_of(record, i, task):
     if task.startswith("ocrbench"):
         base["dataset"] = str(record.get("dataset_name") or record.get("dataset") or "")
     if task == "refcoco_padded":
-        base["size"] = image_size(record, image)
+        base["size"] = size_of_image(record, image)
     if text is None:
         text = written(question, options, record.get("hint"), task)
     return [base | place_images(text, image)]
@@ -289,7 +289,7 @@ def region_questions(record, base, sentence, said):
     bbox, box, size = record.get("bbox"), [], None
     if bbox is not None:
         corners = "sent" in record or "expression" in record
-        size = image_size(record, base["image"])
+        size = size_of_image(record, base["image"])
         x, y, a, b = bbox
         a, b = (a, b) if corners else (x + a, y + b)
         box = [str([x / size[0], y / size[1], a / size[0], b / size[1]])]
@@ -299,7 +299,7 @@ def region_questions(record, base, sentence, said):
     return [base | dict(question_id=n, text=REGION + s, answers=box, size=size) for n, s in zip(ids, sentences)]
 
 
-def image_size(record, image):
+def size_of_image(record, image):
     """-> [width, height] of the image of a record, which boxes in pixels need"""
     if isinstance(record.get("width"), int) and isinstance(record.get("height"), int):
         return [record["width"], record["height"]]
@@ -311,7 +311,7 @@ def image_size(record, image):
 
 # ---- images ---------------------------------------------------------------------------------------------------------
 
-def read_image(record):
+def question_image(record):
     """-> None, a name, bytes or a tuple of these. MMMU has image_1 ... image_7."""
     numbered = [record[k] for k in (f"image_{n}" for n in range(1, 10)) if record.get(k) is not None]
     key = next((k for k in PICTURE if record.get(k) not in (None, "")), None)

@@ -30,22 +30,22 @@ def each(rule):
     return lambda answers, questions: [0.0 if a is None else float(rule(a, q)) for a, q in zip(answers, questions)]
 
 
-def text(rule, *args):
+def from_truths(rule, *args):
     """As each(), where the rule needs only the true answers: (answer, list of true answers) -> score"""
     return each(lambda a, q: rule(a, q["answers"], *args))
 
 
-def letter(rule, *args):
+def from_truth(rule, *args):
     """As each(), where the true answer is one string: (answer, true answer) -> score"""
     return each(lambda a, q: any(rule(a, t, *args) for t in q["answers"]))
 
 
-def option(rule):
+def from_options(rule):
     """As each(), where the rule reads a letter: (answer, options) -> letter"""
     return each(lambda a, q: rule(a, q["options"]) in q["answers"])
 
 
-def choice(points, **more):
+def letter_task(points, **more):
     return Task(points, LETTER, "letter", **more)
 
 
@@ -83,43 +83,43 @@ def mme_right(answer, truth, lmms=False):
     return yes_no.mme_answer(answer, lmms) == truth
 
 
-def box_points(padded):
+def box_task(padded):
     return Task(each(lambda a, q: boxes.refcoco_iou(a, q, padded) >= 0.5), "", "box",
                 partial(boxes.refcoco_totals, padded=padded))
 
 
-_VQA = text(words.vqa_accuracy)                                                      # as EvalAI's scorer normalises
-_VLMEVAL = option(letters.vlmeval_letter)
+_VQA = from_truths(words.vqa_accuracy)                                               # as EvalAI's scorer normalises
+_VLMEVAL = from_options(letters.vlmeval_letter)
 TASKS = {
-    "exact": Task(text(words.exact), ""),
-    "vqa": Task(_VQA), "vqa_official": Task(text(words.vqa_accuracy, False)),
+    "exact": Task(from_truths(words.exact), ""),
+    "vqa": Task(_VQA), "vqa_official": Task(from_truths(words.vqa_accuracy, False)),
     "vqav2": Task(_VQA), "textvqa": Task(_VQA), "vizwiz": Task(_VQA, UNSURE),
-    "gqa": Task(text(words.gqa)), "gqa_llava": Task(text(words.gqa, "llava")),
-    "gqa_lmms": Task(text(words.gqa, "lmms")),
-    "pope": Task(letter(pope_right), kind="yes or no", totals=pope_totals),
-    "mme": Task(letter(mme_right), kind="yes or no", totals=yes_no.mme_totals),
-    "mme_lmms": Task(letter(mme_right, True), kind="yes or no", totals=yes_no.mme_totals),
-    "mmmu": choice(mmmu.mmmu_points, totals=mmmu.mmmu_totals),
-    "mmmu_lmms": choice(partial(mmmu.mmmu_points, lmms=True), totals=partial(mmmu.mmmu_totals, lmms=True)),
-    "mmstar": choice(letter(letters.mmstar_right)), "mmstar_vlmeval": choice(_VLMEVAL),
-    "mmstar_lmms": choice(option(letters.lmms_letter), totals=mean_of_types),
-    "mmbench": choice(_VLMEVAL, totals=vanilla, circular=True),
-    "mmbench_lmms": choice(option(letters.mmbench_lmms_letter), totals=vanilla, circular=True),
-    "scienceqa": choice(option(letters.scienceqa_letter), totals=with_image),
-    "scienceqa_lmms": choice(letter(letters.scienceqa_lmms_right), totals=with_image),
-    "scienceqa_vlmeval": choice(_VLMEVAL, totals=with_image),
-    "ai2d": choice(letter(letters.ai2d_right)), "ai2d_vlmeval": choice(_VLMEVAL),
-    "seed": choice(letter(letters.seed_right)), "seed_llava": choice(letter(letters.seed_right, "llava")),
-    "seed_vlmeval": choice(_VLMEVAL),
-    "chartqa": Task(letter(reading.chartqa_right), "Answer the question with a single word."),
-    "docvqa": Task(text(reading.anls)), "docvqa_pix2struct": Task(text(reading.anls, "pix2struct")),
-    "infovqa": Task(text(reading.anls)), "infovqa_pix2struct": Task(text(reading.anls, "pix2struct")),
+    "gqa": Task(from_truths(words.gqa)), "gqa_llava": Task(from_truths(words.gqa, "llava")),
+    "gqa_lmms": Task(from_truths(words.gqa, "lmms")),
+    "pope": Task(from_truth(pope_right), kind="yes or no", totals=pope_totals),
+    "mme": Task(from_truth(mme_right), kind="yes or no", totals=yes_no.mme_totals),
+    "mme_lmms": Task(from_truth(mme_right, True), kind="yes or no", totals=yes_no.mme_totals),
+    "mmmu": letter_task(mmmu.mmmu_points, totals=mmmu.mmmu_totals),
+    "mmmu_lmms": letter_task(partial(mmmu.mmmu_points, lmms=True), totals=partial(mmmu.mmmu_totals, lmms=True)),
+    "mmstar": letter_task(from_truth(letters.mmstar_right)), "mmstar_vlmeval": letter_task(_VLMEVAL),
+    "mmstar_lmms": letter_task(from_options(letters.lmms_letter), totals=mean_of_types),
+    "mmbench": letter_task(_VLMEVAL, totals=vanilla, circular=True),
+    "mmbench_lmms": letter_task(from_options(letters.mmbench_lmms_letter), totals=vanilla, circular=True),
+    "scienceqa": letter_task(from_options(letters.scienceqa_letter), totals=with_image),
+    "scienceqa_lmms": letter_task(from_truth(letters.scienceqa_lmms_right), totals=with_image),
+    "scienceqa_vlmeval": letter_task(_VLMEVAL, totals=with_image),
+    "ai2d": letter_task(from_truth(letters.ai2d_right)), "ai2d_vlmeval": letter_task(_VLMEVAL),
+    "seed": letter_task(from_truth(letters.seed_right)), "seed_vlmeval": letter_task(_VLMEVAL),
+    "seed_llava": letter_task(from_truth(letters.seed_right, "llava")),
+    "chartqa": Task(from_truth(reading.chartqa_right), "Answer the question with a single word."),
+    "docvqa": Task(from_truths(reading.anls)), "docvqa_pix2struct": Task(from_truths(reading.anls, "pix2struct")),
+    "infovqa": Task(from_truths(reading.anls)), "infovqa_pix2struct": Task(from_truths(reading.anls, "pix2struct")),
     "ocrbench": Task(each(lambda a, q: reading.ocrbench_right(a, q["answers"], q["dataset"])), "",
                      totals=reading.ocrbench_totals),
     "ocrbench_lmms": Task(each(lambda a, q: reading.ocrbench_right(a, q["answers"], q["dataset"], True)), "",
                           totals=reading.ocrbench_totals),
     "coco": Task(caption_points, CAPTION, "captions"), "nocaps": Task(caption_points, CAPTION, "captions"),
-    "refcoco": box_points(False), "refcoco_padded": box_points(True)}
+    "refcoco": box_task(False), "refcoco_padded": box_task(True)}
 
 
 def by_type(questions):

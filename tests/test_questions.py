@@ -388,7 +388,7 @@ def test_flamingo_answers_after_examples(model_folder, world):
 
     def examples(row):
         chosen = choose_examples(row, questions, 4)
-        return [(q["text"], example_answer(q), eval.sources(q["image"], world)) for q in chosen]
+        return [(q["text"], example_answer(q), eval.image_sources(q["image"], world)) for q in chosen]
     given = eval.ask(chat, questions[:2], [q["image"] for q in questions[:2]], world, 3, examples)
     assert len(given) == 2 and None not in given and [int((p == 3).sum()) for p in asked] == [5, 5]
 
@@ -478,4 +478,4 @@ def test_a_task_without_toy_questions_needs_data():
     with pytest.raises(Error, match="task=mmmu needs --data=FILE"):
         eval.main(eval.Settings(task="mmmu"))
     with pytest.raises(BadSample, match="not a path"):
-        eval.sources("\0", ".")
+        eval.image_sources("\0", ".")
