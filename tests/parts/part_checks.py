@@ -72,14 +72,14 @@ def check_packed(model, reader=None, dead="-"):
             assert error <= 1e-12 * scale and (scale > 0) != (dead in n), (n, error, scale)
 
 
-def check_flops(model):
-    """The plan counts the FLOPs that torch counts, within 1 %: it may count a gradient of pixels, which is not needed"""
+def check_flops(model, most=1.01):
+    """The plan counts the FLOPs that torch counts, to 1 %: it may count a gradient of pixels, which is not needed"""
     engine.choose(model, {"*": 1e-3}, torch.float64)
     batch = pack(samples(model.cfg), 8, span_ends(model.cfg))
     in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}      # the counter does not know it
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         model(*batch, head=linear_cross_entropy_ref).backward()
-    assert 1 <= plan.step_flops(model, [batch]) / counter.get_total_flops() < 1.01
+    assert 1 <= plan.step_flops(model, [batch]) / counter.get_total_flops() < most
 
 
 def check_no_images(model):

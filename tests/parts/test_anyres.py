@@ -99,7 +99,7 @@ def test_cache_and_labelled_rows():
 
 
 def test_the_plan_counts_as_torch_does():
-    check_flops(random_model(anyres()))
+    check_flops(random_model(anyres()), most=1.014)            # 19 tiles: the gradient of pixels is 1.4 %
 
 
 def test_a_step_has_one_host_device_sync():
