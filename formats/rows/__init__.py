@@ -1,0 +1,16 @@
+"""Data files: where their rows are (Rows, Parquet, Tar, Shards), and what a row contains (conversation).
+
+    open_rows(name)      a file, or a pattern such as "shards/*.parquet" -> an object with
+
+        len(rows), rows[i]    a row is a dict; it is read when it is asked for
+        rows.file             the name
+        rows.bytes            size of all files
+        rows.guess(i)         bytes of text and number of images, roughly, without reading the row
+        rows.digest(h)        update a hash with the contents (index.py says which change it can miss)
+"""
+
+from formats.rows.conversations import ASSISTANT, conversation
+from formats.rows.lines import Rows
+from formats.rows.shards import open_rows
+
+__all__ = ["ASSISTANT", "Rows", "conversation", "open_rows"]

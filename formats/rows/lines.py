@@ -1,0 +1,119 @@
+"""Files of json: a list of objects, or jsonl with one object per line."""
+
+import json
+import mmap
+import os
+import re
+from array import array
+
+import numpy as np
+
+from config import BadSample, stop
+from formats.rows.index import digest, index
+from formats.strict_json import STRICT, strict_json
+
+SPACE = r"[ \t\n\r]*"
+# in a json list: FIRST matches the text before the first row, NEXT matches the text after a row
+FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")
+PART = re.compile(rb'"type" ?: ?"image')   # a part of a message that is an image
+MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
+
+
+def elements(blob):
+    """Find the values in the bytes of a json list -> (values, 2): begin and end of each value in bytes. A value is
+    parsed to find its end, and freed at once. So memory holds the text of the file, but never all parsed values."""
+    text, spans, i, at = str(blob, "utf-8"), array("q"), 0, 0  # i, at: one position, in characters and in bytes
+    between = FIRST.match(text)
+    while between[1] != "]":
+        a = between.end()
+        try:
+            b = STRICT.raw_decode(text, a)[1]
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as e:              # these errors do not say which sample
+            raise ValueError(f"sample {len(spans) // 2}: {e}") from None
+        begin = at + len(text[i:a].encode())
+        at, i = begin + len(text[a:b].encode()), b
+        spans.extend((begin, at))
+        between = NEXT.match(text, b)
+        if not between[1]:
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, between.end())
+    if between.end() < len(text):
+        raise json.JSONDecodeError("Extra data", text, between.end())
+    return np.array(spans, np.int64).reshape(-1, 2)
+
+
+def lines(blob, chunk=2**24):
+    """Find the lines of jsonl that are not blank -> (lines, 2): begin and end of each line in bytes"""
+    view, out, begin = np.frombuffer(blob, np.uint8), [], 0    # begin: of the first line that is not complete
+    for at in range(0, len(view), chunk):
+        ends = np.flatnonzero(view[at : at + chunk] == ord("\n")) + at
+        if at + chunk >= len(view):
+            ends = np.append(ends, len(view))
+        spans = np.stack([np.concatenate([[begin], ends + 1])[: len(ends)], ends], 1)
+        begin = int(ends[-1]) + 1 if len(ends) else begin
+        spans = spans[spans[:, 1] > spans[:, 0]]
+        blank = [i for i in np.flatnonzero(view[spans[:, 0]] <= ord(" ")) if not blob[slice(*spans[i])].strip()]
+        out.append(np.delete(spans, blank, 0))
+    return np.concatenate(out)
+
+
+class Rows:
+    """The rows of one data file. A row is parsed when it is read. Rows stores the positions of the rows and a memory
+    map of the file. All processes of a machine share the memory of this map."""
+
+    def __init__(self, file):
+        self.file = str(file)
+        if not os.path.isfile(file):
+            stop(f"{file} is a folder, no data file" if os.path.isdir(file) else f"no data file {file or '(no name)'}")
+        if os.path.getsize(file) == 0:
+            stop(f"{file} is empty")
+        with open(file, "rb") as f:
+            self.blob = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        first = re.match(rb"(?:\xef\xbb\xbf)?\s*([^\r\n]{0,9})", self.blob)[1].strip()
+        if first[:1] == b"[":
+            try:
+                self.spans = index(file, lambda: elements(self.blob))
+            except ValueError as e:
+                stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
+        # in jsonl, each line is a whole object; a first line "{" begins an object of several lines, which is refused
+        elif first[:1] != b"{" or first == b"{":
+            stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line (pandas converts tables: "
+                 "read_csv(FILE).to_json('rows.jsonl', orient='records', lines=True))")
+        else:
+            self.spans = index(file, lambda: lines(self.blob))                            # (rows, 2): begin, end
+        if not len(self.spans):
+            stop(f"{file} holds no samples")
+
+    def __reduce__(self):                                      # a memory map cannot be pickled: a worker opens its own
+        return Rows, (self.file,)
+
+    @property
+    def bytes(self):
+        return len(self.blob)
+
+    def __len__(self):
+        return len(self.spans)
+
+    def guess(self, i):
+        a, b = self.spans[i]
+        text = self.blob[a : min(b, a + MAX_BYTES)] if b <= self.blob.size() else b""
+        images = max(text.count(b"<image>"), len(PART.findall(text)))
+        return len(text), images or b'"image' in text
+
+    def digest(self, h, total=0):
+        digest(h, self.file, np.ascontiguousarray(self.spans), total)
+
+    def __getitem__(self, i):
+        a, b = self.spans[i]
+        if self.blob.size() < b:                               # to read beyond the file's end would kill the process
+            raise BadSample("the file has become shorter since it was opened")
+        if b - a > MAX_BYTES:
+            raise BadSample("a row is too large", f"{b - a:,} bytes, the limit is {MAX_BYTES:,}")
+        try:
+            row = strict_json(self.blob[a:b].decode("utf-8-sig"), f"{self.file}, sample {i}")
+        except ValueError as e:
+            raise BadSample("not JSON", str(e)) from None
+        if not isinstance(row, dict):
+            raise BadSample("not an object", f"{row!r:.80}")
+        return row

@@ -1,0 +1,169 @@
+"""Tar shards in the convention of WebDataset: the members of a sample are adjacent, and their names are alike up to the
+first dot of the last part. KEY.json or KEY.txt is the text, KEY.jpg, KEY.img0.jpg ... are the images. The json is
+
+    a list of messages, or a row in one of the forms of conversations.py      (KEY.txt: a caption)
+    {"texts": [message ...], "name": [member ...]}                            (LLaVA-OneVision-1.5)
+    {"prompts": [...], "captions": [...], "images": [...]}                    packed: a row for each prompt (the same)
+
+In the last form, one prompt, its captions and its images may be lists: several turns, several images."""
+
+import io
+import mmap
+import os
+import tarfile
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from chat import IMAGE
+from config import BadSample, stop
+from formats.rows.index import digest, index
+from formats.rows.lines import MAX_BYTES
+from formats.strict_json import strict_json
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
+MAX_SAMPLE = 2**30         # bytes of all members of a sample
+
+
+def key_of(name):
+    """-> the part of a member's name that its sample shares; "" for a hidden file"""
+    path = PurePosixPath(name)
+    first = path.name.partition(".")[0]
+    return str(path.with_name(first)) if first and not path.parts[0].startswith(".") else ""
+
+
+def samples(file):
+    """Find the samples of a tar file -> (rows, 2): begin and end of their members in bytes. A sample with several
+    prompts has as many rows."""
+    out, last = [], None
+    with tarfile.open(file, "r:") as tar:
+        for member in tar:
+            tar.members = []                                   # else tarfile keeps an object for each member
+            key = key_of(member.name) if member.isfile() else ""
+            if not key:
+                continue
+            end = member.offset_data + -(-member.size // 512) * 512
+            if key != last:
+                out.append([member.offset, end, 1])
+            out[-1][1], last = end, key
+            if member.name.endswith(".json") and member.size <= MAX_BYTES:
+                out[-1][2] = prompts(tar.extractfile(member).read())
+    table = np.array(out, np.int64).reshape(-1, 3)
+    return np.repeat(table[:, :2], table[:, 2], 0)
+
+
+def prompts(text):
+    """-> number of rows in the json of a sample"""
+    if b'"prompts"' not in text:
+        return 1
+    try:
+        row = strict_json(text.decode("utf-8-sig"), "")
+        return max(1, len(row["prompts"]))
+    except (ValueError, TypeError, KeyError):
+        return 1
+
+
+class Tar:
+    """The rows of a tar file. A row is read from a memory map when it is asked for."""
+
+    def __init__(self, file):
+        self.file = str(file)
+        with open(file, "rb") as f:
+            self.blob = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            self.spans = index(file, lambda: samples(file))
+        except (tarfile.TarError, OSError) as e:
+            stop(f"{file} cannot be read as a tar file: {e}")
+        if not len(self.spans):
+            stop(f"{file} holds no samples: a sample is KEY.json or KEY.txt, and its images KEY.jpg ...")
+
+    def __reduce__(self):
+        return Tar, (self.file,)
+
+    @property
+    def bytes(self):
+        return len(self.blob)
+
+    def __len__(self):
+        return len(self.spans)
+
+    def guess(self, i):
+        return 0, 1                                            # the headers do not say how much is text
+
+    def digest(self, h, total=0):
+        digest(h, self.file, np.ascontiguousarray(self.spans), total)
+
+    def __getitem__(self, i):
+        begin, end = (int(x) for x in self.spans[i])
+        if self.blob.size() < end:
+            raise BadSample("the file has become shorter since it was opened")
+        if end - begin > MAX_SAMPLE:
+            raise BadSample("a row is too large", f"{end - begin:,} bytes, the limit is {MAX_SAMPLE:,}")
+        files = {}
+        try:
+            with tarfile.open(fileobj=io.BytesIO(self.blob[begin:end])) as tar:
+                for member in tar:
+                    if member.isfile() and key_of(member.name):
+                        key, files[member.name] = key_of(member.name), tar.extractfile(member).read()
+        except tarfile.TarError as e:
+            raise BadSample("a tar member cannot be read", str(e)) from None
+        return read_sample(key, files, i - int(np.searchsorted(self.spans[:, 0], begin)))
+
+
+def read_sample(key, files, part=0):
+    """The members of a sample -> a row. files: {name of a member: its bytes}; part: which of several prompts"""
+    ends = {name[len(key) + 1 :]: blob for name, blob in files.items()}                 # KEY.img0.jpg -> img0.jpg
+    if any(name.lower().endswith(VIDEOS) for name in ends):
+        raise BadSample("video is not supported")
+    images = {name: blob for name, blob in ends.items() if name.lower().endswith(IMAGES)}
+    names = {os.path.basename(name): blob for name, blob in files.items()} | files | ends
+    text = next((blob for name, blob in ends.items() if name.endswith("json")), None)
+    if text is None and "txt" not in ends:
+        raise BadSample("no json and no txt in a sample of a tar file", f"{key!r:.80} has {', '.join(ends)}")
+    if text is None:
+        return {"id": key, "images": [*images.values()], "caption": ends["txt"].decode("utf-8", "replace")}
+    if len(text) > MAX_BYTES:
+        raise BadSample("a row is too large", f"{len(text):,} bytes, the limit is {MAX_BYTES:,}")
+    try:
+        row = strict_json(text.decode("utf-8-sig"), key)
+    except ValueError as e:
+        raise BadSample("not JSON", str(e)) from None
+    row = {"messages": row} if isinstance(row, list) else row
+    if not isinstance(row, dict):
+        raise BadSample("not an object", f"{row!r:.80}")
+    row = {"id": key, **row}
+    if "prompts" in row and "captions" in row:
+        row = one_prompt(row, part)
+    inside = within_messages(row, names)                       # do the messages themselves name their images?
+    listed = row.pop("images", None) or row.pop("image", None) or row.pop("name", None) or []
+    listed = listed if isinstance(listed, list) else [listed]
+    known = [names[x] for x in listed if isinstance(x, str) and x in names]
+    row.pop("image", None)
+    row["images"] = [] if inside else known if len(known) == len(listed) and listed else [*images.values()]
+    row["image_first"] = b"<image>" not in text                # no marker: the images stand before the first question
+    return row
+
+
+def one_prompt(row, part):
+    """-> the row of one prompt of a packed sample"""
+    fields = [row.get(field) for field in ("prompts", "captions", "images")]
+    if not all(isinstance(f, list) and len(f) == len(fields[0]) for f in fields):
+        raise BadSample("prompts, captions and images are not lists of the same length")
+    asked, said, images = (x if isinstance(x, list) else [x] for x in (f[part] for f in fields))
+    if len(asked) != len(said):
+        raise BadSample("prompts, captions and images are not lists of the same length")
+    return {"id": f"{row['id']}[{part}]", "images": images,
+            "texts": [{"user": q, "assistant": a} for q, a in zip(asked, said)]}
+
+
+def within_messages(row, names):
+    """Put the bytes of a member in the place of its name in the parts of messages -> was there one?"""
+    found, messages = False, next((row[k] for k in ("messages", "conversations", "texts") if k in row), ())
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            for field in ("image", "path"):
+                if isinstance(part, dict) and isinstance(part.get(field), str) and part[field] in names:
+                    part[field], found = names[part[field]], True
+    return found
