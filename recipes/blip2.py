@@ -4,10 +4,10 @@ language model are frozen; the Q-Former, its projection and the tower's last nor
 Published: under 6 days on 16 A100 for the first stage, under 3 days for the second. The first stage (image-text
 contrast, matching, generation: parts/blip2.py) is train_pairs.py. Without it, a Q-Former starts from nothing.
 
-    python train_sft.py recipes/blip2.py --dry_run                                    # the plan at the paper's size
-    torchrun train_pairs.py recipes/blip2.py --data=toy                               # the toy world: first stage,
-    torchrun train_align.py recipes/blip2.py --data=toy --vision=runs/blip2_pairs     # second stage, on captions,
-    torchrun train_sft.py recipes/blip2.py --data=toy                                 # and on conversations
+    python train_sft.py recipes/blip2.py --dry_run            # the plan at the size of the paper
+    torchrun train_pairs.py recipes/blip2.py --data=toy       # the toy world: first stage, then captions, conversations
+    torchrun train_align.py recipes/blip2.py --data=toy --vision=runs/blip2_pairs/model
+    torchrun train_sft.py recipes/blip2.py --data=toy
 """
 
 from model import VLMConfig

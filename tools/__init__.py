@@ -2,5 +2,6 @@
 
     check_data    check a data file; `python data.py` starts it, too       report         show answers and images
     plot          draw the curves of runs                                  export_gguf    write files for llama.cpp
+    retrieval     recall and zero-shot classes of two towers
     look          page of one answer: probabilities, attention             serve          answer over HTTP; a chat page
 """
