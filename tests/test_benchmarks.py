@@ -29,7 +29,8 @@ LETTERS = [  # answer; the letter by MMMU, MMMU in lmms-eval, VLMEvalKit, lmms-e
     ("Cannot determine the answer", "?", "?", "Z", "C", "C"), ("Answer:A", "?", "A", "A", "A", "A"),
     ("D: three cats", "?", "?", "D", "D", "D"), ("so a dog, that is clear to see for all", "C", "C", "C", "", "C"),
     ("c", "?", "?", "", "", ""), ("The correct answer is a Dog", "C", "C", "A", "D", "C"),
-    ("A: red B: red circle", "?", "?", "", "A", "A")]
+    ("A: red B: red circle", "?", "?", "", "A", "A"), ("C or so I think", "C", "C", "", "C", "C"),
+    ("it has A or D thing, answer is B, ok", "D", "D", "B", "B", "B")]
 
 
 @pytest.mark.parametrize("answer, official, lmms, vlmeval, extract, mmbench", LETTERS)
@@ -49,7 +50,11 @@ def test_mmmu_guesses_as_the_official_generator():
     assert read == [*"AACB", "D", *"BBAA"]
     questions = [{"options": OPTIONS, "answers": ["A"], "type": "all"}] * 4
     assert mmmu.mmmu_points(["?", "?", None, "?"], questions) == [1, 1, 0, 0]     # None draws nothing: A, A, C
+    eight = [{"options": OPTIONS, "answers": [c]} for c in "AACBBBAA"]
+    assert mmmu.mmmu_points(["?"] * 8, eight) == [1] * 8
     assert mmmu.mmmu_totals(["?", "(A)", None, "My DNA is"], questions, []) == {"guessed": 2}
+    eight = [{"options": OPTIONS, "answers": [c]} for c in "AACBBBAA"]
+    assert mmmu.mmmu_points(["?"] * 8, eight) == [1] * 8
     assert mmmu.mmmu_totals(["?", "(A)", None, "My DNA is"], questions, [], lmms=True) == {"guessed": 1}
 
 
@@ -202,6 +207,9 @@ CAPTIONS = ["a cat on a mat", "a dog in a park", "a bus on the street"]
 def test_cider_equals_pycocoevalcap():
     assert captions.cider(CAPTIONS, REFERENCES) == pytest.approx(
         [3.1218646905746237, 2.377441626220262, 1.0584530609594998], abs=1e-12)
+    repeated = ["a cat cat cat on a mat mat", "dog dog dog park park", "street"]          # n-grams are clipped
+    assert captions.cider(repeated, REFERENCES) == pytest.approx(
+        [1.4638731743239246, 0.6885934233761232, 0.729563168412398], abs=1e-12)
     questions = [{"answers": r, "type": "all"} for r in REFERENCES]
     points, result = tasks.evaluate("coco", CAPTIONS, questions)
     assert result["accuracy"] == pytest.approx(2.1859197925847953, abs=1e-12) and points[0] > points[1] > points[2]
