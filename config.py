@@ -57,8 +57,9 @@ def setting(default, about, least=None, most=None, choices=(), resume="same", gr
 
 @dataclasses.dataclass
 class Common:
-    data: str = setting("toy", "LLaVA json, jsonl or toy; a.json:0.7,b.json:0.3 mixes, a.json:0.7:0.2 weights a loss",
-                        resume="free", group="data")
+    data: str = setting("toy", "json, jsonl, parquet, tar, 'DIR/*.tar' or toy; a.json:0.7,b.json:0.3 mixes, "
+                               "a.json:0.7:0.2 weights a loss", resume="free", group="data")
+    min_rating: int = setting(0, "of parquet rows with FineVision's ratings: use those with all ratings this high", 0)
     images: str = setting(".", "folder that image names are relative to", resume="say")
     val_data: str = setting("", "validation data in the same form; empty: no validation, no samples", resume="free")
     template: str = setting("", "of chat.py or parts/templates.py: plain, vicuna_v1 ...; empty: as init was trained")

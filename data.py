@@ -10,7 +10,7 @@
 
 import atexit
 import functools
-import math
+import heapq
 import multiprocessing
 import os
 import runpy
@@ -24,7 +24,7 @@ import torch
 
 import chat
 from config import BadSample, stop
-from formats.rows import Rows, conversation
+from formats.rows import conversation, open_mixture
 from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
 
@@ -101,11 +101,11 @@ def pack(samples, side, span_ends=None, reader=None, weights=()):
 
 def share_out(costs, n):
     """Costs -> n groups of indices with similar cost sums. Each index, highest cost first, joins the cheapest group."""
-    groups, load = [[] for _ in range(n)], [0] * n
+    groups, heap = [[] for _ in range(n)], [(0, k) for k in range(n)]                    # heap: (cost sum, group)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        k = min(range(n), key=lambda k: (load[k], k))
+        load, k = heap[0]
         groups[k].append(i)
-        load[k] += costs[i]
+        heapq.heapreplace(heap, (load + costs[i], k))
     return groups
 
 
@@ -126,7 +126,7 @@ def best_fit(indices, lengths, room):
 
 class StepData(NamedTuple):
     """The work of one rank in one optimizer step."""
-    micro: list       # micro-batches (Batch). All ranks have equally many; a rank with less work gets empty ones
+    micro: list       # micro-batches (Batch)
     names: list       # names of the usable samples of this rank
     dropped: list     # (name, reason) of each unusable sample of this rank
     truncated: int    # number of samples that lost tokens at their end
@@ -135,30 +135,21 @@ class StepData(NamedTuple):
 
 class Steps(torch.utils.data.Dataset):
     """steps[s] -> StepData of this rank for step s. The samples of a step depend only on (seed, s). They are divided
-    between the ranks so that every rank has similar work.
+    between the ranks by an estimate of their cost, and a rank reads only its own. So ranks may have different numbers
+    of micro-batches (run.validate.level adds empty ones).
     spec: "a.json:0.7,b.json:0.3" mixes files by share; "a.json,b.json" takes every sample once per epoch. An epoch has
     as many samples as all files together. A file is shuffled again when all its samples have been drawn. A second
     number, as in "a.json:0.7:0.2", multiplies the loss of the file's tokens. loss="sample": each sample counts 1 in the
     loss, and its supervised tokens share this weight (PaliGemma)."""
+    pack = staticmethod(pack)                                  # a subclass may pack its samples in another way
 
     def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1, span_ends=None,
-                 loss="token"):
+                 loss="token", min_rating=0):
         if max_tokens < encode.max_len:
             stop(f"max_tokens={max_tokens} is less than max_len={encode.max_len}: one sample must fit into a stream")
         image_folder(images)
-        files, shares, weights = zip(*((part.split(":", 2) + ["", ""])[:3] for part in spec.split(",")))
-        self.files = [Rows(f) for f in files]
+        self.files, self.counts, self.weights = open_mixture(spec, min_rating)          # counts: samples per epoch
         self.total = sum(len(r) for r in self.files)
-        try:
-            shares = np.array([float(x) for x in shares] if any(shares) else [len(r) for r in self.files])
-            self.weights = [float(w or 1) for w in weights]
-        except ValueError:
-            shares, self.weights = np.array([math.nan]), []
-        if not (shares.min() >= 0 and 0 < shares.sum() < math.inf and all(0 < w < math.inf for w in self.weights)):
-            stop(f"data={spec}: each file needs a share after a colon, as in a.json:0.7,b.json:0.3, or none does; a "
-                 "second colon may give the weight of its loss, above 0")
-        ends = np.cumsum([0, *shares]) / shares.sum() * self.total
-        self.counts = np.diff(np.round(ends)).astype(int)                              # (files,) samples per epoch
         self.images, self.encode, self.image_spec, self.span_ends = images, encode, image_spec, span_ends
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
         self.loss, self._epoch = loss, (None, None)
@@ -171,8 +162,8 @@ class Steps(torch.utils.data.Dataset):
                 first, end = e * count, (e + 1) * count        # epoch e makes the draws first ... end - 1 of this file
                 laps = range(first // len(rows), -(-end // len(rows)))
                 order = [np.random.default_rng([self.seed, f, lap]).permutation(len(rows)) for lap in laps]
-                picked = np.concatenate([[], *order]).astype(int)[first % len(rows):][:count]
-                draws.append(np.stack([np.full(count, f), picked], 1))
+                picked = np.concatenate([*order, np.zeros(0, int)])[first % len(rows):][:count]
+                draws.append(np.stack([np.full(count, f, np.int32), picked.astype(np.int32)], 1))
             draws = np.concatenate(draws)                                                                 # (total, 2)
             order = np.random.default_rng([self.seed, len(self.files), e, 1]).permutation(len(draws))
             self._epoch = (e, draws[order])
@@ -186,25 +177,28 @@ class Steps(torch.utils.data.Dataset):
     def name(self, file, i):
         return f"{Path(self.files[file].file).name}[{i}]"
 
+    def cost(self, file, i):
+        """Estimate the tokens of LLM and ViT from the size of a row. All ranks estimate all samples of a step alike."""
+        size, images = self.files[file].guess(i)
+        image = images * self.encode.layout.tokens
+        return min(self.encode.max_len, size // 4 + image) + min(self.encode.max_len, image)
+
     def __getitem__(self, step):
-        encoded, dropped, truncated, animated = [], [], 0, 0
-        for n, (f, i) in enumerate(self.samples(step)):        # each rank encodes all samples, to know their costs
-            name, mine = self.name(f, i), n % self.world == self.rank
+        encoded, dropped, truncated, animated, drawn = [], [], 0, 0, self.samples(step)
+        for n in sorted(share_out([self.cost(*at) for at in drawn], self.world)[self.rank]):
+            f, i = drawn[n]
+            name = self.name(f, i)
             try:
                 row = self.files[f][i]
                 name += f" id={row.get('id')!r:.80}"
                 ids, labels, names, cut = self.encode(row, self.images)
                 count = sum(y != IGNORE for y in labels[1:]) if self.loss == "sample" else 1
                 encoded.append((name, ids, labels, names, self.weights[f] / count))
-                truncated += mine and cut > 0
-            except BadSample as e:                             # all ranks find this error; only one rank reports it
-                if mine:
-                    dropped.append((name, str(e)))
-        lengths = [len(ids) for _, ids, *_ in encoded]
-        costs = [len(ids) + ids.count(self.encode.layout.image_id) for _, ids, *_ in encoded]       # LLM + ViT tokens
-        streams = [best_fit(group, lengths, self.max_tokens) for group in share_out(costs, self.world)]
-        mine, micro, names = streams[self.rank], [], []
-        for stream in mine + [[]] * (max(map(len, streams)) - len(mine)):
+                truncated += cut > 0
+            except BadSample as e:
+                dropped.append((name, str(e)))
+        micro, names = [], []
+        for stream in best_fit(range(len(encoded)), [len(ids) for _, ids, *_ in encoded], self.max_tokens):
             samples, weights = [], []
             for j in stream:
                 name, ids, labels, files, weight = encoded[j]
@@ -216,7 +210,7 @@ class Steps(torch.utils.data.Dataset):
                     animated += sum(moving)
                 except BadSample as e:
                     dropped.append((name, str(e)))
-            micro.append(pack(samples, self.image_spec.side, self.span_ends, self.encode.reader, weights))
+            micro.append(self.pack(samples, self.image_spec.side, self.span_ends, self.encode.reader, weights))
         return StepData(micro, names, dropped, truncated, animated)
 
     def pixels(self, file):

@@ -93,11 +93,12 @@ def versions():
 
 
 def data_digest(samples):
-    """Compute a digest (hash) of the data files and their mixture. A run is not resumed if this digest has changed."""
+    """Compute a digest (hash) of the data files and their mixture. A run is not resumed if this digest has changed. Of
+    files of more than 64 MB, it reads only a part (formats/rows/index.py says which change it can miss)."""
     h = hashlib.sha256()
     for rows, draws, weight in zip(samples.files, samples.counts, samples.weights):
-        h.update(b"%d of %d bytes" % (draws, len(rows.blob)) + (f" times {weight}".encode() if weight != 1 else b""))
-        h.update(rows.blob)
+        h.update(b"%d of %d bytes" % (draws, rows.bytes) + (f" times {weight}".encode() if weight != 1 else b""))
+        rows.digest(h)
     return h.hexdigest()
 
 

@@ -24,7 +24,7 @@ from parts.pairs import accuracy, compare_pairs, pair_loss, similarities, vector
 from run import plan, stage
 from run.log import check_dropped, tally
 from run.publish import publish
-from run.validate import Once
+from run.validate import Once, level
 
 # kind -> first pass over a step, loss of a micro-batch, contrastive loss
 METHODS = {"clip": (compare_pairs, pair_loss, clip_loss), "siglip": (compare_pairs, pair_loss, siglip_loss),
@@ -109,11 +109,11 @@ def prepare_pairs(s, world, model, folder, lrs):
 
     def steps_of(data, batch_size, seed, Kind):
         return Kind(data, s.images, PairEncoder(folder.words), spec, batch_size, s.max_tokens, seed, world.rank,
-                    world.size, text_ends(cfg))
+                    world.size, text_ends(cfg), min_rating=s.min_rating)
 
     samples = steps_of(s.data, s.batch_size, s.seed, Steps)
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
-    first, flops = samples[0], plan.flops(model, pair_rows(cfg))
+    (first,), flops = level(samples, [samples[0]], world), plan.flops(model, pair_rows(cfg))
     seen = plan.units(first.micro)
     cost = sum(f * seen[unit] for unit, f in flops.items())
     world.print(*folder.notes, *plan.trained_lines(model, lrs),
@@ -154,7 +154,7 @@ class PairValidation:
             return
         model.eval()
         total, images, texts = 0.0, [], []
-        for part in (self.steps[i] for i in range(len(self.steps))):
+        for part in level(self.steps, (self.steps[i] for i in range(len(self.steps))), self.world):
             if part.micro:
                 image, text, scale, *_ = vectors(model, part.micro, self.world)
                 total += float(loss_fn(image, text, scale).sum())

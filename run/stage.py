@@ -26,7 +26,7 @@ from run import paper, plan
 from run.folder import RunFolder, check_space, path_of, unwritable, would_overwrite
 from run.log import Log, check_dropped, tally
 from run.publish import publish, published_dtype
-from run.validate import Validation, check_overfit
+from run.validate import Validation, check_overfit, level
 
 
 def begin(s, template):
@@ -154,9 +154,9 @@ def prepare(s, world, model, folder, lrs):
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
     encode = Encoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system, instruct.reader(folder, cfg))
     samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size,
-                    span_ends(cfg), s.loss)
+                    span_ends(cfg), s.loss, s.min_rating)
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
-    first = samples[0]
+    first, = level(samples, [samples[0]], world)
     world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
         return Run(exit_code=rehearse(s, world, samples, first))
@@ -177,9 +177,9 @@ def begin_run(s, world, model, folder, lrs, samples, first, steps, flops, valida
     state = files.resume(model, optimizer)
     start = state["step"]
     log = Log(files.out, world, steps, start, flops, s.max_dropped, state)
-    order = [0] * steps if s.overfit else range(start, steps)
-    return Run(model, optimizer, start, steps, log.timed(loader(samples, order, s.workers)), first, files, log,
-               validation, engine.record_signals())
+    batches = log.timed(loader(samples, [0] * steps if s.overfit else range(start, steps), s.workers))
+    return Run(model, optimizer, start, steps, level(samples, batches, world), first, files, log, validation,
+               engine.record_signals())
 
 
 def stopped(run, step, world):

@@ -13,6 +13,15 @@ from generate import Chat
 from loss import total_weight
 
 
+def level(steps, parts, world):
+    """Yield the StepData `parts` of data.Steps, in the same order on all ranks. DDP and FSDP need equally many
+    micro-batches on all ranks: a rank that has fewer gets empty ones."""
+    empty = steps.pack([], steps.image_spec.side, steps.span_ends, steps.encode.reader)
+    for part in parts:
+        most = max(world.sum([len(part.micro) * (rank == world.rank) for rank in range(world.size)]))
+        yield part._replace(micro=part.micro + [empty] * (int(most) - len(part.micro)))
+
+
 class Once(Steps):
     """Steps that take every sample exactly once; the last step may have fewer samples."""
 
@@ -42,7 +51,7 @@ class Validation:
             return
         model.eval()
         total = count = bad = 0.0
-        for part in (self.steps[i] for i in range(len(self.steps))):
+        for part in level(self.steps, (self.steps[i] for i in range(len(self.steps))), self.world):
             bad += len(part.dropped)
             for batch in part.micro:
                 with self.world.autocast():

@@ -28,7 +28,7 @@ import config
 from config import BadSample, setting, stop
 from data import pack
 from formats.configs import image_spec
-from formats.rows import Rows, conversation
+from formats.rows import conversation, open_rows
 from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
 from parts.blip2 import chosen, texts_of
@@ -53,7 +53,7 @@ class Settings:
 def read_pairs(file, images):
     """-> [(path of the image, caption)]"""
     image_folder(images)
-    out, rows = [], Rows(file)
+    out, rows = [], open_rows(file)
     for i in range(len(rows)):
         try:
             turns, names, _ = conversation(rows[i])

@@ -1,5 +1,6 @@
 """Data files: where their rows are (Rows, Parquet, Tar, Shards), and what a row contains (conversation).
 
+    open_mixture(spec)   several files with shares -> files, samples per epoch, weights
     open_rows(name)      a file, or a pattern such as "shards/*.parquet" -> an object with
 
         len(rows), rows[i]    a row is a dict; it is read when it is asked for
@@ -11,6 +12,7 @@
 
 from formats.rows.conversations import ASSISTANT, conversation
 from formats.rows.lines import Rows
+from formats.rows.mixture import open_mixture
 from formats.rows.shards import open_rows
 
-__all__ = ["ASSISTANT", "Rows", "conversation", "open_rows"]
+__all__ = ["ASSISTANT", "Rows", "conversation", "open_mixture", "open_rows"]

@@ -1,0 +1,27 @@
+"""Several data files with shares, "a.json:0.7,b.json:0.3", or without, "a.json,b.json". A second number is the weight of
+a file's loss: "a.json:0.7:0.2"."""
+
+import math
+
+import numpy as np
+
+from config import stop
+from formats.rows.shards import open_rows
+
+
+def open_mixture(spec, min_rating=0):
+    """-> the files (open_rows), samples of each file in an epoch, weight of the loss of each file. An epoch has as many
+    samples as all files together."""
+    files, shares, weights = zip(*((part.split(":", 2) + ["", ""])[:3] for part in spec.split(",")))
+    files = [open_rows(f, min_rating) for f in files]
+    total = sum(len(r) for r in files)
+    try:
+        shares = np.array([float(x) for x in shares] if any(shares) else [len(r) for r in files])
+        weights = [float(w or 1) for w in weights]
+    except ValueError:
+        shares, weights = np.array([math.nan]), []
+    if not (shares.min() >= 0 and 0 < shares.sum() < math.inf and all(0 < w < math.inf for w in weights)):
+        stop(f"data={spec}: each file needs a share after a colon, as in a.json:0.7,b.json:0.3, or none does; a "
+             "second colon may give the weight of its loss, above 0")
+    ends = np.cumsum([0, *shares]) / shares.sum() * total
+    return files, np.diff(np.round(ends)).astype(int), weights
