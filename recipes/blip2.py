@@ -40,7 +40,7 @@ if stage == "pairs":                                   # the first stage: no lan
     if toy:
         parts = ("tokens=12 width=64 qformer.hidden_size=64 qformer.num_hidden_layers=4 qformer.num_attention_heads=4 "
                  "qformer.intermediate_size=256")
-        batch_size, steps, epochs, lr = 64, 0, 10.0, 2e-3
+        batch_size, steps, epochs, lr = 64, 0, 4.0, 2e-3
 elif not align:
     init, vision, llm, parts = "runs/blip2_align", "", "", ""
 del align
