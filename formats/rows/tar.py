@@ -114,15 +114,15 @@ class Tar:
 def read_sample(key, files, part=0):
     """The members of a sample -> a row. files: {name of a member: its bytes}; part: which of several prompts"""
     ends = {name[len(key) + 1 :]: blob for name, blob in files.items()}                 # KEY.img0.jpg -> img0.jpg
-    if any(name.lower().endswith(VIDEOS) for name in ends):
+    if any(name.lower().endswith(VIDEOS) for name in files):
         raise BadSample("video is not supported")
-    images = {name: blob for name, blob in ends.items() if name.lower().endswith(IMAGES)}
+    images = [blob for name, blob in files.items() if name.lower().endswith(IMAGES)]
     names = {os.path.basename(name): blob for name, blob in files.items()} | files | ends
     text = next((blob for name, blob in ends.items() if name.endswith("json")), None)
     if text is None and "txt" not in ends:
         raise BadSample("no json and no txt in a sample of a tar file", f"{key!r:.80} has {', '.join(ends)}")
     if text is None:
-        return {"id": key, "images": [*images.values()], "caption": ends["txt"].decode("utf-8", "replace")}
+        return {"id": key, "images": images, "caption": ends["txt"].decode("utf-8", "replace")}
     if len(text) > MAX_BYTES:
         raise BadSample("a row is too large", f"{len(text):,} bytes, the limit is {MAX_BYTES:,}")
     try:
@@ -140,7 +140,7 @@ def read_sample(key, files, part=0):
     listed = listed if isinstance(listed, list) else [listed]
     known = [names[x] for x in listed if isinstance(x, str) and x in names]
     row.pop("image", None)
-    row["images"] = [] if inside else known if len(known) == len(listed) and listed else [*images.values()]
+    row["images"] = [] if inside else known if len(known) == len(listed) and listed else images or listed
     row["image_first"] = b"<image>" not in text                # no marker: the images stand before the first question
     return row
 

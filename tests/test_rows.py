@@ -1,0 +1,497 @@
+"""Files of data in every form: json, parquet, tar, shards. The same rows, the same samples, one line for the rest."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import formats.rows.index as kept
+from config import BadSample, Error
+from data import Encoder, Steps, loader
+from formats.rows import Rows, conversation, open_mixture, open_rows
+from formats.rows.lines import elements, lines
+from formats.rows.shards import Shards
+from formats.tokenizer import Tokenizer
+from images import ImageSpec, Layout, load_image, safe_path
+
+NAMES = ["a.png", "b.png"]
+TURNS = [("<image>\n<image>\nWhat is it?", "A cat."), ("And then?", "A dog.")]
+
+
+def png(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+RED, BLUE = png("red"), png("blue")
+
+
+def url(blob):
+    return "data:image/png;base64," + base64.b64encode(blob).decode()
+
+
+def turns_as(speaker, text, names=("human", "gpt"), turns=TURNS):
+    return [{speaker: name, text: words} for turn in turns for name, words in zip(names, turn)]
+
+
+def message_parts(*images):
+    first, *rest = turns_as("role", "content", ("user", "assistant"))
+    return [{"role": "user", "content": [*images, {"type": "text", "text": "What is it?"}]}, *rest]
+
+
+def write_tar(path, members, **how):
+    with tarfile.open(path, "w", **how) as tar:
+        for name, blob in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+    return path
+
+
+@pytest.fixture
+def pq():
+    pytest.importorskip("pyarrow", reason="pyarrow is in requirements-test.txt")
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    def write(path, rows, group=2):
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+        return path
+    return write
+
+
+# ---- what a row says ------------------------------------------------------------------------------------------------
+
+TEXTS = [{"user": "What is it? <image>", "assistant": "A cat."}, {"user": "And then?", "assistant": "A dog."}]
+ROWS = {
+    "LLaVA": {"image": NAMES, "conversations": turns_as("from", "value")},
+    "ShareGPT, roles": {"images": NAMES, "conversations": turns_as("from", "value", ("user", "assistant"))},
+    "messages": {"images": NAMES, "messages": turns_as("role", "content", ("user", "assistant"))},
+    "tables": {"images": [{"bytes": None, "path": n} for n in NAMES], "conversations": turns_as("from", "value")},
+    "FineVision": {"images": NAMES, "texts": TEXTS, "source": "x", "relevance_ratings": [5, 4], "relevance_min": 4},
+    "Cauldron": {"images": NAMES, "texts": [{**t, "source": "x"} for t in TEXTS]},
+    "minimind": {"image_bytes": NAMES, "conversations": json.dumps(turns_as("role", "content", ("user", "assistant")))},
+    "parts, images in the row": {"images": NAMES, "messages": message_parts({"type": "image"}, {"type": "image"})},
+    "parts with names": {"messages": message_parts(*({"type": "image", "image": n} for n in NAMES))},
+    "parts with paths": {"messages": message_parts(*({"type": "image_url", "image_url": {"url": n}} for n in NAMES))},
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_every_form_becomes_the_same_conversation(form):
+    turns, names, system = conversation(ROWS[form])
+    turns = [(re.sub(r"<image>\s*", "#", question), answer) for question, answer in turns]
+    assert turns == [("##What is it?", "A cat."), ("And then?", "A dog.")]
+    assert names == NAMES and system is None
+
+
+@pytest.mark.parametrize("image", [RED, {"bytes": RED, "path": "x.png"}, url(RED), {"url": url(RED)},
+                                   base64.b64encode(png("red") + bytes(5000)).decode()])
+def test_an_image_in_a_row_becomes_bytes(image, tmp_path):
+    row = {"image": image, "conversations": turns_as("from", "value", turns=[("<image>", "A.")])}
+    _, (found,), _ = conversation(row)
+    assert isinstance(found, bytes) and load_image(safe_path(tmp_path, found)).getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"image": "https://example.org/a.png"}, "image is a URL, and training downloads nothing"),
+    ({"image": "HTTP://example.org/a.png"}, "image is a URL"),
+    ({"image": {"url": "http://example.org/a.png"}}, "image is a URL"),
+    ({"image": "data:image/png;base64,###"}, "image is not base64"),
+    ({"image": "?" * 5000}, "image is not base64"),
+    ({"image": {"path": None}}, "image is neither a name nor a list of names"),
+    ({"conversations": "[{"}, "not JSON"),
+    ({"conversations": None, "texts": [{"user": "Q", "assistant": 3}]}, "a turn has no text"),
+    ({"conversations": None, "texts": []}, "no conversations"),
+    ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A", "loss": False}]},
+     "an answer without loss is not supported"),
+])
+def test_a_row_that_cannot_be_used_says_why(change, reason):
+    with pytest.raises(BadSample, match=reason):
+        conversation({"image": "a.png", "conversations": turns_as("from", "value"), **change})
+
+
+def test_a_caption_is_an_answer_to_its_image():
+    assert conversation({"image": "a.png", "caption": "A cat."}) == ([("<image>\n", "A cat.")], ["a.png"], None)
+    assert conversation({"texts": [{"user": "Hi", "assistant": "Ho"}]}) == ([("Hi", "Ho")], [], None), "text alone"
+
+
+def test_the_page_of_formats_shows_true_examples():
+    block = (ROOT / "docs" / "formats.md").read_text().split("```jsonl\n")[1].split("```")[0]
+    rows = [json.loads(line) for line in block.splitlines()]
+    assert len(rows) >= 6
+    for row in rows:
+        turns, names, _ = conversation(row)
+        assert turns[0][0].replace("<image>", "").strip() in ("What is this?", "", "A photo  of a cat.")
+        assert turns[0][1] in ("A cat.", "") and names == ["cat.jpg"]
+
+
+# ---- parquet --------------------------------------------------------------------------------------------------------
+
+def table(n=7):
+    return [{"id": str(i), "image": {"bytes": png((i, 0, 0)), "path": None} if i % 3 else None,
+             "conversations": turns_as("from", "value", turns=[("<image>\nHow many?" if i % 3 else "How?", f"{i}.")]),
+             "data_source": "x"} for i in range(n)]
+
+
+def test_a_parquet_table_gives_its_rows(pq, tmp_path):
+    rows = open_rows(pq(tmp_path / "a.parquet", table()))
+    assert len(rows) == 7
+    for i in (6, 0, 3, 2, 1, 5, 4):
+        turns, names, _ = conversation(rows[i])
+        assert turns[0][1] == f"{i}." and rows[i]["id"] == str(i)
+        assert [load_image(safe_path(".", x)).getpixel((0, 0)) for x in names] == [(i, 0, 0)] * (i % 3 > 0)
+    again = pickle.loads(pickle.dumps(rows))
+    assert again[5] == rows[5] and len(again) == 7
+
+
+def test_only_one_row_group_is_read(pq, tmp_path, monkeypatch):
+    import formats.rows.parquet as module
+    rows, read = open_rows(pq(tmp_path / "a.parquet", table())), []
+    real = module.opened
+
+    class Spy:
+        def read_row_group(self, g, **how):
+            read.append(g)
+            return real(rows.file, os.getpid()).read_row_group(g, **how)
+    monkeypatch.setattr(module, "opened", lambda *_: Spy())
+    module.group.cache_clear()
+    assert [rows[i]["id"] for i in (5, 4, 5, 0, 4)] == ["5", "4", "5", "0", "4"]
+    assert read == [2, 0], "a group is read once, and kept"
+    module.group.cache_clear()
+
+
+def test_ratings_choose_rows(pq, tmp_path):
+    rated = [{"images": [{"bytes": RED, "path": None}], "texts": [{"user": "Q", "assistant": str(i)}],
+              "relevance_min": 5, "visual_dependency_min": i % 5 + 1, "image_correspondence_min": 4 if i else None,
+              "formatting_min": 5} for i in range(10)]
+    file = pq(tmp_path / "a.parquet", rated, 3)
+    assert len(open_rows(file)) == 10 and len(open_rows(file, 1)) == 9, "a row without a rating is not used"
+    rows = open_rows(file, 4)
+    assert [conversation(rows[i])[0][0][1] for i in range(len(rows))] == ["3", "4", "8", "9"]
+    assert len(pickle.loads(pickle.dumps(rows))) == 4
+    with pytest.raises(Error, match="no samples with ratings of 5 or more"):
+        open_rows(file, 5)
+    assert len(open_rows(pq(tmp_path / "b.parquet", table()), 4)) == 7, "no ratings: used whole"
+
+
+def test_a_table_of_unknown_form_is_refused(pq, tmp_path):
+    with pytest.raises(Error, match="has columns picture, words, but none of conversations.*rename"):
+        open_rows(pq(tmp_path / "a.parquet", [{"picture": "x", "words": "y"}]))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(Error, match="cannot be read as parquet"):
+        open_rows(tmp_path / "b.parquet")
+    whole = pq(tmp_path / "c.parquet", table()).read_bytes()
+    (tmp_path / "c.parquet").write_bytes(whole[:4] + bytes(len(whole) - 2000) + whole[-1996:])
+    with pytest.raises((BadSample, Error)):
+        conversation(open_rows(tmp_path / "c.parquet")[0])
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(Error, match="pip install pyarrow"):
+        open_rows(tmp_path / "a.parquet")
+
+
+# ---- tar ------------------------------------------------------------------------------------------------------------
+
+MESSAGES = json.dumps(turns_as("role", "content", ("user", "assistant"))).encode()
+PLAIN = json.dumps(turns_as("role", "content", ("user", "assistant"), [("What is it?", "A cat.")])).encode()
+PACKED = {"prompts": ["One?", ["Two?", "Three?"]], "captions": ["1.", ["2.", "3."]],
+          "images": ["img0.jpg", ["img1.jpg", "img0.jpg"]]}
+SAMPLES = {  # members, and for each row: the turns with # for a marker, and the images
+    "two images": ([("x/1.img0.png", RED), ("x/1.img1.png", BLUE), ("x/1.json", MESSAGES)],
+                   [("##What is it?|A cat.|And then?|A dog.", [RED, BLUE])]),
+    "no marker": ([("1.png", RED), ("1.json", PLAIN)], [("#What is it?|A cat.", [RED])]),
+    "caption": ([("1.png", RED), ("1.txt", b"A cat.")], [("#|A cat.", [RED])]),
+    "row": ([("1.json", json.dumps({"image": "whatever.png", "conversations": turns_as(
+        "from", "value", turns=[("<image>\nQ", "A")])}).encode()), ("1.PNG", BLUE)], [("#Q|A", [BLUE])]),
+    "by name": ([("1.image_i.0_b.png", BLUE), ("1.image_i.1_a.png", RED), ("1.json", json.dumps(
+        {"texts": turns_as("role", "content", ("user", "assistant"), [("<image><image>Q", "A")]), "media": "image",
+         "name": ["image_i.1_a.png", "image_i.0_b.png"]}).encode())], [("##Q|A", [RED, BLUE])]),
+    "in parts": ([("1.a.png", RED), ("1.b.png", BLUE), ("1.json", json.dumps(message_parts(
+        {"type": "image", "image": "1.b.png"}, {"type": "image", "image": "a.png"})).encode())],
+        [("##What is it?|A cat.|And then?|A dog.", [BLUE, RED])]),
+    "packed": ([("ps_1.img0.jpg", RED), ("ps_1.img1.jpg", BLUE), ("ps_1.json", json.dumps(PACKED).encode())],
+               [("#One?|1.", [RED]), ("##Two?|2.|Three?|3.", [BLUE, RED])]),
+    "names of files": ([("1.json", json.dumps(ROWS["LLaVA"]).encode())],
+                       [("##What is it?|A cat.|And then?|A dog.", NAMES)]),
+    "text alone": ([("1.json", PLAIN)], [("What is it?|A cat.", [])]),
+}
+
+
+def said(row):
+    turns, names, _ = conversation(row)
+    return "|".join(re.sub(r"<image>\s*", "#", text) for turn in turns for text in turn), names
+
+
+@pytest.mark.parametrize("form", SAMPLES)
+def test_a_tar_sample_becomes_rows(form, tmp_path):
+    members, expected = SAMPLES[form]
+    other = [("0.txt", b"before"), *members, (".hidden.json", b"{"), ("9.txt", b"after")]
+    rows = open_rows(write_tar(tmp_path / "a.tar", other))
+    assert [said(rows[i]) for i in range(len(rows))] == [("|before", []), *expected, ("|after", [])] or \
+        [said(rows[i]) for i in range(1, len(rows) - 1)] == expected
+    assert [said(pickle.loads(pickle.dumps(rows))[i]) for i in range(1, len(rows) - 1)] == expected
+
+
+@pytest.mark.parametrize("how", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_keep_their_samples(how, tmp_path):
+    folder = "a/" * 40 if how == tarfile.USTAR_FORMAT else "a/" * 150 + "ü"
+    members = [(f"{folder}{i}.{end}", blob) for i in range(20) for end, blob in (("png", png((i, 0, 0))),
+                                                                                ("txt", b"%d" % i))]
+    rows = open_rows(write_tar(tmp_path / "a.tar", members, format=how))
+    assert [said(rows[i]) for i in range(len(rows))] == [(f"#|{i}", [png((i, 0, 0))]) for i in range(20)]
+
+
+def test_a_bad_tar_sample_costs_one_sample(tmp_path):
+    rows = open_rows(write_tar(tmp_path / "a.tar", [
+        ("0.json", b"{"), ("1.png", RED), ("2.mp4", b""), ("2.txt", b"x"), ("3.json", b"3"), ("4.txt", b"fine"),
+        ("5.json", json.dumps({**PACKED, "captions": ["1."]}).encode())]))
+    reasons = []
+    for i in range(len(rows)):
+        try:
+            reasons.append(said(rows[i]))
+        except BadSample as e:
+            reasons.append(e.reason)
+    assert reasons == ["not JSON", "no json and no txt in a sample of a tar file", "video is not supported",
+                       "not an object", ("|fine", []),
+                       *["prompts, captions and images are not lists of the same length"] * 2]
+
+
+def test_a_cut_or_empty_tar_is_refused(tmp_path):
+    blob = write_tar(tmp_path / "a.tar", [(f"{i}.txt", bytes(2000)) for i in range(20)]).read_bytes()
+    (tmp_path / "b.tar").write_bytes(blob[:21000])
+    with pytest.raises(Error, match="cannot be read as a tar file"):
+        open_rows(tmp_path / "b.tar")
+    with pytest.raises(Error, match="holds no samples: a sample is KEY.json"):
+        open_rows(write_tar(tmp_path / "c.tar", [(".nv-meta/x.yaml", b"x")]))
+
+
+# ---- files of another kind ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("begin, message", [
+    (b"\x1f\x8b\x08\x00", "is compressed: convert it first, as in gunzip FILE"),
+    (b"PK\x03\x04", "is a zip file"), (b"ARROW1\0\0", r"is an arrow file.*to_parquet"),
+    (b"id,image,text\n", "neither a json list of samples nor jsonl.*read_csv"),
+    (b"\x80\x04\x95", "neither a json list"),
+])
+def test_an_unknown_file_says_how_to_convert(begin, message, tmp_path):
+    (tmp_path / "a.bin").write_bytes(begin + bytes(100))
+    with pytest.raises(Error, match=message):
+        open_rows(tmp_path / "a.bin")
+
+
+# ---- shards ---------------------------------------------------------------------------------------------------------
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def test_a_pattern_is_one_file(pq, tmp_path, monkeypatch):
+    monkeypatch.setattr("formats.rows.shards.OPEN", 2)
+    for k, n in enumerate((3, 1, 4, 2)):
+        write_lines(tmp_path / f"s{k}.jsonl", [{"text": f"{k}.{i}"} for i in range(n)])
+    rows = open_rows(str(tmp_path / "s*.jsonl"))
+    assert isinstance(rows, Shards) and len(rows) == 10
+    assert rows.bytes == sum(f.stat().st_size for f in tmp_path.iterdir())
+    assert " ".join(rows[i]["text"] for i in range(10)) == "0.0 0.1 0.2 1.0 2.0 2.1 2.2 2.3 3.0 3.1"
+    assert [pickle.loads(pickle.dumps(rows))[i]["text"] for i in (9, 3)] == ["3.1", "1.0"]
+    assert rows.shard.cache_info().currsize == 2
+    files, counts, weights = open_mixture(f"{tmp_path / 's*.jsonl'}:0.25,{tmp_path / 's2.jsonl'}:0.75:0.5")
+    assert [len(f) for f in files] == [10, 4] and counts.tolist() == [4, 10] and weights == [1, 0.5]
+    with pytest.raises(Error, match="no file is named like"):
+        open_rows(str(tmp_path / "t*.jsonl"))
+    pq(tmp_path / "s4.parquet", table(3))
+    assert len(open_rows(str(tmp_path / "s[34]*"))) == 5, "files of several kinds"
+
+
+# ---- training reads them --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def forms(pq, tmp_path):
+    """The same 24 samples as jsonl with files, parquet, tar, and three shards of each"""
+    rows = []
+    (tmp_path / "images").mkdir()
+    for i in range(24):
+        (tmp_path / "images" / f"{i}.png").write_bytes(png((i, 9, 9)))
+        turns = turns_as("from", "value", turns=[("<image>\nQ?", f"A {i}")])
+        rows.append({"image": f"{i}.png", "conversations": turns})
+    whole = [{**r, "image": {"bytes": png((i, 9, 9)), "path": r["image"]}} for i, r in enumerate(rows)]
+    members = [(f"{i:02}.{end}", blob) for i, r in enumerate(rows)
+               for end, blob in (("png", png((i, 9, 9))), ("json", json.dumps(r).encode()))]
+    write_lines(tmp_path / "all.jsonl", rows)
+    pq(tmp_path / "all.parquet", whole, 5)
+    write_tar(tmp_path / "all.tar", members)
+    for k in range(3):
+        write_lines(tmp_path / f"part{k}.jsonl", rows[8 * k : 8 * k + 8])
+        pq(tmp_path / f"part{k}.parquet", whole[8 * k : 8 * k + 8], 3)
+        write_tar(tmp_path / f"part{k}.tar", members[16 * k : 16 * k + 16])
+    return tmp_path
+
+
+def steps_of(folder, data, tok, **how):
+    encode = Encoder(Tokenizer(tok), "vicuna_v1", Layout(3, 4), 120, "")
+    return Steps(str(folder / data), str(folder / "images"), encode, ImageSpec(8), 6, 300, 0, **how)
+
+
+def stream(parts):
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for p in parts for b in p.micro for t in b)).hexdigest()
+
+
+@pytest.mark.parametrize("data", ["all.parquet", "all.tar", "part*.jsonl", "part*.parquet", "part*.tar"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_sees_the_same_bytes(forms, data, workers, bytes_folder):
+    expected = [steps_of(forms, "all.jsonl", bytes_folder)[s] for s in range(6)]
+    found = [*loader(steps_of(forms, data, bytes_folder), range(6), workers)]
+    assert not any(p.dropped for p in found) and stream(found) == stream(expected)
+
+
+@pytest.mark.parametrize("data", ["all.jsonl", "part*.parquet", "part*.tar"])
+def test_a_copy_of_steps_opens_its_own_files(forms, data, bytes_folder):
+    steps = steps_of(forms, data, bytes_folder)
+    assert stream([pickle.loads(pickle.dumps(steps))[3]]) == stream([steps[3]])
+
+
+@pytest.mark.parametrize("data", ["all.jsonl", "all.parquet", "part*.tar"])
+def test_ranks_draw_every_sample_once(forms, data, bytes_folder):
+    whole = steps_of(forms, data, bytes_folder)
+    for world in (2, 3, 8):
+        for s in (0, 5):
+            parts = [steps_of(forms, data, bytes_folder, rank=r, world=world)[s] for r in range(world)]
+            names = [n for p in parts for n in p.names]
+            assert sorted(names) == sorted(whole[s].names) and len(set(names)) == 6
+            ids = sorted(b.ids[b.pos == 0].numel() for p in parts for b in p.micro)
+            assert sum(ids) == 6 and sum(len(b.images) for p in parts for b in p.micro) == 6
+
+
+def test_a_rank_reads_only_its_rows(forms, bytes_folder, monkeypatch):
+    steps = steps_of(forms, "all.jsonl", bytes_folder, rank=1, world=3)
+    read, real = [], Rows.__getitem__
+    monkeypatch.setattr(Rows, "__getitem__", lambda self, i: read.append(i) or real(self, i))
+    part = steps[0]
+    assert len(read) == len(part.names) == 2
+
+
+# ---- index and digest -----------------------------------------------------------------------------------------------
+
+def test_lines_are_those_of_a_plain_reader():
+    rng = np.random.default_rng(0)
+    for n in range(200):
+        blob = bytes(rng.choice(list(b"\n\n \t{}ab\r"), rng.integers(1, 60)).astype(np.uint8))
+        true = [m.span() for m in re.finditer(rb"[^\n]+", blob) if m[0].strip()]
+        for chunk in (1, 7, 2**24):
+            assert lines(blob, chunk).tolist() == [[*s] for s in true], blob
+
+
+def open_large(monkeypatch):
+    """From here on, every file is a large one"""
+    monkeypatch.setattr(kept, "KEPT", 0)
+
+
+@pytest.mark.parametrize("data", ["all.jsonl", "all.tar"])
+def test_an_index_is_made_once(forms, data, monkeypatch):
+    small = open_rows(forms / data)
+    assert not [*forms.glob("*.index.npy")], "a small file gets none"
+    open_large(monkeypatch)
+    first = open_rows(forms / data)
+    assert (first.spans == small.spans).all() and (forms / f"{data}.index.npy").is_file()
+    for name in ("formats.rows.lines.lines", "formats.rows.tar.samples"):
+        monkeypatch.setattr(name, lambda *_: 1 / 0)
+    again = open_rows(forms / data)
+    assert isinstance(again.spans, np.memmap) and (again.spans == small.spans).all() and again[3] == small[3]
+    assert [f.name for f in forms.glob(".index*")] == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "pickle", "older", "empty"])
+def test_a_damaged_or_old_index_is_made_again(forms, damage, monkeypatch):
+    open_large(monkeypatch)
+    file, index = forms / "all.jsonl", forms / "all.jsonl.index.npy"
+    true = open_rows(file).spans.tolist()
+    if damage == "cut":
+        index.write_bytes(index.read_bytes()[:-100])
+    elif damage == "other":
+        np.save(index, np.zeros((9, 2)))
+    elif damage == "pickle":
+        np.save(index, np.array([{}]), allow_pickle=True)
+    elif damage == "empty":
+        index.write_bytes(b"")
+    else:
+        row = file.read_text().splitlines()
+        file.write_text("\n".join([*row[1:], row[0]]) + "\n")
+        os.utime(file, (1, 1))
+        true = lines(file.read_bytes()).tolist()
+    assert open_rows(file).spans.tolist() == true and (np.load(index)[2:] == true).all()
+
+
+def test_a_folder_that_is_read_only_is_no_obstacle(forms, tmp_path, monkeypatch):
+    open_large(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    real = kept.tempfile.NamedTemporaryFile
+    refused = {str(forms)}
+
+    def refuse(*args, dir=None, **how):
+        if str(dir) in refused:
+            raise PermissionError
+        return real(*args, dir=dir, **how)
+    monkeypatch.setattr(kept.tempfile, "NamedTemporaryFile", refuse)
+    true = lines((forms / "all.jsonl").read_bytes()).tolist()
+    assert open_rows(forms / "all.jsonl").spans.tolist() == true
+    assert [f.suffix for f in (tmp_path / "cache" / "pumice").iterdir()] == [".npy"]
+    assert isinstance(open_rows(forms / "all.jsonl").spans, np.memmap)
+    refused.add(str(tmp_path / "cache" / "pumice"))
+    assert open_rows(forms / "all.tar")[0]["id"] == "00", "neither folder: in memory"
+
+
+def digest_of(rows):
+    h = hashlib.sha256()
+    rows.digest(h)
+    return h.hexdigest()
+
+
+@pytest.mark.parametrize("data", ["all.jsonl", "all.tar", "all.parquet", "part*.jsonl"])
+def test_a_small_file_is_digested_whole(forms, data):
+    whole = b"".join(f.read_bytes() for f in sorted(forms.glob(data)))
+    assert digest_of(open_rows(str(forms / data))) == hashlib.sha256(whole).hexdigest()
+
+
+def test_a_large_file_is_digested_in_part(tmp_path, monkeypatch):
+    """The digest notices a row of another length, and a byte in a block; it misses a byte between the blocks."""
+    monkeypatch.setattr(kept, "EXACT", 1000)
+    monkeypatch.setattr(kept, "BLOCKS", 4)
+    monkeypatch.setattr(kept, "BLOCK", 64)
+    file = write_lines(tmp_path / "a.jsonl", [{"text": f"{i:90}"} for i in range(100)])
+    blob = file.read_bytes()
+    true = digest_of(open_rows(file))
+    covered = {i for at in np.linspace(0, len(blob) - 64, 4, dtype=int).tolist() for i in range(at, at + 64)}
+    assert {0, len(blob) - 1} <= covered
+    for at in (20, len(blob) - 20, *sorted(covered)[70:250:30]):
+        if blob[at : at + 1] == b" ":
+            file.write_bytes(blob[:at] + b"x" + blob[at + 1 :])
+            assert digest_of(open_rows(file)) != true
+    outside = next(i for i in range(200, len(blob)) if i not in covered and blob[i : i + 1] == b" ")
+    file.write_bytes(blob[:outside] + b"x" + blob[outside + 1 :])
+    assert digest_of(open_rows(file)) == true, "this is what the docstring of digest() says"
+    moved = blob[:outside] + blob[outside + 1 :]                # one row shorter, another longer by one
+    later = next(i for i in range(outside + 500, len(moved)) if i not in covered and moved[i : i + 1] == b" ")
+    file.write_bytes(moved[:later] + b" " + moved[later:])
+    assert file.stat().st_size == len(blob) and digest_of(open_rows(file)) != true
+
+
+def test_elements_of_a_list_are_spans():
+    blob = b'[{"a": "\xc3\xbc"}, 2 ,"x"]'
+    assert [blob[a:b] for a, b in elements(blob)] == [b'{"a": "\xc3\xbc"}', b"2", b'"x"']
+    assert elements(b"[]").shape == (0, 2)
