@@ -1,7 +1,8 @@
-"""The rules of benchmarks, against values that the official programs gave for these inputs. The programs are MMMU's
-mmmu/utils/eval_utils.py, VLMEvalKit's vlmeval/utils/matching_util.py (e8e78f0), lmms-eval (75571cf: mmmu_mcq_utils.py,
-mcq_extract.py, mmbench_evals.py, mme/utils.py, api/metrics.py), MMStar's mmstar.py, LLaVA's eval_science_qa.py and
-convert_gqa_for_eval.py at c121f04, pix2struct's metrics.py, MultimodalOCR's example.py, pycocoevalcap 1.2 with Java."""
+"""The rules of benchmarks. Values that these programs gave for the inputs: MMMU's mmmu/utils/eval_utils.py,
+VLMEvalKit's vlmeval/utils/matching_util.py (e8e78f0), lmms-eval (75571cf: mmmu_mcq_utils.py, mcq_extract.py,
+mmbench_evals.py, mme/utils.py), pycocoevalcap 1.2 with Java. Values by hand, from reading the source: lmms-eval's
+api/metrics.py, MMStar's mmstar.py, LLaVA's eval_science_qa.py and convert_gqa_for_eval.py at c121f04, pix2struct's
+metrics.py, MultimodalOCR's example.py."""
 
 import json
 import random

@@ -44,32 +44,41 @@ def inline(path):
 def card(row, images):
     """Write one row of the answers file as html: image, question, expected answer, given answer, right or wrong."""
     e, text = html.escape, row["text"]
+    several = row["image"] if isinstance(row["image"], list) else [row["image"]] if row["image"] else []
     try:
-        image = inline(safe_path(images, row["image"])) if row["image"] else ""
+        image = "".join(inline(safe_path(images, name)) for name in several)
     except BadSample as problem:
         image = f"<small>{e(str(problem))}</small><br>"
-    verdict = "wrong" if row["score"] <= 0 else "right" if row["score"] >= 1 else f"{row['score']:.0%} right"
+    score = row["score"]
+    verdict = ("not scored" if score is None else "wrong" if score <= 0 else "right" if score >= 1 else
+               f"{score:.0%} right")
     answer = "<i>could not be asked</i>" if text is None else f"<b>{e(text)}</b>" if text else "<i>nothing</i>"
-    question, expected = (row["prompt"].strip().splitlines() or [""])[0], ", ".join(sorted(set(row["answers"])))
+    question, expected = (row["prompt"].strip().splitlines() or [""])[0], ", ".join(sorted(set(row["answers"] or ())))
     return (f'<div class="card {verdict}">{image}{e(question)}<br>expected <b>{e(expected)}</b><br>answered {answer}'
             f'<br><small>{verdict}; {e(str(row["question_id"]))}</small></div>')
 
 
 def page(rows, title, s):
-    """Make one html page from the rows of an answers file. The page contains its images and needs no other file."""
+    """Make one html page from the rows of an answers file. The page contains its images and needs no other file. The
+    scores are None if the questions had no true answers."""
     e, types = html.escape, {}
     for row in rows:
         types.setdefault(row["type"], []).append(row)
-    mean = {kind: sum(row["score"] for row in of) / len(of) for kind, of in types.items()}
-    lost = sum(row["text"] is None for row in rows)
+
+    def mean(of):
+        return sum(row["score"] or 0 for row in of) / len(of)
+
+    if not rows:
+        raise ValueError("it is empty")
+    scored, lost = any(row["score"] is not None for row in rows), sum(row["text"] is None for row in rows)
     out = [f"<!doctype html><meta charset=utf-8><title>{e(title)}</title><style>{STYLE}</style>",
-           f"<h1>{sum(row['score'] for row in rows) / len(rows):.1%} of {len(rows)} questions</h1><p>{e(title)}",
-           f". {lost} could not be asked and count as wrong.</p>"]
-    for kind in sorted(types, key=lambda kind: (mean[kind], kind)):
-        ranked = sorted(types[kind], key=lambda row: row["score"])
+           f"<h1>{f'{mean(rows):.1%} of ' if scored else ''}{len(rows)} questions</h1><p>{e(title)}",
+           f". {lost} could not be asked{' and count as wrong' if scored else ''}.</p>"]
+    for kind in sorted(types, key=lambda kind: (mean(types[kind]), kind)):
+        ranked = sorted(types[kind], key=lambda row: row["score"] or 0)
         shown = ranked[: s.worst] + ranked[s.worst :][-s.best :]
-        wrong = sum(row["score"] < 1 for row in ranked)
-        out += [f"<h2>{e(kind)} {mean[kind]:.1%} <small>{wrong} of {len(ranked)} not right; {len(shown)} shown</small>",
+        wrong = f"{sum(row['score'] < 1 for row in ranked)} of {len(ranked)} not right" if scored else "not scored"
+        out += [f"<h2>{e(kind)} {f'{mean(ranked):.1%} ' if scored else ''}<small>{wrong}; {len(shown)} shown</small>",
                 "</h2><div class=cards>", *(card(row, s.images) for row in shown), "</div>"]
     return "\n".join(out) + "\n"
 

@@ -49,6 +49,14 @@ def test_an_unreadable_question_is_on_the_page(tmp_path):
     assert "expected <b>\\ud800</b>" in page
 
 
+def test_answers_without_scores_and_several_images(tmp_path):
+    """A benchmark may publish its questions without their answers, and a question may have several images."""
+    bare = {"score": None, "answers": []}
+    page = page_of(tmp_path, [row(1, **bare, image=["0.png", "big.png"]), row(2, **bare)])
+    assert "<h1>2 questions</h1>" in page and "not scored; 2 shown" in page and "%" not in page.split("</style>")[1]
+    assert page.count("<img") == 3 and page.count('class="card not scored"') == 2
+
+
 @pytest.mark.parametrize("text", ["", "{\n", "[1]\n", '{"question_id": 1}\n', '{"type": "a", "score": "x"}\n'])
 def test_another_file_ends_in_one_line(tmp_path, text):
     (tmp_path / "x.jsonl").write_text(text)
