@@ -151,8 +151,10 @@ def read_request(text, s):
     options = field_of(body, "stream_options", (dict,), {})
     if set(options) - {"include_usage", "include_obfuscation"}:
         wrong("stream_options", "only include_usage is supported")
-    most = field_of(body, "max_completion_tokens", (int,), field_of(body, "max_tokens", (int,), None, 1, 2**31), 1, 2**31)
-    return Asked(turns, images, system, most, float(field_of(body, "temperature", (int, float), 0.0, 0, 100)),
+    most = field_of(body, "max_tokens", (int,), None, 1, 2**31)
+    most = field_of(body, "max_completion_tokens", (int,), most, 1, 2**31)
+    temperature = float(field_of(body, "temperature", (int, float), 0.0, 0, 100))
+    return Asked(turns, images, system, most, temperature,
                  field_of(body, "seed", (int,), 0, -2**63, 2**63 - 1) % 2**32, stops, stream,
                  field_of(options, "include_usage", (bool,), False), top if logprobs else None,
                  field_of(body, "look", (bool,), False))
@@ -229,11 +231,12 @@ def open_image(data, number):
 
 def text_so_far(chat, ids):
     """Ids of an unfinished answer -> its text, without the end that a later token may still change: the bytes of an
-    unfinished character (byte-level tokenizers decode them to U+FFFD, others have tokens of one byte, <0x0A>)"""
-    n = len(ids)
-    while n and re.fullmatch("<0x..>", chat.tok.full.id_to_token(ids[n - 1]) or ""):
+    unfinished character. Byte-level tokenizers decode them to U+FFFD; others have tokens of one byte, <0x0A>, and read
+    adjacent ones together, even if a control token stands between them"""
+    tok, n = chat.tok, len(ids)
+    while n and (re.fullmatch("<0x..>", piece := tok.full.id_to_token(ids[n - 1]) or "") or piece in tok.specials):
         n -= 1
-    return chat.tok.decode(ids[:n]).strip().rstrip("\ufffd").rstrip()
+    return tok.decode(ids[:n]).strip().rstrip("\ufffd").rstrip()
 
 
 def before_stop(text, stops):
@@ -268,8 +271,8 @@ def answer_request(chat, asked, s, begin, emit, left):
     prompt = templates.encode(chat.tok, chat.template, asked.turns, blocks, system)[0]
     room = chat.cfg.text.max_position_embeddings - len(prompt)
     if room < (asked.max_tokens or 1):
-        raise Refusal(400, f"{len(prompt)} tokens of the prompt and {asked.max_tokens or 1} of the answer are more than "
-                      f"the {room + len(prompt)} of this model", "messages", "context_length_exceeded")
+        raise Refusal(400, f"{len(prompt)} tokens of the prompt and {asked.max_tokens or 1} of the answer are more "
+                      f"than the {room + len(prompt)} of this model", "messages", "context_length_exceeded")
     most, prompt = asked.max_tokens or min(room, s.max_new_tokens), torch.tensor(prompt)
     begin()
     sent, steps = "", []
@@ -312,7 +315,8 @@ def log_probabilities(chat, prompt, ids, tiles, top):
 
     p = read_again(chat, prompt, ids, tiles)[0] if ids else []
     return [row(piece_text(chat.tok, ids[:t], i), p[t, i]) | {"top_logprobs": [
-        row(piece_text(chat.tok, ids[:t], int(j)), p[t, j]) for j in p[t].topk(top).indices]} for t, i in enumerate(ids)]
+        row(piece_text(chat.tok, ids[:t], int(j)), p[t, j]) for j in p[t].topk(top).indices]}
+        for t, i in enumerate(ids)]
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
@@ -332,7 +336,8 @@ def served_page(model):
     for name, files in parts.items():
         page = page.replace(f"<!-- {name} -->", f"<{name}>" + "".join((PAGE / f).read_text("utf-8") for f in files)
                             + f"</{name}>")
-    return page.replace("<!-- data -->", f"<script type=application/json id=data>{safe_json({'model': model})}</script>")
+    data = safe_json({"model": model})
+    return page.replace("<!-- data -->", f"<script type=application/json id=data>{data}</script>")
 
 
 class Server(ThreadingHTTPServer):

@@ -96,7 +96,7 @@ class Panel {
     });
     const peak = record[this.kind].peak[l][this.t];
     this.peak.textContent = "Brightest place: " + (this.kind === "raw" ? percent(peak) + " of the token's attention"
-      : peak.toPrecision(2) + " times the attention of the neutral question") + ", mean over heads.";
+      : (peak < 9.5 ? peak.toPrecision(2) : Math.round(peak)) + " times the attention of the neutral question") + ", mean over heads.";
   }
 }
 
