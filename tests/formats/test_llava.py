@@ -348,7 +348,7 @@ def test_image_tokens_are_called_index_or_id(llava_folder, tmp_path):
     (dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy 'full'"),
     (dict(projector_hidden_act="relu"), "projector_hidden_act 'relu'"),
     (dict(vision_feature_layer=[-2, -5]), "feature layers [-2, -5]; one is supported"),
-    (dict(model_type="llava_next"), "not a llava model"),
+    (dict(model_type="llava_onevision"), "not a llava model"),
 ])
 def test_a_llava_of_another_kind_is_refused(llava_folder, tmp_path, new, says):
     folder = shutil.copytree(llava_folder, tmp_path / "other")
