@@ -15,6 +15,10 @@ g.T @ (w * hidden), and both products with w have the width C.
 A chunk should have many rows. Its matrix products do 6 V C flops per row. Each chunk adds to the gradient of weight in
 fp32. This moves 10 V C bytes, however few rows the chunk has. At 790 TFLOP/s and 4.3 TB/s, products and addition take
 equal time at 300 rows.
+
+row_losses() returns the losses of the rows, not their sum. Then backward receives one factor per row, which forward
+does not know. So forward computes the losses alone, and backward computes each chunk of logits again. This costs 2 V C
+more flops per row.
 """
 
 import torch
@@ -48,11 +52,16 @@ def logits_bytes(R, V, like):
     return min(R, chunk_rows(V, like.dtype)) * V * each
 
 
-def linear_cross_entropy_ref(hidden, weight, labels, weights=None):
-    """Compute the summed loss by its definition in plain torch. All logits exist at the same time."""
+def row_losses_ref(hidden, weight, labels):
+    """Compute the loss of each row (R,) by its definition in plain torch. All logits exist at the same time."""
     logits = hidden @ weight.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+
+
+def linear_cross_entropy_ref(hidden, weight, labels, weights=None):
+    """Compute the summed loss by its definition in plain torch."""
+    loss = row_losses_ref(hidden, weight, labels)
     return (loss if weights is None or not len(weights) else loss * weights).sum()
 
 
@@ -204,11 +213,66 @@ def linear_cross_entropy(hidden, weight, labels, weights=None, chunk=None):
 
     For any other label outside [0, V), plain torch raises RuntimeError. The kernel returns nan instead, because a check
     would make the CPU wait for the GPU."""
-    assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
     weights = None if weights is None or not len(weights) else weights
     assert weights is None or len(weights) == len(labels), f"{len(weights)} weights, {len(labels)} labels"
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    chunk = chunk or chunk_rows(weight.shape[0], dtype)
+    chunk, dtype = _chunk_and_dtype(hidden, weight, labels, chunk)
     need_h, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
     return linear_cross_entropy_op(hidden, weight, labels, chunk, dtype, need_h, need_w, weights)[0]
+
+
+def _chunk_and_dtype(hidden, weight, labels, chunk):
+    """Return the number of rows per chunk and the dtype of the matrix products."""
+    assert hidden.shape[0] == labels.shape[0], f"{hidden.shape[0]} rows, {labels.shape[0]} labels"
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return chunk or chunk_rows(weight.shape[0], dtype), dtype
+
+
+# ---- the losses of the rows -----------------------------------------------------------------------------------------
+
+@on_its_device
+def losses_of_rows(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int, dtype: torch.dtype
+                   ) -> torch.Tensor:
+    """Return the loss of each row (R,) in fp32 (in fp64 if `dtype` is fp64). chunk, dtype: as in loss_and_gradients"""
+    R, V = hidden.shape[0], weight.shape[0]
+    hidden, weight, labels = hidden.to(dtype), weight.to(dtype), labels.contiguous()
+    loss = _losses(hidden, weight, labels, chunk, dtype)
+    to_gradient = logits_to_gradient_triton if kernel_applies(hidden) else logits_to_gradient_torch
+    room = hidden.new_empty(min(chunk, R), V)                                 # all chunks use this buffer in turn
+    with torch.autocast(hidden.device.type, enabled=False):
+        for i in range(0, R, chunk):
+            h = hidden[i : i + chunk]
+            logits = torch.mm(h, weight.T, out=room[: h.shape[0]])            # (chunk, V)
+            loss[i : i + chunk] = to_gradient(logits, labels[i : i + chunk], False)[0]
+    return loss
+
+
+def _losses(hidden, weight, labels, chunk, dtype):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(torch.float32, dtype))
+
+
+row_losses_op = torch.library.custom_op("pumice::row_losses", losses_of_rows, mutates_args=())
+row_losses_op.register_fake(_losses)
+
+
+def _setup_rows(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[3:]
+
+
+@torch.autograd.function.once_differentiable
+def _backward_rows(ctx, grad):
+    """Compute the gradients of the losses, weighted by grad (R,): the gradients of linear_cross_entropy."""
+    (hidden, weight, labels), (need_h, need_w, *_) = ctx.saved_tensors, ctx.needs_input_grad
+    _, dh, dw = linear_cross_entropy_op(hidden, weight, labels, *ctx.rest, need_h, need_w, grad.contiguous())
+    dh = (dh.to(grad.dtype) * grad[:, None]).to(hidden) if need_h else None
+    return dh, dw.to(weight) if need_w else None, None, None, None
+
+
+row_losses_op.register_autograd(_backward_rows, setup_context=_setup_rows)
+
+
+def row_losses(hidden, weight, labels, weights=None, chunk=None):
+    """Return the loss of each row (R,): -log softmax(hidden @ weight.T)[label], 0 where the label is -100. Labels and
+    `chunk` are as in linear_cross_entropy. weights: not read; a `head` of model.VLM gets them"""
+    return row_losses_op(hidden, weight, labels, *_chunk_and_dtype(hidden, weight, labels, chunk))

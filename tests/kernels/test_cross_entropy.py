@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 from compile_check import assert_fits, compile_for
-from kernel_cases import TIGHT, NewTensors, allocations, check_error, opcheck
+from kernel_cases import TIGHT, NewTensors, allocations, check_error, opcheck, saved
 
 from kernels import cross_entropy as module
 from kernels.cross_entropy import (IGNORE, LOGITS_TILES, linear_cross_entropy, linear_cross_entropy_ref, logits_bytes,
-                                   loss_and_gradients)
+                                   loss_and_gradients, losses_of_rows, row_losses, row_losses_ref)
 
 
 def case(R=37, C=8, V=201, dtype=torch.float64):
@@ -73,6 +73,80 @@ def test_weights_of_one_change_no_bit(dtype):
         assert all(map(torch.equal, plain, with_gradients(linear_cross_entropy, *args, weights=w, chunk=7)))
     none, empty = (with_gradients(linear_cross_entropy_ref, *args, weights=w) for w in (None, torch.zeros(0)))
     assert all(map(torch.equal, none, empty))
+
+
+def rows_with_gradients(f, hidden, weight, labels, **how):
+    """-> losses of the rows, gradients; each row has its own factor, some are negative, some 0"""
+    losses = f(hidden, weight, labels, **how)
+    up = torch.linspace(-2, 3, len(losses), dtype=losses.dtype)
+    up[1::4] = 0
+    return [losses.detach(), *torch.autograd.grad(losses, (hidden, weight), up)]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 36, 37, None])
+@pytest.mark.parametrize("R, V", [(37, 201), (1, 3), (0, 5)])
+def test_losses_of_rows_equal_the_definition(R, V, chunk):
+    args = case(R, V=V)
+    truth = rows_with_gradients(row_losses_ref, *args)
+    for ours, theirs in zip(rows_with_gradients(row_losses, *args, chunk=chunk), truth, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=TIGHT, atol=TIGHT)
+
+
+def test_losses_of_rows_sum_to_the_loss():
+    """Their sum has the gradients of the summed loss to the last bit: the products are the same."""
+    args = case()
+    rows, whole = row_losses(*args, chunk=7).sum(), linear_cross_entropy(*args, chunk=7)
+    assert abs(rows - whole) < TIGHT
+    for a, b in zip(*(torch.autograd.grad(x, args[:2]) for x in (rows, whole))):
+        assert torch.equal(a, b)
+
+
+def test_gradients_of_rows_equal_finite_differences():
+    hidden, weight, labels = case(4, 3, 5)
+    assert torch.autograd.gradcheck(lambda h, w: row_losses(h, w, labels, chunk=3), (hidden, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_err_at_most_twice_as_much(dtype):
+    hidden, weight, labels = case(64, 32, 300, dtype=dtype)
+    truth = rows_with_gradients(row_losses_ref, hidden.double(), weight.double(), labels)
+    theirs = rows_with_gradients(row_losses_ref, hidden, weight, labels)
+    ours = rows_with_gradients(row_losses, hidden, weight, labels, chunk=20)
+    assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == dtype
+    for results in zip(ours, theirs, truth):
+        check_error(*results, terms=32 + 300 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_a_frozen_side_of_rows(frozen):
+    hidden, weight, labels = case()
+    _, dh, dw = rows_with_gradients(row_losses, hidden, weight, labels)
+    (weight if frozen == "weight" else hidden).requires_grad_(False)
+    losses = row_losses(hidden, weight, labels)
+    up = torch.linspace(-2, 3, 37, dtype=losses.dtype)
+    up[1::4] = 0
+    losses.backward(up)
+    assert (hidden if frozen == "hidden" else weight).grad is None
+    assert torch.equal(*((hidden.grad, dh) if frozen == "weight" else (weight.grad, dw)))
+
+
+def test_rows_hold_one_chunk_of_logits():
+    """Nothing else of its size exists, and the graph keeps no logits and no gradient of the weight"""
+    hidden, weight, labels = case(500, 16, 1000, dtype=torch.float32)
+    with NewTensors() as new, torch.no_grad():
+        losses_of_rows(hidden, weight, labels, 50, torch.float32)
+    assert max(new.bytes) == 50 * 1000 * 4 and new.bytes.count(max(new.bytes)) == 1
+    assert saved(lambda h, w: row_losses(h, w, labels, chunk=50), hidden, weight) == labels.nbytes
+
+
+def test_rows_pass_opcheck_and_compile():
+    hidden, weight, labels = case(5, 4, 7, dtype=torch.float32)
+    opcheck(torch.ops.pumice.row_losses, (hidden, weight, labels, 2, torch.float32))
+    f = torch.compile(row_losses, fullgraph=True, backend="aot_eager", dynamic=True)
+    args = case(37, dtype=torch.float32)
+    for ours, theirs in zip(rows_with_gradients(f, *args), rows_with_gradients(row_losses, *args)):
+        assert torch.equal(ours, theirs)
 
 
 def test_ignored_rows_add_nothing():

@@ -8,7 +8,7 @@ from kernel_cases import check_error, opcheck, strided
 import kernels
 from kernels import cross_entropy as module
 from kernels.cross_entropy import (IGNORE, linear_cross_entropy, linear_cross_entropy_ref, logits_to_gradient_torch,
-                                   logits_to_gradient_triton)
+                                   logits_to_gradient_triton, row_losses, row_losses_ref)
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +121,20 @@ def test_weights_of_rows_err_at_most_twice_as_much(dtype):
     for a, b in zip(with_gradients(linear_cross_entropy, *args, weights=torch.ones(17), chunk=5),
                     with_gradients(linear_cross_entropy, *args, chunk=5)):
         assert torch.equal(a, b), "weights of 1 change no bit"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_losses_of_rows_err_at_most_twice_as_much(dtype):
+    hidden, weight, labels = case(17, 16, 97, dtype)
+    up = torch.linspace(-2, 3, 17)
+
+    def both(f, h, w, **how):
+        losses = f(h, w, labels, **how)
+        return [losses.detach(), *torch.autograd.grad(losses, (h, w), up.to(losses.dtype))]
+
+    truth = both(row_losses_ref, *(t.detach().double().requires_grad_() for t in (hidden, weight)))
+    for results in zip(both(row_losses, hidden, weight, chunk=5), both(row_losses_ref, hidden, weight), truth):
+        check_error(*results, terms=16 + 97 if dtype == torch.float32 else 1)
 
 
 @pytest.mark.parametrize("label", [-1, 70, 2**31 + 5, -2**40])
