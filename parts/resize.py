@@ -33,13 +33,18 @@ def grid(table, m, antialias=False):
     return x.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
 
-def resampled(table, v, side):
-    """Position table (first + n n, D) of a tower with VisionConfig v -> (first + m m, D), for images of this side;
-    first: 1 with a class token, else 0"""
-    n, m, first = v.image_size // v.patch_size, side // v.patch_size, int(v.class_token)
+def check_side(v, side):
+    """Stop if a tower with VisionConfig v cannot read images of this side"""
     if not v.patch_size <= side <= LARGER * v.image_size:
         stop(f"images of side {side}; this vision tower was trained on {v.image_size}, and its positions can be "
              f"resampled for {v.patch_size} to {LARGER * v.image_size}")
+
+
+def resampled(table, v, side):
+    """Position table (first + n n, D) of a tower with VisionConfig v -> (first + m m, D), for images of this side;
+    first: 1 with a class token, else 0"""
+    check_side(v, side)
+    n, m, first = v.image_size // v.patch_size, side // v.patch_size, int(v.class_token)
     if m == n:
         return table
     return torch.cat([table[:first], grid(table[first:], m, v.model_type == "dinov2_with_registers")])
@@ -49,11 +54,12 @@ def resize(cfg, tensors, side):
     """Change a VLMConfig and its {our name: tensor} to images of this side. A Qwen-VL tower has no table to resample:
     it does so itself in every forward pass."""
     v, P = cfg.vision, cfg.vision.patches
-    r = group_side(P, cfg.tokens) if cfg.connector == "shuffle" else 0
+    r = group_side(P, cfg.tokens) if cfg.connector in ("shuffle", "shuffle_linear") else 0
     for tower, w in (("", v), ("second.", cfg.second)):
-        if w and (name := f"vision_tower.{tower}{POSITIONS}") in tensors:
-            tensors[name] = resampled(tensors[name], w, side)
         if w:
+            check_side(w, side)                                # a Qwen-VL tower has no table
+            if (name := f"vision_tower.{tower}{POSITIONS}") in tensors:
+                tensors[name] = resampled(tensors[name], w, side)
             w.image_size = side
     if CONNECTOR in tensors and v.patches != P:
         tensors[CONNECTOR] = grid(tensors[CONNECTOR], math.isqrt(v.patches))

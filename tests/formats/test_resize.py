@@ -180,6 +180,7 @@ PARTS = {"qwen": (QWEN, (), 4), "resampler": ("connector=resampler tokens=4 conn
          "abstractor": ("connector=abstractor tokens=4 connector_args.width=8 connector_args.depth=1",
                         (TABLE, "multi_modal_projector.position_embedding"), 4),
          "pool": ("connector=pool tokens=1", (TABLE,), 1), "shuffle": ("connector=shuffle tokens=1", (TABLE,), 4),
+         "matrix": ("connector=shuffle_linear tokens=1", (TABLE,), 4),
          "class token": ("connector=linear_norm tokens=5 vision.keep_class=true", (TABLE,), 17)}
 
 
@@ -222,8 +223,10 @@ def test_nothing_else_of_init_may_change(parts, says, aligned, world, tmp_path):
 def test_impossible_sizes_are_one_line(world, tmp_path):
     grid = 'connector=shuffle tokens=1 layout={"kind":"grid","most":2}'
     for parts, size, says in [(grid, 16, "into tiles, and their size cannot change"),
+                              (QWEN, 0, "resampled for 4 to 32"), (QWEN, 36, "resampled for 4 to 32"),
+                              ("connector=shuffle_linear tokens=1", 12, "9 patches are not groups of 2 x 2"),
                               ("connector=shuffle tokens=1", 12, "9 patches are not groups of 2 x 2"),
                               ("connector=pool tokens=4", 4, "pooling cannot turn 1 patches into tokens=4")]:
-        out = tmp_path / str(size) / parts[:14]
+        out = tmp_path / str(size) / parts[10:26]
         assert run("align", world, out, parts=parts, steps=1) is None
         assert says in error(llava.load_model, init=out, parts=f"vision.image_size={size}")
