@@ -34,13 +34,13 @@ import torch
 
 import config
 import engine
-import metrics
 from config import BadSample, setting
 from formats.answers import answered_questions, plain_row, read_answers
 from formats.questions import choose_examples, example_answer, read_questions
 from formats.whole import write_file
 from generate import Chat, with_marker
 from images import image_folder, safe_path
+from metrics.tasks import TASKS, compare, evaluate
 from run.folder import unwritable
 
 TOY_TASKS = ("exact", "vqa", "vqa_official", "pope")          # the toy world has questions for these
@@ -49,7 +49,7 @@ TOY_TASKS = ("exact", "vqa", "vqa_official", "pope")          # the toy world ha
 @dataclasses.dataclass
 class Settings:
     model: str = setting("runs/sft", "a run, its model/ or adapter/, any LLaVA folder or adapter")
-    task: str = setting("exact", "how an answer is scored", choices=tuple(metrics.TASKS))
+    task: str = setting("exact", "how an answer is scored", choices=tuple(TASKS))
     data: str = setting("", "file of questions; empty: the toy world's held-out ones")
     images: str = setting("", "folder that image names are relative to; empty: the folder of the data")
     answers: str = setting("", "file to write; empty: answers_HOW.jsonl in the run, or in answers/ if it is read-only")
@@ -140,10 +140,10 @@ def answers_file(s, name):
 
 def score_all(s, rows, answers):
     """-> the score of each answer, dict of all scores; with --against, a test against the answers of another run"""
-    points, result = metrics.evaluate(s.task, answers, rows)
+    points, result = evaluate(s.task, answers, rows)
     if s.against and None not in points:
         others = read_answers(s.against, rows)
-        result["against"] = {"answers": s.against} | metrics.compare(s.task, answers, others, rows)
+        result["against"] = {"answers": s.against} | compare(s.task, answers, others, rows)
     return points, {"task": s.task} | result | {"unreadable": answers.count(None)}
 
 
@@ -153,7 +153,12 @@ def main(s):
         config.stop("--blind and --shuffled are two different controls: choose one")
     if s.score:
         rows = read_questions(s.data, s.task) if s.data else answered_questions(s.score)
-        print(json.dumps(score_all(s, rows, read_answers(s.score, rows))[1] | {"data": s.data, "score": s.score}))
+        try:
+            result = score_all(s, rows, read_answers(s.score, rows))[1]
+        except KeyError as key:                                   # of answers to another task
+            config.stop(f"{s.score}: its answers have no {key}, which task={s.task} reads; --data=FILE names the "
+                        "questions")
+        print(json.dumps(result | {"data": s.data, "score": s.score}))
         return
     if not s.data and s.task not in TOY_TASKS:
         config.stop(f"task={s.task} needs --data=FILE; the toy world has questions for {', '.join(TOY_TASKS)}")

@@ -34,9 +34,8 @@ from config import BadSample, stop
 from formats.rows import Rows
 from formats.strict_json import strict_json
 from images import FORMATS
-from metrics import TASKS
 from metrics.boxes import read_box
-from metrics.tasks import SHORT
+from metrics.tasks import SHORT, TASKS
 
 ID = ("question_id", "questionId", "index", "id")
 QUESTION = ("question", "query", "sent", "expression")
@@ -361,10 +360,12 @@ def rotations(question):
     out, letters = [], [*question["options"]]
     if "" in question["options"].values():
         stop(f"question {question['question_id']!r}: circular evaluation needs the texts of its options")
-    lines = [f"{c}. {question['options'][c]}" for c in letters]
+    lines = "\n".join(f"{c}. {o}" for c, o in question["options"].items())
+    if lines not in question["text"]:
+        stop(f"question {question['question_id']!r}: circular evaluation needs its options as lines, {lines[:40]!r}")
     for r in range(len(letters)):
         turned = {c: question["options"][letters[(k + r) % len(letters)]] for k, c in enumerate(letters)}
-        text = question["text"].replace("\n".join(lines), "\n".join(f"{c}. {o}" for c, o in turned.items()))
+        text = question["text"].replace(lines, "\n".join(f"{c}. {o}" for c, o in turned.items()))
         answers = [letters[(letters.index(a) - r) % len(letters)] for a in question["answers"]]
         number = question["question_id"]
         number = number + r * 10**6 if isinstance(number, int) else f"{number}_{r}"

@@ -7,10 +7,3 @@ tests/test_benchmarks.py compares the scores with values of these programs. docs
     boxes       RefCOCO                                               certainty   confidence intervals, paired tests
     tasks       the table of all tasks; evaluate(), compare()
 """
-
-from metrics.tasks import TASKS, compare, evaluate
-from metrics.words import CONTRACTIONS, exact, vqa_accuracy, vqa_normalise
-from metrics.yes_no import pope, pope_answer, pope_by_type
-
-__all__ = ["CONTRACTIONS", "TASKS", "compare", "evaluate", "exact", "pope", "pope_answer", "pope_by_type",
-           "vqa_accuracy", "vqa_normalise"]

@@ -2,8 +2,8 @@
 
 import pytest
 
-import metrics
-from metrics import exact, pope, pope_answer, pope_by_type, vqa_accuracy, vqa_normalise
+from metrics.words import CONTRACTIONS, exact, vqa_accuracy, vqa_normalise
+from metrics.yes_no import pope, pope_answer, pope_by_type
 
 # answer, the official script's normalisation of it, EvalAI's
 STRINGS = [(a, b, b) for a, b in [
@@ -21,7 +21,7 @@ def test_answers_are_normalised_as_published(answer, official, evalai):
 
 
 def test_the_contractions_are_the_published_ones():
-    assert len(metrics.CONTRACTIONS) == 120                      # 75 whole forms and 45 that miss one apostrophe
+    assert len(CONTRACTIONS) == 120                      # 75 whole forms and 45 that miss one apostrophe
     for answer, meant in [("couldnt", "couldn't"), ("couldn'tve", "couldn't've"), ("couldnt've", "couldn't've"),
                           ("yall", "y'all"), ("y'alld've", "y'all'd've"), ("twas", "'twas"), ("ow's'at", "'ow's'at"),
                           ("somebody'd", "somebodyd"), ("whats", "what's"), ("youve", "you've")]:

@@ -294,6 +294,8 @@ def test_rotations_move_options_and_answer(tmp_path):
         assert q["options"][q["answers"][0]] == "x" and q["group"] == 5
     with pytest.raises(Error, match="needs the texts of its options"):
         read(tmp_path, [{"question_id": 5, "text": "Q?", "answer": "A"}], "mmbench")
+    with pytest.raises(Error, match="needs its options as lines, 'A. x"):
+        read(tmp_path, [{"question_id": 5, "text": "Q?\n(A) x\n(B) y", "answer": "A"}], "mmbench")
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
@@ -451,6 +453,13 @@ def test_letters_are_scored_again_without_the_questions(model_folder, world, cap
     again = scored(capsys, score=world / "a.jsonl", task="mmbench")
     assert {k: again[k] for k in ("n", "groups", "accuracy", "vanilla", "types")} == {
         k: asked[k] for k in ("n", "groups", "accuracy", "vanilla", "types")}
+
+
+@pytest.mark.parametrize("task, key", [("mmbench", "options"), ("mme", "group"), ("ocrbench", "dataset")])
+def test_answers_to_another_task_are_refused(tmp_path, task, key):
+    write(tmp_path / "a.jsonl", [{"question_id": 1, "text": "A", "answers": ["A"], "type": "all"}])
+    with pytest.raises(Error, match=f"no '{key}', which task={task} reads; --data=FILE"):
+        eval.main(eval.Settings(score=str(tmp_path / "a.jsonl"), task=task))
 
 
 def test_answers_of_other_programs_are_read(tmp_path):
