@@ -183,14 +183,13 @@ def percent(rows, what):
 
 
 def findings(rows):
-    """{arm: its rows} -> lines of a Markdown table, one line per finding whose two arms were measured"""
+    """{arm: its rows} -> lines of a Markdown table, one line per finding whose arms were all measured"""
     out = ["| finding | first | second | difference | twice the deviation | expected | seen |",
            "|---|--:|--:|--:|--:|---|---|"]
     for claim, more, less, what, sign in FINDINGS:
-        best = [max((percent(rows[arm], what) for arm in arms.split("|") if arm in rows), key=fmean, default=[])
-                for arms in (more, less)]
-        if all(best):
-            a, b = best
+        first, second = more.split("|"), less.split("|")
+        if all(arm in rows for arm in first + second):
+            a, b = (max((percent(rows[arm], what) for arm in arms), key=fmean) for arms in (first, second))
             gap, many = fmean(a) - fmean(b), min(len(a), len(b)) > 1
             noise = 2 * ((variance(a) + variance(b)) / 2) ** 0.5 if many else None
             seen = "one seed" if not many else "=" if abs(gap) <= noise else ">" if gap > 0 else "<"

@@ -71,6 +71,13 @@ def test_tables_have_means_deviations_and_verdicts():
     assert "MMCA" not in found
 
 
+def test_a_finding_waits_for_all_its_arms():
+    """A comparison at the best of three learning rates says nothing while one of the three is missing."""
+    rows = {arm: [row(arm, 0, 0.9)] for arm in (*systems.MLP.split("|"), *systems.LINEAR.split("|"))}
+    assert "each at its best" in systems.findings(rows)[2]
+    assert all(len(systems.findings({k: x for k, x in rows.items() if k != arm})) == 2 for arm in rows)
+
+
 def test_an_unknown_arm_stops():
     assert "llava15" in error(systems.main, systems.Settings(only="llava16"))
 
