@@ -7,10 +7,10 @@ The vectors of an image and of a text have length 1, so their dot product is the
 loss multiplies it by exp(logit_scale), and SigLIP adds logit_bias. The names of the tensors are the published ones.
 
 A contrastive loss compares each pair of a step with every other pair, also with those of other micro-batches and other
-ranks. compare_pairs() makes this exact (the idea of GradCache, arXiv 2101.06983): a first pass without gradients computes all
-vectors of the step, then the loss and its gradient at each vector. A micro-batch of the second pass needs no more than
-its own rows of this gradient. So a step may be larger than the memory; one more forward pass is the price. A rank whose
-step is one micro-batch needs no second pass.
+ranks. compare_pairs() makes this exact (the idea of GradCache, arXiv 2101.06983): a first pass without gradients
+computes all vectors of the step, then the loss and its gradient at each vector. A micro-batch of the second pass needs
+no more than its own rows of this gradient. So a step may be larger than the memory; one more forward pass is the price.
+A rank whose step is one micro-batch needs no second pass.
 
     I images   B pairs of a micro-batch   n pairs of the step, all ranks   T tokens of an image   D, E widths
 """

@@ -26,7 +26,8 @@ from images import FORMATS, MAX_PIXELS
 
 
 def image_size(source):
-    """A path, a file in memory or a PIL image -> (w, h) as images.load_image gives it, mostly from the header. BadSample on failure."""
+    """A path, a file in memory or a PIL image -> (w, h) as images.load_image gives it, mostly from the header.
+    BadSample on failure."""
     if isinstance(source, Image.Image):
         return source.size
     try:

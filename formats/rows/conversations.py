@@ -31,7 +31,7 @@ def conversation(row):
         the system text, or None"""
     names = next((row[key] for key in IMAGE_KEYS if row.get(key) not in (None, "", [])), [])
     names = [read_image(x) for x in (names if isinstance(names, list) else [names]) if x not in (None, "")]
-    messages = read_messages(row, len(names))
+    messages = row_messages(row, len(names))
     is_document = messages is None and "text" in row and "question_id" not in row        # a question is for eval.py
     if not is_document and (not isinstance(messages, list) or not messages):
         raise BadSample("no conversations")
@@ -82,7 +82,7 @@ def conversation(row):
     return turns, names, system
 
 
-def read_messages(row, images):
+def row_messages(row, images):
     """-> the messages of a row, or None. images: number of its images. Where a form has no markers, the images stand
     before the first question."""
     messages = next((row[key] for key in ("conversations", "messages", "texts") if row.get(key) is not None), None)
