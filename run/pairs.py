@@ -29,12 +29,20 @@ from run.validate import Once, level
 # kind -> first pass over a step, loss of a micro-batch, contrastive loss
 METHODS = {"clip": (compare_pairs, pair_loss, clip_loss), "siglip": (compare_pairs, pair_loss, siglip_loss),
            "blip2": (compare_blip2, blip2_loss, itc_loss)}
-UNREAD = ("llm", "connector", "template", "system", "loss")       # settings of Common that say nothing here
+UNREAD = ("llm", "connector", "template", "system", "loss", "max_len", "sample_every")     # settings of Common
+
+
+def read_pair(row):
+    """A row of a data file -> its image, its caption. The caption is the first answer; a document has none"""
+    turns, names, _ = conversation(row)
+    if len(names) != 1 or not turns[0][1].strip():
+        raise BadSample("a pair has one image and one caption", f"{len(names)} images" if turns[0][1] else "a document")
+    return names[0], turns[0][1].strip()
 
 
 class PairEncoder:
-    """Turns a row into a pair: the ids of its caption, the name of its image. The caption is the first answer. The one
-    label of a text is its last id: data.pack shifts labels, so it stands one token before (parts/text_tower.py)."""
+    """Turns a row into a pair: the ids of its caption, the name of its image. The one label of a text is its last id:
+    data.pack shifts labels, so it stands one token before (parts/text_tower.py)."""
     reader, layout = None, Layout(-1, 0)                   # no image stands among the ids
 
     def __init__(self, words):
@@ -42,12 +50,9 @@ class PairEncoder:
 
     def __call__(self, row, root=""):
         """-> ids, labels, [image], number of tokens cut off"""
-        turns, names, _ = conversation(row)
-        if len(names) != 1:
-            raise BadSample("a pair has one image and one caption", f"{len(names)} images")
-        text = turns[0][1].strip()
+        image, text = read_pair(row)
         ids = self.words.encode(text)
-        return ids, [IGNORE] * (len(ids) - 1) + ids[-1:], names, self.words.lost(text)
+        return ids, [IGNORE] * (len(ids) - 1) + ids[-1:], [image], self.words.lost(text)
 
 
 def text_ends(cfg):
@@ -74,7 +79,8 @@ def begin_pairs(s):
     """Check the settings, join the other ranks, load the model -> World, Pairs, PairFolder"""
     for key in UNREAD:
         if getattr(s, key) != getattr(type(s), key):
-            stop(f"{key}={getattr(s, key)} would not be read: this stage has no language model")
+            stop(f"{key}={getattr(s, key)} would not be read: this stage has no language model"
+                 + ", and the text tower says how long a caption may be" * (key == "max_len"))
     stage.check(s)
     if s.init and s.parts:
         stop(f"init={s.init} brings its own sizes, so parts={s.parts} would not be read")
@@ -86,7 +92,10 @@ def begin_pairs(s):
     if s.init and s.kind not in (type(s).kind, model.cfg.kind):
         stop(f"kind={s.kind}, but {s.init} is a {model.cfg.kind}")
     engine.set_threads(model, world)
-    s.image_aspect = s.image_aspect or ("crop" if folder.pre.get("do_center_crop", s.kind == "clip") else "squash")
+    aspect = "crop" if folder.pre.get("do_center_crop", model.cfg.kind == "clip") else "squash"
+    if s.image_aspect not in ("", aspect):
+        stop(f"image_aspect={s.image_aspect}, but the image processor that is published with the model has {aspect}")
+    s.image_aspect = aspect
     return world, model, folder
 
 
@@ -120,11 +129,10 @@ def prepare_pairs(s, world, model, folder, lrs):
                 f"  {steps} steps of {s.batch_size} pairs; the first one, on this rank: {seen['images']} pairs, "
                 f"{seen['tokens']:,} tokens in {len(first.micro)} packed sequence(s), {cost / 1e9:,.2f} GFLOP; "
                 f"{world.size} x {world.device}, {world.dtype}", sep="\n")
-    val = steps_of(s.val_data, s.batch_size, 0, Once) if s.val_data else []
+    val = PairValidation(steps_of(s.val_data, s.batch_size, 0, Once) if s.val_data else [], world)
     if s.dry_run:
         return stage.Run(exit_code=rehearse_pairs(s, world, first, folder))
-    return stage.begin_run(s, world, model, folder, lrs, samples, first, steps, flops,
-                           lambda: PairValidation(val, world))
+    return stage.begin_run(s, world, model, folder, lrs, samples, first, steps, flops, lambda: val)
 
 
 def rehearse_pairs(s, world, first, folder):
@@ -143,30 +151,35 @@ def rehearse_pairs(s, world, first, folder):
 
 
 class PairValidation:
-    """Loss and accuracy on the pairs of a file, in steps of batch_size; the last one may be smaller."""
+    """Mean loss of steps of batch_size pairs (the last one may be smaller), and accuracy among all pairs of a file"""
 
     def __init__(self, steps, world):
         self.steps, self.world = steps, world
+        if steps and not any(sum(world.gather(len(steps[i].names))) for i in range(len(steps))):
+            first = "".join(f"; {name}: {why}" for name, why in steps[0].dropped[:1])
+            stop(f"{steps.files[0].file}: no pair can be used{first}")
 
     @torch.no_grad()
     def loss(self, step, model, loss_fn, log):
         if not self.steps:
             return
         model.eval()
-        total, images, texts = 0.0, [], []
+        total, bad, images, texts = 0.0, 0, [], []
         for part in level(self.steps, (self.steps[i] for i in range(len(self.steps))), self.world):
+            bad += len(part.dropped)
             if part.micro:
                 image, text, scale, *_ = vectors(model, part.micro, self.world)
                 total += float(loss_fn(image, text, scale).sum())
                 images.append(image)
                 texts.append(text)
         model.train()
-        n = sum(map(len, images))
+        n, bad = sum(map(len, images)), int(self.world.sum([bad])[0])
         loss, right = math.nan, math.nan
         if n:
             loss, right = total / n, accuracy(similarities(torch.cat(images), torch.cat(texts)))
-        log.append({"step": step + 1, "val_loss": loss, "val_accuracy": right})
-        self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}, accuracy {right:.1%} of {n} pairs")
+        log.append({"step": step + 1, "val_loss": loss, "val_accuracy": right, "val_dropped": bad})
+        self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}, accuracy {right:.1%} of {n} pairs"
+                         + (f" ({bad} of {self.steps.total} could not be used)" if bad else ""))
 
 
 def finish_pairs(run, s, world, folder):

@@ -20,7 +20,7 @@ from data import pack
 from formats.pairs import Words, load_pairs
 from loss import clip_loss, siglip_loss
 from parts import pairs
-from run.pairs import METHODS, PairEncoder, text_ends
+from run.pairs import METHODS, PairEncoder, begin_pairs, text_ends
 from tools import retrieval
 
 GATE = 1e-12
@@ -222,6 +222,9 @@ def test_a_dry_run_shows_a_pair(data, tmp_path, capsys):
     (dict(llm="x"), "llm=x would not be read"), (dict(system=""), "would not be read"), (dict(kind="foo"), "kind=foo"),
     (dict(vision="nowhere"), "no such folder"), (dict(tokenizer="nowhere"), "no such folder"),
     (dict(init="nowhere"), "so parts="), (dict(init="nowhere", parts=""), "holds no model"),
+    (dict(max_len=7), "max_len=7 would not be read"), (dict(sample_every=7), "would not be read"),
+    (dict(image_aspect="pad"), "published with the model has crop"),
+    (dict(kind="siglip", image_aspect="crop"), "published with the model has squash"),
     (dict(parts="text.foo=1"), "no field=value"), (dict(kind="siglip", parts="width=99"), "width=99"),
     (dict(max_tokens=3), "one sample must fit into a stream")])
 def test_a_contradiction_ends_in_one_line(changes, says, data, tmp_path):
@@ -237,6 +240,33 @@ def test_rows_without_one_image_are_refused(data, tmp_path):
     for images in ([], ["a", "b"]):
         with pytest.raises(config.BadSample, match="one image and one caption"):
             encode({"image": images, "conversations": turns})
+    for document in ({"text": "<image> a cat", "images": ["a"]}, {"text": "words"}):
+        with pytest.raises(config.BadSample, match="one image and one caption"):
+            encode(document)
+
+
+def test_unusable_validation_pairs_are_counted(data, tmp_path):
+    val = [json.loads(line) for line in Path(data["val_data"]).read_text().splitlines()]
+    file = tmp_path / "val.jsonl"
+    for bad in (2, len(val)):
+        file.write_text("".join(json.dumps(r | ({"image": "no.png"} if i < bad else {})) + "\n"
+                                for i, r in enumerate(val)))
+        if bad == 2:
+            run(data, tmp_path / "run", val_data=str(file), steps=1)
+            assert rows(tmp_path / "run/log.jsonl")[-1]["val_dropped"] == 2
+        for dry_run in (True, False) * (bad > 2):
+            assert "no pair can be used; val.jsonl[" in error(run, data, tmp_path / "bad", val_data=str(file),
+                                                                dry_run=dry_run)
+
+
+def test_a_siglip_that_says_nothing_is_squashed(data, tmp_path):
+    """The published preprocessor_config.json of SigLIP has no do_center_crop: its images are squashed."""
+    run(data, tmp_path / "run", kind="siglip", steps=1)
+    file = tmp_path / "run/model/preprocessor_config.json"
+    file.write_text(json.dumps({k: x for k, x in json.loads(file.read_text()).items() if k != "do_center_crop"}))
+    s = train_pairs.Settings(**{**data, "init": str(tmp_path / "run/model"), "parts": "", "out": str(tmp_path / "x")})
+    begin_pairs(s)
+    assert s.image_aspect == "squash"
 
 
 def test_captions_are_cut_and_counted():
@@ -270,6 +300,23 @@ def test_retrieval_and_classes(data, tmp_path, capsys):
     retrieval.main(retrieval.Settings(**ask, classes="black,red,white", templates="a {} cat|{}"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] in (0, 0.3333, 0.6667, 1)
     assert "none of the classes" in error(retrieval.main, retrieval.Settings(**ask, classes="black,red"))
+
+
+def test_an_image_may_have_several_captions(data, tmp_path, capsys, monkeypatch):
+    """As in COCO: an image is found by any of its captions, and a caption finds its image once."""
+    run(data, tmp_path / "run", steps=1)
+    names = [json.loads(line)["image"] for line in Path(data["val_data"]).read_text().splitlines()][:2]
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps({"image": name, "conversations": [
+        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"{caption} {i}"}]}) + "\n"
+        for i, name in enumerate(names) for caption in ("red", "blue", "green")))
+    monkeypatch.setattr(retrieval.Towers, "images", lambda self, paths: torch.eye(2)[: len(paths)])
+    monkeypatch.setattr(retrieval.Towers, "texts", lambda self, texts: torch.tensor(
+        [[0.9, 0.1], [0.1, 0.9], [0.8, 0.2], [0.1, 0.5], [0.2, 0.6], [0.3, 0.7]]))
+    retrieval.main(retrieval.Settings(model=str(tmp_path / "run"), data=str(file), images=data["images"]))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["n"], found["captions"]) == (2, 6)
+    assert found["image_to_text"]["1"] == 0.5 and found["text_to_image"] == {"1": round(5 / 6, 4), "5": 1, "10": 1}
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

@@ -5,8 +5,9 @@
     python -m tools.retrieval --model=DIR --data=FILE --images=DIR --classes=cat,dog --templates="a photo of a {}."
 
 A row of FILE is an image with its caption, in LLaVA form: the caption is the first answer. The last line is JSON: R@k
-is the share of images whose caption is among the k nearest captions (and of captions whose image is among the k nearest
-images). Equal captions count as one. Of two equally near ones, the wrong one comes first.
+is the share of images with one of their captions among the k nearest captions (and of captions with one of their images
+among the k nearest images). An image with several captions has several rows. Equal images count as one, and equal
+captions. Of two equally near ones, the wrong one comes first.
 
 A Q-Former (BLIP-2's first stage) retrieves by ITC; --rerank=16 then sorts the 16 nearest candidates by the sum of their
 ITC similarity and the logit of a match (ITM), as the released code does.
@@ -16,6 +17,7 @@ length 1 (CLIP, arXiv 2103.00020, section 3.1.4); the answer is the nearest clas
 """
 
 import dataclasses
+import io
 import json
 import random
 import sys
@@ -28,12 +30,12 @@ import config
 from config import BadSample, setting, stop
 from data import pack
 from formats.configs import image_spec
-from formats.rows import conversation, open_rows
+from formats.rows import open_rows
 from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
 from parts.blip2 import chosen, texts_of
 from parts.pairs import similarities
-from run.pairs import load_towers, text_ends
+from run.pairs import load_towers, read_pair, text_ends
 
 KS = (1, 5, 10)
 
@@ -51,15 +53,13 @@ class Settings:
 
 
 def read_pairs(file, images):
-    """-> [(path of the image, caption)]"""
+    """-> [(image: its path or bytes, caption)]"""
     image_folder(images)
     out, rows = [], open_rows(file)
     for i in range(len(rows)):
         try:
-            turns, names, _ = conversation(rows[i])
-            if len(names) != 1:
-                raise BadSample("a pair has one image and one caption", f"{len(names)} images")
-            out.append((safe_path(images, names[0]), turns[0][1].strip()))
+            image, caption = read_pair(rows[i])
+            out.append((image if isinstance(image, bytes) else safe_path(images, image), caption))
         except BadSample as e:
             stop(f"{file}, row {i} (counted from 0): {e}")
     return out
@@ -76,10 +76,11 @@ class Towers:
         self.spec = image_spec(pre, "crop" if pre.get("do_center_crop", clip) else "squash")
 
     def pixels(self, paths):
-        """Paths -> tensors (batch_size, 3, S, S) uint8"""
+        """Paths or bytes of images -> tensors (batch_size, 3, S, S) uint8"""
         for i in range(0, len(paths), self.batch_size):
             try:
-                x = torch.stack([preprocess(load_image(p), self.spec) for p in paths[i : i + self.batch_size]])
+                x = torch.stack([preprocess(load_image(io.BytesIO(p) if isinstance(p, bytes) else p), self.spec)
+                                 for p in paths[i : i + self.batch_size]])
             except BadSample as e:
                 stop(str(e))
             yield x.to(self.device)
@@ -152,8 +153,9 @@ def main(s):
     config.check_ranges(s)
     file, images = toy_captions() if s.data == "toy" else (s.data, s.images)
     pairs, towers = read_pairs(file, images), Towers(s.model, s.device, s.batch_size)
-    paths, captions = map(list, zip(*pairs))
-    image, blip2 = towers.images(paths), towers.model.cfg.kind == "blip2"
+    captions, numbers = [caption for _, caption in pairs], {}
+    places = [numbers.setdefault(source, len(numbers)) for source, _ in pairs]      # of each row: number of its image
+    image, blip2 = towers.images([*numbers]), towers.model.cfg.kind == "blip2"
     if s.rerank and not blip2:
         stop(f"rerank={s.rerank}: only a Q-Former has ITM")
     if s.classes:
@@ -162,14 +164,15 @@ def main(s):
             stop(f"{file}: the caption {unknown[0]!r:.80} is none of the classes")
         text = torch.stack([F.normalize(towers.texts([t.replace("{}", name) for t in s.templates.split("|")]).mean(0),
                                         dim=0) for name in names])
-        right = [names[i] == caption for i, caption in zip(similarities(image, text).argmax(1).tolist(), captions)]
+        nearest = similarities(image, text).argmax(1).tolist()
+        right = [names[nearest[place]] == caption for place, caption in zip(places, captions)]
         return print(json.dumps({"task": "zeroshot", "n": len(right), "accuracy": round(sum(right) / len(right), 4)}))
     kinds = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    own = torch.tensor([kinds[c] for c in captions])
     text = towers.texts(list(kinds))
-    same = own[:, None] == torch.arange(len(kinds))
+    same = torch.zeros(len(image), len(kinds), dtype=torch.bool)
+    same[places, [kinds[c] for c in captions]] = True
     similar = similarities(image, text)
-    scores = reranked(towers, paths, list(kinds), similar, s.rerank) if s.rerank else (similar, similar.T)
+    scores = reranked(towers, [*numbers], list(kinds), similar, s.rerank) if s.rerank else (similar, similar.T)
     print(json.dumps({"task": "retrieval", "n": len(image), "captions": len(kinds), "rerank": s.rerank, **{
         name: recall(score.cpu(), right) for name, score, right in zip(("image_to_text", "text_to_image"), scores,
                                                                        (same, same.T))}}))
