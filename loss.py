@@ -4,7 +4,7 @@ on all ranks. Usually every weight is 1: then the loss of a step is the mean ove
 import torch
 import torch.nn.functional as F
 
-from kernels.cross_entropy import IGNORE, linear_cross_entropy
+from kernels.cross_entropy import IGNORE, linear_cross_entropy, row_losses
 
 
 def supervised(labels):
@@ -21,6 +21,55 @@ def token_loss(model, batch):
     """-> scalar: the sum of -weight * log p(label) over the supervised tokens of the data.Batch"""
     return model(*batch, head=linear_cross_entropy)
 
+
+def sequence_log_probs(model, batch):
+    """data.Batch with D documents -> (D,) the sum of log p(label) over the supervised tokens of each document, and (D,)
+    the number of these tokens. Only one chunk of logits exists at a time, in the forward and the backward pass."""
+    losses = model(*batch, head=row_losses)                                                            # (R,)
+    first = batch.pos == 0                                                 # (N,) the first token of each document
+    document = (first.cumsum(0) - 1)[batch.labels != IGNORE]                                           # (R,)
+    zeros = losses.new_zeros(int(first.sum()))                                                         # (D,)
+    return zeros.index_add(0, document, -losses), zeros.index_add(0, document, torch.ones_like(losses))
+
+
+# ---- preference: two answers to one question ------------------------------------------------------------------------
+# policy, reference (P, 2): log p of the chosen and of the rejected answer of P pairs, under the trained model and under
+# the model before training; with length normalisation, log p divided by the number of tokens. Each -> (P,)
+
+def dpo_loss(policy, reference, beta, gamma):
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7). gamma is not read.
+
+        l = -log sigmoid(beta ((policy_c - reference_c) - (policy_r - reference_r)))"""
+    gain = policy - reference
+    return -F.logsigmoid(beta * (gain[:, 0] - gain[:, 1]))
+
+
+def ipo_loss(policy, reference, beta, gamma):
+    """IPO (Azar et al. 2023, arXiv 2310.12036, equation 17; their tau is beta). gamma is not read.
+
+        l = ((policy_c - reference_c) - (policy_r - reference_r) - 1 / (2 beta))^2"""
+    gain = policy - reference
+    return (gain[:, 0] - gain[:, 1] - 1 / (2 * beta)).square()
+
+
+def simpo_loss(policy, reference, beta, gamma):
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, equation 6), for log p per token. reference is not read.
+
+        l = -log sigmoid(beta policy_c - beta policy_r - gamma)"""
+    return -F.logsigmoid(beta * (policy[:, 0] - policy[:, 1]) - gamma)
+
+
+def orpo_loss(policy, reference, beta, gamma):
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, equations 4, 6 and 7, without its SFT term; their lambda is beta), for
+    log p per token. odds = p / (1 - p); p is at most 1 - 2^-20, so odds are finite. reference, gamma are not read.
+
+        l = -beta log sigmoid(log odds_c - log odds_r)"""
+    policy = policy.clamp(max=-(2.0**-20))
+    odds = policy - torch.log(-torch.expm1(policy))                                                    # (P, 2)
+    return -beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
+
+
+# ---- contrast: images and their texts -------------------------------------------------------------------------------
 
 def clip_loss(image, text, scale):
     """CLIP (Radford et al. 2021, arXiv 2103.00020, figure 3), images and texts of n pairs: (n, E), vectors of length 1;

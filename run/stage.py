@@ -197,7 +197,7 @@ def finish(run, s, world, folder):
     publish(run.folder, run.model, folder, run.log)
 
 
-def rehearse(s, world, samples, first):
+def rehearse(s, world, samples, first, validation=Validation):
     """Do what --dry_run does after the plan -> exit code, or None. Stop if a real run would stop at the samples of the
     first step, or at the validation file. Print the first usable sample with its loss mask."""
     used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
@@ -206,7 +206,7 @@ def rehearse(s, world, samples, first):
     check_dropped(s.max_dropped, dropped, used + dropped, reasons)
     for count, line in reasons.values():
         world.print(f"  {count} of these samples cannot be used, as {line}")
-    Validation(s, world, samples)
+    validation(s, world, samples)
     if not used:
         world.print("  none of the first step's samples can be used: python data.py says why")
         return 1

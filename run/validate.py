@@ -33,10 +33,12 @@ class Once(Steps):
 
 
 class Validation:
+    Steps, conversation = Once, staticmethod(conversation)       # how samples and rows are read: other for other rows
+
     def __init__(self, s, world, samples):
         self.s, self.world, self.questions = s, world, []
-        self.steps = Once(s.val_data, s.images, samples.encode, samples.image_spec, min(s.batch_size, 32), s.max_tokens,
-                          0, world.rank, world.size, samples.span_ends) if s.val_data else []
+        self.steps = self.Steps(s.val_data, s.images, samples.encode, samples.image_spec, min(s.batch_size, 32),
+                                s.max_tokens, 0, world.rank, world.size, samples.span_ends) if s.val_data else []
         if not s.val_data:
             return
         if not any(sum(world.gather(len(self.steps[i].names))) for i in range(len(self.steps))):
@@ -71,7 +73,7 @@ class Validation:
         out, encode = [], self.steps.encode
         for row in (self.steps.files[0][i] for i in range(len(self.steps.files[0]))):
             try:
-                turns, names, system = conversation(row)
+                turns, names, system = self.conversation(row)
                 if names and turns[0][1] and turns[0][0].count(chat.IMAGE) == len(names):      # no document: no answer
                     encode(row, self.s.images)                           # raises BadSample if training would drop `row`
                     prompt, _ = encode.encode([(turns[0][0], None)], encode.blocks(names, self.s.images), system)
