@@ -1,8 +1,9 @@
-"""Kernels and whole training steps, compared with their alternatives.
+"""Kernels, whole training steps and data, compared with their alternatives.
 
     python -m bench kernels    # on a GPU: each kernel and its alternatives (bench/kernels.py)
     python -m bench step       # our training steps, and those of transformers + peft (bench/step.py); a CPU can
                                # run only the small cases
+    python -m bench loader     # steps of data and large files (bench/loader.py)
     bash bench/gpu.sh          # everything that needs a GPU, in ten minutes
 
 `python -m bench kernels --help` and `python -m bench step --help` print the settings. The last line of output is JSON.
@@ -20,8 +21,8 @@ def main(argv):
     what = argv[0] if argv else ""
     if what in ("-h", "--help"):
         return print(__doc__.strip())
-    if what not in ("kernels", "step"):
-        config.stop("which benchmark? python -m bench kernels, or python -m bench step")
+    if what not in ("kernels", "step", "loader"):
+        config.stop("which benchmark? python -m bench kernels, step or loader")
     part = importlib.import_module(f"bench.{what}")
     settings = config.parse(part.Settings, argv[1:], part.__doc__)
     settings.date = settings.date or datetime.date.today().isoformat()

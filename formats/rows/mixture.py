@@ -1,5 +1,5 @@
-"""Several data files with shares, "a.json:0.7,b.json:0.3", or without, "a.json,b.json". A second number is the weight of
-a file's loss: "a.json:0.7:0.2"."""
+"""Several data files with shares, "a.json:0.7,b.json:0.3", or without, "a.json,b.json". A second number is the weight
+of a file's loss: "a.json:0.7:0.2"."""
 
 import math
 

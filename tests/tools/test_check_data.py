@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import tarfile
 
 import pytest
 from conftest import ROOT, error
@@ -52,13 +53,59 @@ def test_bad_samples_are_counted_by_reason(folder, capsys):
     assert check(folder, rows, f"--bad={folder / 'bad.jsonl'}", "--show=0") == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("5 samples, 1 good, 4 dropped, 0 truncated to 512 tokens")
-    assert lines[3:] == [
+    assert lines[2] == "    json or jsonl: 4 x conversations (LLaVA, ShareGPT), 1 x unknown"
+    assert lines[5:] == [
         "    2 x image is missing; first: sample 0 (counted from 0), id 's0': 'gone.png'",
         "    1 x image cannot be read; first: sample 1 (counted from 0), id 's0': '1.png' (UnidentifiedImageError)",
         "    1 x no conversations; first: sample 4 (counted from 0), id 7"]
     listed = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
     assert [b["index"] for b in listed] == [0, 1, 3, 4]
     assert listed[2] == {"index": 3, "id": "s0", "reason": "image is missing", "detail": "'away.png'"}
+
+
+def test_the_numbers_are_those_of_the_samples(folder, capsys):
+    """78 tokens with an image, and 68 without: of 100 samples, 99 have at most 78 or 68; a padded batch has 78"""
+    for images, p99 in ((1, 68), (2, 78)):
+        assert check(folder, GOOD[:1] * images + GOOD[1:] * (100 - images), "--show=0") == 0
+        lines = capsys.readouterr().out.splitlines()
+        total = 78 * images + 68 * (100 - images)
+        assert lines[3].startswith(f"    {total:,} tokens ({500 / total:.1%} supervised), longest 78, "
+                                   f"mean {total / 100:.0f}, p99 {p99}, {images} images")
+        assert lines[4].endswith(f"batches of 16 would have {(68 * 84 + 78 * 16) / total:.2f} times as many tokens")
+
+
+def test_preference_pairs_are_checked_by_their_choice(folder, capsys):
+    pair = {"image": "0.png", "prompt": "q", "chosen": "It is 0.", "rejected": "No."}
+    assert check(folder, [pair, pair | {"rejected": "It is 0."}], "--show=1") == 1
+    out = capsys.readouterr().out
+    assert "2 x preference pairs" in out and "It is 0." in out and "1 x chosen and rejected are equal" in out
+
+
+def test_the_page_shows_samples_and_drops(folder):
+    (folder / "1.png").write_bytes(b"<html>")
+    hidden = {"conversations": [{"from": "human", "value": "<script>alert(1)</script>"}, ANSWER]}
+    rows = [*GOOD * 20, hidden, *([GOOD[0] | {"image": "1.png"}] * 6), {"id": "\ud800", "text": 3}]
+    assert check(folder, rows, "--show=0", f"--html={folder / 'page.html'}", "--cards=9") == 1
+    text = (folder / "page.html").read_text("utf-8")
+    assert text.count("<div class=card>") == 8 and text.count("<div class='card bad'>") == 4 + 1
+    assert "<h2>Dropped: image cannot be read <small>6</small>" in text and text.count("class=document") == 8
+    assert 0 < text.count("src=\"data:image/png;base64,") == text.count("<span class=chip>image, 9 tokens</span>")
+    assert "<span class=supervised> It is 0.&lt;/s&gt;</span>" in text and "<script" not in text
+    assert "http" not in text.replace("https://", "http").split("</style>")[1], "nothing is loaded"
+    assert "html=/nowhere/x: No such file" in error(check, folder, rows, "--show=0", "--html=/nowhere/x")
+
+
+@pytest.mark.parametrize("kind", ["json or jsonl", "tar", "several files"])
+def test_the_kind_of_file_is_named(folder, capsys, kind):
+    if kind == "tar":
+        with tarfile.open(folder / "x.tar", "w") as tar:
+            tar.add(folder / "0.png")
+            (folder / "0.txt").write_text("A square.")
+            tar.add(folder / "0.txt")
+    (folder / "x.jsonl").write_text(json.dumps(SAMPLE) + "\n")
+    file = {"tar": "x.tar", "several files": "x.json*"}.get(kind, "x.jsonl")
+    assert check_data.main([str(folder / file), f"--images={folder}", f"--model={folder / 'run'}", "--show=0"]) == 0
+    assert f"    {kind}: 1 x {'captions' if kind == 'tar' else 'conversations'}" in capsys.readouterr().out
 
 
 def test_max_len_is_that_of_training(folder, capsys):
