@@ -65,6 +65,22 @@ def test_losses_equal_the_formulas(kind):
         torch.testing.assert_close(ours, torch.tensor(true, dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
+def test_losses_and_gradients_equal_those_of_trl():
+    """trl 1.16: tests/golden/trl_preference.py recorded them. Its ORPO rounds to float32."""
+    golden = json.loads((ROOT / "tests/golden/trl_preference.json").read_text())
+    lengths, before = (torch.tensor(golden[k], dtype=torch.float64) for k in ("lengths", "reference"))
+    assert {case["loss"] for case in golden["cases"]} == set(train_dpo.METHODS)
+    for case in golden["cases"]:
+        policy = torch.tensor(golden["policy"], dtype=torch.float64, requires_grad=True)
+        method = train_dpo.METHODS[case["loss"]]
+        unit = lengths if case["length_norm"] else 1
+        value = method.loss(policy / unit, before / unit, case["beta"], case["gamma"]).mean()
+        slope, = torch.autograd.grad(value, policy)
+        gate = 1e-6 if case["loss"] == "orpo" else 1e-10
+        assert value.item() == pytest.approx(case["value"], rel=gate), case
+        torch.testing.assert_close(slope, torch.tensor(case["gradient"], dtype=torch.float64), rtol=gate, atol=gate)
+
+
 def test_edges_of_the_losses():
     policy, before = log_ps()
     assert loss.dpo_loss(policy, policy, 0.1, 0)[0].item() == math.log(2), "to the last bit"

@@ -25,7 +25,7 @@ class Settings:
     types: str = setting("", "question types to keep, as count,read; empty: all")
 
 
-def pair_rows(rows, types=()):
+def wrong_answers(rows, types=()):
     """Rows of a file of answers -> rows of pairs, Counter of what became of the answers"""
     out, seen = [], Counter()
     for i, row in enumerate(rows):
@@ -48,7 +48,7 @@ def main(argv):
     s = config.parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
     if len(files) != 1 or not s.out:
         stop("usage: python -m tools.pairs ANSWERS.jsonl --out=PAIRS.jsonl [--types=count,read]")
-    rows, seen = pair_rows(answer_rows(files[0]), tuple(filter(None, s.types.split(","))))
+    rows, seen = wrong_answers(answer_rows(files[0]), tuple(filter(None, s.types.split(","))))
     if not rows:
         stop(f"{files[0]}: no wrong answer to make a pair of ({dict(seen)})")
     try:
