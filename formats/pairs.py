@@ -54,7 +54,6 @@ class Words:
     def __init__(self, spec, length, pad):
         """pad: id that fills a text up to `length`; None: texts keep their own length"""
         self.length, self.pad = length, pad
-        self.whole = tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
         self.state = json.dumps(spec | {"truncation": None, "padding": None})
         self.__setstate__(vars(self))
         if len(self.encode("?")) < 2:

@@ -67,7 +67,11 @@ def load_towers(init="", kind="clip", **new):
     """-> the model, PairFolder. new: of a new model, as for pairs.load_pairs"""
     if init:
         kind = "blip2" if read_config(find_model(init)).get("model_type") in (KIND, "blip-2") else ""
-    return load_blip2(init, **new) if kind == "blip2" else load_pairs(init, kind, **new)
+    model, folder = load_blip2(init, **new) if kind == "blip2" else load_pairs(init, kind, **new)
+    side, own = image_spec(folder.pre, "squash").side, model.cfg.vision.image_size
+    if side != own:
+        stop(f"{init or new['vision']}: preprocessor_config.json makes images of side {side}, the tower reads {own}")
+    return model, folder
 
 
 def trained_towers(s, cfg):

@@ -259,6 +259,16 @@ def test_unusable_validation_pairs_are_counted(data, tmp_path):
                                                                 dry_run=dry_run)
 
 
+def test_images_of_another_side_are_refused(data, tmp_path):
+    """A tower would read their upper left corner alone."""
+    run(data, tmp_path / "run", steps=1)
+    file = tmp_path / "run/model/preprocessor_config.json"
+    file.write_text(file.read_text().replace(": 8", ": 16"))
+    for changes in (dict(init=str(tmp_path / "run/model"), parts=""), dict(vision=str(tmp_path / "run/model"))):
+        assert "makes images of side 16, the tower reads 8" in error(run, data, tmp_path / "x", **changes)
+    assert "of side 16" in error(retrieval.Towers, tmp_path / "run/model")
+
+
 def test_a_siglip_that_says_nothing_is_squashed(data, tmp_path):
     """The published preprocessor_config.json of SigLIP has no do_center_crop: its images are squashed."""
     run(data, tmp_path / "run", kind="siglip", steps=1)
