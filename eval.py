@@ -59,7 +59,7 @@ class Settings:
     against: str = setting("", "answers of another run to the same questions: test the difference")
     shots: int = setting(0, "examples before each question", 0, 32)
     shots_data: str = setting("", "questions with answers to choose examples from; empty: the data")
-    limit: int = setting(0, "questions; 0 = all", 0)
+    limit: int = setting(0, "questions, or whole groups of them (MMBench, MME); 0 = all", 0)
     batch_size: int = setting(64, "questions at a time", 1)
     max_new_tokens: int = setting(32, "tokens of an answer", 1)
     template: str = setting("", "empty: as the model was trained")
@@ -81,6 +81,13 @@ def toy_questions(world):
             config.stop(f"the toy world cannot be drawn in runs/toy: {e.strerror or e}")
     world.gather(None)                                           # a barrier: all ranks wait until rank 0 has written
     return "runs/toy/questions.jsonl", "runs/toy/images"
+
+
+def limited(rows, n):
+    """-> the first n questions, 0: all. Questions of one group are scored together, so they count as one here"""
+    groups = [row.get("group", i) for i, row in enumerate(rows)]
+    kept = {*[*dict.fromkeys(groups)][: n or None]}
+    return [row for row, group in zip(rows, groups) if group in kept]
 
 
 def other_images(rows):
@@ -167,7 +174,7 @@ def main(s):
     rows = read_questions(data, s.task if s.data else "exact")
     if s.task == "pope" and not s.data:
         rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # keep only yes/no questions
-    pool, rows = read_questions(s.shots_data, s.task) if s.shots_data else rows, rows[: s.limit or None]
+    pool, rows = read_questions(s.shots_data, s.task) if s.shots_data else rows, limited(rows, s.limit)
     pool_images = str(Path(s.shots_data).parent) if s.shots_data and not s.images else images
     image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"

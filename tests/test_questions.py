@@ -462,6 +462,13 @@ def test_answers_to_another_task_are_refused(tmp_path, task, key):
         eval.main(eval.Settings(score=str(tmp_path / "a.jsonl"), task=task))
 
 
+def test_a_limit_keeps_groups_whole():
+    """VLMEvalKit's tables list all questions first, then all of them with rotated options."""
+    rows = [{"question_id": n + r * 10**6, "group": n} for r in range(4) for n in range(5)]
+    assert eval.limited(rows, 2) == [row for row in rows if row["group"] < 2] and eval.limited(rows, 0) == rows
+    assert eval.limited(rows, 9) == rows and eval.limited([{"question_id": 1}] * 3, 2) == [{"question_id": 1}] * 2
+
+
 def test_answers_of_other_programs_are_read(tmp_path):
     questions = [{"question_id": n} for n in (1, 2, 2, "x")]
     for rows in ([{"question_id": 2, "text": "b"}, {"question_id": 1, "text": "a"}, {"question_id": "2", "text": "c"}],
