@@ -13,6 +13,7 @@ import random
 import sys
 from pathlib import Path
 
+from config import one_line_errors, stop
 from demo import toy
 
 SPLITS = ("align", "sft", "test")
@@ -57,5 +58,13 @@ def write_variants(out):
     (out / "sft_images.json").write_text(json.dumps([r for r in rows if "image" in r]))
 
 
+def main(argv):
+    out = Path(argv[0] if argv else "runs/toy")
+    if len(argv) > 1 or not (out / "sft.json").is_file():
+        stop(f"usage: python -m demo.variants [OUT]; {out} holds no toy world (python demo/toy.py {out} draws it)")
+    write_variants(out)
+
+
 if __name__ == "__main__":
-    write_variants(Path(*sys.argv[1:2] or ["runs/toy"]))
+    with one_line_errors():
+        main(sys.argv[1:])

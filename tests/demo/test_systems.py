@@ -86,6 +86,11 @@ def test_a_failed_run_is_named():
     assert "ended with 1: too small" in error(systems.command, "-c", "import sys; sys.exit('too small')")
 
 
+def test_variants_need_a_toy_world(tmp_path):
+    for args in ([str(tmp_path)], [str(tmp_path / "gone")], ["a", "b"]):
+        assert "holds no toy world" in error(variants.main, args)
+
+
 def test_large_images_have_the_same_scenes_and_small_signs(tmp_path, monkeypatch):
     sizes = dict(align=2, sft=6, test=6)
     monkeypatch.setattr(variants.toy, "SCENES", {**toy.SCENES, **sizes, "val_align": 1, "val_sft": 1})
