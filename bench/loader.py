@@ -189,7 +189,6 @@ if __name__ == "__main__":
     what, *args = sys.argv[1:]
     print(json.dumps({"step_times": step_times, "open_large": open_large}[what](*map(Path, args))))
 else:
-    import config
     from config import setting
 
     @dataclasses.dataclass

@@ -7,19 +7,23 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fork
 from PIL import Image
+from safetensors.torch import load_file
+from tiny_runs import run, state
 
 import formats.rows.index as kept
 from config import BadSample, Error
 from data import Encoder, Steps, loader
 from formats.rows import Rows, conversation, open_mixture, open_rows
-from formats.rows.lines import elements, lines
+from formats.rows.lines import elements, line_spans
 from formats.rows.shards import Shards
 from formats.tokenizer import Tokenizer
 from images import ImageSpec, Layout, load_image, safe_path
@@ -386,6 +390,55 @@ def test_a_rank_reads_only_its_rows(forms, bytes_folder, monkeypatch):
     assert len(read) == len(part.names) == 2
 
 
+def published(rows, images):
+    """A row as tables and tar files have it: the image is in the row"""
+    blob = (images / rows["image"]).read_bytes() if "image" in rows else None
+    return {**rows, "image": blob and {"bytes": blob, "path": rows["image"]}}, blob
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "shards"])
+def test_a_run_from_every_kind_is_the_same(kind, world, pq, tmp_path, tmp_path_factory):
+    """Six steps, also when resumed after two, give the weights of jsonl with a folder of images."""
+    images = Path(world["images"])
+    rows = [json.loads(line) for line in Path(world["data"]).read_text().splitlines()]
+    whole = [published(row, images) for row in rows]
+    data = tmp_path / f"train.{kind}"
+    if kind == "tar":
+        write_tar(data, [(f"{i:02}.{end}", blob) for i, (row, (_, image)) in enumerate(zip(rows, whole))
+                         for end, blob in (("png", image), ("json", json.dumps(row).encode())) if blob])
+    else:
+        (tmp_path / "parts").mkdir()
+        for k in range(3):
+            pq(tmp_path / "parts" / f"{k}.parquet", [row for row, _ in whole[8 * k : 8 * k + 8]], 3)
+        pq(data, [row for row, _ in whole], 5)
+    data = tmp_path / "parts/*.parquet" if kind == "shards" else data
+    how = {**world, "keep_last": 9}
+    run("sft", how, tmp_path / "one")
+    run("sft", how, tmp_path / "two", data=str(data), images=".")
+    assert state(tmp_path / "two") == state(tmp_path / "one")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"two/checkpoints/step_{step:07}")
+    (tmp_path / "two/finished.json").unlink()
+    run("sft", how, tmp_path / "two", data=str(data), images=".", workers=2)
+    assert state(tmp_path / "two") == state(tmp_path / "one")
+
+
+def test_ranks_with_unequal_work_train_alike(world, bytes_folder, tmp_path):
+    """The ranks need different numbers of micro-batches. Weights equal those of one process."""
+    how = {**world, "batch_size": 6, "max_tokens": 48, "steps": 3, "save_every": 3, "dtype": "fp64"}
+    encode = Encoder(Tokenizer(bytes_folder), "vicuna_v1", Layout(3, 4), 48, "")
+    ranks = [Steps(how["data"], how["images"], encode, ImageSpec(8), 6, 48, 0, rank, 2) for rank in (0, 1)]
+    counts = [[len(steps[s].micro) for steps in ranks] for s in range(3)]
+    assert any(a != b for a, b in counts), counts
+    run("sft", how, tmp_path / "one")
+    one = load_file(tmp_path / "one/checkpoints/step_0000003/trained.safetensors")
+    for parallel in ("ddp", "fsdp"):
+        (tmp_path / parallel).mkdir()
+        fork(2, lambda rank: run("sft", how, tmp_path / parallel / "run", parallel=parallel), tmp_path / parallel)
+        two = load_file(tmp_path / parallel / "run/checkpoints/step_0000003/trained.safetensors")
+        assert max(((one[k] - two[k]).norm() / one[k].norm()).item() for k in one) < 1e-10
+
+
 # ---- index and digest -----------------------------------------------------------------------------------------------
 
 def test_lines_are_those_of_a_plain_reader():
@@ -394,7 +447,7 @@ def test_lines_are_those_of_a_plain_reader():
         blob = bytes(rng.choice(list(b"\n\n \t{}ab\r"), rng.integers(1, 60)).astype(np.uint8))
         true = [m.span() for m in re.finditer(rb"[^\n]+", blob) if m[0].strip()]
         for chunk in (1, 7, 2**24):
-            assert lines(blob, chunk).tolist() == [[*s] for s in true], blob
+            assert line_spans(blob, chunk).tolist() == [[*s] for s in true], blob
 
 
 def open_large(monkeypatch):
@@ -409,7 +462,7 @@ def test_an_index_is_made_once(forms, data, monkeypatch):
     open_large(monkeypatch)
     first = open_rows(forms / data)
     assert (first.spans == small.spans).all() and (forms / f"{data}.index.npy").is_file()
-    for name in ("formats.rows.lines.lines", "formats.rows.tar.samples"):
+    for name in ("formats.rows.lines.line_spans", "formats.rows.tar.samples"):
         monkeypatch.setattr(name, lambda *_: 1 / 0)
     again = open_rows(forms / data)
     assert isinstance(again.spans, np.memmap) and (again.spans == small.spans).all() and again[3] == small[3]
@@ -433,7 +486,7 @@ def test_a_damaged_or_old_index_is_made_again(forms, damage, monkeypatch):
         row = file.read_text().splitlines()
         file.write_text("\n".join([*row[1:], row[0]]) + "\n")
         os.utime(file, (1, 1))
-        true = lines(file.read_bytes()).tolist()
+        true = line_spans(file.read_bytes()).tolist()
     assert open_rows(file).spans.tolist() == true and (np.load(index)[2:] == true).all()
 
 
@@ -448,7 +501,7 @@ def test_a_folder_that_is_read_only_is_no_obstacle(forms, tmp_path, monkeypatch)
             raise PermissionError
         return real(*args, dir=dir, **how)
     monkeypatch.setattr(kept.tempfile, "NamedTemporaryFile", refuse)
-    true = lines((forms / "all.jsonl").read_bytes()).tolist()
+    true = line_spans((forms / "all.jsonl").read_bytes()).tolist()
     assert open_rows(forms / "all.jsonl").spans.tolist() == true
     assert [f.suffix for f in (tmp_path / "cache" / "pumice").iterdir()] == [".npy"]
     assert isinstance(open_rows(forms / "all.jsonl").spans, np.memmap)

@@ -28,7 +28,7 @@ from formats.tokenizer import Tokenizer
 from images import Layout, image_folder, load_image, safe_path
 from kernels.cross_entropy import IGNORE
 from parts.build import image_layout
-from tools.check_page import PER_REASON, page, runs
+from tools.check_page import PER_REASON, data_page, runs
 
 BATCH = 16                 # samples of a padded batch, beside which packing is shown
 KINDS = {"rows": "json or jsonl", "parquet": "parquet", "tar": "tar", "shards": "several files"}
@@ -156,7 +156,7 @@ def main(argv):
             stop(f"bad={s.bad}: {e.strerror}")
     if s.html:
         reasons = Counter(b["reason"] for b in bad)
-        text = page(f"{files[0]}: {KINDS[kind]}, {', '.join(forms)}", facts, lengths, shown,
+        text = data_page(f"{files[0]}: {KINDS[kind]}, {', '.join(forms)}", facts, lengths, shown,
                     {reason: (reasons[reason], of) for reason, of in examples.items()}, s.images, s.max_tokens)
         try:
             Path(s.html).write_bytes(text.encode("utf-8", "backslashreplace"))

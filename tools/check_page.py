@@ -37,7 +37,7 @@ def runs(tok, ids, labels, image_id):
     return out
 
 
-def mask(pieces):
+def mask_html(pieces):
     e = html.escape
     return "<div class=mask>" + "".join(
         f"<span class=chip>image, {n:,} tokens</span>" if kind == "image" else
@@ -55,10 +55,10 @@ def pictures(names, folder):
     return out
 
 
-def card(index, row, pieces, names, cut, folder):
+def sample_card(index, row, pieces, names, cut, folder):
     count = {kind: sum(n for k, n, _ in pieces if k == kind) for kind in ("image", "supervised", "context")}
     lost = f"<span class=cut> ... and {cut:,} tokens cut off</span>" if cut else ""
-    return (f"<div class=card>{pictures(names, folder)}{mask(pieces)}{lost}<footer class=quiet>sample {index:,}, "
+    return (f"<div class=card>{pictures(names, folder)}{mask_html(pieces)}{lost}<footer class=quiet>sample {index:,}, "
             f"id {html.escape(repr(row.get('id'))[:80])}: {sum(count.values()):,} tokens, {count['supervised']:,} "
             f"supervised</footer></div>")
 
@@ -88,7 +88,7 @@ def short_row(row):
     return text if len(text) <= LONGEST_ROW else text[:LONGEST_ROW] + " ..."
 
 
-def page(title, facts, lengths, shown, bad, folder, max_tokens):
+def data_page(title, facts, lengths, shown, bad, folder, max_tokens):
     """-> html. facts: [(value, what it is)]; lengths: tokens of all good samples; shown: [(index, row, runs, names of
     images, tokens cut)]; bad: {reason: (count, [(index, row, detail)])}"""
     e, style = html.escape, (STYLE / "look.css").read_text() + (STYLE / "data.css").read_text()
@@ -108,5 +108,5 @@ def page(title, facts, lengths, shown, bad, folder, max_tokens):
                   for i, row, detail in examples), "</div>"]
     if shown:
         out += [f"<h2>Samples <small>{len(shown)}, spread evenly over the file</small></h2><div class=cards>",
-                *(card(*sample, folder) for sample in shown), "</div>"]
+                *(sample_card(*sample, folder) for sample in shown), "</div>"]
     return "\n".join(out) + "</main></html>\n"

@@ -43,7 +43,7 @@ def elements(blob):
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
-def lines(blob, chunk=2**24):
+def line_spans(blob, chunk=2**24):
     """Find the lines of jsonl that are not blank -> (lines, 2): begin and end of each line in bytes"""
     view, out, begin = np.frombuffer(blob, np.uint8), [], 0    # begin: of the first line that is not complete
     for at in range(0, len(view), chunk):
@@ -81,7 +81,7 @@ class Rows:
             stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line (pandas converts tables: "
                  "read_csv(FILE).to_json('rows.jsonl', orient='records', lines=True))")
         else:
-            self.spans = index(file, lambda: lines(self.blob))                            # (rows, 2): begin, end
+            self.spans = index(file, lambda: line_spans(self.blob))                            # (rows, 2): begin, end
         if not len(self.spans):
             stop(f"{file} holds no samples")
 

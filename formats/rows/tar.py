@@ -15,7 +15,6 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from chat import IMAGE
 from config import BadSample, stop
 from formats.rows.index import digest, index
 from formats.rows.lines import MAX_BYTES
