@@ -462,12 +462,15 @@ def test_pairs_of_wrong_answers(tmp_path, capsys):
     file.write_text("".join(json.dumps({"question_id": i, "text": text, "score": score, **base, **more}) + "\n"
                             for i, (text, score, more) in enumerate(answers)))
     pairs.main([str(file), f"--out={tmp_path / 'pairs.jsonl'}", "--types=count"])
-    assert rows(tmp_path / "pairs.jsonl") == [
-        {"id": 0, "image": "a.png", "prompt": "How many?", "chosen": "2", "rejected": "3"},
-        {"id": 5, "prompt": "How many?", "chosen": "3", "rejected": "4"}]
+    made = [{"id": 0, "image": "a.png", "prompt": "How many?", "chosen": "2", "rejected": "3"},
+            {"id": 5, "prompt": "How many?", "chosen": "3", "rejected": "4"}]
+    assert sorted(rows(tmp_path / "pairs.jsonl"), key=lambda r: r["id"]) == made
     seen = json.loads(capsys.readouterr().out)
-    assert {k: seen[k] for k in ("pairs", "right", "missing", "empty", "other type")} == {
-        "pairs": 2, "right": 1, "missing": 1, "empty": 1, "other type": 1}
+    assert {k: seen[k] for k in ("wrong", "pairs", "right", "missing", "empty", "other type")} == {
+        "wrong": 2, "pairs": 2, "right": 1, "missing": 1, "empty": 1, "other type": 1}
+    pairs.main([str(file), f"--out={tmp_path / 'more.jsonl'}", "--types=count", "--right=3"])
+    more = sorted(rows(tmp_path / "more.jsonl"), key=lambda r: r["id"])
+    assert [more[0], more[2]] == made and more[1]["chosen"] == "2" and more[1]["rejected"] in ("3", "4")
     assert "no wrong answer" in error(pairs.main, [str(file), "--out=x", "--types=place"])
     assert "usage" in error(pairs.main, [str(file)])
     file.write_text('{"question_id": 1, "text": "a"}\n')
