@@ -31,6 +31,7 @@ from PIL import Image
 
 from chat import IMAGE
 from config import BadSample, stop
+from formats.configs import one_line
 from formats.rows import Rows
 from formats.strict_json import strict_json
 from images import FORMATS
@@ -53,8 +54,9 @@ NEEDS = ("it needs question_id, text (or question), image (a name, several or no
 def question_records(file):
     """Read the records of a file, as they are -> a sequence of dicts"""
     first, _, second = str(file).partition(",")
-    if not Path(first).is_file() or Path(first).stat().st_size == 0:
-        Rows(first)                                              # stops with one line
+    for name in (first, second)[: 1 + bool(second)]:
+        if not Path(name).is_file() or Path(name).stat().st_size == 0:
+            Rows(name)                                           # stops with one line
     suffix = Path(first).suffix.lower()
     if suffix == ".tsv":
         return tsv_records(first)
@@ -63,7 +65,8 @@ def question_records(file):
     whole = whole_object(first)
     if whole is None:
         return Rows(first)
-    return object_records(first, whole, second)
+    with one_line(file):
+        return object_records(first, whole, second)
 
 
 def tsv_records(file):
@@ -158,10 +161,11 @@ def read_questions(file, task):
     """Read the questions of a file for a task of metrics.TASKS -> list of questions"""
     questions, records = [], question_records(file)
     for i in range(len(records)):
-        try:
-            questions += questions_of(records[i], i, task)
-        except BadSample as e:
-            stop(f"{file}, question {i} (counted from 0): {e}")
+        with one_line(f"{file}, question {i} (counted from 0)"):
+            try:
+                questions += questions_of(records[i], i, task)
+            except BadSample as e:
+                stop(f"{file}, question {i} (counted from 0): {e}")
     without = [q["question_id"] for q in questions if not q["answers"]]
     if without and len(without) < len(questions):
         stop(f"{file}: question {without[0]!r} and {len(without) - 1} more have no answer, but others have one")
@@ -321,14 +325,16 @@ def question_image(record):
         found = embedded(record["base64"])
     if isinstance(found, str) and found.startswith("["):         # VLMEvalKit's image_path
         found = literal(found)
-    found = tuple(map(one_image, found)) if isinstance(found, list | tuple) else one_image(found)
-    return found[0] if isinstance(found, tuple) and len(found) == 1 else found
+    if not isinstance(found, list | tuple):
+        return one_image(found)
+    found = tuple(map(one_image, found))
+    return found if len(found) > 1 else found[0] if found else None
 
 
 def one_image(value):
     """A name, bytes, a data: URL, or the struct {bytes, path} of the hub's parquet files -> a name or bytes"""
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        value = value.get("bytes") or value.get("path") or value               # a struct without both is refused
     if isinstance(value, str) and value.startswith("data:"):
         return embedded(value.partition(",")[2])
     if value is not None and not isinstance(value, str | bytes):
@@ -388,7 +394,9 @@ def choose_examples(question, pool, n):
 
 
 def example_answer(question):
-    """-> the answer that an example shows: the most frequent of its true answers, the first of equal ones"""
+    """-> the answer that an example shows: the most frequent of its true answers, the first of equal ones. A box that
+    was computed from pixels has two decimals, as in LLaVA-1.5's data."""
     if not question["answers"]:
         stop(f"an example needs an answer; question {question['question_id']!r} has none")
-    return Counter(question["answers"]).most_common(1)[0][0]
+    answer = Counter(question["answers"]).most_common(1)[0][0]
+    return f"[{', '.join(f'{v:.2f}' for v in read_box(answer))}]" if question.get("size") else answer

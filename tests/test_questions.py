@@ -164,6 +164,14 @@ def test_boxes_in_pixels_become_shares(tmp_path):
             read(tmp_path, [{"question_id": 1} | bad], "refcoco")
 
 
+@pytest.mark.parametrize("change", [{"bbox": [1, 2, 3]}, {"bbox": "x"}, {"width": 0}, {"bbox": [1, 2, "a", 4]}])
+def test_a_box_that_is_none_is_one_line(tmp_path, change):
+    good = {"image": "a.jpg", "width": 64, "height": 64, "sent": "man", "bbox": [1, 2, 33, 40]}
+    assert read(tmp_path, [good, good], "refcoco")[1]["question_id"] == 1
+    with pytest.raises(Error, match="question 1 .* cannot be read"):
+        read(tmp_path, [good, good | change], "refcoco")
+
+
 def test_several_images_stand_where_they_are_mentioned(tmp_path):
     row, = read(tmp_path, [{"id": "validation_Art_Theory_12", "question": "Is <image 2> after <image 1>? <image 2>!",
                             "options": "['yes, <image 3>', \"no\"]", "answer": "B", "image_1": "a.png",
@@ -276,9 +284,14 @@ def test_parquet_without_pyarrow_says_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rows, complaint", [
-    ({"a": 1}, "an object of unknown form"), ([{"question": ["x"]}], "question 0 .*: it needs"),
+    ({"a": 1}, "an object of unknown form"), ([{"question": ["x"]}], "question 0 [^:]*: it needs"),
     ([{"question_id": 1, "text": "a", "answer": "b"}, {"question_id": 2, "text": "a"}], "question 2 and 0 more have"),
-    ([{"question_id": 1, "text": "a", "answer": "b", "image": "data:image/png;base64,%%"}], "image is not base64")])
+    ([{"question_id": 1, "text": "a", "answer": "b", "image": "data:image/png;base64,%%"}], "image is not base64"),
+    ([{"question_id": 1, "text": "a", "answer": "b", "image": {"url": "x"}}], "question 0 [^:]*: it needs"),
+    ([{"id": 1, "conversations": []}], "question 0 .* cannot be read: ValueError"),
+    ([{"id": 1, "conversations": [{"from": "human"}, {"from": "gpt"}]}], "question 0 .* cannot be read: KeyError"),
+    ({"images": [{"id": 1}], "annotations": []}, "cannot be read: KeyError: 'file_name'"),
+    ({"data": [5]}, "cannot be read: AttributeError")])
 def test_a_file_of_unknown_form_is_refused(tmp_path, rows, complaint):
     with pytest.raises(Error, match=complaint) as stopped:
         read(tmp_path, rows, "exact")
@@ -408,6 +421,7 @@ def test_examples_never_show_the_question(world):
     with pytest.raises(Error, match="an example needs an answer"):
         example_answer(questions[0] | {"answers": []})
     assert example_answer({"answers": ["b", "a", "c", "a"]}) == "a"
+    assert example_answer({"answers": ["[0.015625, 0.5, 0.75, 1.0]"], "size": [64, 64]}) == "[0.02, 0.50, 0.75, 1.00]"
 
 
 def test_questions_without_answers_are_only_answered(model_folder, world, capsys, monkeypatch):
