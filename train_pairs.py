@@ -9,7 +9,7 @@
 
 Every pair of a step is compared with every other one, on any number of processes: batch_size says how many these are,
 max_tokens how many tokens of captions pass through the towers at once. Neither max_tokens nor the number of processes
-changes the gradient (parts/pairs.py).
+changes the gradient (parts/pairs.py); only which wrong pairs BLIP-2 draws depends on them (parts/blip2.py).
 
 Settings are given as --key=value or in recipe files; `python train_pairs.py --help` prints them all.
 """
