@@ -36,6 +36,7 @@ import config
 import engine
 from config import BadSample, setting
 from formats.answers import answered_questions, plain_row, read_answers
+from formats.configs import positions
 from formats.questions import choose_examples, example_answer, read_questions
 from formats.whole import write_file
 from generate import Chat, with_marker
@@ -118,7 +119,11 @@ def ask(chat, rows, images, folder, max_new_tokens, examples):
         try:
             turns = [*examples(row), (row["text"], None, image_sources(image, folder))]
             shown, blocks = chat.look([source for turn in turns for source in turn[2]])             # [(tiles, 3, S, S)]
-            prompts.append(chat.prompt([(with_marker(t, len(own)), a) for t, a, own in turns], blocks))       # ids (N,)
+            prompt = chat.prompt([(with_marker(t, len(own)), a) for t, a, own in turns], blocks)              # ids (N,)
+            if len(prompt) + max_new_tokens > (most := positions(chat.cfg.text)):
+                raise BadSample("the prompt and its answer are longer than the model's positions",
+                                f"{len(prompt)} + {max_new_tokens} tokens, {most} positions")
+            prompts.append(prompt)
         except BadSample as e:
             print(f"question {row['question_id']}: {e}; counted as wrong", file=sys.stderr)
             continue

@@ -387,6 +387,18 @@ def test_examples_are_turns_as_in_training(model_folder, world, capsys, monkeypa
                    for a, name in zip(pixels[i * (n + 1) : (i + 1) * (n + 1)], names))
 
 
+def test_examples_beyond_the_positions_are_not_asked(model_folder, world, capsys, monkeypatch):
+    """The model was trained for so many positions: beyond them, its answers would mean nothing."""
+    longest = max(len(p) for p in (Chat(model_folder, "cpu").prompt([(f"<image>\n{q['text']}", None)], [[3] * 4])
+                                   for q in read_questions(world / "q.jsonl", "exact")))
+    monkeypatch.setattr(eval, "positions", lambda text: longest + 5)
+    assert run(model_folder, world, capsys, max_new_tokens=5)[0]["unreadable"] == 0
+    for more in (dict(max_new_tokens=6), dict(max_new_tokens=5, shots=2)):
+        with pytest.raises(Error, match="none of the 8 questions could be asked"):
+            run(model_folder, world, capsys, **more)
+    assert "longer than the model's positions" in capsys.readouterr().err
+
+
 def test_flamingo_answers_after_examples(model_folder, world):
     """Each image is one marker token, and every text has its own image before it: the last one for its tokens."""
     tok, spec = tokenizer.Tokenizer(model_folder / "model"), {"size": {"shortest_edge": 8}, "crop_size": 8}
