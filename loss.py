@@ -69,6 +69,33 @@ def orpo_loss(policy, reference, beta, gamma):
     return -beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
 
 
+# ---- rewards: several answers of the model to one question ----------------------------------------------------------
+
+def group_advantages(rewards, scaled):
+    """rewards (P, G) of G answers to each of P questions -> (P, G): how much better an answer is than its group.
+    GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2) divides by the standard deviation of the group, plus 1e-4.
+    Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) does not (scaled=False). Equal rewards: all advantages are 0."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + 1e-4) if scaled else centred
+
+
+def clipped_loss(log_p, old, advantage, low, high):
+    """PPO's clipped objective as GRPO uses it (arXiv 2402.03300, equation 3), for R tokens: log p now, log p when the
+    answer was generated, advantage of the answer, each (R,). DAPO (Yu et al. 2025, arXiv 2503.14476, equation 10) has
+    high > low. -> (R,)
+
+        l = -min(r A, clip(r, 1 - low, 1 + high) A), r = exp(log_p - old)"""
+    ratio = (log_p - old).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def kl_estimate(log_p, reference):
+    """-> (R,) estimate of the KL divergence from the reference at generated tokens (arXiv 2402.03300, equation 4; k3 of
+    Schulman 2020). It is never negative."""
+    difference = reference - log_p
+    return torch.expm1(difference) - difference
+
+
 # ---- contrast: images and their texts -------------------------------------------------------------------------------
 
 def clip_loss(image, text, scale):

@@ -1,4 +1,4 @@
-"""Preference: the losses by their formulas; one gradient for any micro-batches and ranks; the reference; train_dpo.py."""
+"""Preference: losses by their formulas; one gradient for any micro-batches and ranks; the reference; train_dpo.py."""
 
 import json
 import math
@@ -283,9 +283,11 @@ def test_only_the_compared_answer_is_supervised(encode):
 
 
 def test_pairs_that_cannot_be_used(encode):
-    for bad, says in ((row("a cat", " a cat "), "equal"), (row(rejected=""), "empty"), (row("x" * 90, "x" * 91), "equal"),
+    for bad, says in ((row("a cat", " a cat "), "equal"), (row(rejected=""), "empty"),
+                      (row("x" * 90, "x" * 91), "equal"),
                       ({"prompt": "?" * 90, "chosen": "a", "rejected": "b"}, "longer than max_len"),
-                      ({"prompt": "?", "chosen": "a"}, "no pair"), (row(image="x.png", prompt="<image> <image>"), "markers")):
+                      ({"prompt": "?", "chosen": "a"}, "no pair"),
+                      (row(image="x.png", prompt="<image> <image>"), "markers")):
         with pytest.raises(BadSample, match=says):
             encode(bad)
     ids, labels, _, cut = encode(row("cat " * 30))
