@@ -381,13 +381,17 @@ def rotations(question):
 
 def choose_examples(question, pool, n):
     """Choose n questions of `pool` as examples for a question -> list; always the same for the same question. Neither
-    the question itself is chosen, nor another question about its image."""
+    the question itself is chosen, nor another question about its image, nor one of its group, nor two of one group."""
     def other(q):
         return q["text"] != question["text"] if question["image"] is None else q["image"] != question["image"]
-    rng, chosen = random.Random(f"shots of {question['question_id']}"), []
+
+    def group(q):
+        return q.get("group", q["question_id"])
+    rng, chosen, seen = random.Random(f"shots of {question['question_id']}"), [], {group(question)}
     for q in rng.sample(pool, min(len(pool), 1000)):
-        if len(chosen) < n and other(q) and q["question_id"] != question["question_id"]:
+        if len(chosen) < n and other(q) and group(q) not in seen:
             chosen.append(q)
+            seen.add(group(q))
     if len(chosen) < n:
         stop(f"shots={n}: too few examples about other images for question {question['question_id']!r}")
     return chosen

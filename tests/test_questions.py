@@ -428,6 +428,10 @@ def test_examples_never_show_the_question(world):
         assert chosen == choose_examples(question, questions, 4) and question not in chosen
         assert question["image"] not in [q["image"] for q in chosen]
     assert len({str(choose_examples(q, questions, 2)) for q in questions}) > 4
+    turned = [{"question_id": n + r * 10**6, "group": n, "image": None, "text": f"{n} {r}"} for r in range(9)
+              for n in range(4)]                                 # options in another order make another text
+    assert all(sorted(q["group"] for q in choose_examples(one, turned, 3)) == [n for n in range(4) if n != one["group"]]
+               for one in turned)
     with pytest.raises(Error, match="shots=7: too few examples"):
         choose_examples(questions[0], questions, 7)
     with pytest.raises(Error, match="an example needs an answer"):
