@@ -37,7 +37,7 @@ def interval(scores):
 
 def mcnemar(only_first, only_second):
     """Exact two-sided test of two runs -> p. The arguments count the questions that only one of the runs has right. If
-    the runs were equally good, each of these questions would fall to either of them like a coin."""
+    the runs were equally good, either of them would have each of these questions right with probability 1/2."""
     n, k = only_first + only_second, min(only_first, only_second)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 

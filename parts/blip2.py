@@ -16,7 +16,7 @@ begins at 0.07; labels of ITC and ITG are smoothed by 0.1; ITM counts as the mea
 words are predicted by their own embeddings, without BERT's head; no dropout; the captions are never padded.
 
 As in parts/pairs.py, every pair of a step is compared with every other one, on any micro-batches and ranks. Wrong
-images and captions come from all ranks, too: the features of the frozen tower travel, not the pixels. Which wrong ones
+images and captions come from all ranks, too: ranks exchange features of the frozen tower, not pixels. Which wrong ones
 are drawn depends on the order of the pairs, so on max_tokens and the number of ranks; how likely each is does not.
 
     B pairs of a micro-batch   n pairs of the step, all ranks   P features per image   D their width   Q queries

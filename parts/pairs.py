@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343): an image tower and a text tower that meet in one space.
+"""CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343): an image tower and a text tower, with vectors in one space.
 
     CLIP      image: class token after the last norm, linear; text: EOS after the last norm, linear
     SigLIP    image: one learned query attends to all patches (attention pooling), then an MLP; text: see text_tower.py
