@@ -128,7 +128,7 @@ def main(s):
         if stop:
             return stage.stopped(run, step, world)
     # ------------------------------------------------------------------------------------------------------------------
-    return stage.finish(run, s, world, folder)
+    return preference.finish_preference(run, s, world, folder)
 
 
 if __name__ == "__main__":

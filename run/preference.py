@@ -174,6 +174,15 @@ def prepare_preference(s, world, model, folder, lrs, refers):
     return run, seen[0] if seen else without_adapters if refers else no_reference
 
 
+def finish_preference(run, s, world, folder):
+    """As stage.finish. --overfit: are all chosen answers of the first batch ahead?"""
+    if run.folder is None or not s.overfit:
+        return stage.finish(run, s, world, folder)
+    right = run.log.result.get("accuracy", 0)
+    world.print(f"overfit: the chosen answer is ahead in {right:.1%} of the pairs of the first batch")
+    return 0 if right == 1 else 1
+
+
 def adapters_alone(lrs):
     """Do adapters train, and nothing else? Then the model without them is the reference."""
     return all(".lora_" in name for name in lrs)

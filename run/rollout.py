@@ -191,6 +191,8 @@ def prepare_rollout(s, world, model, folder, lrs, reward):
         stop(f"kl={s.kl} needs lora_r, and adapters alone may train: the reference is the model without them")
     if s.val_data:
         stop(f"val_data={s.val_data} would not be read: eval.py scores the published model")
+    if s.overfit:
+        stop("overfit: the answers of a step are drawn, so no batch can be fitted; the log shows the reward")
     if s.parallel == "fsdp":
         stop("parallel=fsdp: ranks generate answers of different lengths, which shards cannot; ddp can")
     s.parallel = "ddp"

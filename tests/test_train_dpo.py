@@ -448,6 +448,19 @@ def test_a_dry_run_shows_a_pair(tiny, tmp_path, capsys):
     assert "its loss mask" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
+def test_one_batch_is_fitted(tiny, tmp_path):
+    assert run(tiny, tmp_path / "run", overfit=True, steps=12, eval_every=0) == 0
+    assert run(tiny, tmp_path / "run", overfit=True, steps=1, eval_every=0, lr=1e-9) == 1
+
+
+@pytest.mark.parametrize("changes", [dict(lora_r=2, bits=4), dict(lora_r=2, recompute="block"), dict(workers=1)],
+                         ids=str)
+def test_ways_of_computing_start_at_log_2(changes, tiny, tmp_path):
+    run(tiny, tmp_path / "run", steps=2, eval_every=0, **changes)
+    logged = [r["loss"] for r in rows(tmp_path / "run/log.jsonl") if "loss" in r]
+    assert logged[0] == torch.tensor(2.0).log().item() > logged[1]
+
+
 def test_the_loop_is_that_of_every_stage():
     one, two = (split(Path(script.__file__).read_text())[0] for script in (train_align, train_dpo))
     one, two = ([line.strip() for line in lines] for lines in (one, two))
