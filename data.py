@@ -24,7 +24,7 @@ import torch
 
 import chat
 from config import BadSample, stop
-from formats.rows import conversation, open_mixture
+from formats.rows import conversation, open_mixture, token_rates
 from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
 
@@ -150,6 +150,7 @@ class Steps(torch.utils.data.Dataset):
         image_folder(images)
         self.files, self.counts, self.weights = open_mixture(spec, min_rating)          # counts: samples per epoch
         self.total = sum(len(r) for r in self.files)
+        self.rates = [token_rates(rows, encode, images) for rows in self.files]        # per byte and image, times 1024
         self.images, self.encode, self.image_spec, self.span_ends = images, encode, image_spec, span_ends
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
         self.loss, self._epoch = loss, (None, None)
@@ -179,9 +180,9 @@ class Steps(torch.utils.data.Dataset):
 
     def cost(self, file, i):
         """Estimate the tokens of LLM and ViT from the size of a row. All ranks estimate all samples of a step alike."""
-        size, images = self.files[file].guess(i)
-        image = images * self.encode.layout.tokens
-        return min(self.encode.max_len, size // 4 + image) + min(self.encode.max_len, image)
+        (size, images), (per_byte, per_image) = self.files[file].guess(i), self.rates[file]
+        text, image = size * per_byte >> 10, images * per_image >> 10
+        return min(self.encode.max_len, text + image) + min(self.encode.max_len, image)
 
     def __getitem__(self, step):
         encoded, dropped, truncated, animated, drawn = [], [], 0, 0, self.samples(step)

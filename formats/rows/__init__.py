@@ -12,7 +12,7 @@
 
 from formats.rows.conversations import ASSISTANT, conversation
 from formats.rows.lines import Rows
-from formats.rows.mixture import open_mixture
+from formats.rows.mixture import open_mixture, token_rates
 from formats.rows.shards import open_rows
 
-__all__ = ["ASSISTANT", "Rows", "conversation", "open_mixture", "open_rows"]
+__all__ = ["ASSISTANT", "Rows", "conversation", "open_mixture", "open_rows", "token_rates"]

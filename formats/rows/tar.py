@@ -7,11 +7,9 @@ first dot of the last part. KEY.json or KEY.txt is the text, KEY.jpg, KEY.img0.j
 
 In the last form, one prompt, its captions and its images may be lists: several turns, several images."""
 
-import io
 import mmap
 import os
-import tarfile
-from pathlib import PurePosixPath
+from array import array
 
 import numpy as np
 
@@ -23,39 +21,96 @@ from formats.strict_json import strict_json
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 MAX_SAMPLE = 2**30         # bytes of all members of a sample
+FILE, EMPTY = (b"0", b"7", b"\0"), (b"1", b"2", b"3", b"4", b"5", b"6")     # EMPTY: links, devices, folders
 
 
 def key_of(name):
     """-> the part of a member's name that its sample shares; "" for a hidden file"""
-    path = PurePosixPath(name)
-    first = path.name.partition(".")[0]
-    return str(path.with_name(first)) if first and not path.parts[0].startswith(".") else ""
+    name = name.removeprefix("./")
+    folder, slash, last = name.rpartition("/")
+    first = last.partition(".")[0]
+    return folder + slash + first if first and not name.startswith(".") else ""
 
 
-def samples(file):
+def members(blob):
+    """Read the headers of a tar file, in the formats ustar, GNU and pax -> (name, begin of its headers, begin and end
+    of its data) of each file in it. tarfile does the same and takes longer."""
+    at, begin, name, size = 0, 0, None, None                   # name, size: from an extended header, for the next one
+    while at < len(blob):
+        head = blob[at : at + 512]
+        if head == bytes(512):                                 # the end
+            return
+        try:
+            true = int(head[148:156].strip(b" \0"), 8) == sum(head[:148]) + sum(head[156:]) + 8 * ord(" ")
+            length = number(head[124:136])
+        except ValueError:
+            true = False
+        if len(head) < 512 or not true:
+            raise ValueError(f"no header at byte {at:,}")
+        kind, data = head[156:157], at + 512
+        if kind in EMPTY:
+            length = 0
+        elif kind in FILE and size is not None:
+            length = size
+        at = data + -(-length // 512) * 512
+        if data + length > len(blob):
+            raise ValueError(f"cut off at byte {len(blob):,}")
+        if kind == b"L":
+            name = text_of(blob[data : data + length])
+        elif kind == b"x":
+            records = pax_records(blob[data : data + length])
+            name, size = records.get(b"path", name), records.get(b"size", size)
+            name, size = name if isinstance(name, str | None) else text_of(name), size and int(size)
+        elif kind not in (b"g", b"K"):
+            if kind not in FILE and kind not in EMPTY:
+                raise ValueError(f"a member of kind {kind!r} at byte {data - 512:,}")
+            prefix = text_of(head[345:500]) if head[257:263] == b"ustar\0" else ""
+            name = name if name is not None else f"{prefix}/" * bool(prefix) + text_of(head[:100])
+            if kind in FILE and not name.endswith("/"):        # very old tar files have folders of this kind
+                yield name, begin, data, data + length
+            begin, name, size = at, None, None
+
+
+def number(field):
+    """A number of a header: octal digits, or binary if the first bit is set"""
+    return int.from_bytes(field[1:], "big") if field[0] & 128 else int(field.strip(b" \0") or b"0", 8)
+
+
+def text_of(field):
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def pax_records(data):
+    """-> {key: value} of records "LENGTH KEY=VALUE\\n" """
+    out = {}
+    while data:
+        length = int(data.partition(b" ")[0])
+        if not 5 <= length <= len(data):
+            raise ValueError("a pax header is damaged")
+        key, _, value = data[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        out[key], data = value, data[length:]
+    return out
+
+
+def sample_spans(blob):
     """Find the samples of a tar file -> (rows, 2): begin and end of their members in bytes. A sample with several
     prompts has as many rows."""
-    out, last = [], None
-    with tarfile.open(file, "r:") as tar:
-        for member in tar:
-            tar.members = []                                   # else tarfile keeps an object for each member
-            key = key_of(member.name) if member.isfile() else ""
-            if not key:
-                continue
-            end = member.offset_data + -(-member.size // 512) * 512
-            if key != last:
-                out.append([member.offset, end, 1])
-            out[-1][1], last = end, key
-            if member.name.endswith(".json") and member.size <= MAX_BYTES:
-                out[-1][2] = prompts(tar.extractfile(member).read())
+    out, last = array("q"), None
+    for name, begin, data, end in members(blob):
+        key = key_of(name)
+        if not key:
+            continue
+        if key != last:
+            out.extend((begin, end, 1))
+        out[-2], last = -(-end // 512) * 512, key
+        if name.endswith(".json") and end - data <= MAX_BYTES and blob.find(b'"prompts"', data, end) >= 0:
+            out[-1] = prompts(blob[data:end])
     table = np.array(out, np.int64).reshape(-1, 3)
     return np.repeat(table[:, :2], table[:, 2], 0)
 
 
 def prompts(text):
     """-> number of rows in the json of a sample"""
-    if b'"prompts"' not in text:
-        return 1
     try:
         row = strict_json(text.decode("utf-8-sig"), "")
         return max(1, len(row["prompts"]))
@@ -71,8 +126,8 @@ class Tar:
         with open(file, "rb") as f:
             self.blob = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            self.spans = index(file, lambda: samples(file))
-        except (tarfile.TarError, OSError) as e:
+            self.spans = index(file, lambda: sample_spans(self.blob))
+        except ValueError as e:
             stop(f"{file} cannot be read as a tar file: {e}")
         if not len(self.spans):
             stop(f"{file} holds no samples: a sample is KEY.json or KEY.txt, and its images KEY.jpg ...")
@@ -99,14 +154,15 @@ class Tar:
             raise BadSample("the file has become shorter since it was opened")
         if end - begin > MAX_SAMPLE:
             raise BadSample("a row is too large", f"{end - begin:,} bytes, the limit is {MAX_SAMPLE:,}")
-        files = {}
+        part, files = self.blob[begin:end], {}
         try:
-            with tarfile.open(fileobj=io.BytesIO(self.blob[begin:end])) as tar:
-                for member in tar:
-                    if member.isfile() and key_of(member.name):
-                        key, files[member.name] = key_of(member.name), tar.extractfile(member).read()
-        except tarfile.TarError as e:
+            for name, _, data, stop_at in members(part):
+                if key_of(name):
+                    key, files[name] = key_of(name), part[data:stop_at]
+        except ValueError as e:
             raise BadSample("a tar member cannot be read", str(e)) from None
+        if not files:
+            raise BadSample("a tar member cannot be read", "the file has changed since it was indexed")
         return read_sample(key, files, i - int(np.searchsorted(self.spans[:, 0], begin)))
 
 

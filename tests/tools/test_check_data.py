@@ -1,9 +1,11 @@
 """python data.py FILE: what it counts, what it shows, and that it checks as training does."""
 
 import json
+import random
 import runpy
 import sys
 import tarfile
+from collections import Counter
 
 import pytest
 from conftest import ROOT, error
@@ -93,6 +95,30 @@ def test_the_page_shows_samples_and_drops(folder):
     assert "<span class=supervised> It is 0.&lt;/s&gt;</span>" in text and "<script" not in text
     assert "http" not in text.replace("https://", "http").split("</style>")[1], "nothing is loaded"
     assert "html=/nowhere/x: No such file" in error(check, folder, rows, "--show=0", "--html=/nowhere/x")
+
+
+DEFECTS = {  # what is wrong with a row -> the reason that is counted
+    "image is missing": {"image": "gone.png"}, "image cannot be read": {"image": "1.png"},
+    "image lies outside the image folder": {"image": "../x.png"},
+    "image is a URL, and training downloads nothing": {"image": "https://example.org/0.png"},
+    "image is not base64": {"image": "data:image/png;base64,?"}, "video is not supported": {"video": "a.mp4"},
+    "an empty answer": {"conversations": [GOOD[0]["conversations"][0], {"from": "gpt", "value": " "}]},
+    "the last question has no answer": {"conversations": GOOD[0]["conversations"][:1]},
+    "unknown speaker": {"conversations": [{"from": "tool", "value": "x"}]},
+    "not as many <image> markers as images": {"image": ["0.png", "0.png"]}, "no conversations": {"conversations": []}}
+
+
+def test_a_dirty_file_is_counted_exactly(folder, capsys):
+    """1,100 rows: 90 good ones, 90 of each of eleven defects, 20 lines that are not JSON"""
+    (folder / "1.png").write_bytes(b"<html>")
+    lines = [json.dumps(GOOD[0] | change) for change in ({}, *DEFECTS.values()) for _ in range(90)] + ['{"id": 1,'] * 20
+    random.Random(0).shuffle(lines)
+    (folder / "x.jsonl").write_text("\n".join(['{"text": "a document"}', *lines]))
+    args = [str(folder / "x.jsonl"), f"--images={folder}", f"--model={folder / 'run'}", "--show=0"]
+    assert check_data.main([*args, f"--bad={folder / 'bad.jsonl'}"]) == 1
+    found = Counter(json.loads(line)["reason"] for line in (folder / "bad.jsonl").read_text().splitlines())
+    assert found == dict.fromkeys(DEFECTS, 90) | {"not JSON": 20}
+    assert ": 1101 samples, 91 good, 1010 dropped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["json or jsonl", "tar", "several files"])
