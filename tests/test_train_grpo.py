@@ -60,6 +60,26 @@ def test_kl_is_never_negative():
     torch.testing.assert_close(kl_estimate(a, b), (b - a).exp() - (b - a) - 1, rtol=1e-10, atol=1e-12)
 
 
+def test_losses_and_gradients_equal_those_of_trl():
+    """trl 1.16: tests/golden/trl_rewards.py recorded them"""
+    golden = json.loads((ROOT / "tests/golden/trl_rewards.json").read_text())
+    lengths = golden["lengths"]
+    assert [case["normalise"] for case in golden["cases"]] == ["grpo", "dapo", "dr_grpo"]
+    for case in golden["cases"]:
+        log_p, old, reference, slope = (torch.tensor(case[k], dtype=torch.float64)
+                                        for k in ("log_p", "old", "reference", "gradient"))
+        s = settings(**{k: case[k] for k in ("normalise", "clip_low", "clip_high", "kl")})
+        model = torch.nn.Parameter(log_p)
+        n = {"grpo": len(lengths), "dapo": sum(lengths), "dr_grpo": len(lengths) * golden["longest"]}[s.normalise]
+        advantage, weight = (torch.tensor(v, dtype=torch.float64).repeat_interleave(torch.tensor(lengths))
+                             for v in (case["advantage"], [1 / k if s.normalise == "grpo" else 1.0 for k in lengths]))
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(rollout, "token_log_probs", lambda model, *_: model * 1)
+            value = rollout.rolled_loss(s, model, rollout.Rolled(None, advantage, weight, old, reference)) / n
+        assert value.item() == pytest.approx(case["value"], rel=1e-10)
+        torch.testing.assert_close(torch.autograd.grad(value, model)[0], slope, rtol=1e-10, atol=1e-12)
+
+
 def test_rewards():
     assert [REWARDS["exact"]("?", a, "2") for a in ("2", " 2. ", "3", "")] == [1, 1, 0, 0]
     assert [REWARDS["format"]("?", a, "2") for a in ("7", "two", "2 2", "")] == [1, 0, 0, 0]
