@@ -87,7 +87,7 @@ class Rolled(NamedTuple):
     batch: Batch
     advantage: torch.Tensor    # (R,) of each token's answer
     weight: torch.Tensor       # (R,) of each token in the loss
-    old: torch.Tensor          # (R,) log p when the answers were generated
+    old: torch.Tensor          # (R,) log p when the answers were generated; (0,) for a single update: as log p is then
     reference: torch.Tensor    # (R,) log p without adapters; (0,) if kl is 0
 
     ids = property(lambda self: self.batch.ids)
@@ -103,7 +103,8 @@ def token_log_probs(model, batch, temperature):
 def rolled_loss(s, model, b):
     """-> the sum of the weighted losses of the tokens of b"""
     log_p = token_log_probs(model, b.batch, s.temperature)
-    losses = clipped_loss(log_p, b.old, b.advantage, s.clip_low, s.clip_high)
+    old = b.old if s.updates > 1 else log_p.detach()
+    losses = clipped_loss(log_p, old, b.advantage, s.clip_low, s.clip_high)
     if s.kl:
         losses = losses + s.kl * kl_estimate(log_p, b.reference)
     return (losses * b.weight).sum()
@@ -173,13 +174,17 @@ class Roller:
         for stream in streams + [[]] * (int(most) - len(streams)):
             batch = pack([documents[i] for i in stream], x.image_spec.side, x.span_ends, x.encode.reader).to(device)
             sizes = torch.tensor([len(answers[i]) for i in stream], dtype=torch.long)
+            old = reference = torch.zeros(0, device=device)
             model.eval()
             with self.world.autocast():
-                old = token_log_probs(unwrap(model), batch, s.temperature)
-                with adapters_off(model):
-                    reference = token_log_probs(unwrap(model), batch, s.temperature) if s.kl else old[:0]
+                if s.updates > 1:
+                    old = token_log_probs(unwrap(model), batch, s.temperature)
+                if s.kl:
+                    with adapters_off(model):
+                        reference = token_log_probs(unwrap(model), batch, s.temperature)
             model.train()
-            per_token = (v[stream].repeat_interleave(sizes).to(old) for v in (advantages, weights))
+            dtype = torch.promote_types(torch.float32, self.world.dtype)
+            per_token = (v[stream].repeat_interleave(sizes).to(device, dtype) for v in (advantages, weights))
             out.append(Rolled(batch, *per_token, old, reference))
         return out
 

@@ -104,7 +104,7 @@ OLD = [torch.linspace(-7, -5, n, dtype=torch.float64) for n in ANSWERS]
 
 
 def settings(**changes):
-    return train_grpo.Settings(**{"grad_clip": 0.0, "clip_high": 0.28, **changes})
+    return train_grpo.Settings(**{"grad_clip": 0.0, "clip_high": 0.28, "updates": 2, **changes})
 
 
 def world(rank=0, size=1):
