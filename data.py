@@ -150,7 +150,7 @@ class Steps(torch.utils.data.Dataset):
         image_folder(images)
         self.files, self.counts, self.weights = open_mixture(spec, min_rating)          # counts: samples per epoch
         self.total = sum(len(r) for r in self.files)
-        self.rates = [token_rates(rows, encode, images) for rows in self.files]        # per byte and image, times 1024
+        self.rates = [token_rates(r, encode, images) if world > 1 else (0, 0) for r in self.files]          # for cost()
         self.images, self.encode, self.image_spec, self.span_ends = images, encode, image_spec, span_ends
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
         self.loss, self._epoch = loss, (None, None)

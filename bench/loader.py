@@ -79,7 +79,7 @@ def step_times(folder, tok):
 def uneven(folder, tok, batch, world, steps=8):
     """-> tokens of the busiest rank / mean of all ranks, by the estimate and by exact costs; a mean over steps"""
     from data import share_out
-    whole, out = steps_of(folder, tok, batch), []
+    whole, out = steps_of(folder, tok, batch, 0, world), []
     for s in range(steps):
         drawn = whole.samples(s)
         ids = [whole.encode(whole.files[f][i], whole.images)[0] for f, i in drawn]
