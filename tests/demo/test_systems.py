@@ -31,7 +31,8 @@ def test_an_arm_can_be_run(arm, monkeypatch):
     world = engine.World(0, 1, engine.torch.device("cpu"), engine.torch.float32)
     for s in (align, sft):
         config.check_ranges(s)
-        model, _ = llava.load_model(align.vision, align.llm, connector=align.connector, parts=align.parts)
+        vision = align.vision if f"--vision={align.vision}" not in systems.PAIRS else "demo/vit"     # of the same size
+        model, _ = llava.load_model(vision, align.llm, connector=align.connector, parts=align.parts)
         usual = {"multi_modal_projector.*": s.lr} if s is align else SCRIPTS["sft"].who_trains(s, model)
         assert engine.choose(model, stage.training_table(s, usual), world.dtype, world.device)
     assert align.epochs == sft.epochs == 1.0 and not align.steps and not sft.steps, "equal data and steps"
@@ -75,7 +76,7 @@ def test_a_finding_waits_for_all_its_arms():
     """A comparison at the best of three learning rates says nothing while one of the three is missing."""
     rows = {arm: [row(arm, 0, 0.9)] for arm in (*systems.MLP.split("|"), *systems.LINEAR.split("|"))}
     assert "each at its best" in systems.findings(rows)[2]
-    assert all(len(systems.findings({k: x for k, x in rows.items() if k != arm})) == 2 for arm in rows)
+    assert not any(systems.findings({k: x for k, x in rows.items() if k != arm}) for arm in rows)
 
 
 def test_an_unknown_arm_stops():
