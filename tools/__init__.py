@@ -4,4 +4,5 @@
     plot          draw the curves of runs                                  export_gguf    write files for llama.cpp
     retrieval     recall and zero-shot classes of two towers
     look          page of one answer: probabilities, attention             serve          answer over HTTP; a chat page
+    harness_lmms  let lmms-eval ask a model                                harness_vlmeval    let VLMEvalKit ask a model
 """
