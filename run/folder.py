@@ -4,6 +4,7 @@
     samples.jsonl    answers to fixed questions, in training    checkpoints/     each is complete or absent
     model/           at the end: a complete llava-hf folder     adapter/         after LoRA: the adapter in PEFT form
     finished.json    written last: settings and digests of the finished run
+    reference.safetensors    of train_dpo.py: log-probabilities before training (run/reference.py)
 """
 
 import contextlib
