@@ -23,7 +23,7 @@ def open_rows(name, min_rating=0):
     """-> the rows of a file, or of all files that a pattern such as "shards/*.parquet" names, in the order of their
     names. min_rating: of FineVision's tables; other files are used whole"""
     if glob.has_magic(str(name)) and not os.path.exists(name):
-        files = sorted(glob.glob(str(name)))
+        files = sorted(f for f in glob.glob(str(name)) if not f.endswith(".index.npy"))
         return Shards(str(name), files, min_rating) if files else stop(f"no file is named like {name}")
     return open_file(name, min_rating)
 
