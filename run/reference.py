@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open

@@ -7,7 +7,6 @@ import signal
 import textwrap
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
