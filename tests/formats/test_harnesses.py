@@ -1,8 +1,8 @@
 """lmms-eval and VLMEvalKit ask our models.
 
 Where a harness is installed, its own classes ask. Else small doubles of its interface ask. They are written after
-lmms-eval 0.7.3 (api/model.py, models/simple/llava_hf.py; commit 19085f3 makes the same calls) and VLMEvalKit e8e78f0
-(vlmeval/vlm/base.py)."""
+lmms-eval 0.7.3 (api/model.py, models/simple/llava_hf.py, models/chat/llava_hf.py; commits 19085f3 and 25ce20f make the
+same calls) and VLMEvalKit e8e78f0 (vlmeval/vlm/base.py)."""
 
 import abc
 import importlib
@@ -76,6 +76,31 @@ class LlavaHf:
         return answers
 
 
+class LlavaHfChat(LlavaHf):
+    """The calls of lmms-eval's other llava_hf (models/chat), which gets messages. `--model llava_hf` is this one, and
+    with --force_simple the one above."""
+
+    def generate_until(self, requests):
+        answers = []
+        for _, messages_of, options, document, task, split in (r.args for r in requests):
+            eos, messages = self.tokenizer.eos_token_id, messages_of(self.task_dict[task][split][document])
+            prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            images = [part["url"] for part in messages[0]["content"] if part["type"] == "image"]
+            inputs = self.processor(images=images, videos=None, text=prompt, return_tensors="pt")
+            ids = self.model.generate(**inputs.to("cpu", self.model.dtype), do_sample=False, temperature=None,
+                                      top_p=None, num_beams=1, max_new_tokens=options["max_new_tokens"],
+                                      use_cache=True, pad_token_id=eos, eos_token_id=eos)
+            answers += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        return answers
+
+
+def messages_about(question):
+    def messages_of(images):
+        return [{"role": "user", "content": [*({"type": "image", "url": image} for image in images),
+                                             {"type": "text", "text": question}]}]
+    return messages_of
+
+
 def llava_hf_answers(folder, dtype="float32", n=3):
     pytest.importorskip("transformers")
     if installed("lmms_eval"):
@@ -98,6 +123,23 @@ def test_llava_hf_answers_as_we_do(case, folders):
     asker, answers = llava_hf_answers(folders[case])
     assert [a.strip() for a in answers] == our_answers(chat) and len(set(answers)) == 3
     assert {asker.tokenizer.eos_token_id} == chat.stop_ids
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llava_hf_of_messages_answers_as_we_do(case, folders):
+    pytest.importorskip("transformers")
+    how = dict(pretrained=str(folders[case]), dtype="float32", device_map="cpu", device="cpu")
+    if installed("lmms_eval"):
+        from lmms_eval.models.chat.llava_hf import LlavaHf as Own
+        asker = Own(**how)
+    else:
+        asker = LlavaHfChat(**how)
+    asker.task_dict, chat = {"task": {"test": DOCUMENTS}}, Chat(folders[case], "cpu", "fp32")
+    answers = asker.generate_until([SimpleNamespace(args=(
+        "", messages_about(q.removeprefix("<image>\n")), {"max_new_tokens": 8}, i, "task", "test"))
+        for i, q in enumerate(QUESTIONS[:3])])            # a question without an image: its answer is "", for any model
+    answers = [getattr(a, "text", a).strip() for a in answers]
+    assert answers == [chat.ask(images, q, 8) for images, q in zip(DOCUMENTS, QUESTIONS[:3])]
 
 
 def test_llava_hf_stops_where_we_stop(folders, tmp_path, bytes_folder):
@@ -256,7 +298,7 @@ def test_loglikelihood_is_the_loss_of_training(folders, lmms_tool, monkeypatch):
     (lambda m: m.generate_until(requests(max_new_tokens=128)), "longer than the model's positions"),
     (lambda m: m.generate_until_multi_round([]), "no answers in several rounds"),
     (lambda m: m.generate_until([instance(1, "<image> and?", {})]), "not as many <image> markers as images"),
-    (lambda m: m.images(lambda document: ["film.mp4"], 0, "mvbench", "test"), "only images .*task mvbench has str"),
+    (lambda m: m.images(lambda document: ["film.mp4"], 0, "task", "test"), "only images .*: task task has str"),
     (lambda m: type(m)(str(m), batch_size="auto"), "batch_size=auto"),
 ])
 def test_what_lmms_eval_cannot_have(ask, complaint, folders, lmms_tool):
