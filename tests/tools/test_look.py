@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import error, tiny_config
-from test_attention import PRE, asked, noise, tiny_chat, tok  # noqa: F401
+from test_read_again import PRE, asked, noise, tiny_chat, tok  # noqa: F401
 
 from demo import toy
 from demo.variants import scenes

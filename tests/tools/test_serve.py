@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FOREVER, ROOT, error
-from test_attention import noise, tiny_chat
+from test_read_again import noise, tiny_chat
 from test_look import folder, tok  # noqa: F401
 
 from formats.tokenizer import Tokenizer

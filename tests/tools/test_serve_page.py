@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_attention import tiny_chat
+from test_read_again import tiny_chat
 from test_look import folder, page_of, tok  # noqa: F401
 from test_serve import running, slow, until  # noqa: F401
 
