@@ -170,7 +170,7 @@ def fitted(tensors, want, where):
 
 
 def init_pairs(model, seed):
-    """First weights: those of parts/init.py, but as in CLIP's code, the last matrices of attention and MLP in a tower of
+    """First weights: those of parts/init.py, but as in CLIP's code the last matrices of attention and MLP in a tower of
     L blocks are N(0, 1/sqrt(2 L fan in)). With zeros, an image would begin as a constant and a text as its length. The
     scale and the bias of the logits are those of the papers."""
     init_weights(model, seed)
@@ -217,7 +217,7 @@ def new_pairs(kind, tokenizer, vision, parts):
 
 
 def with_ends(spec, names, kind):
-    """A tokenizer without a post-processor -> one that writes BOS (not SigLIP) and EOS; its tokenizer_config.json; notes"""
+    """A tokenizer without a post-processor -> one that writes BOS (not SigLIP), EOS; its tokenizer_config.json; notes"""
     spec, notes = copy.deepcopy(spec), []
     ids = vocabulary(spec)
     bos, eos = (token_text(names.get(f"{role}_token")) for role in ("bos", "eos"))

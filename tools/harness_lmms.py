@@ -51,7 +51,7 @@ class Pumice(lmms):
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
         for group in groups.values():
-            options = read_options(requests[group[0]].args[1])
+            options = generation_options(requests[group[0]].args[1])
             for start in range(0, len(group), self.batch_size):
                 batch = group[start:start + self.batch_size]
                 questions = [(self.images(*requests[i].args[2:]), requests[i].args[0]) for i in batch]
@@ -92,7 +92,7 @@ class Pumice(lmms):
         return images
 
 
-def read_options(options):
+def generation_options(options):
     """lmms-eval's generation options -> maximum tokens, temperature, stop texts"""
     options = {k: v for k, v in options.items() if v is not None}
     until, most = options.pop("until", []), options.pop("max_new_tokens", 1024)       # 1024: as its own LLaVA

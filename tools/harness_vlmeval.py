@@ -38,7 +38,7 @@ class Harness:
     stop: str = ""                  # an answer ends before this text; "" = none
 
 
-class Pumice(BaseModel):
+class VLMEvalPumice(BaseModel):
     INTERLEAVE = True               # images stay where the message has them; a single one moves to the front
     allowed_types = ["text", "image"]
 
@@ -61,7 +61,7 @@ def main(argv):
         config.stop(f"--model={s.model} --run={s.run}: a folder, and run.py of VLMEvalKit")
     from vlmeval.config import supported_VLM
     name = f"pumice-{Path(s.model).resolve().name}"
-    supported_VLM[name] = functools.partial(Pumice, s.model, s.max_new_tokens, s.temperature, s.template,
+    supported_VLM[name] = functools.partial(VLMEvalPumice, s.model, s.max_new_tokens, s.temperature, s.template,
                                             [s.stop] if s.stop else [])
     sys.argv = [s.run, "--model", name, *theirs]
     runpy.run_path(s.run, run_name="__main__")

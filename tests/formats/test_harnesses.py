@@ -345,7 +345,7 @@ def text(value):
 
 @pytest.mark.parametrize("case", CASES)
 def test_vlmevalkit_gets_the_answers_of_chat(case, folders, vlmeval_tool, pictures):
-    model, chat = vlmeval_tool.Pumice(folders[case], 8), Chat(folders[case], "cpu", "fp32")
+    model, chat = vlmeval_tool.VLMEvalPumice(folders[case], 8), Chat(folders[case], "cpu", "fp32")
     one, two = pictures
     for message, images, prompt in [
             ([one, text("What is this?")], IMAGES[:1], "<image>\nWhat is this?"),
@@ -359,15 +359,15 @@ def test_vlmevalkit_gets_the_answers_of_chat(case, folders, vlmeval_tool, pictur
 
 def test_vlmevalkit_options_are_honoured(folders, vlmeval_tool, pictures, tmp_path):
     message, folder = [pictures[0], text("What is this?")], folders[CASES[0]]
-    whole = vlmeval_tool.Pumice(folder, 8).generate(message)
-    assert vlmeval_tool.Pumice(folder, 8, stops=[whole[4]]).generate(message) == whole[:whole.index(whole[4])].strip()
-    assert vlmeval_tool.Pumice(folder, 8, temperature=9.0).generate(message) != whole
-    assert whole.startswith(vlmeval_tool.Pumice(folder, 2).generate(message))
+    whole = vlmeval_tool.VLMEvalPumice(folder, 8).generate(message)
+    assert vlmeval_tool.VLMEvalPumice(folder, 8, stops=[whole[4]]).generate(message) == whole[:whole.index(whole[4])].strip()
+    assert vlmeval_tool.VLMEvalPumice(folder, 8, temperature=9.0).generate(message) != whole
+    assert whole.startswith(vlmeval_tool.VLMEvalPumice(folder, 2).generate(message))
     with pytest.raises(BadSample, match="not as many <image> markers"):
-        vlmeval_tool.Pumice(folder, 8).generate([pictures[0], text("what does <image> mean?")])
+        vlmeval_tool.VLMEvalPumice(folder, 8).generate([pictures[0], text("what does <image> mean?")])
     (tmp_path / "film.mp4").touch()
     with pytest.raises(AssertionError, match="Invalid input type"):
-        vlmeval_tool.Pumice(folder, 8).generate([{"type": "video", "value": str(tmp_path / "film.mp4")}])
+        vlmeval_tool.VLMEvalPumice(folder, 8).generate([{"type": "video", "value": str(tmp_path / "film.mp4")}])
 
 
 def test_vlmevalkits_program_gets_the_model(folders, vlmeval_tool, monkeypatch, tmp_path, pictures, capsys):
