@@ -217,7 +217,7 @@ def new_pairs(kind, tokenizer, vision, parts):
 
 
 def with_ends(spec, names, kind):
-    """A tokenizer without a post-processor -> one that writes BOS (not SigLIP), EOS; its tokenizer_config.json; notes"""
+    """A tokenizer without a post-processor -> one that writes BOS (not SigLIP), EOS; tokenizer_config.json; notes"""
     spec, notes = copy.deepcopy(spec), []
     ids = vocabulary(spec)
     bos, eos = (token_text(names.get(f"{role}_token")) for role in ("bos", "eos"))
