@@ -2,9 +2,9 @@
 
     python demo/questions.py                                       # questions about new scenes of the toy world
     python eval.py --model=runs/sft --data=runs/toy/questions_more.jsonl --answers=runs/toy/answers_more.jsonl
-    python -m tools.pairs runs/toy/answers_more.jsonl --out=runs/toy/pairs.jsonl      # chosen: truth; rejected: answer
+    python -m tools.pairs runs/toy/answers_more.jsonl --out=runs/toy/pairs.jsonl --right=3     # chosen: truth
     torchrun train_dpo.py                                          # on these pairs, on a CPU
-    torchrun train_dpo.py --lora_r=32 --lr=1e-3 --out=runs/dpo_lora
+    torchrun train_dpo.py --lora_r=32 --lr=1e-4 --out=runs/dpo_lora
     torchrun --nproc_per_node=8 train_dpo.py --init=DIR --data=FILE --images=DIR --lr=5e-7 --epochs=1      # eight GPUs
 
 A row of the data has a question and two answers (formats/preferences.py). batch_size counts pairs. The reference is the
@@ -46,7 +46,7 @@ class Settings(train_sft.Settings):
     init: str = "runs/sft"
     epochs: float = 1.0
     loss: str = setting("dpo", "of a pair", choices=tuple(METHODS))
-    lr: float = 1e-4
+    lr: float = 1e-5
     warmup: float = 0.1
     out: str = "runs/dpo"
 

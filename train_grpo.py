@@ -2,7 +2,7 @@
 
     python demo/questions.py                                       # questions about new scenes of the toy world
     torchrun train_grpo.py                                         # on these, on a CPU
-    torchrun train_grpo.py --lora_r=32 --lr=1e-3 --kl=0.04 --out=runs/grpo_lora
+    torchrun train_grpo.py --lora_r=32 --lr=1e-4 --kl=0.04 --out=runs/grpo_lora
     torchrun --nproc_per_node=8 train_grpo.py --init=DIR --data=FILE --images=DIR --reward=mine.py:reward
     python -m tools.report runs/grpo/samples.jsonl --images=runs/toy/images        # a page of the roll-outs
 
