@@ -1,7 +1,8 @@
 """Preference optimisation, after stage 2: of two answers to a question, make the chosen one more probable.
 
     python demo/questions.py                                       # questions about new scenes of the toy world
-    python eval.py --model=runs/sft --data=runs/toy/questions_more.jsonl --answers=runs/toy/answers_more.jsonl
+    python eval.py --model=runs/sft --data=runs/toy/questions_more.jsonl --images=runs/toy/images \\
+        --answers=runs/toy/answers_more.jsonl
     python -m tools.pairs runs/toy/answers_more.jsonl --out=runs/toy/pairs.jsonl --right=3     # chosen: truth
     torchrun train_dpo.py                                          # on these pairs, on a CPU
     torchrun train_dpo.py --lora_r=32 --lr=1e-4 --out=runs/dpo_lora
