@@ -67,7 +67,7 @@ def test_losses_equal_the_formulas(kind):
 
 def test_losses_and_gradients_equal_those_of_trl():
     """trl 1.16: tests/golden/trl_preference.py recorded them. Its ORPO rounds to float32."""
-    golden = json.loads((ROOT / "tests/golden/trl_preference.json").read_text())
+    golden = json.loads((ROOT / "tests/golden/trl/preference.json").read_text())
     lengths, before = (torch.tensor(golden[k], dtype=torch.float64) for k in ("lengths", "reference"))
     assert {case["loss"] for case in golden["cases"]} == set(train_dpo.METHODS)
     for case in golden["cases"]:

@@ -61,7 +61,7 @@ def test_kl_is_never_negative():
 
 def test_losses_and_gradients_equal_those_of_trl():
     """trl 1.16: tests/golden/trl_rewards.py recorded them"""
-    golden = json.loads((ROOT / "tests/golden/trl_rewards.json").read_text())
+    golden = json.loads((ROOT / "tests/golden/trl/rewards.json").read_text())
     lengths = golden["lengths"]
     assert [case["normalise"] for case in golden["cases"]] == ["grpo", "dapo", "dr_grpo"]
     for case in golden["cases"]:

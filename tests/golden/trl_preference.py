@@ -1,4 +1,4 @@
-"""Makes trl_preference.json: losses and gradients of trl (pip install trl), for log-probabilities of answer tokens.
+"""Makes trl/preference.json: losses and gradients of trl (pip install trl), for log-probabilities of answer tokens.
 
     python tests/golden/trl_preference.py      # trl's own functions, on CPU, float64 (ORPO: trl rounds to float32)
 """

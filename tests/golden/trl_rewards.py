@@ -1,4 +1,4 @@
-"""Makes trl_rewards.json: GRPO losses and gradients of trl (pip install trl), for log-probabilities of answer tokens.
+"""Makes trl/rewards.json: GRPO losses and gradients of trl (pip install trl), for log-probabilities of answer tokens.
 
     python tests/golden/trl_rewards.py      # trl's own function, on CPU, float64
 """
