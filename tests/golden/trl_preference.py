@@ -69,4 +69,4 @@ if __name__ == "__main__":
              case("simpo", "simpo", 2.0, 1.4, True), case("orpo", "orpo", 0.7, 0.0, True)]
     sums = [x.sum(1).view(2, P).T.tolist() for x in (tokens(0), tokens(1))]
     made = dict(trl=trl.__version__, lengths=LENGTHS, policy=sums[0], reference=sums[1], cases=cases)
-    Path(__file__).with_suffix(".json").write_text(json.dumps(made, indent=1))
+    (Path(__file__).parent / "trl/preference.json").write_text(json.dumps(made, indent=1))

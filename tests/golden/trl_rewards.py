@@ -43,4 +43,4 @@ def case(normalise, low, high, kl):
 if __name__ == "__main__":
     cases = [case("grpo", 0.2, 0.2, 0.04), case("dapo", 0.2, 0.28, 0.0), case("dr_grpo", 0.1, 0.3, 0.0)]
     made = dict(trl=trl.__version__, lengths=LENGTHS, longest=LONGEST, cases=cases)
-    Path(__file__).with_suffix(".json").write_text(json.dumps(made))
+    (Path(__file__).parent / "trl/rewards.json").write_text(json.dumps(made))
