@@ -139,7 +139,7 @@ def everything(dtype=torch.bfloat16, N=2000, V=8000):
     cos, sin = angles.cos(), angles.sin()
     ups["cross-entropy"] = [torch.ones((), device=DEVICE)]
     return {"attention": lambda: with_gradients(lambda *t: attention(*t, *spans), q, k, v, up=ups["attention"]),
-            "cross-entropy": lambda: with_gradients(lambda h, w: linear_cross_entropy(h, w, y, 512), h, w,
+            "cross-entropy": lambda: with_gradients(lambda h, w: linear_cross_entropy(h, w, y, chunk=512), h, w,
                                                     up=ups["cross-entropy"]),
             "norm": lambda: with_gradients(lambda x, c: rms_norm(x, c, 1e-5, h), h, c, up=ups["norm"]),
             "swiglu": lambda: with_gradients(swiglu, h, h + 1, up=ups["swiglu"]),
