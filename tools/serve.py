@@ -19,6 +19,7 @@ import hmac
 import io
 import ipaddress
 import json
+import os
 import re
 import secrets
 import select
@@ -572,3 +573,5 @@ def main(s):
 if __name__ == "__main__":
     with config.one_line_errors():
         main(config.parse(Settings, sys.argv[1:], __doc__))
+    sys.stdout.flush()
+    os._exit(0)        # a thread of a request may be inside torch: Python's own exit would end it there, and so abort
