@@ -13,7 +13,7 @@ import torch
 
 from config import stop
 from formats.blip2 import QFORMER, TOWER
-from formats.configs import CLASSES, one_line, read_config, read_pre, typed, vision_config
+from formats.configs import one_line, read_config, read_pre, typed, vision_config
 from formats.family import image_settings, read_names
 from formats.hub import find_folder, find_model
 from formats.pairs import FILES, PairFolder, Words, fitted, with_ends
@@ -21,7 +21,6 @@ from formats.sentencepiece import added_token
 from formats.tensors import read_tensors, tensor_digest, write_shards
 from formats.tokenizer import read_spec, vocabulary
 from formats.whole import commit, write_file
-from model import VisionConfig
 from parts.blip2 import TEMPERATURE, Blip2, Blip2Config
 from parts.init import init_new
 from parts.instruct import InstructConfig

@@ -17,17 +17,15 @@ from typing import NamedTuple
 import tokenizers
 import torch
 
-from config import BadSample, stop
+from config import stop
 from formats.configs import one_line, read_config, read_pre, typed, vision_config
 from formats.hub import find_folder, find_model
 from formats.metadata import PROCESSORS
 from formats.names import FLOATS
 from formats.sentencepiece import added_token
-from formats.strict_json import read_json
 from formats.tensors import read_tensors, tensor_digest, write_shards
 from formats.tokenizer import read_spec, token_text, vocabulary
 from formats.whole import commit, write_file
-from model import VisionConfig
 from parts.init import init_weights
 from parts.pairs import SCALES, Pairs, PairsConfig
 from parts.settings import apply_parts

@@ -513,6 +513,21 @@ def test_a_damaged_or_old_index_is_made_again(forms, damage, monkeypatch):
     assert open_rows(file).spans.tolist() == true and (np.load(index)[2:] == true).all()
 
 
+def test_a_full_disk_leaves_no_index(forms, tmp_path, monkeypatch):
+    """An index that cannot be written is made in memory, and no part of it stays beside the data"""
+    open_large(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    true = line_spans((forms / "all.jsonl").read_bytes())
+
+    def full(file, array):
+        file.write(b"x" * 100)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept.np, "save", full)
+    assert (open_rows(forms / "all.jsonl").spans == true).all()
+    assert (tmp_path / "cache/pumice").is_dir() and not [f for f in tmp_path.rglob("*index*") if f.is_file()]
+
+
 def test_a_folder_that_is_read_only_is_no_obstacle(forms, tmp_path, monkeypatch):
     open_large(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

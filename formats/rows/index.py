@@ -6,11 +6,14 @@ map: a file of 10^7 rows has an index of 160 MB, which all processes of a machin
 
 import contextlib
 import hashlib
+import mmap
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from config import BadSample
 
 VERSION = 1
 KEPT = 2**26               # bytes; the index of a smaller file is made in less than a second, and is not kept
@@ -34,9 +37,14 @@ def index(file, build):
         with contextlib.suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=place.parent, prefix=".index", delete=False) as f:
-                np.save(f, np.concatenate([head, spans]))
-            os.chmod(f.name, about.st_mode & 0o666)            # who may read the data may read its index
-            os.replace(f.name, place)                          # whole or absent, also if several processes write it
+                try:
+                    np.save(f, np.concatenate([head, spans]))
+                    f.flush()
+                    os.chmod(f.name, about.st_mode & 0o666)    # who may read the data may read its index
+                    os.replace(f.name, place)                  # whole or absent, also if several processes write it
+                except OSError:                                # a full disk: leave nothing beside the data
+                    os.unlink(f.name)
+                    raise
             return np.load(place, mmap_mode="r", allow_pickle=False)[2:]
     return spans
 
@@ -68,3 +76,35 @@ def digest(h, file, layout, total=0):
         for at in np.linspace(0, max(0, size - BLOCK), blocks, dtype=np.int64).tolist():
             f.seek(at)
             h.update(f.read(BLOCK))
+
+
+class Mapped:
+    """A data file that is read through a memory map. All processes of a machine share the memory of this map. A
+    subclass sets `spans` (rows, 2): the bytes begin <= i < end of each row."""
+
+    def __init__(self, file):
+        self.file = str(file)
+        with open(file, "rb") as f:
+            self.blob = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __reduce__(self):                                      # a memory map cannot be pickled: a worker opens its own
+        return type(self), (self.file,)
+
+    @property
+    def bytes(self):
+        return len(self.blob)
+
+    def __len__(self):
+        return len(self.spans)
+
+    def digest(self, h, total=0):
+        digest(h, self.file, np.ascontiguousarray(self.spans), total)
+
+    def span(self, i, most):
+        """-> begin, end of row i. Raise BadSample if it has more than `most` bytes, or if the file was cut."""
+        begin, end = (int(x) for x in self.spans[i])
+        if self.blob.size() < end:                             # to read beyond the file's end would kill the process
+            raise BadSample("the file has become shorter since it was opened")
+        if end - begin > most:
+            raise BadSample("a row is too large", f"{end - begin:,} bytes, the limit is {most:,}")
+        return begin, end

@@ -1,7 +1,6 @@
 """Files of json: a list of objects, or jsonl with one object per line."""
 
 import json
-import mmap
 import os
 import re
 from array import array
@@ -9,7 +8,7 @@ from array import array
 import numpy as np
 
 from config import BadSample, stop
-from formats.rows.index import digest, index
+from formats.rows.index import Mapped, index
 from formats.strict_json import STRICT, strict_json
 
 SPACE = r"[ \t\n\r]*"
@@ -58,18 +57,15 @@ def line_spans(blob, chunk=2**24):
     return np.concatenate(out)
 
 
-class Rows:
-    """The rows of one data file. A row is parsed when it is read. Rows stores the positions of the rows and a memory
-    map of the file. All processes of a machine share the memory of this map."""
+class Rows(Mapped):
+    """The rows of one data file, json or jsonl. A row is parsed when it is read."""
 
     def __init__(self, file):
-        self.file = str(file)
         if not os.path.isfile(file):
             stop(f"{file} is a folder, no data file" if os.path.isdir(file) else f"no data file {file or '(no name)'}")
         if os.path.getsize(file) == 0:
             stop(f"{file} is empty")
-        with open(file, "rb") as f:
-            self.blob = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        super().__init__(file)
         first = re.match(rb"(?:\xef\xbb\xbf)?\s*([^\r\n]{0,9})", self.blob)[1].strip()
         if first[:1] == b"[":
             try:
@@ -85,31 +81,14 @@ class Rows:
         if not len(self.spans):
             stop(f"{file} holds no samples")
 
-    def __reduce__(self):                                      # a memory map cannot be pickled: a worker opens its own
-        return Rows, (self.file,)
-
-    @property
-    def bytes(self):
-        return len(self.blob)
-
-    def __len__(self):
-        return len(self.spans)
-
     def guess(self, i):
         a, b = self.spans[i]
         text = self.blob[a : min(b, a + MAX_BYTES)] if b <= self.blob.size() else b""
         images = max(text.count(b"<image>"), len(PART.findall(text)))
         return len(text), images or b'"image' in text
 
-    def digest(self, h, total=0):
-        digest(h, self.file, np.ascontiguousarray(self.spans), total)
-
     def __getitem__(self, i):
-        a, b = self.spans[i]
-        if self.blob.size() < b:                               # to read beyond the file's end would kill the process
-            raise BadSample("the file has become shorter since it was opened")
-        if b - a > MAX_BYTES:
-            raise BadSample("a row is too large", f"{b - a:,} bytes, the limit is {MAX_BYTES:,}")
+        a, b = self.span(i, MAX_BYTES)
         try:
             row = strict_json(self.blob[a:b].decode("utf-8-sig"), f"{self.file}, sample {i}")
         except ValueError as e:

@@ -7,14 +7,13 @@ first dot of the last part. KEY.json or KEY.txt is the text, KEY.jpg, KEY.img0.j
 
 In the last form, one prompt, its captions and its images may be lists: several turns, several images."""
 
-import mmap
 import os
 from array import array
 
 import numpy as np
 
 from config import BadSample, stop
-from formats.rows.index import digest, index
+from formats.rows.index import Mapped, index
 from formats.rows.lines import MAX_BYTES
 from formats.strict_json import strict_json
 
@@ -118,13 +117,11 @@ def prompts(text):
         return 1
 
 
-class Tar:
-    """The rows of a tar file. A row is read from a memory map when it is asked for."""
+class Tar(Mapped):
+    """The rows of a tar file. A row is read when it is asked for."""
 
     def __init__(self, file):
-        self.file = str(file)
-        with open(file, "rb") as f:
-            self.blob = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        super().__init__(file)
         try:
             self.spans = index(file, lambda: sample_spans(self.blob))
         except ValueError as e:
@@ -132,28 +129,11 @@ class Tar:
         if not len(self.spans):
             stop(f"{file} holds no samples: a sample is KEY.json or KEY.txt, and its images KEY.jpg ...")
 
-    def __reduce__(self):
-        return Tar, (self.file,)
-
-    @property
-    def bytes(self):
-        return len(self.blob)
-
-    def __len__(self):
-        return len(self.spans)
-
     def guess(self, i):
         return 0, 1                                            # the headers do not say how much is text
 
-    def digest(self, h, total=0):
-        digest(h, self.file, np.ascontiguousarray(self.spans), total)
-
     def __getitem__(self, i):
-        begin, end = (int(x) for x in self.spans[i])
-        if self.blob.size() < end:
-            raise BadSample("the file has become shorter since it was opened")
-        if end - begin > MAX_SAMPLE:
-            raise BadSample("a row is too large", f"{end - begin:,} bytes, the limit is {MAX_SAMPLE:,}")
+        begin, end = self.span(i, MAX_SAMPLE)
         part, files = self.blob[begin:end], {}
         try:
             for name, _, data, stop_at in members(part):
