@@ -60,6 +60,8 @@ class Common:
     data: str = setting("toy", "json, jsonl, parquet, tar, 'DIR/*.tar' or toy; a.json:0.7,b.json:0.3 mixes, "
                                "a.json:0.7:0.2 weights a loss", resume="free", group="data")
     min_rating: int = setting(0, "of parquet rows with FineVision's ratings: use those with all ratings this high", 0)
+    order: str = setting("shuffle", "which samples make up a step (formats/rows/order.py)", choices=(
+        "shuffle", "by_modality", "round_robin", "accumulate_all", "curriculum", "replay"))
     images: str = setting(".", "folder that image names are relative to", resume="say")
     val_data: str = setting("", "validation data in the same form; empty: no validation, no samples", resume="free")
     template: str = setting("", "of chat.py or parts/templates.py: plain, vicuna_v1 ...; empty: as init was trained")

@@ -16,15 +16,15 @@ import os
 import runpy
 import signal
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import chat
 from config import BadSample, stop
-from formats.rows import conversation, open_mixture, token_rates
+from formats.rows import ORDERS, conversation, open_mixture, token_rates
 from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
 
@@ -131,49 +131,33 @@ class StepData(NamedTuple):
     dropped: list     # (name, reason) of each unusable sample of this rank
     truncated: int    # number of samples that lost tokens at their end
     animated: int     # number of images with several frames; only the first frame is used
+    drawn: dict = {}  # name of a file: number of its samples in the step, of all ranks
 
 
 class Steps(torch.utils.data.Dataset):
-    """steps[s] -> StepData of this rank for step s. The samples of a step depend only on (seed, s). They are divided
-    between the ranks by an estimate of their cost, and a rank reads only its own. So ranks may have different numbers
-    of micro-batches (run.validate.level adds empty ones).
+    """steps[s] -> StepData of this rank for step s. The samples of a step depend only on (seed, s): `order` names a
+    function of formats/rows/order.py. They are divided between the ranks by an estimate of their cost, and a rank reads
+    only its own. So ranks may have different numbers of micro-batches (run.validate.level adds empty ones).
     spec: "a.json:0.7,b.json:0.3" mixes files by share; "a.json,b.json" takes every sample once per epoch. An epoch has
-    as many samples as all files together. A file is shuffled again when all its samples have been drawn. A second
-    number, as in "a.json:0.7:0.2", multiplies the loss of the file's tokens. loss="sample": each sample counts 1 in the
-    loss, and its supervised tokens share this weight (PaliGemma)."""
+    as many samples as all files together. A second number, as in "a.json:0.7:0.2", multiplies the loss of the file's
+    tokens. loss="sample": each sample counts 1 in the loss, its supervised tokens share this weight (PaliGemma)."""
     pack = staticmethod(pack)                                  # a subclass may pack its samples in another way
 
     def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1, span_ends=None,
-                 loss="token", min_rating=0):
+                 loss="token", min_rating=0, order="shuffle"):
         if max_tokens < encode.max_len:
             stop(f"max_tokens={max_tokens} is less than max_len={encode.max_len}: one sample must fit into a stream")
         image_folder(images)
         self.files, self.counts, self.weights = open_mixture(spec, min_rating)          # counts: samples per epoch
-        self.total = sum(len(r) for r in self.files)
+        self.order, self.total = ORDERS[order](self.files, self.counts, batch_size, seed, spec)
         self.rates = [token_rates(r, encode, images) if world > 1 else (0, 0) for r in self.files]          # for cost()
         self.images, self.encode, self.image_spec, self.span_ends = images, encode, image_spec, span_ends
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
-        self.loss, self._epoch = loss, (None, None)
-
-    def epoch(self, e):
-        """-> (total, 2): for every sample drawn in epoch e, the index of its file and its index in this file"""
-        if self._epoch[0] != e:
-            draws = []
-            for f, (rows, count) in enumerate(zip(self.files, self.counts)):
-                first, end = e * count, (e + 1) * count        # epoch e makes the draws first ... end - 1 of this file
-                laps = range(first // len(rows), -(-end // len(rows)))
-                order = [np.random.default_rng([self.seed, f, lap]).permutation(len(rows)) for lap in laps]
-                picked = np.concatenate([*order, np.zeros(0, int)])[first % len(rows):][:count]
-                draws.append(np.stack([np.full(count, f, np.int32), picked.astype(np.int32)], 1))
-            draws = np.concatenate(draws)                                                                 # (total, 2)
-            order = np.random.default_rng([self.seed, len(self.files), e, 1]).permutation(len(draws))
-            self._epoch = (e, draws[order])
-        return self._epoch[1]
+        self.loss = loss
 
     def samples(self, step):
         """-> [(index of the file, index of the sample in it)] for one step"""
-        at = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [tuple(int(v) for v in self.epoch(i // self.total)[i % self.total]) for i in at]
+        return self.order(step)
 
     def name(self, file, i):
         return f"{Path(self.files[file].file).name}[{i}]"
@@ -212,7 +196,8 @@ class Steps(torch.utils.data.Dataset):
                 except BadSample as e:
                     dropped.append((name, str(e)))
             micro.append(self.pack(samples, self.image_spec.side, self.span_ends, self.encode.reader, weights))
-        return StepData(micro, names, dropped, truncated, animated)
+        drawn = dict(Counter(Path(self.files[f].file).name for f, _ in drawn))
+        return StepData(micro, names, dropped, truncated, animated, drawn)
 
     def pixels(self, file):
         """-> pixels (n, 3, S, S) uint8, is the image animated? n is 1, or the number of tiles that the layout cuts the

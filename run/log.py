@@ -55,12 +55,13 @@ class Log:
         self.flops_per, self.max_dropped = flops, max_dropped
         self.seen, self.reasons = Counter((state or {}).get("seen")), (state or {}).get("reasons") or {}
         self.began = self.last = time.time()
+        self.drawn = Counter((state or {}).get("drawn"))                       # {name of a data file: samples}
         self.tokens = self.samples = self.flops = self.wait = self.bad_updates = 0
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK.items() if k in name), None)
 
     def state(self):
-        return dict(seen=self.seen, reasons=self.reasons)
+        return dict(seen=self.seen, reasons=self.reasons, drawn=self.drawn)
 
     def timed(self, batches):
         """Yield `batches` unchanged, and add up the time that the training loop waits for them."""
@@ -82,6 +83,7 @@ class Log:
         self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut, animated=animated,
                          skipped_updates=int(not result["updated"]))
         units = dict(tokens=tokens, supervised=labels, images=images)
+        self.drawn.update(batch.drawn)                                         # the same on all ranks
         self.tokens, self.samples = self.tokens + tokens, self.samples + used
         self.flops += sum(f * units[u] for u, f in self.flops_per.items())
         self.result = {**result, "tokens": tokens, "supervised_tokens": labels}
@@ -108,7 +110,8 @@ class Log:
                    samples_per_s=round(self.samples * rate, 2),
                    mfu=round(self.flops * rate / self.peak / self.world.size, 4) if self.peak else None,
                    memory=memory, data_wait_s=round(self.wait, 3), eta=round(eta, 1),
-                   **{k: self.seen[k] for k in ("dropped", "truncated", "animated", "skipped_updates")})
+                   **{k: self.seen[k] for k in ("dropped", "truncated", "animated", "skipped_updates")},
+                   drawn=dict(self.drawn))
         self.append(row)
         mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""
         self.world.print(f"step {done:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "

@@ -120,11 +120,11 @@ def prepare_pairs(s, world, model, folder, lrs):
     """Open the data and print the plan. Then do a dry run, or start or resume the run -> stage.Run"""
     cfg, spec = model.cfg, image_spec(folder.pre, s.image_aspect)
 
-    def steps_of(data, batch_size, seed, Kind):
+    def steps_of(data, batch_size, seed, Kind, **more):
         return Kind(data, s.images, PairEncoder(folder.words), spec, batch_size, s.max_tokens, seed, world.rank,
-                    world.size, text_ends(cfg), min_rating=s.min_rating)
+                    world.size, text_ends(cfg), min_rating=s.min_rating, **more)
 
-    samples = steps_of(s.data, s.batch_size, s.seed, Steps)
+    samples = steps_of(s.data, s.batch_size, s.seed, Steps, order=s.order)
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
     (first,), flops = level(samples, [samples[0]], world), plan.flops(model, pair_rows(cfg))
     seen = plan.units(first.micro)

@@ -154,7 +154,7 @@ def prepare_preference(s, world, model, folder, lrs, refers):
     encode = PreferenceEncoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system,
                                instruct.reader(folder, cfg))
     samples = PreferenceSteps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank,
-                              world.size, span_ends(cfg), min_rating=s.min_rating)
+                              world.size, span_ends(cfg), min_rating=s.min_rating, order=s.order)
     if any(w != 1 for w in samples.weights):
         stop(f"data={s.data}: a second colon weights the tokens of a file; every pair counts 1")
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)

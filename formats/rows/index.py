@@ -1,4 +1,4 @@
-"""The index of a data file: where each row begins and ends. And the digest of a file.
+"""The index of a data file: where each row begins and ends; of tar, which rows have images. And the digest of a file.
 
 An index is made once. The index of a large file is kept beside it, as FILE.index.npy, or in ~/.cache/pumice if that
 folder cannot be written to. It is valid while size and time of change of the file are the same. It is read by memory
@@ -21,16 +21,17 @@ EXACT = 2**26              # bytes; a digest reads a smaller file whole
 BLOCKS, BLOCK = 1024, 2**16    # of a larger file, it reads this many blocks of this many bytes
 
 
-def index(file, build):
-    """-> (rows, 2) int64: the bytes begin <= i < end of each row. build: function that makes it"""
+def index(file, build, columns=2):
+    """-> (rows, columns) int64: the bytes begin <= i < end of each row, ... build: function that makes it"""
     about = os.stat(file)
     if about.st_size < KEPT:
         return build()
-    head = np.array([[VERSION, 0], [about.st_size, about.st_mtime_ns]], np.int64)
+    head = np.zeros((2, columns), np.int64)
+    head[0, 0], head[1, :2] = VERSION, (about.st_size, about.st_mtime_ns)
     for place in places(file):
         with contextlib.suppress(OSError, ValueError, EOFError):
             kept = np.load(place, mmap_mode="r", allow_pickle=False)
-            if (kept.dtype, kept.ndim, kept.shape[1:]) == (np.int64, 2, (2,)) and (kept[:2] == head).all():
+            if (kept.dtype, kept.ndim, kept.shape[1:]) == (np.int64, 2, (columns,)) and (kept[:2] == head).all():
                 return kept[2:]
     spans = build()
     for place in places(file):
@@ -80,7 +81,7 @@ def digest(h, file, layout, total=0):
 
 class Mapped:
     """A data file that is read through a memory map. All processes of a machine share the memory of this map. A
-    subclass sets `spans` (rows, 2): the bytes begin <= i < end of each row."""
+    subclass sets `spans` (rows, 2 or more): the bytes begin <= i < end of each row."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -98,11 +99,11 @@ class Mapped:
         return len(self.spans)
 
     def digest(self, h, total=0):
-        digest(h, self.file, np.ascontiguousarray(self.spans), total)
+        digest(h, self.file, np.ascontiguousarray(self.spans[:, :2]), total)
 
     def span(self, i, most):
         """-> begin, end of row i. Raise BadSample if it has more than `most` bytes, or if the file was cut."""
-        begin, end = (int(x) for x in self.spans[i])
+        begin, end = (int(x) for x in self.spans[i, :2])
         if self.blob.size() < end:                             # to read beyond the file's end would kill the process
             raise BadSample("the file has become shorter since it was opened")
         if end - begin > most:

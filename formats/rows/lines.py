@@ -15,6 +15,8 @@ SPACE = r"[ \t\n\r]*"
 # in a json list: FIRST matches the text before the first row, NEXT matches the text after a row
 FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}([,\]]?){SPACE}")
 PART = re.compile(rb'"type" ?: ?"image')   # a part of a message that is an image
+# in a row of json: a part that is an image, or a key of images whose value is not empty
+HAS_IMAGE = re.compile(PART.pattern + rb'|"image(?:s|_bytes)?"\s*:(?!\s*(?:null|""|\[\s*(?:null|"")?\s*\]))')
 MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
 
 
@@ -86,6 +88,13 @@ class Rows(Mapped):
         text = self.blob[a : min(b, a + MAX_BYTES)] if b <= self.blob.size() else b""
         images = max(text.count(b"<image>"), len(PART.findall(text)))
         return len(text), images or b'"image' in text
+
+    def has_images(self):
+        """-> (rows,) bool"""
+        found = np.array([m.start() for m in HAS_IMAGE.finditer(self.blob)], np.int64)
+        out = np.zeros(len(self), bool)
+        out[np.searchsorted(self.spans[:, 0], found, "right") - 1] = True
+        return out
 
     def __getitem__(self, i):
         a, b = self.span(i, MAX_BYTES)

@@ -3,12 +3,14 @@ group of row i, and keeps the last groups. In shuffled order nearly every sample
 fast: 100 rows, as the hub's own files of images have, cost about as much as decoding an image."""
 
 import functools
+import json
 import os
 
 import numpy as np
 
 from config import BadSample, stop
 from formats.rows.index import digest
+from formats.rows.lines import HAS_IMAGE
 
 FORMS = ("conversations", "messages", "texts", "text", "caption", "chosen")          # a column that a known form has
 RATINGS = ("relevance_min", "visual_dependency_min", "image_correspondence_min", "formatting_min")    # FineVision
@@ -33,6 +35,11 @@ def opened(file, process):
 def group(file, process, g):
     """-> row group g as a pyarrow table"""
     return opened(file, process).read_row_group(g, use_threads=False)
+
+
+def has_value(x):
+    """x: null, a name, bytes, {"bytes": ..., "path": ...}, or a list of these"""
+    return any(map(has_value, x.values() if isinstance(x, dict) else x)) if isinstance(x, dict | list) else bool(x)
 
 
 class Parquet:
@@ -76,6 +83,26 @@ class Parquet:
 
     def guess(self, i):
         return self.mean, self.images                          # the means of the first group
+
+    def has_images(self):
+        """-> (rows,) bool. A row group is read if its statistics do not say that every row has an image"""
+        table, out = opened(self.file, os.getpid()), []
+        paths = [table.metadata.schema.column(k).path for k in range(table.metadata.num_columns)]
+        images = [k for k, path in enumerate(paths) if path.split(".")[0] in BINARY]
+        parts = [path.split(".")[0] for path in paths if path.endswith(".type")]         # of messages
+        for g in range(table.num_row_groups):
+            about = table.metadata.row_group(g)
+            known = (about.column(k).statistics for k in images)
+            known = [s for s in known if s and s.has_null_count and s.has_min_max]
+            if not images + parts or any(s.null_count == 0 and s.min not in ("", b"") for s in known):
+                out.append(np.full(about.num_rows, bool(images)))
+            else:
+                names = {*parts, *(paths[k].split(".")[0] for k in images)}
+                rows = table.read_row_group(g, columns=sorted(names), use_threads=False).to_pylist()
+                out.append(np.array([any(has_value(row[c]) for c in names & {*BINARY}) or HAS_IMAGE.search(
+                    json.dumps([row[c] for c in parts], default=str).encode()) is not None for row in rows]))
+        whole = np.concatenate(out)
+        return whole if self.kept is None else whole[self.kept]
 
     def digest(self, h, total=0):
         with open(self.file, "rb") as f:                       # the footer: places, sizes and ranges of all columns

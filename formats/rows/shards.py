@@ -69,6 +69,9 @@ class Shards:
         rows, j = self.place(i)
         return rows.guess(j)
 
+    def has_images(self):
+        return np.concatenate([self.shard(k).has_images() for k in range(len(self.files))])
+
     def digest(self, h, total=0):
         for k in range(len(self.files)):
             self.shard(k).digest(h, self.bytes)

@@ -14,7 +14,7 @@ import numpy as np
 
 from config import BadSample, stop
 from formats.rows.index import Mapped, index
-from formats.rows.lines import MAX_BYTES
+from formats.rows.lines import HAS_IMAGE, MAX_BYTES
 from formats.strict_json import strict_json
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -92,20 +92,24 @@ def pax_records(data):
 
 
 def sample_spans(blob):
-    """Find the samples of a tar file -> (rows, 2): begin and end of their members in bytes. A sample with several
-    prompts has as many rows."""
-    out, last = array("q"), None
+    """Find the samples of a tar file -> (rows, 3): begin and end of their members in bytes, are there images? A sample
+    with several prompts has as many rows."""
+    out, last = array("q"), None                               # begin, end, rows, images of each sample
     for name, begin, data, end in members(blob):
         key = key_of(name)
         if not key:
             continue
         if key != last:
-            out.extend((begin, end, 1))
-        out[-2], last = -(-end // 512) * 512, key
-        if name.endswith(".json") and end - data <= MAX_BYTES and blob.find(b'"prompts"', data, end) >= 0:
-            out[-1] = prompts(blob[data:end])
-    table = np.array(out, np.int64).reshape(-1, 3)
-    return np.repeat(table[:, :2], table[:, 2], 0)
+            out.extend((begin, end, 1, 0))
+        out[-3], last = -(-end // 512) * 512, key
+        if name.endswith(".json") and end - data <= MAX_BYTES:
+            out[-1] |= HAS_IMAGE.search(blob, data, end) is not None
+            if blob.find(b'"prompts"', data, end) >= 0:
+                out[-2] = prompts(blob[data:end])
+        elif name.lower().endswith(IMAGES):
+            out[-1] = 1
+    table = np.array(out, np.int64).reshape(-1, 4)
+    return np.repeat(table[:, [0, 1, 3]], table[:, 2], 0)
 
 
 def prompts(text):
@@ -123,14 +127,17 @@ class Tar(Mapped):
     def __init__(self, file):
         super().__init__(file)
         try:
-            self.spans = index(file, lambda: sample_spans(self.blob))
+            self.spans = index(file, lambda: sample_spans(self.blob), 3)
         except ValueError as e:
             stop(f"{file} cannot be read as a tar file: {e}")
         if not len(self.spans):
             stop(f"{file} holds no samples: a sample is KEY.json or KEY.txt, and its images KEY.jpg ...")
 
     def guess(self, i):
-        return 0, 1                                            # the headers do not say how much is text
+        return 0, int(self.spans[i, 2])                        # the headers do not say how much is text
+
+    def has_images(self):
+        return self.spans[:, 2] > 0
 
     def __getitem__(self, i):
         begin, end = self.span(i, MAX_SAMPLE)
