@@ -25,68 +25,69 @@ from parts.spans import span_ends
 
 
 class Cache:
-    """Keys and values of B conversations of at most L tokens. Conversation b owns the slots [b * L, (b + 1) * L). So
-    every query attends to one contiguous range [lo, hi) of slots, in the prompt and in the answer."""
+    """Keys and values of B prompts and their answers, at most L tokens each. Conversation b owns the slots [b * L,
+    (b + 1) * L). So every query attends to one contiguous range [lo, hi) of slots, in the prompt and in the answer.
+    slot (N,): where the next forward pass writes. fixed: what the `group` answers to a prompt share."""
 
     def __init__(self, B, L):
-        self.B, self.L, self.kv, self.slot = B, L, {}, None   # slot (N,): slots where the next forward pass writes
+        self.B, self.L, self.kv, self.fixed, self.group, self.slot = B, L, {}, {}, 1, None
 
-    def append(self, layer, k, v):
+    def append(self, layer, *new):
         """Store k, v (N, G, K) of N new tokens, G heads of size K -> keys and values of all slots (B * L, G, K)"""
         if layer not in self.kv:
-            self.kv[layer] = tuple(t.new_zeros(self.B * self.L, *t.shape[1:]) for t in (k, v))
-        for stored, new in zip(self.kv[layer], (k, v)):
-            stored[self.slot] = new
+            self.kv[layer] = [t.new_zeros(self.B * self.L, *t.shape[1:]) for t in new]
+        for stored, t in zip(self.kv[layer], new):
+            stored[self.slot] = t
         return self.kv[layer]
 
 
 @torch.no_grad()
-def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.0, banned=(), seed=0, each=None):
-    """Generate answers to B prompts of different lengths -> B lists of token ids.
+def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.0, banned=(), seed=0, each=None,
+             group=1):
+    """Generate `group` answers to each of B prompts of different lengths -> B * group lists of token ids.
     prompts: list of tensors of ids, with placeholders for images. images: (I, 3, S, S) uint8, in the order of the
     placeholders. An answer ends before an id in `stop_ids`. Ids in `banned` and the placeholder are never generated.
     Temperature 0 is greedy decoding. At the end, train/eval modes and the global random state are as before.
-    each(answers) is called after each step, with the B lists so far (stop tokens included); it returns True to end."""
+    each(answers) is called after each step, with the lists so far (stop tokens included); it returns True to end."""
     if not prompts:
         return []
-    device = images.device
-    training = [m for m in model.modules() if m.training]
+    device, training = images.device, [m for m in model.modules() if m.training]
     model.eval()
     rng = torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts])
     B, L = len(prompts), int(lengths.max()) + max_new_tokens
     cache = Cache(B, L)
-    start = torch.arange(B) * L                               # first slot of each conversation
+    start = torch.arange(B * group) * L                       # first slot of each conversation
     ids = torch.cat([p.to(device) for p in prompts])          # (N,) step 1: all prompts; later: 1 token per answer
     pos = torch.cat([torch.arange(n) for n in lengths])       # (N,)
-    lo = start.repeat_interleave(lengths)                     # (N,)
+    lo = start[:B].repeat_interleave(lengths)                 # (N,)
     labels = torch.full((len(pos),), IGNORE)                  # (N,) logits are computed where a label is not IGNORE
     labels[lengths.cumsum(0) - 1] = 0                         # logits only for the last token of each prompt
     hi = span_ends(model.cfg)(ids.cpu(), labels, pos, lo)     # (N,)
-    answers, alive = [[] for _ in prompts], list(range(B))
+    lengths, answers, alive = lengths.repeat_interleave(group), [[] for _ in start], list(range(B * group))
     banned = torch.tensor(sorted({*banned, model.cfg.image_token_index}), device=device)
     try:
         for _ in range(max_new_tokens):
             cache.slot = (lo + pos).to(device)
             batch = (t.to(device) for t in (labels, pos, lo.int(), hi.int()))
             logits = model(ids, *batch, images, head=logits_head, cache=cache).float()                     # (alive, V)
+            if len(logits) < len(alive):                      # each prompt passed through the model once
+                logits, cache.group = logits.repeat_interleave(group, 0), group
+                for kv in cache.kv.values():                  # each answer gets a copy of the slots of its prompt
+                    kv[:] = [t.unflatten(0, (B, L)).repeat_interleave(group, 0).flatten(0, 1) for t in kv]
             logits[:, banned] = -torch.inf
-            if temperature > 0:
-                ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
-            else:
-                ids = logits.argmax(-1)
-            tokens = ids.tolist()
-            for b, token in zip(alive, tokens):
+            ids = (torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0] if temperature > 0 else
+                   logits.argmax(-1))
+            for b, token in zip(alive, ids.tolist()):
                 answers[b].append(token)
-            keep = [i for i, token in enumerate(tokens) if token not in stop_ids]
+            keep = [i for i, b in enumerate(alive) if answers[b][-1] not in stop_ids]
             alive = [alive[i] for i in keep]
             if each and each(answers) or not alive:
                 break
             ids, images = ids[keep], images[:0]               # the cache holds the keys and values of the images
             lo = start[alive]
             pos = lengths[alive] + len(answers[alive[0]]) - 1
-            hi = lo + pos + 1
-            labels = torch.zeros(len(alive), dtype=torch.long)
+            hi, labels = lo + pos + 1, torch.zeros_like(lo)
     finally:
         for m in training:
             m.training = True
@@ -146,13 +147,11 @@ class Chat:
 
     def answers(self, prompts, pixels, max_new_tokens=64, temperature=0.0, seed=0, each=None):
         """Answer prompts (list of id tensors). pixels: from look(), for all prompts in order -> a string per prompt"""
-        S = self.cfg.vision.image_size
-        images = torch.cat(pixels) if pixels else torch.zeros(0, 3, S, S, dtype=torch.uint8)
+        images = torch.cat(pixels or [torch.zeros(0, 3, *[self.cfg.vision.image_size] * 2, dtype=torch.uint8)])
         images = self.reader([(p.tolist(), []) for p in prompts], images) if self.reader else images
         answers = generate(self.model, prompts, images.to(next(self.model.parameters()).device), self.stop_ids,
                            max_new_tokens, temperature, self.banned, seed, each)
-        texts = [self.tok.decode(ids) for ids in answers]
-        return [(t.split("\n")[0] if self.template == "plain" else t).strip() for t in texts]
+        return [(t.split("\n")[0] if self.template == "plain" else t).strip() for t in map(self.tok.decode, answers)]
 
 
 def with_marker(text, images=1):

@@ -68,7 +68,7 @@ def main(s):
                 with engine.sync_gradients(model, enabled=b is micro[-1]):
                     with world.autocast():
                         loss = answer_loss(model, b)                       # a sum over the tokens of b
-                    (loss * world.size / n).backward()                     # * world.size: DDP divides by it
+                    (loss * world.size / n).backward()                     # * world.size: DDP and FSDP divide by it
                 total += loss.detach()
             if step == start and micro:                                    # micro is [] if no sample is usable
                 engine.check_gradients(model)
@@ -82,7 +82,7 @@ def main(s):
         if run.due(step, s.sample_every):
             rollout.write_answers(roll, step, run.log)
         stop, = world.sum([len(run.signals)])                              # has any rank received a signal to stop?
-        if stop or run.due(step, s.save_every):
+        if stop or run.due(step, s.save_every) or run.is_best(step):
             run.folder.save(step, model, optimizer, run.log)
         if stop:
             return stage.stopped(run, step, world)

@@ -67,7 +67,7 @@ class ImageAttention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:                # the first call has all images of the prompts, later calls have none
-            k, v = cache.kv.setdefault(self, (k, v))
+            k, v = cache.fixed.setdefault(self, (k, v))
         return self.o_proj(attention(q, k, v, lo, hi).flatten(1))
 
 
@@ -163,9 +163,9 @@ class Flamingo(VLM):
         torch._assert_async(marker.sum() == len(z), "there must be as many image tokens as images")
         seen = torch.stack(last_image(marker, pos, z.shape[1]))                # (2, N)
         if cache is not None:
-            chat = cache.slot // cache.L                                       # (N,) the conversation of each token
-            if self in cache.kv:                       # generated tokens see the last image of their prompt
-                seen = cache.kv[self][:, chat]
+            chat = cache.slot // (cache.L * cache.group)                       # (N,) the prompt of each token
+            if self in cache.fixed:                    # generated tokens see the last image of their prompt
+                seen = cache.fixed[self][:, chat]
             else:
-                cache.kv[self] = seen.new_zeros(2, cache.B).scatter_reduce(1, chat.expand(2, -1), seen, "amax")
+                cache.fixed[self] = seen.new_zeros(2, cache.B).scatter_reduce(1, chat.expand(2, -1), seen, "amax")
         return [x, z.flatten(0, 1), *seen]

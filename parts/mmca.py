@@ -87,8 +87,7 @@ class MMCADecoder(Llama):
         """As Llama.forward. image (N,) bool: the image tokens"""
         keys = image
         if cache is not None:
-            keys = cache.kv.setdefault(self, image.new_zeros(cache.B * cache.L))     # (M,) empty slots are in no span
-            keys[cache.slot] = image
+            keys, = cache.append(self, image)                                        # (M,) empty slots are in no span
         return super().forward(x, pos, spans(image, keys, lo, hi, rows), hi, rows, cache)
 
 

@@ -3,6 +3,7 @@
     P questions of a rank in one step   G answers to each (a group)   R tokens of answers in a packed sequence
 """
 
+import contextlib
 import math
 import time
 from typing import NamedTuple
@@ -110,6 +111,22 @@ def rolled_loss(s, model, b):
     return (losses * b.weight).sum()
 
 
+@contextlib.contextmanager
+def whole_weights(model):
+    """In this context each rank holds all weights of a model that FSDP shards, in the dtype of the computation. So
+    ranks need not run equally many forward passes: answers have different lengths. Other models stay as they are."""
+    parts = [m for m in model.modules() if hasattr(m, "unshard")]          # only FSDP's modules have this method
+    try:
+        for m in parts:
+            m.set_reshard_after_forward(False, recurse=False)
+            m.unshard()
+        yield
+    finally:
+        for m in parts:
+            m.set_reshard_after_forward(m is not model, recurse=False)     # FSDP2 never reshards the outermost one
+            m.reshard()
+
+
 class Roller:
     """roll(model, micro-batches of questions, step) -> micro-batches of answers, n to divide the loss by, facts"""
 
@@ -119,30 +136,28 @@ class Roller:
         self.banned = {cfg.image_token_index, *range(len(folder.tok), cfg.text.vocab_size)}
 
     def generate(self, model, prompts, images, seed):
-        """-> for each prompt the ids of an answer, with its stop token if it has one. torch's random state is kept"""
-        kept, s, reader = [], self.s, self.samples.encode.reader
-        for i in range(0, len(prompts), s.rollout_size):
-            some = prompts[i : i + s.rollout_size]
-            pixels = torch.cat(images[i : i + s.rollout_size])
+        """-> for each prompt the ids of G answers, with their stop tokens if they have them. A prompt passes through
+        the model once. torch's random state is kept"""
+        kept, s, reader, many = [], self.s, self.samples.encode.reader, max(1, self.s.rollout_size // self.s.group)
+        for i in range(0, len(prompts), many):
+            some, pixels = prompts[i : i + many], torch.cat(images[i : i + many])
             pixels = reader([(p.tolist(), []) for p in some], pixels) if reader else pixels
-            found = [[] for _ in some]
-
-            def keep(answers):
-                found[:] = answers
+            seen = []                                          # generate() adds the list of all answers at each step
             with self.world.autocast(), torch.compiler.set_stance("force_eager"):
-                generate(unwrap(model), some, pixels.to(self.world.device), self.stop_ids, s.max_new_tokens,
-                         s.temperature, self.banned, seed + i, keep)
-            kept += [list(ids) for ids in found]
+                generate(model, some, pixels.to(self.world.device), self.stop_ids, s.max_new_tokens, s.temperature,
+                         self.banned, seed + i * s.group, seen.append, s.group)
+            kept += seen[-1]
         return kept
 
     def __call__(self, model, micro, step):
         s, G = self.s, self.s.group
-        prompts, images, rows = ([x for b in micro for x in getattr(b, key) for _ in range(G)]
-                                 for key in ("prompts", "images", "rows"))
+        asked = [[x for b in micro for x in getattr(b, key)] for key in ("prompts", "images", "rows")]
         began = time.time()
         seed = (s.seed * 1_000_003 + step * self.world.size + self.world.rank) * 1_000_003 % 2**62
-        answers = self.generate(model, prompts, images, seed) if prompts else []
+        with whole_weights(unwrap(model)):
+            answers = self.generate(unwrap(model), *asked[:2], seed)
         seconds = time.time() - began
+        prompts, images, rows = ([x for x in column for _ in range(G)] for column in asked)
         texts = [self.tok.decode([i for i in ids if i not in self.stop_ids]).strip() for ids in answers]
         rewards = torch.tensor([float(self.reward(row[0], text, row[1])) for row, text in zip(rows, texts)],
                                dtype=torch.float64).view(len(rows) // G, G)
@@ -198,9 +213,6 @@ def prepare_rollout(s, world, model, folder, lrs, reward):
         stop(f"val_data={s.val_data} would not be read: eval.py scores the published model")
     if s.overfit:
         stop("overfit: the answers of a step are drawn, so no batch can be fitted; the log shows the reward")
-    if s.parallel == "fsdp":
-        stop("parallel=fsdp: ranks generate answers of different lengths, which shards cannot; ddp can")
-    s.parallel = "ddp"
     if s.max_tokens < s.max_len + s.max_new_tokens:
         stop(f"max_tokens={s.max_tokens} is less than max_len + max_new_tokens: one answer must fit into a stream")
     if configs.positions(cfg.text) < s.max_len + s.max_new_tokens:
@@ -217,8 +229,8 @@ def prepare_rollout(s, world, model, folder, lrs, reward):
                 f"{seen} questions, {sum(len(b.ids) for b in first.micro):,} tokens of prompts; {world.size} x "
                 f"{world.device}, {world.dtype}", sep="\n")
     if s.dry_run:
-        return stage.Run(exit_code=stage.rehearse(s, world, samples, first, lambda *_: None)), None
-    run = stage.begin_run(s, world, model, folder, lrs, samples, first, steps, {}, lambda: None)
+        return stage.Run(exit_code=stage.rehearse(s, world, samples, first, folder, lambda *_: None)), None
+    run = stage.begin_run(s, world, model, folder, lrs, samples, first, steps, {}, lambda: None, ("reward",))
     return run, Roller(s, world, cfg, folder, samples, reward)
 
 

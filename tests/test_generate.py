@@ -68,6 +68,22 @@ def test_a_batch_answers_as_each_alone():
     assert len(alone[1]) <= 3 and max(len(a) for a in alone) == 10 and len({*map(tuple, alone)}) == 5
 
 
+def test_a_group_shares_its_prompt():
+    """Three prompts of different lengths, four answers each. Tokens are those of four copies of each prompt"""
+    model, prompts = tiny_vlm(), [prompt(1, 0, 3), prompt(2, 1, 12), prompt(3, 2, 5)]
+    images, calls = torch.cat([p for _, p in prompts]), []
+    hook = model.vision_tower.register_forward_hook(lambda m, i, o: calls.append(len(i[0])))
+    free = generate(model, [ids for ids, _ in prompts], images, set(), 6, 1.0, group=4)
+    hook.remove()
+    assert calls == [3, 0, 0, 0, 0, 0], "each image once"
+    stop = free[5][2]
+    assert generate(model, [ids for ids, _ in prompts for _ in range(4)],
+                    torch.cat([p for _, p in prompts for _ in range(4)]), set(), 6, 1.0) == free
+    assert len({*map(tuple, free)}) == 12
+    some = generate(model, [ids for ids, _ in prompts], images, {stop}, 6, 0.0, group=4)
+    assert some == [a for a in generate(model, [i for i, _ in prompts], images, {stop}, 6) for _ in range(4)]
+
+
 def test_an_answer_ends_before_a_stop_token():
     model, (ids, pixels) = tiny_vlm(), prompt(1)
     free = generate(model, [ids], pixels, set(), 8)[0]

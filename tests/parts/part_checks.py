@@ -1,5 +1,6 @@
 """What every connector, tower, decoder and mask must satisfy, as functions for the tests of parts/."""
 
+import pytest
 import torch
 from conftest import example, tiny_config
 from PIL import Image
@@ -10,6 +11,7 @@ import engine
 from data import pack
 from generate import generate
 from kernels.cross_entropy import linear_cross_entropy_ref
+from model import logits_head
 from parts.build import build, image_layout
 from parts.spans import span_ends
 from run import plan
@@ -116,3 +118,20 @@ def check_cache(model, tokens=6):
             assert logits.argmax() == token
             ids.append(token)
     assert len({tuple(a) for a in fast}) > 1                     # the prompts do not all give one answer
+
+
+def check_groups(model, G=3):
+    """G answers to each prompt, which passes through the model once = answers to G copies of each prompt: the tokens
+    drawn with one seed, and all logits"""
+    prompts = [(torch.tensor(ids), images) for ids, _, images in samples(model.cfg)]
+
+    def answers(asked, **how):
+        seen = []
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr("generate.logits_head", lambda *a: (seen.append(logits_head(*a)), seen[-1])[1])
+            return generate(model, [p for p, _ in asked], torch.cat([i for _, i in asked]), set(), 4, 1.0, **how), seen
+    (alone, slow), (together, fast) = answers([p for p in prompts for _ in range(G)]), answers(prompts, group=G)
+    assert together == alone and len({tuple(a) for a in alone}) > len(prompts)
+    assert [len(x) for x in fast] == [len(prompts)] + 3 * [len(alone)]
+    torch.testing.assert_close(torch.cat([fast[0].repeat_interleave(G, 0), *fast[1:]]), torch.cat(slow), rtol=1e-12,
+                               atol=1e-12)

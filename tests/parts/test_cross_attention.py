@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error, example
-from part_checks import check_cache, check_flops, check_no_images, check_packed, check_rows, config, random_model
+from part_checks import (
+    check_cache,
+    check_flops,
+    check_groups,
+    check_no_images,
+    check_packed,
+    check_rows,
+    config,
+    random_model,
+)
 from test_model import all_logits
 
 from data import pack
@@ -145,6 +154,7 @@ def test_only_some_rows(model):
 
 def test_cache(model):
     check_cache(model)
+    check_groups(model)
 
 
 def test_blocks_are_listed_for_sharding(model):

@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from conftest import error, example
-from part_checks import check_cache, check_flops, check_no_images, check_packed, check_rows, config, random_model
+from part_checks import (
+    check_cache,
+    check_flops,
+    check_groups,
+    check_no_images,
+    check_packed,
+    check_rows,
+    config,
+    random_model,
+)
 from test_model import all_logits
 
 from data import pack
@@ -95,6 +104,7 @@ def test_only_some_rows(model):
 
 def test_cache(model):
     check_cache(model)
+    check_groups(model)
 
 
 def test_decoders_without_mmca_stop():
