@@ -1,0 +1,112 @@
+"""Preferences and rewards on the toy world, after a stage 2 that is cut short: what DPO, KTO and GRPO change there.
+
+    python -m demo.later_stages                        # run what demo/later_stages.jsonl lacks (half an hour), and print
+    python -m demo.later_stages --only=base,grpo_0     # some of it
+    python -m demo.later_stages --show                 # print the tables alone
+
+    base       one pass over captions, one over conversations: it counts and reads worse than a finished model
+    dpo, kto   pairs of its own wrong answers to questions about new scenes (tools/pairs.py)
+    grpo       answers to the same questions are drawn, and rewarded if they are right
+    hacked     the reward counts words, and nothing else
+
+A row of demo/later_stages.jsonl is one run: scores on the held-out questions, and what its log says. yes is the share of
+"yes" among the answers to yes/no questions (POPE's yes ratio).
+"""
+
+import dataclasses
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import config
+from config import setting
+from demo.questions import write_questions
+from demo.systems import ONE, command, measured
+from metrics.yes_no import pope
+
+OUT, TOY = Path("runs/later"), Path("runs/toy")
+KINDS = "count", "read", "exists"                                # questions to train on: the others are right already
+FROM, QUIET = f"--init={OUT}/base", ["--save_every=0", "--eval_every=0"]
+DPO = ["train_dpo.py", FROM, f"--data={OUT}/pairs.jsonl", f"--images={TOY}/images", "--system=", "--lr=2e-5",
+       "--epochs=2", "--log_every=5", "--sample_every=0", *QUIET]
+GRPO = ["train_grpo.py", FROM, f"--data={OUT}/questions.jsonl", "--lr=1e-4", "--max_new_tokens=4", "--log_every=1",
+        "--sample_every=20", *QUIET]
+
+# arm: what trains it, from the base
+ARMS = {"base": [], **{f"grpo_{seed}": [*GRPO, "--steps=60", f"--seed={seed}"] for seed in range(3)},
+        **{f"dpo_{beta}": [*DPO, f"--beta={beta}"] for beta in ("0.1", "0.03", "0.5")}, "kto": [*DPO, "--loss=kto"],
+        "hacked": [*GRPO, "--reward=length", "--steps=30", "--max_new_tokens=16"]}
+
+
+@dataclasses.dataclass
+class Settings:
+    only: str = setting("", "arms to run, separated by commas; empty: all")
+    rows: str = setting("demo/later_stages.jsonl", "measured runs; new ones are appended")
+    show: bool = setting(False, "print the tables and run nothing")
+
+
+def make_base():
+    """Train the base, ask it about new scenes, and make pairs of its wrong answers"""
+    if not (OUT / "base/model").exists():
+        command("train_align.py", *ONE, f"--out={OUT}/align")
+        command("train_sft.py", *ONE, f"--init={OUT}/align", f"--out={OUT}/base")
+    if not (OUT / "pairs.jsonl").exists():
+        write_questions(TOY, 1000)
+        some = [q for q in (TOY / "questions_more.jsonl").open() if json.loads(q)["type"] in KINDS]
+        (OUT / "questions.jsonl").write_text("".join(some))
+        command("eval.py", f"--model={OUT}/base", f"--data={OUT}/questions.jsonl", f"--images={TOY}/images",
+                f"--answers={OUT}/answers.jsonl")
+        command("-m", "tools.pairs", f"{OUT}/answers.jsonl", f"--out={OUT}/pairs.jsonl", "--types=count,read",
+                "--right=1")
+
+
+def measure(arm):
+    """Train an arm and ask it the held-out questions -> row for demo/later_stages.jsonl"""
+    lines, cpu = command(*ARMS[arm], f"--out={OUT}/{arm}") if ARMS[arm] else ([], 0.0)
+    against = [f"--against={OUT}/base/answers_seeing.jsonl"] if ARMS[arm] else []
+    scores = json.loads(command("eval.py", f"--model={OUT}/{arm}", *against)[0][-1])
+    asked = [json.loads(row) for row in (OUT / arm / "answers_seeing.jsonl").open()]
+    yes_no = [row for row in asked if row["type"] == "exists"]
+    log = [json.loads(row) for row in (OUT / arm / "log.jsonl").open()] if ARMS[arm] else []
+    keys = [k for k in ("reward", "equal_groups", "answer_tokens", "margin", "accuracy", "kl") if log and k in log[-1]]
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"arm": arm, "accuracy": scores["accuracy"], "types": scores["types"], "n": scores["n"],
+            "yes": pope([r["text"] for r in yes_no], [r["answers"][0] for r in yes_no])["yes_ratio"],
+            "log": {k: [round(row[k], 4) for row in log if row.get(k) is not None] for k in keys},
+            "seconds": {k: round(sum(row[k] for row in log), 1) for k in ("generate_s",) if log and k in log[-1]},
+            "against": scores.get("against"), "command": " ".join(ARMS[arm]), "cpu_s": round(cpu),
+            "date": datetime.date.today().isoformat(), "revision": revision}
+
+
+def table(rows):
+    """-> lines of a Markdown table"""
+    kinds = sorted(rows[0]["types"]) if rows else []
+    out = [f"| arm | all | {' | '.join(kinds)} | yes | first and last value of the log |",
+           "|---|--:|" + "--:|" * (len(kinds) + 1) + "---|"]
+    for row in rows:
+        log = {k: [v[0], v[-1]] for k, v in row["log"].items() if v}
+        out.append(f"| {row['arm']} | {100 * row['accuracy']:.1f} | "
+                   + " | ".join(f"{100 * row['types'][k]:.0f}" for k in kinds) + f" | {100 * row['yes']:.0f} | "
+                   + ", ".join(f"{k} {a:.2f} to {b:.2f}" for k, (a, b) in log.items()) + " |")
+    return out
+
+
+def main(s):
+    wanted = s.only.split(",") if s.only else list(ARMS)
+    if unknown := [arm for arm in wanted if arm not in ARMS]:
+        config.stop(f"only={unknown[0]}: {', '.join(ARMS)}")
+    for arm in [] if s.show else wanted:
+        if arm not in {row["arm"] for row in measured(s.rows)}:
+            make_base()
+            row = measure(arm)
+            with open(s.rows, "a") as f:
+                f.write(json.dumps(row) + "\n")
+            print(row["arm"], row["accuracy"], file=sys.stderr, flush=True)
+    print(*table(measured(s.rows)), sep="\n")
+
+
+if __name__ == "__main__":
+    with config.one_line_errors():
+        main(config.parse(Settings, sys.argv[1:], __doc__))
