@@ -3,7 +3,7 @@
 from config import BadSample
 from formats.configs import positions
 from generate import with_marker
-from tools.serve import before_stop
+from tools.serve_answer import before_stop
 
 
 def answer_batch(chat, questions, max_new_tokens, temperature=0.0, stops=(), seed=0):

@@ -12,11 +12,8 @@ then each request under /v1/ needs a token (Authorization: Bearer TOKEN). It spe
 put a proxy with TLS in front. docs/serving.md lists the fields of a request.
 """
 
-import base64
-import binascii
 import dataclasses
 import hmac
-import io
 import ipaddress
 import json
 import os
@@ -31,34 +28,20 @@ import time
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
-
-import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import chat as templates
 import config
-from chat import IMAGE
 from config import BadSample, setting, stop
-from formats.strict_json import strict_json
 from generate import Chat
-from images import FORMATS
-from tools.attention import read_again
-from tools.look import PAGE, POLICY, record, safe_json, piece_text
+from tools.look import PAGE, POLICY, safe_json
+from tools.serve_answer import Gone, answer_request
+from tools.serve_request import Refusal, read_request
 
 PATIENCE = 30              # seconds that a client may neither send nor read
 CONNECTIONS = 100          # open connections; more are closed at once
 NAMES = ("localhost", "127.0.0.1", "::1")
-# fields of OpenAI's protocol that have one value here; null is always allowed
-FIXED = {"n": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [],
-         "tool_choice": "none", "parallel_tool_calls": True, "modalities": ["text"],
-         "response_format": {"type": "text"}}
-WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-FIELDS = ("messages", "model", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "stream",
-          "stream_options", "logprobs", "top_logprobs", "look")
 
 
 @dataclasses.dataclass
@@ -77,250 +60,6 @@ class Settings:
     dtype: str = setting("auto", "auto, bf16, fp32, fp64; auto: bf16 where the GPU has it, else fp32")
     kernels: str = setting("auto", "auto, torch, triton; auto: Triton on a GPU")
 
-
-class Refusal(Exception):
-    """A request that is refused, with its status and the fields of OpenAI's error object"""
-
-    def __init__(self, status, message, param=None, code=None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-
-class Gone(Exception):
-    """The client has left, or the server ends."""
-
-
-# ---- what a request asks for ----------------------------------------------------------------------------------------
-
-class Asked(NamedTuple):
-    turns: list                # [(user text with <image> markers, assistant text)], the last (text, None)
-    images: list               # [bytes of an image file]
-    system: str | None
-    max_tokens: int | None
-    temperature: float
-    seed: int
-    stop: list                 # texts
-    stream: bool
-    usage: bool                # does the stream end with the numbers of tokens?
-    top_logprobs: int | None   # None: no log-probabilities
-    look: bool                 # our own field: add the record of tools/look.py
-
-
-def wrong(param, message):
-    raise Refusal(400, f"{param}: {message}", param)
-
-
-def field_of(body, key, kinds, default, low=None, high=None):
-    """-> body[key], checked; the default where it is missing or null"""
-    x = body.get(key)
-    if x is None:
-        return default
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list",
-             dict: "an object"}
-    if type(x) not in kinds or low is not None and not low <= x <= high:
-        wrong(key, f"expected {names[kinds[-1]]}" + ("" if low is None else f" from {low} to {high}"))
-    return x
-
-
-def read_request(text, s):
-    """The body of a request -> Asked"""
-    try:
-        body = strict_json(text.decode("utf-8"), "the request")
-    except (ValueError, RecursionError) as e:
-        raise Refusal(400, f"the request is not JSON: {e}") from None
-    if type(body) is not dict:
-        raise Refusal(400, "the request is not a JSON object")
-    for key, x in body.items():
-        if key not in FIELDS and key not in FIXED and key not in WITHOUT_EFFECT:
-            wrong(key, f"unknown field; known are {', '.join(FIELDS)}")
-        if key in FIXED and x is not None and x != FIXED[key]:
-            wrong(key, f"only {json.dumps(FIXED[key])} is supported")
-    if (name := field_of(body, "model", (str,), s.model)) != s.model:
-        raise Refusal(404, f"no model {name!r} here, only {s.model!r}", "model", "model_not_found")
-    turns, images, system = read_messages(field_of(body, "messages", (list,), None))
-    if len(images) > s.max_images:
-        wrong("messages", f"{len(images)} images; the limit is {s.max_images}")
-    stops = [body["stop"]] if type(body.get("stop")) is str else field_of(body, "stop", (list,), [])
-    if len(stops) > 4 or not all(type(text) is str and text for text in stops):
-        wrong("stop", "expected up to four strings that are not empty")
-    stream, top = field_of(body, "stream", (bool,), False), field_of(body, "top_logprobs", (int,), 0, 0, 20)
-    logprobs = field_of(body, "logprobs", (bool,), False)
-    if top and not logprobs:
-        wrong("top_logprobs", "needs logprobs: true")
-    if stream and logprobs:
-        wrong("logprobs", "not supported together with stream")
-    options = field_of(body, "stream_options", (dict,), {})
-    if set(options) - {"include_usage", "include_obfuscation"}:
-        wrong("stream_options", "only include_usage is supported")
-    most = field_of(body, "max_tokens", (int,), None, 1, 2**31)
-    most = field_of(body, "max_completion_tokens", (int,), most, 1, 2**31)
-    temperature = float(field_of(body, "temperature", (int, float), 0.0, 0, 100))
-    return Asked(turns, images, system, most, temperature,
-                 field_of(body, "seed", (int,), 0, -2**63, 2**63 - 1) % 2**32, stops, stream,
-                 field_of(options, "include_usage", (bool,), False), top if logprobs else None,
-                 field_of(body, "look", (bool,), False))
-
-
-def read_messages(messages):
-    """-> turns, images and system text of Asked. Questions and answers alternate; the last message is a question."""
-    turns, images, system = [], [], None
-    for i, message in enumerate(messages or [None]):
-        where = f"messages[{i}]"
-        if type(message) is not dict:
-            wrong("messages", "expected a list of messages, which is not empty")
-        role, (text, found) = message.get("role"), read_parts(message.get("content"), where)
-        if role != "user" and found:
-            wrong("messages", f"{where}: only a user's message may have images")
-        if role in ("system", "developer"):
-            if i > 0:
-                wrong("messages", f"{where}: only the first message may be the system's")
-            system = text
-        elif role == "user":
-            if turns and turns[-1][1] is None:
-                wrong("messages", f"{where}: two questions in a row")
-            turns.append((text, None))
-        elif role == "assistant":
-            if not turns or turns[-1][1] is not None:
-                wrong("messages", f"{where}: an answer without a question")
-            turns[-1] = (turns[-1][0], text)
-        else:
-            wrong("messages", f"{where}: role {role!r:.40} is not system, user or assistant")
-        images += found
-    if not turns or turns[-1][1] is not None:
-        wrong("messages", "the last message must be the user's")
-    return turns, images, system
-
-
-def read_parts(content, where):
-    """A string, or a list of parts -> text with one <image> marker per image, [bytes of an image file]"""
-    if type(content) is str:
-        return content, []
-    text, images = "", []
-    for part in content if type(content) is list and content else [None]:
-        kind = part.get("type") if type(part) is dict else None
-        if kind == "text" and type(part.get("text")) is str:
-            text += part["text"]
-        elif kind == "image_url":
-            url = part.get("image_url")
-            text += f"{IMAGE}\n"
-            images.append(read_data_url(url.get("url") if type(url) is dict else url, where))
-        else:
-            wrong("messages", f"{where}: content is a string, or a list of parts of type text and image_url")
-    return text, images
-
-
-def read_data_url(url, where):
-    """-> bytes. Other URLs are refused: the server opens no file and no connection for a request."""
-    head, comma, data = url.partition(",") if type(url) is str else ("", "", "")
-    if not comma or not re.fullmatch(r"data:image/[\w.+-]+;base64", head, re.I):
-        wrong("messages", f"{where}: an image is given as data:image/TYPE;base64,...; other URLs are not opened")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        wrong("messages", f"{where}: the image is not base64")
-
-
-def open_image(data, number):
-    """Bytes of an image file -> PIL image, not decoded yet"""
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as e:                                     # Pillow raises many exception types on a broken file
-        raise BadSample("image cannot be read", f"number {number} ({type(e).__name__})") from None
-
-
-# ---- text as it grows -----------------------------------------------------------------------------------------------
-
-def text_so_far(chat, ids):
-    """Ids of an unfinished answer -> its text, without the end that a later token may still change: the bytes of an
-    unfinished character. Byte-level tokenizers decode them to U+FFFD; others have tokens of one byte, <0x0A>, and read
-    adjacent ones together, even if a control token stands between them"""
-    tok, n = chat.tok, len(ids)
-    while n and (re.fullmatch("<0x..>", piece := tok.full.id_to_token(ids[n - 1]) or "") or piece in tok.specials):
-        n -= 1
-    return tok.decode(ids[:n]).strip().rstrip("\ufffd").rstrip()
-
-
-def before_stop(text, stops):
-    """-> the text before the first of the stop texts, was there one?"""
-    at = min((i for i in map(text.find, stops) if i >= 0), default=None)
-    return text[:at], at is not None
-
-
-def certain(text, stops):
-    """-> `text` without an end that may become a stop text"""
-    for n in range(min(len(text), max(map(len, stops), default=0)), 0, -1):
-        if any(s.startswith(text[-n:]) for s in stops):
-            return text[:-n]
-    return text
-
-
-# ---- answers --------------------------------------------------------------------------------------------------------
-
-class Answer(NamedTuple):
-    text: str
-    finish: str                # stop or length
-    prompt_tokens: int
-    tokens: int                # of the answer, with the token that ended it
-    extra: dict                # logprobs, look
-
-
-def answer_request(chat, asked, s, begin, emit, left):
-    """Answer one request. begin(): called once the request is found good. emit(piece): called with each new piece of
-    the text. left(): has the client left? Then Gone is raised. -> Answer"""
-    tiles, blocks = chat.look([open_image(data, i) for i, data in enumerate(asked.images, 1)])
-    system = chat.system if asked.system is None else asked.system
-    prompt = templates.encode(chat.tok, chat.template, asked.turns, blocks, system)[0]
-    room = chat.cfg.text.max_position_embeddings - len(prompt)
-    if room < (asked.max_tokens or 1):
-        raise Refusal(400, f"{len(prompt)} tokens of the prompt and {asked.max_tokens or 1} of the answer are more "
-                      f"than the {room + len(prompt)} of this model", "messages", "context_length_exceeded")
-    most, prompt = asked.max_tokens or min(room, s.max_new_tokens), torch.tensor(prompt)
-    begin()
-    sent, steps = "", []
-
-    def each(answers):
-        nonlocal sent
-        if left():
-            raise Gone
-        steps[:] = answers[0]
-        text, found = before_stop(text_so_far(chat, without_end(chat, steps)), asked.stop)
-        ready = text if found else certain(text, asked.stop)
-        if ready.startswith(sent) and len(ready) > len(sent):
-            emit(ready[len(sent):])
-            sent = ready
-        return found
-
-    whole, = chat.answers([prompt], tiles, most, asked.temperature, asked.seed, each)
-    whole, found = before_stop(whole, asked.stop)
-    if len(whole) > len(sent):
-        emit(whole[len(sent):])
-    ids, extra = without_end(chat, steps), {}
-    if asked.top_logprobs is not None:
-        n = next((n for n in range(len(ids)) if len(chat.tok.decode(ids[:n]).strip()) >= len(whole)), len(ids))
-        extra["logprobs"] = {"content": log_probabilities(chat, prompt, ids[:n], tiles, asked.top_logprobs)}
-    if asked.look:
-        extra["look"] = record(chat, prompt, steps, tiles, blocks)
-    finish = "stop" if found or len(ids) < len(steps) else "length"
-    return Answer(whole, finish, len(prompt), len(steps), extra)
-
-
-def without_end(chat, ids):
-    """-> ids without the stop token, if they end with one"""
-    return ids[:-1] if ids and ids[-1] in chat.stop_ids else ids
-
-
-def log_probabilities(chat, prompt, ids, tiles, top):
-    """-> OpenAI's list: for each token its log-probability, and those of the `top` most probable tokens"""
-    def row(text, p):
-        return {"token": text, "logprob": max(float(p.log()), -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
-
-    p = read_again(chat, prompt, ids, tiles)[0] if ids else []
-    return [row(piece_text(chat.tok, ids[:t], i), p[t, i]) | {"top_logprobs": [
-        row(piece_text(chat.tok, ids[:t], int(j)), p[t, j]) for j in p[t].topk(top).indices]}
-        for t, i in enumerate(ids)]
-
-
-# ---- HTTP -----------------------------------------------------------------------------------------------------------
 
 def is_this_machine(host):
     """Is `host` an address that only this machine can reach?"""

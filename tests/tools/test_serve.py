@@ -26,7 +26,7 @@ from test_look import folder, tok  # noqa: F401
 
 from formats.tokenizer import Tokenizer
 from generate import Chat
-from tools import look, serve
+from tools import look, serve, serve_answer
 from tools.attention import read_again
 
 POST = "/v1/chat/completions"
@@ -523,13 +523,15 @@ def test_texts_so_far_only_grow(tok_folder):
         ids, sent = torch.randint(0, len(chat.tok), (12,), generator=g).tolist(), ""
         ids[3:9] = [small[i] for i in torch.randint(0, len(small), (6,), generator=g)]
         for n in range(1, 13):
-            text = serve.text_so_far(chat, ids[:n])
+            text = serve_answer.text_so_far(chat, ids[:n])
             assert text.startswith(sent)
             sent = text
         assert chat.tok.decode(ids).strip().startswith(sent)
 
 
 def test_certain_holds_back_what_may_become_a_stop():
-    assert serve.certain("abc", ["cd"]) == "ab" and serve.certain("abc", ["d"]) == "abc"
-    assert serve.certain("aXX", ["XXY", "Xa"]) == "a" == serve.certain("a", []) and serve.certain("", ["a"]) == ""
-    assert serve.before_stop("abcab", ["b", "ca"]) == ("a", True) and serve.before_stop("abc", ["x"]) == ("abc", False)
+    assert serve_answer.certain("abc", ["cd"]) == "ab" and serve_answer.certain("abc", ["d"]) == "abc"
+    assert serve_answer.certain("aXX", ["XXY", "Xa"]) == "a" == serve_answer.certain("a", [])
+    assert serve_answer.certain("", ["a"]) == ""
+    assert serve_answer.before_stop("abcab", ["b", "ca"]) == ("a", True)
+    assert serve_answer.before_stop("abc", ["x"]) == ("abc", False)
