@@ -66,6 +66,7 @@ class Common:
     val_data: str = setting("", "validation data in the same form; empty: no validation, no samples", resume="free")
     template: str = setting("", "of chat.py or parts/templates.py: plain, vicuna_v1 ...; empty: as init was trained")
     system: str | None = setting(None, "system text; none: as init was trained, else the template's own")
+    augment: str = setting("", "of training images: crop, jitter, flip, with commas between them (parts/augment.py)")
     image_aspect: str = setting("", "pad (LLaVA-1.5), crop (CLIP), squash (SigLIP); empty: as init, else pad")
     max_dropped: float = setting(0.01, "share of the samples that may be unusable", 0, 1, resume="free")
 

@@ -27,6 +27,7 @@ from config import BadSample, stop
 from formats.rows import ORDERS, conversation, open_mixture, token_rates
 from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
+from parts.augment import Change, augment_kinds, draw_change
 
 # ---- rows -> samples -------------------------------------------------------------------------------------------------
 
@@ -132,6 +133,7 @@ class StepData(NamedTuple):
     truncated: int    # number of samples that lost tokens at their end
     animated: int     # number of images with several frames; only the first frame is used
     drawn: dict = {}  # name of a file: number of its samples in the step, of all ranks
+    flipped: int = 0  # number of samples of this rank with mirrored images (parts/augment.py)
 
 
 class Steps(torch.utils.data.Dataset):
@@ -141,19 +143,19 @@ class Steps(torch.utils.data.Dataset):
     spec: "a.json:0.7,b.json:0.3" mixes files by share; "a.json,b.json" takes every sample once per epoch. An epoch has
     as many samples as all files together. A second number, as in "a.json:0.7:0.2", multiplies the loss of the file's
     tokens. loss="sample": each sample counts 1 in the loss, its supervised tokens share this weight (PaliGemma)."""
-    pack = staticmethod(pack)                                  # a subclass may pack its samples in another way
+    pack, open = staticmethod(pack), staticmethod(open_mixture)          # a subclass may read or pack in another way
 
     def __init__(self, spec, images, encode, image_spec, batch_size, max_tokens, seed, rank=0, world=1, span_ends=None,
-                 loss="token", min_rating=0, order="shuffle"):
+                 loss="token", min_rating=0, order="shuffle", augment=""):
         if max_tokens < encode.max_len:
             stop(f"max_tokens={max_tokens} is less than max_len={encode.max_len}: one sample must fit into a stream")
         image_folder(images)
-        self.files, self.counts, self.weights = open_mixture(spec, min_rating)          # counts: samples per epoch
+        self.files, self.counts, self.weights = self.open(spec, min_rating)             # counts: samples per epoch
         self.order, self.total = ORDERS[order](self.files, self.counts, batch_size, seed, spec)
         self.rates = [token_rates(r, encode, images) if world > 1 else (0, 0) for r in self.files]          # for cost()
         self.images, self.encode, self.image_spec, self.span_ends = images, encode, image_spec, span_ends
         self.batch_size, self.max_tokens, self.seed, self.rank, self.world = batch_size, max_tokens, seed, rank, world
-        self.loss = loss
+        self.loss, self.augment = loss, augment_kinds(augment)
 
     def samples(self, step):
         """-> [(index of the file, index of the sample in it)] for one step"""
@@ -169,7 +171,7 @@ class Steps(torch.utils.data.Dataset):
         return min(self.encode.max_len, text + image) + min(self.encode.max_len, image)
 
     def __getitem__(self, step):
-        encoded, dropped, truncated, animated, drawn = [], [], 0, 0, self.samples(step)
+        encoded, dropped, truncated, animated, flipped, drawn = [], [], 0, 0, 0, self.samples(step)
         for n in sorted(share_out([self.cost(*at) for at in drawn], self.world)[self.rank]):
             f, i = drawn[n]
             name = self.name(f, i)
@@ -178,7 +180,8 @@ class Steps(torch.utils.data.Dataset):
                 name += f" id={row.get('id')!r:.80}"
                 ids, labels, names, cut = self.encode(row, self.images)
                 count = sum(y != IGNORE for y in labels[1:]) if self.loss == "sample" else 1
-                encoded.append((name, ids, labels, names, self.weights[f] / count))
+                change = draw_change(self.augment, row, self.seed, step, n)
+                encoded.append((name, ids, labels, names, self.weights[f] / count, change))
                 truncated += cut > 0
             except BadSample as e:
                 dropped.append((name, str(e)))
@@ -186,24 +189,25 @@ class Steps(torch.utils.data.Dataset):
         for stream in best_fit(range(len(encoded)), [len(ids) for _, ids, *_ in encoded], self.max_tokens):
             samples, weights = [], []
             for j in stream:
-                name, ids, labels, files, weight = encoded[j]
+                name, ids, labels, files, weight, change = encoded[j]
                 try:
-                    pixels, moving = zip(*map(self.pixels, files)) if files else ((), ())
+                    pixels, moving = zip(*(self.pixels(file, change) for file in files)) if files else ((), ())
                     samples.append((ids, labels, torch.cat(pixels) if pixels else []))                 # (i, 3, S, S)
                     weights.append(weight)
                     names.append(name)
                     animated += sum(moving)
+                    flipped += change.flip and bool(files)
                 except BadSample as e:
                     dropped.append((name, str(e)))
             micro.append(self.pack(samples, self.image_spec.side, self.span_ends, self.encode.reader, weights))
         drawn = dict(Counter(Path(self.files[f].file).name for f, _ in drawn))
-        return StepData(micro, names, dropped, truncated, animated, drawn)
+        return StepData(micro, names, dropped, truncated, animated, drawn, flipped)
 
-    def pixels(self, file):
+    def pixels(self, file, change=Change()):
         """-> pixels (n, 3, S, S) uint8, is the image animated? n is 1, or the number of tiles that the layout cuts the
         image into. The full-size image is freed before the next is read."""
         image = load_image(safe_path(self.images, file))
-        tiles = [preprocess(tile, self.image_spec) for tile in self.encode.layout.cut(image)]
+        tiles = [preprocess(tile, self.image_spec) for tile in self.encode.layout.cut(change(image))]
         return torch.stack(tiles), image.info["animated"]
 
 

@@ -76,11 +76,12 @@ class Log:
 
     def count(self, step, batch, result):
         """Count one step; called after every step. batch: its data.StepData; result: what engine.update returned."""
-        micro = batch.micro
-        used, dropped, cut, animated, tokens, labels, images = (int(v) for v in self.world.sum([
-            len(batch.names), len(batch.dropped), batch.truncated, batch.animated, sum(len(b.ids) for b in micro),
-            sum(supervised(b.labels) for b in micro), sum(len(b.images) for b in micro)]))
-        self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut, animated=animated,
+        micro, self.done = batch.micro, step + 1
+        used, dropped, cut, animated, flipped, tokens, labels, images = (int(v) for v in self.world.sum([
+            len(batch.names), len(batch.dropped), batch.truncated, batch.animated, batch.flipped,
+            sum(len(b.ids) for b in micro), sum(supervised(b.labels) for b in micro),
+            sum(len(b.images) for b in micro)]))
+        self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut, animated=animated, flipped=flipped,
                          skipped_updates=int(not result["updated"]))
         units = dict(tokens=tokens, supervised=labels, images=images)
         self.drawn.update(batch.drawn)                                         # the same on all ranks
@@ -110,7 +111,7 @@ class Log:
                    samples_per_s=round(self.samples * rate, 2),
                    mfu=round(self.flops * rate / self.peak / self.world.size, 4) if self.peak else None,
                    memory=memory, data_wait_s=round(self.wait, 3), eta=round(eta, 1),
-                   **{k: self.seen[k] for k in ("dropped", "truncated", "animated", "skipped_updates")},
+                   **{k: self.seen[k] for k in ("dropped", "truncated", "animated", "flipped", "skipped_updates")},
                    drawn=dict(self.drawn))
         self.append(row)
         mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""

@@ -124,7 +124,7 @@ def prepare_pairs(s, world, model, folder, lrs):
         return Kind(data, s.images, PairEncoder(folder.words), spec, batch_size, s.max_tokens, seed, world.rank,
                     world.size, text_ends(cfg), min_rating=s.min_rating, **more)
 
-    samples = steps_of(s.data, s.batch_size, s.seed, Steps, order=s.order)
+    samples = steps_of(s.data, s.batch_size, s.seed, Steps, order=s.order, augment=s.augment)
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
     (first,), flops = level(samples, [samples[0]], world), plan.flops(model, pair_rows(cfg))
     seen = plan.units(first.micro)

@@ -151,10 +151,11 @@ def prepare_preference(s, world, model, folder, lrs, refers):
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
     if s.max_tokens < 2 * s.max_len:
         stop(f"max_tokens={s.max_tokens} is less than twice max_len={s.max_len}: a pair must fit into a stream")
-    encode = PreferenceEncoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system,
-                               instruct.reader(folder, cfg))
-    samples = PreferenceSteps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank,
-                              world.size, span_ends(cfg), min_rating=s.min_rating, order=s.order)
+    encode = form.encoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system, instruct.reader(folder, cfg))
+    samples = form.steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size,
+                         span_ends(cfg), min_rating=s.min_rating, order=s.order)
+    if s.augment:
+        stop(f"augment={s.augment} would not be read: the reference of a pair is computed once, of the plain image")
     if any(w != 1 for w in samples.weights):
         stop(f"data={s.data}: a second colon weights the tokens of a file; every pair counts 1")
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)

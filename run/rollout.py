@@ -220,7 +220,7 @@ def prepare_rollout(s, world, model, folder, lrs, reward):
     encode = QuestionEncoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system,
                              instruct.reader(folder, cfg))
     samples = QuestionSteps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size,
-                            span_ends(cfg), min_rating=s.min_rating, order=s.order)
+                            span_ends(cfg), min_rating=s.min_rating, order=s.order, augment=s.augment)
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
     first, = level(samples, [samples[0]], world)
     seen = sum(len(b.prompts) for b in first.micro)

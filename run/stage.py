@@ -154,7 +154,7 @@ def prepare(s, world, model, folder, lrs):
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
     encode = Encoder(folder.tok, s.template, image_layout(cfg), s.max_len, s.system, instruct.reader(folder, cfg))
     samples = Steps(s.data, s.images, encode, spec, s.batch_size, s.max_tokens, s.seed, world.rank, world.size,
-                    span_ends(cfg), s.loss, s.min_rating, s.order)
+                    span_ends(cfg), s.loss, s.min_rating, s.order, s.augment)
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
     first, = level(samples, [samples[0]], world)
     world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")

@@ -1,0 +1,89 @@
+"""Augmentation of training images that keeps their texts true: the setting `augment`, names with commas between them.
+
+    jitter   brightness, contrast and saturation, each times 0.9 to 1.1
+    crop     cuts off at most a tenth of width and height, and resizes to the old size
+    flip     exchanges left and right, in half of the samples that allow it
+
+Crop and flip depend on all texts of the row, also on the answers. Neither is made where a text or a key of the row has
+coordinates, mentions writing, or has a digit. No crop where a text counts, or mentions an edge. A flip needs more: the
+row must say "letters": false, because an image may have letters that no text mentions, and no text may mention a side
+or have letters beyond ASCII, since the words for sides are known in five languages only. So a mistake means less
+augmentation. Validation and evaluation never augment. PaliGemma found no gain from augmentation (arXiv 2407.07726).
+
+A change depends on (seed, step, number of the sample in its step) alone, not on ranks, workers or `augment`."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from config import stop
+
+KINDS = ("crop", "jitter", "flip")
+CUT, SHIFT = 0.1, 0.1      # crop cuts off at most this share of a side; jitter changes a factor by at most this
+SIDES = re.compile(r"\b(?:left|right|mirror|flip|east|west|izquierd|derech)\w*|clockwise|\bo'?clock\b"
+                   r"|\b(?:links|rechts|gauche|droite|sinistra|destra)\b", re.I)
+LETTERS = re.compile(r"\d|\b(?:read|letter|number|digit|word|text|writ|sign|sa(?:y|id)|spell|label|logo|caption|title|"
+                     r"brand|plate|name|page|poster|screen|chart|clock|flag)\w*", re.I)
+COUNTS = re.compile(r"\b(?:how many|count(?:s|ed|ing)?\b|edge|corner|border|margin|crop)", re.I)
+PLACES = re.compile(r"[\[({<]\s*-?\d*\.?\d+\s*,\s*-?\d|<[^<>]{0,9}(?:loc|box|quad|point|ref)", re.I)
+PLACE_KEYS = re.compile("box|point|polygon|mask|segment|region|coord", re.I)
+NO_TEXT = re.compile(r"\.(?:image\w*|id|path|url|bytes|from|role|type)\b")              # keys of a row
+
+
+class Change(NamedTuple):
+    """What happens to the images of one sample"""
+    corner: tuple | None = None    # of a crop: left and top, as shares of what it cuts off
+    size: float = 1.0              # of a crop: width and height, as shares of the image's
+    factors: tuple = ()            # brightness, contrast, saturation
+    flip: bool = False
+
+    def __call__(self, image):
+        """An RGB PIL image -> a PIL image of the same size"""
+        w, h = image.size
+        if self.corner:
+            left, top = ((1 - self.size) * at * side for at, side in zip(self.corner, (w, h)))
+            image = image.resize((w, h), Image.BICUBIC, (left, top, left + self.size * w, top + self.size * h))
+        for kind, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), self.factors):
+            image = kind(image).enhance(factor)
+        return ImageOps.mirror(image) if self.flip else image
+
+
+def augment_kinds(names):
+    """The setting -> the kinds of changes"""
+    kinds = [name.strip() for name in names.split(",")] if names else []
+    for kind in kinds:
+        if kind not in KINDS:
+            stop(f"augment={names}: expected some of {', '.join(KINDS)}, with commas between them")
+    return kinds
+
+
+def draw_change(kinds, row, seed, step, n):
+    """kinds: those that are asked for; n: number of the sample in its step -> Change"""
+    x = np.random.default_rng([seed, step, n, 1, 4]).random(7).tolist()            # all are drawn, whatever is used
+    kinds = {*kinds} & allowed(row) if kinds else ()
+    return Change((x[0], x[1]) if "crop" in kinds else None, 1 - CUT * x[2] if "crop" in kinds else 1.0,
+                  tuple(1 - SHIFT + 2 * SHIFT * v for v in x[3:6]) if "jitter" in kinds else (),
+                  "flip" in kinds and x[6] < 0.5)
+
+
+def allowed(row):
+    """-> the kinds that keep the texts of a row true"""
+    values = [*walk(row)]
+    text = "\n".join(x for path, x in values if isinstance(x, str) and not NO_TEXT.search(path))
+    places = any(PLACE_KEYS.search(path) for path, x in values if x is not None)
+    if places or PLACES.search(text) or LETTERS.search(text):
+        return {"jitter"}
+    kinds = {"jitter"} if COUNTS.search(text) else {"jitter", "crop"}
+    foreign = any(c.isalpha() and not c.isascii() for c in text)
+    return kinds | {"flip"} if row.get("letters") is False and not SIDES.search(text) and not foreign else kinds
+
+
+def walk(x, path=""):
+    """-> (".key.key", value) for all values in a row, at any depth"""
+    if isinstance(x, dict | list):
+        for key, y in x.items() if isinstance(x, dict) else (("", y) for y in x):
+            yield from walk(y, f"{path}.{key}" if key else path)
+    else:
+        yield path, x
