@@ -1,6 +1,7 @@
 """Write files and folders completely or not at all. A folder is written under a temporary name, synced to disk, given
 a manifest with a SHA-256 for each file, and renamed. A file is written under a temporary name and renamed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,12 +57,22 @@ def commit(folder, fill):
 
 def write_file(path, content):
     """Write text as it is and anything else as JSON, completely or not at all. A link at `path` is replaced."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
+    with whole_file(path) as f:
+        f.write(content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a file for text. It appears at `path` when the block has ended without an error; else nothing is left."""
     tmp = path.with_name(f".tmp-{path.name}")
     remove(tmp)
-    with open(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(tmp, path)
+    try:
+        with open(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as f:
+            yield f
+        os.replace(tmp, path)
+    except BaseException:
+        remove(tmp)
+        raise
 
 
 def remove(path):

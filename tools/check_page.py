@@ -76,8 +76,13 @@ def lengths_chart(lengths):
     most, counts = max(lengths), [0] * BINS
     for n in lengths:
         counts[min(BINS - 1, n * BINS // (most + 1))] += 1
-    bars = "".join(f'<i style="height:{100 * c / max(counts):.1f}%" title="{c:,} samples"></i>' for c in counts)
-    return f"<div class=bars>{bars}</div><p class='axis quiet'><span>0 tokens</span><span>{most:,}</span></p>"
+    return bars(counts, "0 tokens", f"{most:,}")
+
+
+def bars(counts, left, right):
+    """-> a chart of numbers of samples, with texts below its two ends"""
+    drawn = "".join(f'<i style="height:{100 * c / max(counts):.1f}%" title="{c:,} samples"></i>' for c in counts)
+    return f"<div class=bars>{drawn}</div><p class='axis quiet'><span>{left}</span><span>{right}</span></p>"
 
 
 def short_row(row):
@@ -88,14 +93,26 @@ def short_row(row):
     return text if len(text) <= LONGEST_ROW else text[:LONGEST_ROW] + " ..."
 
 
+def page_head(title, facts):
+    """-> the first lines of a page. facts: [(value, what it is)]"""
+    e, style = html.escape, (STYLE / "look.css").read_text() + (STYLE / "data.css").read_text()
+    return [f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{e(title)}</title><style>{style}</style>"
+            f"<main><h1>{e(title)}</h1><div class=facts>",
+            *(f"<div class=fact><b>{e(value)}</b><span>{e(what)}</span></div>" for value, what in facts), "</div>"]
+
+
+def bad_card(index, row, detail, pictures=""):
+    """A sample that is left out. pictures: html of its images"""
+    e = html.escape
+    return (f"<div class='card bad'>{pictures}<p>{e(printable(detail))}</p><div class=mask><span class=plain>"
+            f"{e(printable(short_row(row)))}</span></div><footer class=quiet>sample {index:,}</footer></div>")
+
+
 def data_page(title, facts, lengths, shown, bad, folder, max_tokens):
     """-> html. facts: [(value, what it is)]; lengths: tokens of all good samples; shown: [(index, row, runs, names of
     images, tokens cut)]; bad: {reason: (count, [(index, row, detail)])}"""
-    e, style = html.escape, (STYLE / "look.css").read_text() + (STYLE / "data.css").read_text()
-    out = [f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-           f"<title>{e(title)}</title><style>{style}</style>"
-           f"<main><h1>{e(title)}</h1><div class=facts>",
-           *(f"<div class=fact><b>{e(value)}</b><span>{e(what)}</span></div>" for value, what in facts), "</div>"]
+    e, out = html.escape, page_head(title, facts)
     if lengths:
         out += ["<h2>Tokens of a sample</h2>", lengths_chart(lengths),
                 f"<h2>Packed sequences <small>the samples below, at most {max_tokens:,} tokens in one; a line is "
@@ -103,9 +120,7 @@ def data_page(title, facts, lengths, shown, bad, folder, max_tokens):
                 streams([s[2] for s in shown], max_tokens)]
     for reason, (count, examples) in sorted(bad.items(), key=lambda item: -item[1][0]):
         out += [f"<h2>Dropped: {e(reason)} <small>{count:,}</small></h2><div class=cards>",
-                *(f"<div class='card bad'><p>{e(printable(detail or reason))}</p><div class=mask><span class=plain>"
-                  f"{e(printable(short_row(row)))}</span></div><footer class=quiet>sample {i:,}</footer></div>"
-                  for i, row, detail in examples), "</div>"]
+                *(bad_card(i, row, detail or reason) for i, row, detail in examples), "</div>"]
     if shown:
         out += [f"<h2>Samples <small>{len(shown)}, spread evenly over the file</small></h2><div class=cards>",
                 *(sample_card(*sample, folder) for sample in shown), "</div>"]

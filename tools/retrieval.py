@@ -91,10 +91,13 @@ class Towers:
         return torch.cat([self.model.features(x) for x in self.pixels(paths)])
 
     @torch.no_grad()
+    def encode(self, x):
+        """Pixels (I, 3, S, S) uint8 -> (I, E), or (I, Q, E) of a Q-Former"""
+        return self.model.encode_images(self.model.features(x) if self.model.cfg.kind == "blip2" else x)
+
     def images(self, paths):
         """Paths -> (I, E), or (I, Q, E) of a Q-Former"""
-        encode, blip2 = self.model.encode_images, self.model.cfg.kind == "blip2"
-        return torch.cat([encode(self.model.features(x) if blip2 else x) for x in self.pixels(paths)])
+        return torch.cat([self.encode(x) for x in self.pixels(paths)])
 
     def batch(self, texts):
         """Texts -> data.Batch without images"""

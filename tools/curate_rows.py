@@ -1,0 +1,60 @@
+"""What tools/curate.py's commands share: rows as lines of json, and the name of an image."""
+
+import hashlib
+import io
+import json
+import os
+from base64 import b64encode
+from pathlib import Path
+
+from PIL import Image
+
+from config import stop
+from formats.rows import open_rows
+from formats.rows.lines import MAX_BYTES
+from images import FORMATS
+
+
+def open_input(argv, s):
+    """Check the arguments of a command: one data file, --out -> its rows"""
+    files = [a for a in argv if not a.startswith("--")]
+    if len(files) != 1 or not s.out:
+        stop("one data file, or a pattern in quotes, and --out=FILE.jsonl are needed; --help says more")
+    rows = open_rows(files[0])
+    if any(os.path.exists(s.out) and os.path.samefile(s.out, f) for f in getattr(rows, "files", [rows.file])):
+        stop(f"out={s.out} is the data itself")
+    return rows
+
+
+def row_line(row, folder=""):
+    """-> the row as a line of json. Images that the row holds as bytes become data: URLs, or with a folder, files in
+    it, and the row has their names."""
+    def plain(x):
+        if not isinstance(x, bytes):
+            return str(x)                                      # a date of a table
+        try:
+            kind = Image.open(io.BytesIO(x), formats=FORMATS).format.lower()
+        except Exception:                                      # Pillow raises many types on a broken image
+            kind = "unknown"
+        if not folder:
+            return f"data:image/{kind};base64,{b64encode(x).decode()}"
+        name = f"{hashlib.sha256(x).hexdigest()[:32]}.{kind}"
+        if not (file := Path(folder, name)).exists():
+            tmp = file.with_name(f".tmp-{name}")
+            tmp.write_bytes(x)
+            os.replace(tmp, file)
+        return name
+    try:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=plain)
+    except ValueError:                                         # NaN, which JSON has not: a missing number of a table
+        row = json.loads(json.dumps(row, default=plain), parse_constant=lambda name: None)
+        line = json.dumps(row, ensure_ascii=False)
+    return line.encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def check_length(line, i):
+    """Stop if a row with its images is longer than formats/rows reads."""
+    if len(line) > MAX_BYTES // 4 and len(line.encode()) > MAX_BYTES:
+        stop(f"row {i} (counted from 0) and its images are {len(line):,} bytes, and a line may have {MAX_BYTES:,}: "
+             "--out_images=DIR writes the images of such rows to files")
+    return line
