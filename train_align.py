@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import engine
-from config import Common
+from config import Common, setting
 from loss import token_loss, total_weight
 from run import stage
 
@@ -29,6 +29,7 @@ class Settings(Common):                          # config.Common: the settings o
     epochs: float = 3.0
     lr: float = 5e-3                             # learning rate of the connector
     out: str = "runs/align"
+    eval_captions: int = setting(0, "images and captions of val_data: R@1, R@5; costs its square", 0, resume="free")
 
 
 def main(s):
@@ -58,11 +59,11 @@ def main(s):
         if run.due(step, s.log_every):
             run.log.write(step, lr)
         if run.due(step, s.eval_every):
-            run.validation.loss(step, model, token_loss, run.log)
+            run.validation.measure(step, model, token_loss, run.log)
         if run.due(step, s.sample_every):
-            run.validation.answers(step, model, folder, run.log)
+            run.validation.answers(step, model, run.log)
         stop, = world.sum([len(run.signals)])                              # has any rank received a signal to stop?
-        if stop or run.due(step, s.save_every):
+        if stop or run.due(step, s.save_every) or run.is_best(step):
             run.folder.save(step, model, optimizer, run.log)
         if stop:
             return stage.stopped(run, step, world)

@@ -76,11 +76,11 @@ def main(s):
         if run.due(step, s.log_every):
             run.log.write(step, lr)
         if run.due(step, s.eval_every):
-            run.validation.loss(step, model, token_loss, run.log)
+            run.validation.measure(step, model, token_loss, run.log)
         if run.due(step, s.sample_every):
-            run.validation.answers(step, model, folder, run.log)
+            run.validation.answers(step, model, run.log)
         stop, = world.sum([len(run.signals)])                              # has any rank received a signal to stop?
-        if stop or run.due(step, s.save_every):
+        if stop or run.due(step, s.save_every) or run.is_best(step):
             run.folder.save(step, model, optimizer, run.log)
         if stop:
             return stage.stopped(run, step, world)

@@ -96,6 +96,12 @@ def facts(run):
     return c.get("settings") or {}, (c.get("versions") or {}).get("revision"), steps, loss
 
 
+def run_name(run):
+    """-> name of a run folder; that of its subfolder best/ has both names"""
+    run = Path(run).resolve()
+    return f"{run.parent.name} {run.name}" if run.name == "best" else run.name
+
+
 def head(library, title, more, s, base=None):
     """Return two texts: the first lines of a card, and the names of the models that the run started from. A name on the
     Hugging Face hub is shown in full. Of a local path, only the name of the folder or run is shown."""
@@ -119,7 +125,7 @@ def text(run, cfg):
     rows["data"] = ", ".join(Path(part).name for part in str(rows["data"] or "").split(","))
     table = "\n".join(f"| {k} | {escaped(x)} |" for k, x in rows.items() if x)
     limited = "\n".join(f"- {line}" for line in limits(cfg, s.get("image_aspect")))
-    first, names = head("transformers", Path(run).resolve().name, "pipeline_tag: image-text-to-text\n", s)
+    first, names = head("transformers", run_name(run), "pipeline_tag: image-text-to-text\n", s)
     return f"""\
 {first}
 A vision-language model: a `{cfg.vision.model_type}` tower read at layer {cfg.vision.feature_layer}, a connector
@@ -144,7 +150,7 @@ def pairs(run, cfg):
     rows = {"steps": steps, "validation loss": loss} | {k: s.get(k) for k in SETTINGS}
     rows["data"] = ", ".join(Path(part).name for part in str(rows["data"] or "").split(","))
     table = "\n".join(f"| {k} | {escaped(x)} |" for k, x in rows.items() if x)
-    title, v, length = escaped(Path(run).resolve().name), cfg.vision, cfg.text.max_position_embeddings
+    title, v, length = escaped(run_name(run)), cfg.vision, cfg.text.max_position_embeddings
     padding = '"max_length"' if cfg.kind == "siglip" else True
     return f"""\
 ---
@@ -187,7 +193,7 @@ tags:
 - pumice
 ---
 
-# {escaped(Path(run).resolve().name)}
+# {escaped(run_name(run))}
 
 A vision tower and a Q-Former of {cfg.tokens} queries after the first stage of BLIP-2: {steps} steps of
 {escaped(s.get("batch_size"))} pairs. Trained with pumice (revision {escaped(revision)}). `train_align.py --vision=` of
@@ -208,7 +214,7 @@ def adapter(run, base):
     """Return the text of README.md for the folder adapter/ of a run. base: the VLM that the run started from; None if
     it started from a ViT and an LLM"""
     s, *_ = facts(run)
-    first, names = head("peft", f"{Path(run).resolve().name}: adapter", "", s, base)
+    first, names = head("peft", f"{run_name(run)}: adapter", "", s, base)
     bits = "The language model was in four bits (NF4) while it was trained.\n" if s.get("bits") == 4 else ""
     return f"""\
 {first}

@@ -78,11 +78,11 @@ def save_checkpoint(out, step, model, optimizer, world, state):
     commit(Path(out, "checkpoints", f"step_{step:07}"), fill)
 
 
-def retire(out, step, keep_last):
-    """Delete all checkpoints but the newest `keep_last`. Checkpoints of steps after `step` are deleted, too: they
-    are damaged, or were written before the run was resumed from an earlier step."""
+def retire(out, step, keep_last, best=0):
+    """Delete all checkpoints but the newest `keep_last` and that of step `best`. Checkpoints of steps after `step` are
+    deleted, too: they are damaged, or were written before the run was resumed from an earlier step."""
     steps = steps_in(out)
-    kept = [s for s, _ in steps if s <= step][-keep_last:]
+    kept = [best, *[s for s, _ in steps if s <= step][-keep_last:]]
     for s, path in steps:
         if s not in kept:
             discard(path)

@@ -3,6 +3,7 @@
     config.json      settings, versions, code revision          log.jsonl        one json object per logged step
     samples.jsonl    answers to fixed questions, in training    checkpoints/     each is complete or absent
     model/           at the end: a complete llava-hf folder     adapter/         after LoRA: the adapter in PEFT form
+    best/            with keep_best, at the end: config.json, log.jsonl, model/ and adapter/ of the best step
     finished.json    written last: settings and digests of the finished run
     reference.safetensors    of train_dpo.py: log-probabilities before training (run/reference.py)
 """
@@ -27,7 +28,7 @@ from run import checkpoint
 from run.log import trim
 
 # files and folders of a run, except config.json; --resume=none deletes those of the older run
-OWN = ("finished.json", "model", "adapter", "checkpoints", "log.jsonl", "samples.jsonl")
+OWN = ("finished.json", "model", "adapter", "best", "checkpoints", "log.jsonl", "samples.jsonl")
 TRIES = 3      # the run stops after this many checkpoints in a row that could not be written
 
 
@@ -137,8 +138,10 @@ class RunFolder:
         found = False
         if self.world.rank == 0 and self.s.resume == "auto" and not self.s.overfit:
             done = read_json(self.out / "finished.json", absent={})
-            if done.get("steps", -1) >= self.steps and (self.out / "model/config.json").is_file():
-                self.compare(f"the finished run in {self.out}", done, ("same", "say"), but=("steps", "epochs"))
+            early = done.get("ended_early") and done["settings"].get("patience") == self.s.patience
+            if (early or done.get("steps", -1) >= self.steps) and (self.out / "model/config.json").is_file():
+                free = "steps", "epochs", "patience"
+                self.compare(f"the finished run in {self.out}", done, ("same", "say"), but=free)
                 self.world.print(f"{self.out} is finished ({done['steps']} steps): nothing to do. "
                                  "--resume=none starts again, --out=DIR writes elsewhere")
                 found = True
@@ -186,6 +189,10 @@ class RunFolder:
         except OSError as e:
             stop(f"out={self.out}: {e.strerror}")
 
+    def kept_step(self, log):
+        """-> the step whose checkpoint is not deleted because it is the best so far; 0: none is"""
+        return log.best.step if self.s.keep_best else 0
+
     def save(self, step, model, optimizer, log):
         """Write the checkpoint after step `step` (counted from 0). If it cannot be written, training continues; after
         TRIES failures in a row the run stops."""
@@ -197,7 +204,7 @@ class RunFolder:
         try:
             checkpoint.save_checkpoint(self.out, step + 1, model, optimizer, self.world, state)
             if self.world.rank == 0:
-                checkpoint.retire(self.out, step + 1, self.s.keep_last)
+                checkpoint.retire(self.out, step + 1, self.s.keep_last, self.kept_step(log))
         except OSError as e:
             problem = str(e)
         problem = next(filter(None, self.world.gather(problem)), "")

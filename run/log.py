@@ -48,14 +48,15 @@ class Log:
 
     start    the first step to train; not 0 in a resumed run
     flops    FLOPs per token, per supervised token and per image, from plan.flops()
-    state    what state() returned when the checkpoint was written; None in a new run"""
+    state    what state() returned when the checkpoint was written; None in a new run
+    best     best.Best, which sees every row          send     on rank 0: called after every row (run/track.py)"""
 
-    def __init__(self, out, world, steps, start=0, flops={}, max_dropped=0.01, state=None):
+    def __init__(self, out, world, steps, start=0, flops={}, max_dropped=0.01, state=None, best=None, send=None):
         self.file, self.world, self.steps, self.start = Path(out, "log.jsonl"), world, steps, start
-        self.flops_per, self.max_dropped = flops, max_dropped
+        self.flops_per, self.max_dropped, self.best, self.send, self.done = flops, max_dropped, best, send, start
         self.seen, self.reasons = Counter((state or {}).get("seen")), (state or {}).get("reasons") or {}
-        self.began = self.last = time.time()
         self.drawn = Counter((state or {}).get("drawn"))                       # {name of a data file: samples}
+        self.began = self.last = time.time()
         self.tokens = self.samples = self.flops = self.wait = self.bad_updates = 0
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK.items() if k in name), None)
@@ -83,8 +84,8 @@ class Log:
             sum(len(b.images) for b in micro)]))
         self.seen.update(samples=used + dropped, dropped=dropped, truncated=cut, animated=animated, flipped=flipped,
                          skipped_updates=int(not result["updated"]))
-        units = dict(tokens=tokens, supervised=labels, images=images)
         self.drawn.update(batch.drawn)                                         # the same on all ranks
+        units = dict(tokens=tokens, supervised=labels, images=images)
         self.tokens, self.samples = self.tokens + tokens, self.samples + used
         self.flops += sum(f * units[u] for u, f in self.flops_per.items())
         self.result = {**result, "tokens": tokens, "supervised_tokens": labels}
@@ -124,15 +125,18 @@ class Log:
 
     def append(self, row, file=None):
         """Append one line of json, with null for nan and inf. If the disk is full, only this line is lost."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        if file is None and self.best and self.best.metric in row:
+            self.best.see(self.world.gather(row)[0])             # all ranks decide by the row of rank 0
         if self.world.rank > 0:
             return
-        file = file or self.file
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         try:
-            with open(file, "a") as f:
+            with open(file or self.file, "a") as f:
                 f.write(json.dumps(row) + "\n")
         except OSError as e:
-            self.world.print(f"a line of {file} is lost: {e.strerror}")
+            self.world.print(f"a line of {file or self.file} is lost: {e.strerror}")
+        if file is None and self.send:
+            self.send()
 
     def summary(self):
         """-> text on dropped samples, truncated samples and animated images, for the run's last line; "" if none"""
@@ -142,17 +146,21 @@ class Log:
         return lost * (seen["dropped"] + seen["truncated"] > 0) + moving * (seen["animated"] > 0)
 
 
-def trim(file, step):
-    """Remove the log lines of steps after `step`. The run is resumed after `step`, and logs the later steps again."""
-    file = Path(file)
-    if not file.is_file():
-        return
+def lines_until(file, step):
+    """-> the log lines of steps up to `step`; [] without a file"""
     kept = []
-    for line in file.read_text("utf-8", "replace").splitlines():
+    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):         # a killed run may have left half a line
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    write_file(file, "".join(line + "\n" for line in kept))
+    return kept
+
+
+def trim(file, step):
+    """Remove the log lines of steps after `step`. The run is resumed after `step`, and logs the later steps again."""
+    file = Path(file)
+    if file.is_file():
+        write_file(file, "".join(line + "\n" for line in lines_until(file, step)))
 
 
 def peak_bytes():

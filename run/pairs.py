@@ -29,7 +29,8 @@ from run.validate import Once, level
 # kind -> first pass over a step, loss of a micro-batch, contrastive loss
 METHODS = {"clip": (compare_pairs, pair_loss, clip_loss), "siglip": (compare_pairs, pair_loss, siglip_loss),
            "blip2": (compare_blip2, blip2_loss, itc_loss)}
-UNREAD = ("llm", "connector", "template", "system", "loss", "max_len", "sample_every")     # settings of Common
+UNREAD = ("llm", "connector", "template", "system", "loss", "max_len", "sample_every",
+          "eval_questions")                                # settings of Common
 
 
 def read_pair(row):
@@ -158,13 +159,13 @@ class PairValidation:
     """Mean loss of steps of batch_size pairs (the last one may be smaller), and accuracy among all pairs of a file"""
 
     def __init__(self, steps, world):
-        self.steps, self.world = steps, world
+        self.steps, self.world, self.metrics = steps, world, ("val_loss", "val_accuracy") if steps else ()
         if steps and not any(sum(world.gather(len(steps[i].names))) for i in range(len(steps))):
             first = "".join(f"; {name}: {why}" for name, why in steps[0].dropped[:1])
             stop(f"{steps.files[0].file}: no pair can be used{first}")
 
     @torch.no_grad()
-    def loss(self, step, model, loss_fn, log):
+    def measure(self, step, model, loss_fn, log):
         if not self.steps:
             return
         model.eval()
@@ -196,4 +197,4 @@ def finish_pairs(run, s, world, folder):
     cfg = unwrap(run.model).cfg
     save, about = (save_blip2, card.blip2_pairs) if cfg.kind == "blip2" else (save_pairs, card.pairs)
     publish(run.folder, run.model, folder, run.log, lambda out, state, dtype: save(
-        out, state, cfg, folder, dtype, about(run.folder.out, cfg)))
+        out, state, cfg, folder, dtype, about(out.parent, cfg)))

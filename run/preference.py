@@ -109,13 +109,11 @@ def chosen_conversation(row):
 class PreferenceValidation(Validation):
     """The mean loss per pair of the validation data, and answers to its first questions"""
     Steps, conversation = PreferenceOnce, staticmethod(chosen_conversation)
+    metrics = "val_loss", "val_accuracy"
 
     @torch.no_grad()
-    def loss(self, step, model, loss_fn, log):
+    def loss(self, model, loss_fn):
         """loss_fn(model, micro-batch) -> sum of the losses of its pairs, (5,) sums of FACTS"""
-        if not self.steps:
-            return
-        model.eval()
         total, right, n, bad = 0.0, 0.0, 0, 0
         for part in level(self.steps, (self.steps[i] for i in range(len(self.steps))), self.world):
             bad += len(part.dropped)
@@ -124,12 +122,9 @@ class PreferenceValidation(Validation):
                     loss, facts = loss_fn(model, b.to(self.world.device))
                 total, right = total + float(loss), right + float(facts[FACTS.index("accuracy")])
                 n += len(b.keys)
-        model.train()
         total, right, n, bad = self.world.sum([total, right, n, bad])
         loss, right = (total / n, right / n) if n else (math.nan, math.nan)
-        log.append({"step": step + 1, "val_loss": loss, "val_accuracy": right, "val_dropped": int(bad)})
-        self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}, accuracy {right:.1%} of "
-                         f"{n:.0f} pairs")
+        return {"val_loss": loss, "val_accuracy": right, "val_dropped": int(bad)}
 
 
 def begin_preference(s):
@@ -162,10 +157,10 @@ def prepare_preference(s, world, model, folder, lrs, refers):
     (first,), seen = level(samples, [samples[0]], world), []
     world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
-        return stage.Run(exit_code=stage.rehearse(s, world, samples, first, PreferenceValidation)), None
+        return stage.Run(exit_code=stage.rehearse(s, world, samples, first, folder, PreferenceValidation)), None
 
     def validation():                                          # called before a checkpoint is loaded
-        made = PreferenceValidation(s, world, samples)
+        made = PreferenceValidation(s, world, samples, folder)
         if refers and not adapters_alone(lrs):
             seen.append(Table(s, folder, samples, steps, made.steps, world).fill(model))
         return made

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import itertools
 import math
 import signal
 from pathlib import Path
@@ -23,9 +24,11 @@ from parts import instruct
 from parts.build import image_layout
 from parts.spans import span_ends
 from run import paper, plan
+from run.best import watched
 from run.folder import RunFolder, check_space, path_of, unwritable, would_overwrite
 from run.log import Log, check_dropped, tally
 from run.publish import publish, published_dtype
+from run.track import tracker
 from run.validate import Validation, check_overfit, level
 
 
@@ -143,7 +146,11 @@ class Run:
 
     def due(self, step, every):
         """True after the last step; if `every` > 0, also if step + 1 is a multiple of `every`. `step` counts from 0."""
-        return every > 0 and (step + 1) % every == 0 or step + 1 == self.steps
+        return every > 0 and (step + 1) % every == 0 or step + 1 == self.steps or self.log.best.over
+
+    def is_best(self, step):
+        """Must the checkpoint of this step be kept, because keep_best names a metric and no step was better?"""
+        return self.folder.kept_step(self.log) == step + 1
 
 
 def prepare(s, world, model, folder, lrs):
@@ -159,27 +166,34 @@ def prepare(s, world, model, folder, lrs):
     first, = level(samples, [samples[0]], world)
     world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
-        return Run(exit_code=rehearse(s, world, samples, first))
+        return Run(exit_code=rehearse(s, world, samples, first, folder))
     flops = plan.flops(model, plan.rows(cfg))
-    return begin_run(s, world, model, folder, lrs, samples, first, steps, flops, lambda: Validation(s, world, samples))
+    return begin_run(s, world, model, folder, lrs, samples, first, steps, flops,
+                     lambda: Validation(s, world, samples, folder))
 
 
-def begin_run(s, world, model, folder, lrs, samples, first, steps, flops, validation):
-    """Start or resume a run -> Run. flops: what plan.flops returns; validation: function that makes Run.validation"""
+def begin_run(s, world, model, folder, lrs, samples, first, steps, flops, validation, metrics=()):
+    """Start or resume a run -> Run. flops: what plan.flops returns; validation: function that makes Run.validation;
+    metrics: those that keep_best may name where a run has no validation"""
     files = RunFolder(s, world, steps, samples, folder, lrs)
     if files.is_finished():
         return Run()
     if world.rank == 0 and not s.overfit:                        # --overfit writes no checkpoint and no model
-        check_space(files.out, *plan.disk(model, published_dtype(s, world)), s.keep_last, world.print)
+        (checkpoint, published), more = plan.disk(model, published_dtype(s, world)), bool(s.keep_best)
+        check_space(files.out, checkpoint, published * (1 + more), s.keep_last + more, world.print)
+    send = None
+    if s.track != "none" and world.rank == 0:
+        send = tracker(s.track, files.out, dataclasses.asdict(s))
     validation = validation()
     model = engine.parallelize(model, world, model.blocks, s.parallel, s.recompute, s.compile)
     optimizer = engine.adamw(model, lrs, s.weight_decay)
     state = files.resume(model, optimizer)
     start = state["step"]
-    log = Log(files.out, world, steps, start, flops, s.max_dropped, state)
+    best = watched(s, world, files.out / "log.jsonl", start, validation.metrics if validation else metrics)
+    log = Log(files.out, world, steps, start, flops, s.max_dropped, state, best, send)
     batches = log.timed(loader(samples, [0] * steps if s.overfit else range(start, steps), s.workers))
-    return Run(model, optimizer, start, steps, level(samples, batches, world), first, files, log, validation,
-               engine.record_signals())
+    batches = itertools.takewhile(lambda _: not best.over, level(samples, batches, world))     # ends the loop early
+    return Run(model, optimizer, start, steps, batches, first, files, log, validation, engine.record_signals())
 
 
 def stopped(run, step, world):
@@ -197,7 +211,7 @@ def finish(run, s, world, folder):
     publish(run.folder, run.model, folder, run.log)
 
 
-def rehearse(s, world, samples, first, validation=Validation):
+def rehearse(s, world, samples, first, folder, validation=Validation):
     """Do what --dry_run does after the plan -> exit code, or None. Stop if a real run would stop at the samples of the
     first step, or at the validation file. Print the first usable sample with its loss mask."""
     used, dropped = (int(n) for n in world.sum([len(first.names), len(first.dropped)]))
@@ -206,7 +220,7 @@ def rehearse(s, world, samples, first, validation=Validation):
     check_dropped(s.max_dropped, dropped, used + dropped, reasons)
     for count, line in reasons.values():
         world.print(f"  {count} of these samples cannot be used, as {line}")
-    validation(s, world, samples)
+    validation(s, world, samples, folder)
     if not used:
         world.print("  none of the first step's samples can be used: python data.py says why")
         return 1

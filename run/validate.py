@@ -1,16 +1,17 @@
-"""Validation during a run: the loss on a validation file, and answers to its first questions. It does not affect
-training: train/eval modes, gradients and torch's random state are the same afterwards."""
+"""Validation during a run: the loss and scores on a validation file, and answers to its first questions. It does not
+affect training: train/eval modes, gradients and torch's random state are the same afterwards."""
 
 import math
 
 import torch
 
 import chat
-from config import BadSample, stop
+from config import stop
 from data import Steps, conversation
 from engine import unwrap
 from generate import Chat
 from loss import total_weight
+from run.held_out import caption_ranks, distinct_captions, exact_match, first_questions, short_answers
 
 
 def level(steps, parts, world):
@@ -34,24 +35,48 @@ class Once(Steps):
 
 class Validation:
     Steps, conversation = Once, staticmethod(conversation)       # how samples and rows are read: other for other rows
+    metrics = "val_loss",                                        # the numbers that are logged; without data none is
 
-    def __init__(self, s, world, samples):
-        self.s, self.world, self.questions = s, world, []
+    def __init__(self, s, world, samples, folder):
+        self.s, self.world, self.folder, self.questions, self.short, self.captions = s, world, folder, [], [], []
         self.steps = self.Steps(s.val_data, s.images, samples.encode, samples.image_spec, min(s.batch_size, 32),
                                 s.max_tokens, 0, world.rank, world.size, samples.span_ends) if s.val_data else []
         if not s.val_data:
+            self.metrics = ()
             return
         if not any(sum(world.gather(len(self.steps[i].names))) for i in range(len(self.steps))):
             first = "".join(f"; {name}: {why}" for name, why in self.steps[0].dropped[:1])
             stop(f"{s.val_data}: no sample can be used{first}")
-        self.questions = self.first_questions()
+        self.questions = self.first(4)
+        if s.template != "plain":                                # plain has captions, no questions
+            self.short = self.first(s.eval_questions, short_answers)
+        self.captions = self.first(getattr(s, "eval_captions", 0), distinct_captions())
+        self.metrics += ("val_exact",) * bool(self.short) + ("val_r1", "val_r5") * bool(self.captions)
 
-    @torch.no_grad()
-    def loss(self, step, model, loss_fn, log):
-        """Compute, log and print the mean validation loss per supervised token, over all ranks."""
+    def first(self, n, *wanted):
+        return first_questions(self.steps, self.conversation, self.s.images, n, *wanted)
+
+    def measure(self, step, model, loss_fn, log):
+        """Compute, log and print the loss, exact match and recall, over all ranks."""
         if not self.steps:
             return
         model.eval()
+        found = self.loss(model, loss_fn)
+        if self.captions:
+            ranks = caption_ranks(self.captions, model, self.steps, self.world)
+            found |= {f"val_r{k}": float((ranks < k).double().mean()) for k in (1, 5)}
+        model.train()
+        if self.short:
+            found["val_exact"] = exact_match(self.short, lambda *asked: self.ask(model, *asked), self.steps)
+        log.append({"step": step + 1, **found})
+        bad = found.pop("val_dropped")
+        self.world.print(f"step {step + 1}/{log.steps}  validation loss {found.pop('val_loss'):.4f}"
+                         + "".join(f"  {name.removeprefix('val_')} {x:.1%}" for name, x in found.items())
+                         + (f" ({bad} of {self.steps.total} samples could not be used)" if bad else ""))
+
+    @torch.no_grad()
+    def loss(self, model, loss_fn):
+        """-> dict: the mean validation loss per supervised token, and how many samples could not be used"""
         total = count = bad = 0.0
         for part in level(self.steps, (self.steps[i] for i in range(len(self.steps))), self.world):
             bad += len(part.dropped)
@@ -59,46 +84,28 @@ class Validation:
                 with self.world.autocast():
                     total += float(loss_fn(model, batch.to(self.world.device)))
                 count += total_weight(batch)
-        model.train()
         total, count, bad = self.world.sum([total, count, bad])
         # count is 0 if no sample can be used any more, because the images were deleted during the run
-        loss = total / count if count else math.nan
-        log.append({"step": step + 1, "val_loss": loss, "val_dropped": int(bad)})
-        self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}"
-                         + (f" ({bad:.0f} of {self.steps.total} samples could not be used)" if bad else ""))
+        return {"val_loss": total / count if count else math.nan, "val_dropped": int(bad)}
 
-    def first_questions(self, n=4):
-        """Choose the questions to answer: the first turns of n usable samples with images.
-        -> [(sample id, question, true answer, prompt ids, images)]"""
-        out, encode = [], self.steps.encode
-        for row in (self.steps.files[0][i] for i in range(len(self.steps.files[0]))):
-            try:
-                turns, names, system = self.conversation(row)
-                if names and turns[0][1] and turns[0][0].count(chat.IMAGE) == len(names):      # no document: no answer
-                    encode(row, self.s.images)                           # raises BadSample if training would drop `row`
-                    prompt, _ = encode.encode([(turns[0][0], None)], encode.blocks(names, self.s.images), system)
-                    pixels = [self.steps.pixels(name)[0] for name in names]
-                    out.append((row.get("id"), *turns[0], torch.tensor(prompt), pixels))
-            except BadSample:
-                continue
-            if len(out) == n:
-                break
-        return out
+    def ask(self, model, prompts, pixels, *most):
+        """-> answers of the model in its present state"""
+        s = self.s
+        model = Chat.of(unwrap(model), self.folder, s.template, s.system, s.image_aspect)
+        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # else torch recompiles for each token
+            return model.answers(prompts, pixels, *most)
 
-    def answers(self, step, model, folder, log):
+    def answers(self, step, model, log):
         """Answer the fixed questions, write the answers to samples.jsonl, and print the first answer."""
         if not self.questions:
             return
-        s = self.s
-        model = Chat.of(unwrap(model), folder, s.template, s.system, s.image_aspect)
-        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # else torch recompiles for each token
-            answers = model.answers([p for *_, p, _ in self.questions], [x for *_, p in self.questions for x in p])
-        for (i, question, truth, _, _), answer in zip(self.questions, answers):
-            log.append({"step": step + 1, "id": i, "prompt": question, "expected": truth, "answer": answer},
-                       log.file.with_name("samples.jsonl"))
-        _, question, truth, *_ = self.questions[0]
-        question = " ".join(question.replace(chat.IMAGE, "").split())
-        self.world.print(chat.printable(f"  question: {question:.100}\n  answer:   {answers[0]}\n  expected: {truth}"))
+        answers = self.ask(model, [q.prompt for q in self.questions], [x for q in self.questions for x in q.pixels])
+        for q, answer in zip(self.questions, answers):
+            row = {"step": step + 1, "id": q.row.get("id"), "prompt": q.text, "expected": q.truth, "answer": answer}
+            log.append(row, log.file.with_name("samples.jsonl"))
+        question = " ".join(self.questions[0].text.replace(chat.IMAGE, "").split())
+        self.world.print(chat.printable(f"  question: {question:.100}\n  answer:   {answers[0]}\n"
+                                        f"  expected: {self.questions[0].truth}"))
 
 
 @torch.no_grad()

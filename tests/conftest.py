@@ -87,7 +87,7 @@ def short_answers(monkeypatch):
     """Questions are asked as ever, and answered with two tokens."""
     from generate import Chat
     answers = Chat.answers
-    monkeypatch.setattr(Chat, "answers", lambda self, prompts, pixels: answers(self, prompts, pixels, 2))
+    monkeypatch.setattr(Chat, "answers", lambda self, prompts, pixels, *_: answers(self, prompts, pixels, 2))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,151 @@
+"""Exact match and recall of captions during a run, beside definitions that share no code with them."""
+
+import json
+
+import pytest
+import torch
+from conftest import fork
+from tiny_runs import LORA, rows, run, state, write_data
+
+import chat
+import data
+import generate
+from formats import configs, llava
+from images import Layout
+from run import held_out
+from run.validate import Validation
+
+
+@pytest.fixture(scope="module")
+def asked(world, tmp_path_factory):
+    """As test_best.watched: six validation samples, every fourth without an image; answers of three words"""
+    folder = tmp_path_factory.mktemp("asked")
+    file = write_data(folder, "val.jsonl", 8, 100)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for i, row in enumerate(lines):
+        row["conversations"][1]["value"] = "a long black cat" if i == 1 else f"a cat {i}"
+        if "image" in row:
+            row["image"] = str(folder / "images" / row["image"])
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return {**world, "val_data": str(file), "eval_every": 2, "sample_every": 0, "save_every": 6, "images": "/"}
+
+
+@pytest.fixture(scope="module")
+def tiny(asked, tmp_path_factory):
+    """-> model, formats.llava.Folder, data.Steps of the validation data, in fp64"""
+    model, folder = llava.load_model(asked["vision"], asked["llm"])
+    encode = data.Encoder(folder.tok, "vicuna_v1", Layout(model.cfg.image_token_index, 4), 48, "")
+    spec = configs.image_spec(folder.pre, "pad")
+    return model.double().eval(), folder, data.Steps(asked["val_data"], "/", encode, spec, 4, 96, 0)
+
+
+def questions(steps, n, *wanted):
+    return held_out.first_questions(steps, data.conversation, "/", n, *wanted)
+
+
+def test_short_answers_about_images_are_asked(tiny):
+    """Of samples 0 to 7: 1 has four words, 3 and 7 have no image"""
+    steps = tiny[2]
+    assert [q.row["id"] for q in questions(steps, 99, held_out.short_answers)] == [100, 102, 104, 105, 106]
+    assert [q.row["id"] for q in questions(steps, 2, held_out.short_answers)] == [100, 102]
+
+
+def test_captions_of_a_pool_are_distinct(tiny):
+    steps = tiny[2]
+    kept = steps.files[0]
+    twice = [kept[0], {**kept[1], "conversations": kept[0]["conversations"]}, kept[2],
+             {**kept[4], "conversations": kept[4]["conversations"] * 2}, kept[5]]
+    steps.files[0] = twice
+    try:
+        assert [q.row["id"] for q in questions(steps, 9, held_out.distinct_captions())] == [100, 102, 105]
+    finally:
+        steps.files[0] = kept
+
+
+def test_exact_match_counts_equal_answers(tiny):
+    found, limits = questions(tiny[2], 9, held_out.short_answers), []
+
+    def ask(prompts, pixels, most):
+        assert len(prompts) == len(pixels) and sum(map(len, prompts)) + most * len(prompts) <= 96
+        limits.append((len(prompts), most))
+        said = {tuple(q.prompt.tolist()): q.truth for q in found}
+        return [said[tuple(p.tolist())].upper() + "." if len(limits) == 1 else "a dog" for p in prompts]
+    share = held_out.exact_match(found, ask, tiny[2])
+    tok = tiny[1].tok
+    longest = max(len(tok.full.encode(q.truth, add_special_tokens=False).ids) for q in found)
+    assert sum(n for n, _ in limits) == len(found) and share == limits[0][0] / len(found) > 0
+    assert {most for _, most in limits} <= {longest + 2, longest + 1}           # the end token, and one more
+
+
+def test_ranks_are_those_of_one_by_one(tiny):
+    """The log p of each caption alone, token by token from the logits, in fp64"""
+    model, _, steps = tiny
+    pool = questions(steps, 4, held_out.distinct_captions())
+    world = type("World", (), dict(autocast=lambda self: torch.autocast("cpu", enabled=False), device="cpu"))()
+    log_p = torch.zeros(4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for i, q in enumerate(pool):
+            for j, other in enumerate(pool):
+                ids, labels = steps.encode.encode([(q.text, other.truth)], q.blocks, q.system)
+                batch = data.pack([(ids, labels, q.pixels[0])], 8)
+                p = model(*batch, head=generate.logits_head).log_softmax(-1)
+                log_p[i, j] = p.gather(1, batch.labels[batch.labels >= 0][:, None]).sum()
+    ranks = held_out.caption_ranks(pool, model, steps, world)
+    assert ranks.tolist() == [sum(p > row[i] for p in row) for i, row in enumerate(log_p)]
+    order = torch.argsort(log_p[0], descending=True).tolist()                  # every place of the right caption occurs
+    for place, j in enumerate(order):
+        moved = [pool[0]._replace(truth=pool[j].truth), *(q for i, q in enumerate(pool) if i != j)]
+        assert held_out.caption_ranks(moved, model, steps, world)[0] == place
+
+
+def test_scores_of_a_run_change_no_bit(asked, tmp_path):
+    """Dropout is on. val_exact and val_r1 are in log.jsonl, those of the last step are those of the published model."""
+    run("sft", asked, tmp_path / "scored", **LORA)
+    run("sft", {**asked, "val_data": ""}, tmp_path / "blind", **LORA)
+    assert state(tmp_path / "scored") == state(tmp_path / "blind")
+    scored = [r for r in rows(tmp_path / "scored/log.jsonl") if "val_loss" in r]
+    assert [r["step"] for r in scored] == [2, 4, 6] and all(0 <= r["val_exact"] <= 1 for r in scored)
+    how = dict(template="plain", eval_captions=4)
+    run("align", asked, tmp_path / "captions", **how)
+    run("align", {**asked, "val_data": ""}, tmp_path / "none", **how)
+    assert state(tmp_path / "captions") == state(tmp_path / "none")
+    scored = [r for r in rows(tmp_path / "captions/log.jsonl") if "val_loss" in r]
+    assert all(0 <= r["val_r1"] <= r["val_r5"] == 1 and "val_exact" not in r for r in scored)
+
+
+def test_a_model_that_learned_answers_scores_one(asked, tmp_path, monkeypatch):
+    """Answers as in the data score 1, and wrong ones 0: each is compared with its own truth."""
+    truths = {}
+    made = Validation.__init__
+
+    def noting(self, *args):
+        made(self, *args)
+        truths.update({tuple(q.prompt.tolist()): q.truth for q in self.short})
+    monkeypatch.setattr(Validation, "__init__", noting)
+    monkeypatch.setattr(generate.Chat, "answers", lambda self, prompts, pixels, *_: [
+        truths[tuple(p.tolist())] for p in prompts])
+    run("sft", asked, tmp_path / "right", steps=1)
+    assert rows(tmp_path / "right/log.jsonl")[-1]["val_exact"] == 1
+    monkeypatch.setattr(generate.Chat, "answers", lambda self, prompts, pixels, *_: [
+        truths[tuple(prompts[0].tolist())] for _ in prompts])
+    run("sft", asked, tmp_path / "mixed", steps=1, max_tokens=1024)
+    assert rows(tmp_path / "mixed/log.jsonl")[-1]["val_exact"] == 1 / 5
+
+
+def test_two_ranks_score_and_keep_alike(asked, tmp_path, monkeypatch):
+    """DDP and FSDP: no rank waits for another one, and all agree on the best step and on the end"""
+    how = dict(steps=4, eval_every=1, keep_best="val_exact", patience=2, lr=0.0, connector_lr=1e-9, save_every=0)
+    run("sft", {**asked, "dtype": "fp64"}, tmp_path / "one", **how)
+    for parallel in ("ddp", "fsdp"):
+        (tmp_path / parallel).mkdir()
+        out = tmp_path / parallel / "run"
+        fork(2, lambda rank: run("sft", {**asked, "dtype": "fp64"}, out, parallel=parallel, **how), tmp_path / parallel)
+        one, two = ([{k: r[k] for k in ("step", "val_exact")} for r in rows(p / "log.jsonl") if "val_exact" in r]
+                    for p in (tmp_path / "one", out))
+        assert one == two and len(two) == 3                                    # the first is the best: two more, then over
+        assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_0000001", "step_0000003"]
+        assert (out / "best/model").is_dir() and json.loads((out / "finished.json").read_text())["steps"] == 3
+
+
+def test_questions_of_plain_templates_are_none(tiny):
+    assert all(chat.IMAGE in q.text for q in questions(tiny[2], 3))
