@@ -31,8 +31,8 @@ KINDS = "count", "read", "exists"                                # questions to 
 FROM, QUIET = f"--init={OUT}/base", ["--save_every=0", "--eval_every=0"]
 DPO = ["train_dpo.py", FROM, f"--data={OUT}/pairs.jsonl", f"--images={TOY}/images", "--system=", "--lr=2e-5",
        "--epochs=2", "--log_every=5", "--sample_every=0", *QUIET]
-GRPO = ["train_grpo.py", FROM, f"--data={OUT}/questions.jsonl", "--lr=1e-4", "--max_new_tokens=4", "--log_every=1",
-        "--sample_every=20", *QUIET]
+GRPO = ["train_grpo.py", FROM, f"--data={OUT}/questions.jsonl", "--batch_size=8", "--lr=1e-4", "--max_new_tokens=4",
+        "--log_every=1", "--sample_every=20", *QUIET]
 
 # arm: what trains it, from the base
 ARMS = {"base": [], **{f"grpo_{seed}": [*GRPO, "--steps=60", f"--seed={seed}"] for seed in range(3)},
