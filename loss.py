@@ -69,6 +69,17 @@ def orpo_loss(policy, reference, beta, gamma):
     return -beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
 
 
+def kto_loss(policy, reference, zero, desirable, beta, weights):
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, section 4), for P answers that stand alone: policy, reference, and
+    is the answer desirable, each (P,). zero: max(0, mean of policy - reference) over answers to other questions, an
+    estimate of the KL divergence; it has no gradient. weights: w of desirable and of undesirable answers. -> (P,)
+
+        l = w (1 - sigmoid(beta (policy - reference - zero)))      desirable
+        l = w (1 - sigmoid(beta (zero - policy + reference)))      undesirable"""
+    gain = beta * (policy - reference - zero)
+    return torch.where(desirable, weights[0] * torch.sigmoid(-gain), weights[1] * torch.sigmoid(gain))
+
+
 # ---- rewards: several answers of the model to one question ----------------------------------------------------------
 
 def group_advantages(rewards, scaled):

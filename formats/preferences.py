@@ -1,4 +1,5 @@
-"""Rows of preference data: one question and two answers. All published forms become one form.
+"""Rows of preference data: one question and two answers, or one answer and whether it is good. All published forms
+become one form.
 
     TRL                  prompt, chosen, rejected: texts or lists of messages; or chosen and rejected alone, as whole
                          conversations; images or image
@@ -7,6 +8,7 @@
     LLaMA-Factory        conversations or messages that end in a question, chosen, rejected: one message each
     ms-swift             messages that end in the chosen answer, rejected_response
     LLaVA-RLHF           conversations, output_1, output_2, preference: 1 or 2
+    TRL, unpaired        prompt, completion, label: is the completion desirable?
 """
 
 from chat import IMAGE
@@ -30,19 +32,38 @@ def preference(row):
         if not (isinstance(chosen, list) and isinstance(rejected, list)):
             raise BadSample("no question")
         prompt = []
-    others = {key: row[key] for key in OTHERS if key in row}
-    (turns, names, system), (second, names_2, system_2) = (
-        conversation({**others, "messages": [*messages(prompt, "user"), *messages(answer, "assistant")]})
-        for answer in (chosen, rejected))
+    (turns, names, system), (second, names_2, system_2) = (answered(row, prompt, a) for a in (chosen, rejected))
     if (turns[:-1], turns[-1][0], names, system) != (second[:-1], second[-1][0], names_2, system_2):
         raise BadSample("chosen and rejected differ in more than the last answer")
     chosen, rejected = turns[-1][1], second[-1][1]
     if chosen.strip() == rejected.strip():
         raise BadSample("chosen and rejected are equal")
-    turns[-1] = (turns[-1][0], None)
+    return asked(turns, names), chosen, rejected, names, system
+
+
+def unpaired(row):
+    """Read a row with one answer. Raise BadSample if it is unusable. Return the turns of preference(), the answer, is
+    the answer desirable?, images and system text as preference()"""
+    prompt, label = next((row[key] for key in PROMPT if row.get(key)), None), row.get("label")
+    if prompt is None or row.get("completion") is None or label not in (True, False):
+        raise BadSample("a prompt, a completion and a label (true or false) are needed")
+    turns, names, system = answered(row, prompt, row["completion"])
+    answer = turns[-1][1]
+    return asked(turns, names), answer, bool(label), names, system
+
+
+def answered(row, prompt, answer):
+    """-> turns, names of the images, system text of the conversation that ends in this answer"""
+    others = {key: row[key] for key in OTHERS if key in row}
+    return conversation({**others, "messages": [*messages(prompt, "user"), *messages(answer, "assistant")]})
+
+
+def asked(turns, names):
+    """-> the turns without their last answer, with markers for the images"""
+    turns = [*turns[:-1], (turns[-1][0], None)]
     if names and not any(IMAGE in question for question, _ in turns):       # most forms have no marker
         turns[0] = (f"{IMAGE}\n" * len(names) + turns[0][0], turns[0][1])
-    return turns, chosen, rejected, names, system
+    return turns
 
 
 def fields(row):

@@ -6,6 +6,7 @@ then the question with the rejected answer. Both have the images. So a pair is n
 
 import hashlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from data import Batch, Encoder, Steps, pack
 from formats import configs
 from formats.preferences import preference
 from kernels.cross_entropy import IGNORE
+from loss import sequence_log_probs
 from parts import instruct
 from parts.build import image_layout
 from parts.spans import span_ends
@@ -34,6 +36,7 @@ FACTS = "margin", "accuracy", "kl", "chosen", "rejected"       # what log.jsonl 
 class TwoDocuments(list):
     """The ids of both documents of a pair, one after the other"""
     first = 0              # number of ids of the first document
+    desirable = True       # of KTO: is the first document a good answer?
     key = 0                # int64, made from the ids and the images: equal for equal pairs
 
 
@@ -43,10 +46,17 @@ class PreferenceEncoder(Encoder):
     def __call__(self, row, root=""):
         """-> ids (TwoDocuments), labels, names of the images, number of tokens cut off"""
         turns, chosen, rejected, names, system = preference(row)
+        ids, *others = self.documents(turns, (chosen, rejected), names, system, root)
+        if ids[: ids.first] == ids[ids.first :]:
+            raise BadSample("the answers are equal in their first max_len tokens")
+        return ids, *others
+
+    def documents(self, turns, answers, names, system, root):
+        """Two answers to one question -> as __call__"""
         blocks = self.blocks(names, root)
         prompt, _ = self.encode(turns, blocks, system)
         ids, labels, cut = TwoDocuments(), [], 0
-        for answer in (chosen, rejected):
+        for answer in answers:
             long, kept = self.encode([*turns[:-1], (turns[-1][0], answer)], blocks, system)
             kept = [IGNORE] * len(prompt) + kept[len(prompt):]
             short, kept, _ = chat.truncate(long, kept, blocks, self.layout.image_id, self.max_len)
@@ -82,14 +92,26 @@ class PreferenceBatch(NamedTuple):
     def to(self, device):
         return PreferenceBatch(self.batch.to(device), self.keys.to(device))
 
+    def log_probs(self, model):
+        """-> (P, 2)"""
+        return sequence_log_probs(model, self.batch)[0].view(-1, 2)
+
+
+def halves(sample):
+    """(TwoDocuments, labels, images) -> the same for each document"""
+    ids, labels, images = sample
+    return [(ids[: ids.first], labels[: ids.first], images), (ids[ids.first :], labels[ids.first :], images)]
+
+
+def keys_of(samples):
+    """-> (P,) int64"""
+    return torch.tensor([ids.key for ids, _, _ in samples], dtype=torch.long)
+
 
 def pack_pairs(samples, side, span_ends=None, reader=None, weights=()):
     """As data.pack, for samples [(TwoDocuments, labels, images)] -> PreferenceBatch. weights: all are 1"""
-    documents = [half for ids, labels, images in samples
-                 for half in ((ids[: ids.first], labels[: ids.first], images),
-                              (ids[ids.first :], labels[ids.first :], images))]
-    keys = torch.tensor([ids.key for ids, _, _ in samples], dtype=torch.long)
-    return PreferenceBatch(pack(documents, side, span_ends, reader), keys)
+    documents = [half for sample in samples for half in halves(sample)]
+    return PreferenceBatch(pack(documents, side, span_ends, reader), keys_of(samples))
 
 
 class PreferenceSteps(Steps):
@@ -113,14 +135,15 @@ class PreferenceValidation(Validation):
 
     @torch.no_grad()
     def loss(self, model, loss_fn):
-        """loss_fn(model, micro-batch) -> sum of the losses of its pairs, (5,) sums of FACTS"""
+        """loss_fn(model, micro-batch) -> sum of the losses of its pairs, (2, 5) sums and counts of FACTS. measured: a
+        function of model and micro-batches, as in train_dpo.py; prepare_preference sets it"""
         total, right, n, bad = 0.0, 0.0, 0, 0
         for part in level(self.steps, (self.steps[i] for i in range(len(self.steps))), self.world):
             bad += len(part.dropped)
-            for b in part.micro:
+            for b in self.measured(model, part.micro):
                 with self.world.autocast():
                     loss, facts = loss_fn(model, b.to(self.world.device))
-                total, right = total + float(loss), right + float(facts[FACTS.index("accuracy")])
+                total, right = total + float(loss), right + float(facts[0, FACTS.index("accuracy")])
                 n += len(b.keys)
         total, right, n, bad = self.world.sum([total, right, n, bad])
         loss, right = (total / n, right / n) if n else (math.nan, math.nan)
@@ -138,9 +161,17 @@ def begin_preference(s):
     return stage.begin(s, "vicuna_v1")
 
 
-def prepare_preference(s, world, model, folder, lrs, refers):
-    """Open the data and print the plan. Then do a dry run, or start or resume the run -> stage.Run, function that gives
-    the reference log p (P, 2) of a PreferenceBatch.
+class Form(NamedTuple):
+    """How rows become samples, and what is measured in a whole step before its first backward pass."""
+    encoder: type = PreferenceEncoder
+    steps: type = PreferenceSteps
+    validation: type = PreferenceValidation
+    measured: callable = lambda s, world, reference, model, micro: micro     # pairs: nothing
+
+
+def prepare_preference(s, world, model, folder, lrs, refers, form):
+    """Open the data and print the plan. Then do a dry run, or start or resume the run -> stage.Run, two functions: that
+    which gives the reference log p (P, 2) of a PreferenceBatch, and form.measured of model and micro-batches.
 
     refers    does the loss need the reference?"""
     cfg, spec = model.cfg, configs.image_spec(folder.pre, s.image_aspect)
@@ -154,20 +185,23 @@ def prepare_preference(s, world, model, folder, lrs, refers):
     if any(w != 1 for w in samples.weights):
         stop(f"data={s.data}: a second colon weights the tokens of a file; every pair counts 1")
     steps = s.steps or math.ceil(s.epochs * samples.total / s.batch_size)
-    (first,), seen = level(samples, [samples[0]], world), []
+    first, = level(samples, [samples[0]], world)
+    reference = without_adapters if refers else no_reference
     world.print(*folder.notes, *plan.lines(model, lrs, world, first.micro, steps, s), sep="\n")
     if s.dry_run:
-        return stage.Run(exit_code=stage.rehearse(s, world, samples, first, folder, PreferenceValidation)), None
+        return stage.Run(exit_code=stage.rehearse(s, world, samples, first, folder, form.validation)), None, None
 
     def validation():                                          # called before a checkpoint is loaded
-        made = PreferenceValidation(s, world, samples, folder)
+        made = form.validation(s, world, samples, folder)
+        nonlocal reference
         if refers and not adapters_alone(lrs):
-            seen.append(Table(s, folder, samples, steps, made.steps, world).fill(model))
+            reference = Table(s, folder, samples, steps, made.steps, world).fill(model)
+        made.measured = partial(form.measured, s, world, reference)
         return made
 
     run = stage.begin_run(s, world, model, folder, lrs, samples, first, steps, plan.flops(model, plan.rows(cfg)),
                           validation)
-    return run, seen[0] if seen else without_adapters if refers else no_reference
+    return run, reference, partial(form.measured, s, world, reference)
 
 
 def finish_preference(run, s, world, folder):
@@ -190,5 +224,8 @@ def no_reference(model, b):
 
 
 def means(facts, n, world):
-    """facts (5,): sums of FACTS over the pairs of this rank; n: pairs of all ranks -> {fact: mean}, {} without pairs"""
-    return dict(zip(FACTS, [x / n for x in world.sum(facts.tolist())])) if n else {}
+    """facts (2, 5): sums and counts of FACTS of this rank; n: pairs of all ranks -> {fact: mean}, {} without pairs"""
+    if not n:
+        return {}
+    found = world.sum(facts.flatten().tolist())
+    return {k: x / count if count else math.nan for k, x, count in zip(FACTS, found, found[len(FACTS) :])}

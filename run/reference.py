@@ -4,7 +4,7 @@ second model in memory:
     without_adapters    if adapters alone train, the reference is the model without them
     Table               else one pass over the data before training; the run folder keeps the result of each sample
 
-    P pairs of a micro-batch
+    P pairs of a micro-batch. KTO has P answers, each with an answer to another question
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from safetensors.torch import save
 from config import stop
 from engine import unwrap
 from lora import LoRALinear
-from loss import sequence_log_probs
 from run.folder import data_digest, path_of
 
 EVERY = 50             # the pass writes its results after this many steps, later after a tenth of those done
@@ -44,7 +43,7 @@ def adapters_off(model):
 def without_adapters(model, b):
     """-> (P, 2)"""
     with adapters_off(model):
-        return sequence_log_probs(model, b.batch)[0].view(-1, 2)
+        return b.log_probs(model)
 
 
 def run_digest(s, folder, *samples):
@@ -117,7 +116,7 @@ class Table:
             for b in steps[i].micro:
                 b = b.to(self.world.device)
                 with self.world.autocast():
-                    values = sequence_log_probs(model, b.batch)[0].view(-1, 2)
+                    values = b.log_probs(model)
                 found += [[k, *v] for k, v in zip(b.keys.tolist(), values.double().tolist())]
             self.done += 1
             if self.done - written >= max(EVERY, written // 10) or self.done == len(self.work):

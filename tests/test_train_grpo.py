@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp  # before the forks: else each rank imports it
 from conftest import ROOT, error, example, fork, tiny_vlm
 from safetensors.torch import load_file, save_file
 from test_distributed import Spy

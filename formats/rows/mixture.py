@@ -9,11 +9,11 @@ from config import BadSample, stop
 from formats.rows.shards import open_rows
 
 
-def open_mixture(spec, min_rating=0):
+def open_mixture(spec, min_rating=0, view=lambda rows: rows):
     """-> the files (open_rows), samples of each file in an epoch, weight of the loss of each file. An epoch has as many
-    samples as all files together."""
+    samples as all files together. view: function of a file's rows that gives them in another form"""
     files, shares, weights = zip(*((part.split(":", 2) + ["", ""])[:3] for part in spec.split(",")))
-    files = [open_rows(f, min_rating) for f in files]
+    files = [view(open_rows(f, min_rating)) for f in files]
     total = sum(len(r) for r in files)
     try:
         shares = np.array([float(x) for x in shares] if any(shares) else [len(r) for r in files])
