@@ -31,7 +31,7 @@ def broken(name):
     return text.replace(task.old, task.new)
 
 
-def begin(name, folder):
+def begin_exercise(name, folder):
     """Write the file with its mistake into `folder`, and print the task. A copy that exists is kept."""
     task, file = TASKS[name], folder / TASKS[name].file
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def begin(name, folder):
           f"python -m exercises {name} --check       runs the tests\npython -m exercises {name} --hint        a hint")
 
 
-def check(name, folder, *plugins):
+def judge_copy(name, folder, *plugins):
     """Run the judging tests in this process, which has not imported the module yet -> pytest's exit code: 0 if all pass.
     plugins: of pytest, that see the results"""
     task, file = TASKS[name], folder / TASKS[name].file
@@ -66,10 +66,10 @@ def main(argv):
         stop(f"usage: python -m exercises NAME [--check | --hint], NAME one of {', '.join(TASKS)}")
     name, folder = names[0], Path("runs/exercises") / names[0]
     if not flags:
-        begin(name, folder)
+        begin_exercise(name, folder)
     elif flags == ["--hint"]:
         print(TASKS[name].hint)
-    elif check(name, folder):
+    elif judge_copy(name, folder):
         print(f"red: {folder / TASKS[name].file} still has its mistake, or another one")
         return 1
     else:

@@ -40,7 +40,7 @@ def judged(name, place):
                 if file.startswith(str(ROOT)) and "site-packages" not in file and module.partition(".")[0] not in (
                         "kernels", "exercises", "__main__"):
                     del sys.modules[module]
-            code = exercises.check(name, place, results)
+            code = exercises.judge_copy(name, place, results)
             (place / "results.json").write_text(json.dumps([int(code), results.calls, results.outside]))
         except BaseException:
             traceback.print_exc()
@@ -51,7 +51,7 @@ def judged(name, place):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_mistake_fails_its_judges(name, tmp_path, capsys):
-    exercises.begin(name, tmp_path)
+    exercises.begin_exercise(name, tmp_path)
     assert TASKS[name].world in capsys.readouterr().out
     code, calls, outside = judged(name, tmp_path)
     assert code == 1 and not outside, (tmp_path / "output.txt").read_text()
