@@ -86,6 +86,9 @@ def test_edges_of_the_losses():
     policy, before = log_ps()
     assert loss.dpo_loss(policy, policy, 0.1, 0)[0].item() == math.log(2), "to the last bit"
     policy.requires_grad_()
+    for beta in (1e-9, 0.1, 3.0):                                    # at the reference the gradient is beta / 2
+        slope, = torch.autograd.grad(loss.dpo_loss(policy, policy.detach(), beta, 0).sum(), policy)
+        assert (slope == torch.tensor([-beta / 2, beta / 2], dtype=torch.float64)).all()
     slopes = [torch.autograd.grad(loss.dpo_loss(policy, before, beta, 0).sum(), policy)[0] for beta in (1e-8, 1e-7)]
     assert slopes[1].abs().max() < 1e-7 and (slopes[1] / slopes[0] - 10).abs().max() < 1e-5, "beta -> 0 does nothing"
     certain = torch.zeros(1, 2).requires_grad_()                     # p = 1 to the last bit
