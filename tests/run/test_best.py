@@ -122,36 +122,46 @@ def test_a_run_ends_early_and_publishes(watched, tmp_path, monkeypatch, capsys):
     assert state(out) == state(tmp_path / "whole")
 
 
+LOSSES, WATCH = [3.0, 2.0, 4.0, 1.0, 1.0, 1.5], dict(keep_best="val_loss", patience=2, steps=9)
+
+
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", range(1, 6))
-def test_killed_and_resumed_decides_as_uninterrupted(at, watched, tmp_path, monkeypatch):
-    """Killed after the evaluation of each step, before and after its checkpoint. Step, patience, files, bits"""
-    scores(monkeypatch, [3.0, 2.0, 4.0, 1.0, 1.0, 1.5])
-    how = dict(keep_best="val_loss", patience=2, eval_questions=0, eval_captions=0)
-    reference = tmp_path / "reference"
-    run("align", watched, reference, **how)
-    state_of = log.Log.state
-    for name, late in (("before", False), ("after", True)):
-        out = tmp_path / name
-        with monkeypatch.context() as m:
-            def killing(self):                                                 # called by every save
-                if self.done == at + late:
-                    raise Killed
-                return state_of(self)
-            m.setattr(log.Log, "state", killing)
-            with pytest.raises(Killed):
-                run("align", watched, out, **how)
-        run("align", watched, out, **how)
-        assert [s for s, _ in steps_in(out)] == [s for s, _ in steps_in(reference)] == [4, 6]
-        assert state(out) == state(reference)
-        for kept in ("best/model/model.safetensors", "model/model.safetensors"):
-            assert (out / kept).read_bytes() == (reference / kept).read_bytes()
-        fixed = [[{k: r.get(k) for k in ("step", "loss", "val_loss")} for r in rows(p / "log.jsonl")]
-                 for p in (out, reference, out / "best", reference / "best")]
-        assert fixed[0] == fixed[1] and fixed[2] == fixed[3]
+@pytest.fixture(scope="module")
+def reference(watched, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "run"
+    with pytest.MonkeyPatch.context() as m:
+        scores(m, LOSSES)
+        run("align", watched, out, **WATCH)
+    return out
+
+
+@pytest.mark.parametrize("at", [3, 4, 6])
+def test_killed_and_resumed_decides_as_uninterrupted(at, watched, reference, tmp_path, monkeypatch):
+    """Killed after the evaluation of a step, before its checkpoint: step 3 is worse than step 2, step 4 is the best one,
+    after step 6 patience is at its end. Kept steps, scores, published weights: all as if nothing had been"""
+    scores(monkeypatch, LOSSES)
+    with monkeypatch.context() as m:
+        state_of = log.Log.state
+
+        def killing(self):                                                     # called by every save
+            if self.done == at:
+                raise Killed
+            return state_of(self)
+        m.setattr(log.Log, "state", killing)
+        with pytest.raises(Killed):
+            run("align", watched, tmp_path, **WATCH)
+    assert [r["step"] for r in val_rows(tmp_path)] == [*range(1, at + 1)]
+    run("align", watched, tmp_path, **WATCH)
+    assert [s for s, _ in steps_in(tmp_path)] == [s for s, _ in steps_in(reference)] == [4, 6]
+    assert state(tmp_path) == state(reference)
+    for kept in ("best/model/model.safetensors", "model/model.safetensors"):
+        assert (tmp_path / kept).read_bytes() == (reference / kept).read_bytes()
+    fixed = [[{k: r.get(k) for k in ("step", "loss", "val_loss")} for r in rows(p / "log.jsonl")]
+             for p in (tmp_path, reference, tmp_path / "best", reference / "best")]
+    assert fixed[0] == fixed[1] and fixed[2] == fixed[3]
 
 
 def test_an_unknown_metric_stops_before_training(watched, world, tmp_path):

@@ -1,13 +1,13 @@
 """Exact match and recall of captions during a run, beside definitions that share no code with them."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import fork
 from tiny_runs import LORA, rows, run, state, write_data
 
-import chat
 import data
 import generate
 from formats import configs, llava
@@ -18,16 +18,16 @@ from run.validate import Validation
 
 @pytest.fixture(scope="module")
 def asked(world, tmp_path_factory):
-    """As test_best.watched: six validation samples, every fourth without an image; answers of three words"""
+    """Settings with eight validation samples, every fourth without an image; all but one answer have three words"""
     folder = tmp_path_factory.mktemp("asked")
     file = write_data(folder, "val.jsonl", 8, 100)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     for i, row in enumerate(lines):
+        row["conversations"][0]["value"] += f" {i}"
         row["conversations"][1]["value"] = "a long black cat" if i == 1 else f"a cat {i}"
-        if "image" in row:
-            row["image"] = str(folder / "images" / row["image"])
     file.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    return {**world, "val_data": str(file), "eval_every": 2, "sample_every": 0, "save_every": 6, "images": "/"}
+    shutil.copytree(folder / "images", world["images"], dirs_exist_ok=True)
+    return {**world, "val_data": str(file), "eval_every": 2, "sample_every": 0, "save_every": 6}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def tiny(asked, tmp_path_factory):
     model, folder = llava.load_model(asked["vision"], asked["llm"])
     encode = data.Encoder(folder.tok, "vicuna_v1", Layout(model.cfg.image_token_index, 4), 48, "")
     spec = configs.image_spec(folder.pre, "pad")
-    return model.double().eval(), folder, data.Steps(asked["val_data"], "/", encode, spec, 4, 96, 0)
+    return model.double().eval(), folder, data.Steps(asked["val_data"], asked["images"], encode, spec, 4, 96, 0)
 
 
 def questions(steps, n, *wanted):
-    return held_out.first_questions(steps, data.conversation, "/", n, *wanted)
+    return held_out.first_questions(steps, data.conversation, steps.images, n, *wanted)
 
 
 def test_short_answers_about_images_are_asked(tiny):
@@ -100,15 +100,15 @@ def test_ranks_are_those_of_one_by_one(tiny):
 
 def test_scores_of_a_run_change_no_bit(asked, tmp_path):
     """Dropout is on. val_exact and val_r1 are in log.jsonl, those of the last step are those of the published model."""
-    run("sft", asked, tmp_path / "scored", **LORA)
-    run("sft", {**asked, "val_data": ""}, tmp_path / "blind", **LORA)
-    assert state(tmp_path / "scored") == state(tmp_path / "blind")
+    three = dict(steps=3, eval_every=1, save_every=3, eval_questions=2)
+    run("sft", asked, tmp_path / "scored", **three, **LORA)
+    run("sft", {**asked, "val_data": ""}, tmp_path / "blind", **three, **LORA)
+    assert state(tmp_path / "scored", 3) == state(tmp_path / "blind", 3)
     scored = [r for r in rows(tmp_path / "scored/log.jsonl") if "val_loss" in r]
-    assert [r["step"] for r in scored] == [2, 4, 6] and all(0 <= r["val_exact"] <= 1 for r in scored)
-    how = dict(template="plain", eval_captions=4)
-    run("align", asked, tmp_path / "captions", **how)
-    run("align", {**asked, "val_data": ""}, tmp_path / "none", **how)
-    assert state(tmp_path / "captions") == state(tmp_path / "none")
+    assert [r["step"] for r in scored] == [1, 2, 3] and all(0 <= r["val_exact"] <= 1 for r in scored)
+    run("align", asked, tmp_path / "captions", eval_captions=4, **three)
+    run("align", {**asked, "val_data": ""}, tmp_path / "none", eval_captions=4, **three)
+    assert state(tmp_path / "captions", 3) == state(tmp_path / "none", 3)
     scored = [r for r in rows(tmp_path / "captions/log.jsonl") if "val_loss" in r]
     assert all(0 <= r["val_r1"] <= r["val_r5"] == 1 and "val_exact" not in r for r in scored)
 
@@ -123,29 +123,24 @@ def test_a_model_that_learned_answers_scores_one(asked, tmp_path, monkeypatch):
         truths.update({tuple(q.prompt.tolist()): q.truth for q in self.short})
     monkeypatch.setattr(Validation, "__init__", noting)
     monkeypatch.setattr(generate.Chat, "answers", lambda self, prompts, pixels, *_: [
-        truths[tuple(p.tolist())] for p in prompts])
+        truths.get(tuple(p.tolist())) for p in prompts])
     run("sft", asked, tmp_path / "right", steps=1)
     assert rows(tmp_path / "right/log.jsonl")[-1]["val_exact"] == 1
     monkeypatch.setattr(generate.Chat, "answers", lambda self, prompts, pixels, *_: [
-        truths[tuple(prompts[0].tolist())] for _ in prompts])
+        truths.get(tuple(prompts[0].tolist())) for _ in prompts])
     run("sft", asked, tmp_path / "mixed", steps=1, max_tokens=1024)
     assert rows(tmp_path / "mixed/log.jsonl")[-1]["val_exact"] == 1 / 5
 
 
 def test_two_ranks_score_and_keep_alike(asked, tmp_path, monkeypatch):
-    """DDP and FSDP: no rank waits for another one, and all agree on the best step and on the end"""
-    how = dict(steps=4, eval_every=1, keep_best="val_exact", patience=2, lr=0.0, connector_lr=1e-9, save_every=0)
-    run("sft", {**asked, "dtype": "fp64"}, tmp_path / "one", **how)
-    for parallel in ("ddp", "fsdp"):
-        (tmp_path / parallel).mkdir()
-        out = tmp_path / parallel / "run"
-        fork(2, lambda rank: run("sft", {**asked, "dtype": "fp64"}, out, parallel=parallel, **how), tmp_path / parallel)
-        one, two = ([{k: r[k] for k in ("step", "val_exact")} for r in rows(p / "log.jsonl") if "val_exact" in r]
-                    for p in (tmp_path / "one", out))
-        assert one == two and len(two) == 3                                    # the first is the best: two more, then over
-        assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_0000001", "step_0000003"]
-        assert (out / "best/model").is_dir() and json.loads((out / "finished.json").read_text())["steps"] == 3
-
-
-def test_questions_of_plain_templates_are_none(tiny):
-    assert all(chat.IMAGE in q.text for q in questions(tiny[2], 3))
+    """With shards, no rank waits for another one, and all agree on the best step and on the end."""
+    settings = {**asked, "dtype": "fp64", "steps": 4, "eval_every": 1, "save_every": 0, "eval_questions": 3}
+    out, how = tmp_path / "run", dict(keep_best="val_r1", patience=1, eval_captions=3, parallel="fsdp")
+    run("align", settings, tmp_path / "one", **how)
+    fork(2, lambda rank: run("align", settings, out, **how), tmp_path)
+    one, two = ([{k: r.get(k) for k in ("step", "val_r1", "val_r5")} for r in rows(p / "log.jsonl") if "val_r1" in r]
+                for p in (tmp_path / "one", out))
+    best = max(range(len(one)), key=lambda i: one[i]["val_r1"])
+    assert one == two and len(two) == min(4, best + 2)                         # one more than the best, then it is over
+    kept = sorted(int(p.name.removeprefix("step_")) for p in (out / "checkpoints").iterdir())
+    assert kept == sorted({best + 1, len(two)}) and (out / "best/model").is_dir()

@@ -1,6 +1,5 @@
 """--track: fake packages record their calls; what they get are the numbers of log.jsonl."""
 
-import atexit
 import dataclasses
 import sys
 from types import SimpleNamespace
@@ -8,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import fork
 from tiny_runs import SCRIPTS, refusal, rows, run
+
+from run import track
 
 KINDS = "trackio", "wandb", "tensorboard"
 
@@ -17,7 +18,7 @@ def calls(monkeypatch):
     """Fake packages -> [how each run of a tracker began], [(numbers, step)], [functions that the end of the process
     calls]. add_scalar of one step is one entry."""
     began, sent, ends = [], [], []
-    monkeypatch.setattr(atexit, "register", lambda call, *args: ends.append(call))
+    monkeypatch.setattr(track, "atexit", SimpleNamespace(register=ends.append))
     for kind in ("trackio", "wandb"):
         monkeypatch.setitem(sys.modules, kind, SimpleNamespace(
             init=lambda kind=kind, **how: began.append((kind, how)), finish=f"finish {kind}",
@@ -86,8 +87,7 @@ def test_only_rank_0_sends(world, tmp_path, calls):
 
 def test_a_line_that_is_lost_is_not_sent(tmp_path, calls):
     """A full disk has cut a line, or there is no file"""
-    from run.track import tracker
-    send = tracker("wandb", tmp_path, {})
+    send = track.tracker("wandb", tmp_path, {})
     send()
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "mfu": null, "drawn": {}}\n{"step": 2, "lo\n')
     send()
