@@ -61,8 +61,10 @@ def augment_kinds(names):
 
 def draw_change(kinds, row, seed, step, n):
     """kinds: those that are asked for; n: number of the sample in its step -> Change"""
+    if not kinds:
+        return Change()
     x = np.random.default_rng([seed, step, n, 1, 4]).random(7).tolist()            # all are drawn, whatever is used
-    kinds = {*kinds} & allowed(row) if kinds else ()
+    kinds = {*kinds} & allowed(row)
     return Change((x[0], x[1]) if "crop" in kinds else None, 1 - CUT * x[2] if "crop" in kinds else 1.0,
                   tuple(1 - SHIFT + 2 * SHIFT * v for v in x[3:6]) if "jitter" in kinds else (),
                   "flip" in kinds and x[6] < 0.5)

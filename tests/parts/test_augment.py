@@ -136,7 +136,7 @@ def test_flipped_samples_are_counted(folder, bytes_folder):
 
 
 def test_validation_and_a_run_without_it_are_plain(folder, validated, short_answers, tmp_path):
-    """A run logs its flips; its validation loss, with weights that do not move, is that of a run without augmentation"""
+    """A run logs its flips; its validation loss, of weights that do not move, is that of a plain run"""
     how = {**validated, "data": str(folder / "rows.json"), "images": str(folder), "val_data": str(folder / "rows.json"),
            "max_len": 80, "steps": 4, "eval_every": 4, "sample_every": 0}
     run("align", how, tmp_path / "plain", lr=1e-30, augment="")
