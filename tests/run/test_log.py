@@ -50,7 +50,7 @@ def test_rates_are_those_since_the_row_before(tmp_path, capsys, monkeypatch):
     row = books.write(19, lr=1e-3)
     assert row == dict(step=20, loss=1.5, lr=1e-3, grad_norm=0.25, tokens=50, supervised_tokens=4, tokens_per_s=25.0,
                        samples_per_s=2.0, mfu=0.05, memory=row["memory"], data_wait_s=2.5, eta=160.0, dropped=0,
-                       truncated=0, animated=0, skipped_updates=0)
+                       truncated=0, animated=0, flipped=0, skipped_updates=0, drawn={})
     now[0] += 1
     books.count(20, step_data(tokens=7, names=1), result(math.nan, math.inf))
     row = books.write(20, lr=1e-3)
@@ -151,10 +151,12 @@ def test_a_bad_gradient_is_skipped_and_ten_stop(world, tmp_path, monkeypatch, ca
 
 def test_counts_come_back_with_the_checkpoint(tmp_path):
     books = Log(tmp_path, CPU, steps=9, max_dropped=0.5)
-    books.count(0, step_data(dropped=[("a[1]", "no image: x.png")]), result(updated=False))
+    first = step_data(dropped=[("a[1]", "no image: x.png")])._replace(flipped=2, drawn={"a": 3, "b": 2})
+    books.count(0, first, result(updated=False))
     kept = json.loads(json.dumps(books.state()))
     again = Log(tmp_path, CPU, steps=9, start=1, max_dropped=0.5, state=kept)
-    again.count(1, step_data(dropped=[("a[7]", "no image: y.png")]), result())
-    assert again.seen == dict(samples=10, dropped=2, truncated=0, animated=0, skipped_updates=1)
+    again.count(1, step_data(dropped=[("a[7]", "no image: y.png")])._replace(flipped=1, drawn={"a": 5}), result())
+    assert again.seen == dict(samples=10, dropped=2, truncated=0, animated=0, flipped=3, skipped_updates=1)
+    assert again.drawn == dict(a=8, b=2)
     assert {k: tuple(v) for k, v in again.reasons.items()} == {"no image": (2, "a[1]: no image: x.png")}
     assert again.summary() == "; 2 of 10 samples dropped, 0 truncated"
