@@ -42,14 +42,14 @@ def begin_exercise(name, folder):
 
 
 def judge_copy(name, folder, *plugins):
-    """Run the judging tests in this process, which has not imported the module yet -> pytest's exit code: 0 if all pass.
-    plugins: of pytest, that see the results"""
+    """Run the judging tests in this process, which has not imported the module yet -> exit code of pytest: 0 if all
+    pass. plugins: of pytest, that see the results"""
     task, file = TASKS[name], folder / TASKS[name].file
     if not file.is_file():
         stop(f"there is no {file} yet: python -m exercises {name}")
     sys.path.insert(0, str(ROOT))
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)      # each `import` finds the copy from now on
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)      # each `import` finds the copy
     spec.loader.exec_module(module)
     os.environ.pop("PYTEST_ADDOPTS", None)                                       # such as several processes
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"                           # the judging tests need no plugin

@@ -1,4 +1,4 @@
-"""Each exercise fails the tests that judge it, and the right file passes them. (All other tests judge the right files.)"""
+"""Each exercise fails the tests that judge it; a right file passes them. (The suite runs all judges on right files.)"""
 
 import json
 import os
