@@ -147,7 +147,8 @@ print(f"loss: a sum over {supervised(stream.labels)} supervised tokens, divided 
 # ## 7. Stage 1: train the connector
 #
 # Stage 1 (alignment) trains the connector alone. The lines of a step are those of the loop in `train_align.py`: count
-# the supervised tokens, forward, backward, update. Thirty steps of 8 samples are enough to see the loss fall.
+# the supervised tokens, forward, backward, update. We take thirty steps of 8 samples. Most of the fall comes at once:
+# the model begins to write captions of the right form. What is in the image takes many more steps.
 
 # %%
 import engine
