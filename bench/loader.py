@@ -263,7 +263,7 @@ def main(s, _):
             here = statistics.median(r[0][cell] for r in rounds)
             there = statistics.median(r[1][cell] for r in rounds) if s.against else None
             ratios = sorted(r[1][cell] / r[0][cell] for r in rounds) if s.against else []
-            a, b = uneven(folder, tok, batch, world)
+            a, b = uneven(folder, tok, batch, world, max(1, min(8, 1024 // batch)))
             result[cell] = [here, there, ratios, a, b]
             lines.append(f"| {batch} | {world} | {here:,.0f} | " + (f"{there:,.0f} | {statistics.median(ratios):.2f} "
                          f"({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else "|") + f" | {a:.2f} | {b:.2f} |")
