@@ -223,7 +223,7 @@ def draw_stages():
     return picture(y + 36, out)
 
 
-def pictures():
+def lecture_pictures():
     """-> {path: text} of all pictures"""
     return {ROOT / f"docs/lecture/{name}.svg": draw() for name, draw in
             (("sample", draw_sample), ("stream", draw_stream), ("stages", draw_stages))}
@@ -231,7 +231,7 @@ def pictures():
 
 def main():
     (ROOT / "docs/lecture").mkdir(exist_ok=True)
-    for file, content in pictures().items():
+    for file, content in lecture_pictures().items():
         file.write_text(content)
 
 

@@ -5,17 +5,17 @@ import xml.etree.ElementTree as ET
 
 from conftest import ROOT
 
-from tools.draw_lecture import WIDTH, masked_stream, pictures, stage_rows
+from tools.draw_lecture import WIDTH, lecture_pictures, masked_stream, stage_rows
 
 
 def test_pictures_are_up_to_date():
     """After a change of chat.py, data.py, a mask or who trains: python -m tools.draw_lecture"""
-    for file, text in pictures().items():
+    for file, text in lecture_pictures().items():
         assert file.read_text("utf-8") == text, f"{file} is old"
 
 
 def test_text_is_large_and_stays_inside():
-    for text in pictures().values():
+    for text in lecture_pictures().values():
         root = ET.fromstring(text)
         height, classes = float(root.get("height")), {m for m in re.findall(r"\.(\w+)[ ,{]", text)}
         assert root.get("width") == str(WIDTH) and min(map(int, re.findall(r"font-size: (\d+)px", text))) >= 12
