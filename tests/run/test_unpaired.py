@@ -182,6 +182,9 @@ def test_each_answer_lends_itself_once(tmp_path, bytes_folder):
         assert len({ids.key for ids, *_ in samples}) == len(samples)
         good = [x.startswith("good") for x in own] if per_row == 2 else [r["label"] for r in alone]
         assert [ids.desirable for ids, *_ in samples] == good
+    same = {"id": 0, "which": 0, "row": alone[0], "other": {**alone[1], "completion": alone[0]["completion"]}}
+    ids, *_ = encode(same)                          # of short answers, the other one is often equal
+    assert ids[: ids.first] == ids[ids.first :]
     (tmp_path / "one").write_text(json.dumps(pairs[0]) + "\n")
     assert "needs two rows" in error(unpaired.Answers, open_rows(tmp_path / "one"))
 
