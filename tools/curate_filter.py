@@ -61,7 +61,7 @@ class Settings:
     min_rating: int = setting(0, "all four ratings of FineVision must be this high; 0: do not test", 0)
     pair: str = setting("", "a run of train_pairs.py, or a folder of CLIP or SigLIP; empty: do not test")
     min_similarity: float = setting(-1.0, "least cosine of image and caption", -1, 1)
-    max_distance: int = setting(-1, "bits of 192 in which near-duplicate images may differ; -1: do not test", -1, BITS - 1)
+    max_distance: int = setting(-1, "bits of 192 in which near-duplicates may differ; -1: do not test", -1, BITS - 1)
     same_text: bool = setting(False, "rows with the texts of an earlier row go")
     both: bool = setting(False, "a duplicate must have both the near image and the same text")
     batch_size: int = setting(64, "rows at once", 1)
@@ -157,7 +157,8 @@ def filtered(rows, s, towers, counts):
                 cosine = similar[look.i]
                 counts[min(BINS - 1, int((cosine + 1) / 2 * BINS))] += 1
                 if cosine < s.min_similarity:
-                    look.reason, look.value = f"image and caption: similarity below {s.min_similarity:g}", round(cosine, 4)
+                    look.reason = f"image and caption: similarity below {s.min_similarity:g}"
+                    look.value = round(cosine, 4)
             if not look.reason:
                 earlier.mark(look)
             yield look

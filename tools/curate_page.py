@@ -18,8 +18,8 @@ def keep_some(some, record, seen, draw):
 
 
 def filter_page(title, facts, reasons, examples, counts, read, folder):
-    """-> html. facts: [(value, what it is)]; reasons: Counter; examples: {reason: [record]}; counts: of similarities from
-    -1 to 1, an array; read: number of a row -> the row, names of its images; folder: of the images"""
+    """-> html. facts: [(value, what it is)]; reasons: Counter; examples: {reason: [record]}; counts: an array, of
+    similarities from -1 to 1; read: number of a row -> the row, names of its images; folder: of the images"""
     out = page_head(title, facts)
     if counts.any():
         a, b = counts.nonzero()[0][[0, -1]]

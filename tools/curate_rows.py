@@ -52,9 +52,9 @@ def row_line(row, folder=""):
     return line.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
-def check_length(line, i):
-    """Stop if a row with its images is longer than formats/rows reads."""
+def check_length(line, name):
+    """-> the line of a row; stop if the row with its images is longer than formats/rows reads."""
     if len(line) > MAX_BYTES // 4 and len(line.encode()) > MAX_BYTES:
-        stop(f"row {i} (counted from 0) and its images are {len(line):,} bytes, and a line may have {MAX_BYTES:,}: "
+        stop(f"row {name} and its images are {len(line):,} bytes, and a line may have {MAX_BYTES:,}: "
              "--out_images=DIR writes the images of such rows to files")
     return line

@@ -70,7 +70,8 @@ def test_the_first_of_two_duplicates_stays(folder, capsys):
     data = write(folder / "d.jsonl", [
         row("a", "0.png", "one"), row("b", "1.png", "two"), row("c", "0.jpg", "three"), row("d", "2.png", "ONE \n"),
         row("e", "0s.png", "four"), row("f", "3.png", "ﬁve"), row("g", "4.png", "Five"), row("h", "broken.png", "six"),
-        '{"id": "i",', row("j", "gone.png", "seven"), {"id": "k", "text": "a document"}, {"id": "l", "text": "A document"}])
+        '{"id": "i",', row("j", "gone.png", "seven"), {"id": "k", "text": "a document"},
+        {"id": "l", "text": "A document"}])
     kept, removed = run(folder, data, "--max_distance=16", "--same_text", "--batch_size=3")
     assert kept == [Rows(data)[i] for i in (0, 1, 5, 10)]
     assert [(r["id"], r["reason"], r["twin"]) for r in removed] == [
@@ -90,7 +91,8 @@ def test_the_first_of_two_duplicates_stays(folder, capsys):
 def test_both_needs_image_and_text(folder):
     """VQA data: several questions about an image, and the same question about several images"""
     data = write(folder / "d.jsonl", [
-        row(0, "0.png", "yes"), row(1, "1.png", "yes"), row(2, "0.jpg", "no"), row(3, "1.png", "no"), row(4, "0s.png", "No"),
+        row(0, "0.png", "yes"), row(1, "1.png", "yes"), row(2, "0.jpg", "no"), row(3, "1.png", "no"),
+        row(4, "0s.png", "No"),
         row(5, "1.png", " YES"), {"id": 6, "text": "yes"}, {"id": 7, "text": "yes"}])
     kept, removed = run(folder, data, "--max_distance=16", "--same_text", "--both")
     assert [r["id"] for r in kept] == [0, 1, 2, 3, 6]
