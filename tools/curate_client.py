@@ -38,7 +38,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 class Endpoint:
     def __init__(self, url, key="", per_minute=0.0, timeout=120.0):
-        """url: up to /v1; key: sent as a bearer token, "" = none; per_minute: most requests of a minute, 0 = no limit"""
+        """url: up to /v1; key: sent as a bearer token, "" = none; per_minute: most requests, 0 = no limit"""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
             stop("url: expected http://HOST:PORT/v1 or https://HOST/v1, without a name, a password or a query in it")

@@ -7,7 +7,7 @@
 
 A row of FILE has one image and `captions` (a list), `caption`, or a first answer; and perhaps `boxes`:
 
-    {"id": 7, "image": "dog.jpg", "captions": ["A dog on a sofa."], "boxes": [{"label": "dog", "box": [.1, .2, .6, .9]}]}
+    {"id": 7, "image": "dog.jpg", "captions": ["A sleeping dog."], "boxes": [{"label": "dog", "box": [.1, .2, .6, .9]}]}
 
 A box is left, top, right, bottom, as shares of the sides, or in pixels if the row has width and height. The model reads
 these texts alone, never the image: what captions do not say, it cannot know. Each kind makes one row in LLaVA's form,
@@ -186,5 +186,6 @@ def main(argv):
     except OSError as e:
         stop(f"{e.filename or out} could not be written: {e.strerror}")
     print(json.dumps({"out": str(out), "made": count["made"], "already": count["already"],
-                      "requests": endpoint.requests, "rejected": dict(rejected.most_common()), "failed": dict(failures.most_common()),
+                      "requests": endpoint.requests, "rejected": dict(rejected.most_common()),
+                      "failed": dict(failures.most_common()),
                       "list": str(listed)}))

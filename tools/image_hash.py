@@ -3,7 +3,7 @@
 The hash is pHash: the image at 32 x 32 pixels, its DCT-II, the 8 x 8 lowest frequencies, one bit for each: is it above
 their median? (Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010, section 3.2.1; Krawetz,
 hackerfactor.com, "Looks Like It", 2011.) Both sources use the brightness alone. Here each of the channels R, G, B has
-its 64 bits, so a red thing and a blue one differ. The distance of two images is the number of bits that differ, 0 to 192.
+its 64 bits, so a red thing and a blue one differ. The distance of two images is the number of bits that differ.
 
 The index is exact. Its d + 1 bands divide the 192 bits. Two hashes that differ in at most d bits are equal in at least
 one band, because d bits cannot touch d + 1 bands (the pigeonhole principle). So only the hashes that share a band with

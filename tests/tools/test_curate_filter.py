@@ -69,7 +69,8 @@ def folder(tmp_path):
 def test_the_first_of_two_duplicates_stays(folder, capsys):
     data = write(folder / "d.jsonl", [
         row("a", "0.png", "one"), row("b", "1.png", "two"), row("c", "0.jpg", "three"), row("d", "2.png", "ONE \n"),
-        row("e", "0s.png", "four"), row("f", "3.png", "ﬁve"), row("g", "4.png", "Five"), row("h", "broken.png", "six"),
+        row("e", "0s.png", "four"), row("f", "3.png", "ﬁve"), row("g", "4.png", "Five"),
+        row("h", "broken.png", "six"),
         '{"id": "i",', row("j", "gone.png", "seven"), {"id": "k", "text": "a document"},
         {"id": "l", "text": "A document"}])
     kept, removed = run(folder, data, "--max_distance=16", "--same_text", "--batch_size=3")
@@ -126,7 +127,8 @@ def test_similarity_is_that_of_the_towers(folder, pair):
     towers = Towers(pair)
     pixels = torch.stack([preprocess(load_image(folder / f"{i}.png"), towers.spec) for i in range(3)])
     with torch.no_grad():
-        true = (towers.encode(pixels) * towers.texts([r["conversations"][1]["value"] for r in rows[:3]])).sum(1).tolist()
+        captions = [r["conversations"][1]["value"] for r in rows[:3]]
+        true = (towers.encode(pixels) * towers.texts(captions)).sum(1).tolist()
     limit = sorted(true)[1] - 1e-5
     data = write(folder / "d.jsonl", rows)
     kept, removed = run(folder, data, f"--pair={pair}", f"--min_similarity={limit}", "--batch_size=2", "--same_text")

@@ -140,7 +140,8 @@ def test_facts_of_a_row():
     image, facts = row_facts({"image": "a.png", "caption": "A cat.", "width": 200, "height": 100,
                               "boxes": [{"label": "cat", "box": [50, 0, 200, 50]}]})
     assert image == "a.png" and facts.endswith("- cat: left 0.25, top 0.00, right 1.00, bottom 0.50")
-    llava = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A cat."}]}
+    llava = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>"},
+                                                   {"from": "gpt", "value": "A cat."}]}
     assert row_facts(llava)[1] == "What people wrote about the image:\n- A cat."
     for change, reason in (({"boxes": [{"label": "x", "box": [0, 0, 3, 1]}]}, "outside the image"),
                            ({"boxes": [{"name": "x"}]}, "a box is not"), ({"image": ""}, "one image"),
@@ -162,7 +163,8 @@ REPLIES = {  # of a conversation, or (kind, text) -> the reason
     TALK.replace("A dog.", "A dog at 0.10, 0.20."): "a turn names its source",
     TALK.replace("Where is it?", "What do the given sentences say?"): "a turn names its source",
     TALK.replace("A dog.", "I'm sorry, I do not know."): "the model refuses",
-    "Question: What is it?\nAnswer: A dog.": "a wrong number of questions", "\n".join([TALK] * 5): "a wrong number of questions",
+    "Question: What is it?\nAnswer: A dog.": "a wrong number of questions",
+    "\n".join([TALK] * 5): "a wrong number of questions",
     TALK.replace("A dog.", "A dog. " * 150): "a wrong length of the answer",
     ("detail", "A dog."): "a wrong length of the answer", ("detail", THINK): "a description has turns",
     ("detail", LONG * 40): "a wrong length of the answer", ("reasoning", TALK): "a wrong number of questions",
@@ -317,7 +319,8 @@ def test_our_own_server_is_asked(folder, bytes_folder):
     """tools/serve.py takes the requests; a random model gives no good answer"""
     from test_read_again import tiny_chat
     from test_serve import running
-    with running(tiny_chat(Tokenizer(bytes_folder), max_position_embeddings=2000, vocab_size=700), max_new_tokens=4) as server:
+    chat = tiny_chat(Tokenizer(bytes_folder), max_position_embeddings=2000, vocab_size=700)
+    with running(chat, max_new_tokens=4) as server:
         server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         made, failed = synth(folder, server, "--retries=0", "--max_tokens=3", "--kinds=conversation", rows=[
             {"id": 0, "image": "dog.png", "caption": "x"}])
