@@ -16,8 +16,8 @@ SYSTEM = """\
 You write training data for a model that looks at images. You do not see the image. You get facts about it: sentences \
 by people who saw it, and sometimes a list of objects with their left, top, right and bottom edges, as shares of the \
 width and height of the image, from 0 to 1. Write as somebody who looks at the image. Write only what follows from the \
-facts. Leave out what the facts do not say,\
- and what they contradict. Never speak of the facts, sentences, captions, boxes or \
+facts. Leave out what the facts do not say, and what they contradict. \
+Never speak of the facts, sentences, captions, boxes or \
 numbers of edges: write "on the left" or "in front of the door" instead."""
 LINES = 'Begin each question with "Question:" and each answer with "Answer:", each on a new line. Write nothing else.'
 
@@ -47,7 +47,8 @@ DESCRIBE = (  # questions in front of a description; one is drawn for each row
     "What is there to see in this image? Go into the details.", "Give a long and exact description of this image.")
 REFUSAL = re.compile(r"(i'?m|i am) (very |so )?sorry\b|sorry, |i can(no|')t\b|"
                      r"i can not\b|"
-                     r"(i'?m|i am) (unable|not able)\b|as an ai\b|unfortunately,? i\b|i (do not|don't) (see|have access)\b")
+                     r"(i'?m|i am) (unable|not able)\b|as an ai\b|unfortunately,? i\b|"
+                     r"i (do not|don't) (see|have access)\b")
 SOURCE = re.compile(r"\bcaption(s|ed|ing)?\b|\bbounding[ -]box|\bcoordinates?\b|"
                     r"\b(provided|given) (facts?|texts?|sentences?|descriptions?|information|list|objects?)\b|"
                     r"\bthe (facts|sentences|descriptions) (say|state|mention|tell|describe)|"
