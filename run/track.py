@@ -1,6 +1,6 @@
-"""--track: send log.jsonl to trackio, wandb or TensorBoard, too. Only rank 0 does so. log.jsonl stays the record: what is
-sent are its lines, read from the file. A resumed run is a new run of the tracker, which first gets the lines of the
-steps before, so each of its curves is whole. Rows of text and null are not sent."""
+"""--track: send log.jsonl to trackio, wandb or TensorBoard, too. Only rank 0 does so. log.jsonl stays the record: its
+lines are read from the file and sent. A resumed run is a new run of the tracker, which first gets the lines of the
+steps before, so each of its curves is whole. Only numbers are sent."""
 
 import atexit
 import contextlib

@@ -46,7 +46,7 @@ def inline(path):
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
-def joined(rows, others):
+def matched(rows, others):
     """Give each row the answer and the score of the same question in the other file, as row["other"]. A question that
     the other file lacks has no answer there, so it is wrong, as for `eval.py --against`."""
     def keys(of):
@@ -70,7 +70,7 @@ def change(row):
     return score_of(row) - score_of(row["other"]) if "other" in row else 0
 
 
-def chosen(rows, s):
+def shown_rows(rows, s):
     """-> the rows of one type that are shown: the lowest scores and the highest; of two files, the largest changes"""
     if "other" in rows[0]:
         ranked = sorted((row for row in rows if change(row)), key=change)
@@ -131,8 +131,8 @@ def comparison(types, rows, s):
         f"<td>{mean(of):.1%}<td class=up>{directions(of)[0]}<td class=down>{directions(of)[1]}"
         for kind, of in types)
     return (f"<p>Before: {test['accuracy']:.1%}. <span class=up>{better} better</span>, <span class=down>{worse} worse"
-            f"</span>. Difference {100 * test['difference']:+.1f} points (95 %: {100 * low:+.1f} to {100 * high:+.1f}); "
-            f"p = {test['p']:.2g} ({test['test']}).</p><table><tr><th>type<th>n<th>before<th>now<th>better<th>worse"
+            f"</span>. Difference {100 * test['difference']:+.1f} points (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
+            f"; p = {test['p']:.2g} ({test['test']}).</p><table><tr><th>type<th>n<th>before<th>now<th>better<th>worse"
             f"{lines}</table>")
 
 
@@ -162,7 +162,7 @@ def page(rows, title, s):
            comparison(ranked, rows, s) if two else "", "<nav>", choices("type", [(k, k) for k in sorted(types)]),
            choices("result", [*results.items(), *RESULTS.items()]), "<small></small></nav>"]
     for kind, of in ranked:
-        shown = chosen(of, s)
+        shown = shown_rows(of, s)
         better, worse = directions(of)
         wrong = f"{sum(score_of(row) < 1 for row in of)} of {len(of)} not right" if scored else "not scored"
         about = f"{worse} worse, {better} better" if two else wrong
@@ -196,7 +196,7 @@ def main(argv):
     out = Path(s.out or names[0] + "_against" * (len(files) == 2) + ".html")
     try:
         rows = [read(file) for file in files]
-        rows = joined(*rows) if len(files) == 2 else rows[0]
+        rows = matched(*rows) if len(files) == 2 else rows[0]
         # an answer may contain half of a surrogate pair. UTF-8 cannot encode it, so it is written as an escape
         text = page(rows, " against ".join(names), s).encode("utf-8", "backslashreplace")
         out.write_bytes(text)

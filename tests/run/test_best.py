@@ -91,7 +91,7 @@ def test_the_best_checkpoint_outlives_keep_last(watched, tmp_path, monkeypatch):
 
 def test_a_best_adapter_is_published_beside_the_last(watched, tmp_path, monkeypatch):
     scores(monkeypatch, [1.0, 2.0])
-    run("sft", watched, tmp_path / "run", keep_best="val_loss", steps=2, eval_questions=0, **{**LORA, "lora_dropout": 0.})
+    run("sft", watched, tmp_path / "run", keep_best="val_loss", steps=2, eval_questions=0, **LORA)
     best, last = (load_file(tmp_path / "run" / p / "adapter/adapter_model.safetensors") for p in ("best", ""))
     assert best.keys() == last.keys() and any(not torch.equal(best[k], last[k]) for k in best)
     a, b = (generate.Chat(tmp_path / "run/best" / p, "cpu", "fp32").model.state_dict() for p in ("model", "adapter"))
@@ -140,7 +140,7 @@ def reference(watched, tmp_path_factory):
 
 @pytest.mark.parametrize("at", [3, 4, 6])
 def test_killed_and_resumed_decides_as_uninterrupted(at, watched, reference, tmp_path, monkeypatch):
-    """Killed after the evaluation of a step, before its checkpoint: step 3 is worse than step 2, step 4 is the best one,
+    """Killed after the evaluation of a step, before its checkpoint: step 3 is worse than step 2, step 4 is the best,
     after step 6 patience is at its end. Kept steps, scores, published weights: all as if nothing had been"""
     scores(monkeypatch, LOSSES)
     with monkeypatch.context() as m:

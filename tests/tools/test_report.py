@@ -31,7 +31,7 @@ def test_the_page_holds_its_images_and_runs_nothing(tmp_path):
     page = page_of(tmp_path, [row(evil, evil, text=evil, answers=[evil], prompt=evil, image="big.png"),
                               row(2, "b", text="", prompt="", image="0.png")])
     harmless = "&lt;script&gt;alert(&#x27;a&#x27;)&lt;/script&gt; &amp; &quot;b&quot;"
-    assert page.count("<script") == 1 and page.count(harmless) == 8     # heading, question, expected, answer, id; filter
+    assert page.count("<script") == 1 and page.count(harmless) == 8   # filter; heading, question, expected, answer, id
     assert not re.search(r"https?:|\b(href|url|@import)\b", re.sub('base64,[^"]*', "", page))
     assert sorted(re.findall('src="(.*?),', page)) == ["data:image/jpeg;base64", "data:image/png;base64"]
     assert page.count("<img") == page.count("wrong;") == 2
