@@ -21,7 +21,7 @@ from metrics.words import exact
 WORDS = 3      # a short answer has at most this many words
 
 
-class Asked(NamedTuple):
+class FirstTurn(NamedTuple):
     """The first turn of a sample with images"""
     row: dict
     text: str              # with <image> markers
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 
 def first_questions(steps, conversation, images, n, wanted=lambda turns, names: True):
-    """-> [Asked]: of the first file of data.Steps, the first n usable samples that are wanted. conversation: as
+    """-> [FirstTurn]: of the first file of data.Steps, the first n usable samples that are wanted. conversation: as
     formats.rows.conversation; images: folder"""
     out, encode, rows = [], steps.encode, steps.files[0]
     for row in (rows[i] for i in range(len(rows)) if len(out) < n):
@@ -45,7 +45,7 @@ def first_questions(steps, conversation, images, n, wanted=lambda turns, names: 
                 blocks = encode.blocks(names, images)
                 prompt, _ = encode.encode([(turns[0][0], None)], blocks, system)
                 pixels = [steps.pixels(name)[0] for name in names]
-                out.append(Asked(row, *turns[0], torch.tensor(prompt), blocks, pixels, system))
+                out.append(FirstTurn(row, *turns[0], torch.tensor(prompt), blocks, pixels, system))
         except BadSample:
             continue
     return out
