@@ -218,6 +218,14 @@ def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _inside(lo, hi, j, B: tl.constexpr):
+    """Return a mask (rows, B): does row r read the keys j ... j + B - 1, which means lo[r] <= key < hi[r]? The bounds
+    are made relative to j, so that a thread compares them to constants. This halves the instructions of a mask."""
+    c = tl.arange(0, B)
+    return ((lo - j)[:, None] <= c[None, :]) & (c[None, :] < (hi - j)[:, None])
+
+
+@triton.jit
 def _tile(X, start, rows, count, stride, K: tl.constexpr, D: tl.constexpr):
     """Load B rows of X from row `start` on -> (B, D). `rows` (B,) holds 0 ... B - 1. `stride` is the row stride of X.
     In the result, rows from `count` on and columns from K on are zero.
@@ -238,13 +246,13 @@ def _attend(q, KEYS, VALUES, j, count, lo, hi, m, l, acc, stride_k, stride_v, sc
     c = tl.arange(0, BN)
     k = _tile(KEYS, j, c, count, stride_k, K, D)                               # (BN, D)
     v = _tile(VALUES, j, c, count, stride_v, K, D)
-    s = tl.dot(q, k.T, input_precision="ieee") * scale  # (BM, BN); scale contains log2(e), because exp2 replaces exp
+    s = tl.dot(q, k.T, input_precision="ieee")                                 # (BM, BN)
     if MASK:
-        s = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), s, -float("inf"))
-    higher = tl.maximum(m, tl.max(s, 1))
+        s = tl.where(_inside(lo, hi, j, BN), s, -float("inf"))
+    higher = tl.maximum(m, tl.max(s, 1) * scale)        # scale contains log2(e), because exp2 replaces exp
     # `higher` is -inf for a query that has read no key so far; then s - higher = -inf - (-inf) would be nan
     base = tl.where(higher == -float("inf"), 0.0, higher) if MASK else higher
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s * scale - base[:, None])              # one instruction multiplies and subtracts
     shrink = tl.exp2(m - base)
     l = l * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -303,7 +311,7 @@ def _dq_block(dq, q, do, lse, delta, KEYS, VALUES, j, count, lo, hi, stride_k, s
     v = _tile(VALUES, j, c, count, stride_v, K, D)
     p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale - lse[:, None])  # (BM, BN)
     if MASK:
-        p = tl.where((lo[:, None] <= j + c[None, :]) & (j + c[None, :] < hi[:, None]), p, 0.0)
+        p = tl.where(_inside(lo, hi, j, BN), p, 0.0)
     ds = p * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -340,38 +348,31 @@ def _backward_q(Q, KEYS, VALUES, LO, HI, OUT, LSE, DO, DELTA, DQ, N, M, stride_q
 
 
 @triton.jit
-def _dkdv_block(k, v, Q, DO, LSE, DELTA, LO, HI, i, count, j, dk, dv, stride_q, stride_d, scale,
+def _dkdv_block(k, v, Q, DO, LSE, DELTA, i, count, lo, hi, dk, dv, stride_q, stride_d, scale,
                 K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr):
     """Add to dk and dv of a tile of keys what the BM queries from query i on contribute. Return the new dk and dv. Here
     p and ds are transposed: they have one row per key."""
     r = tl.arange(0, BM)
     q = _tile(Q, i, r, count, stride_q, K, D)                                  # (BM, D)
     do = _tile(DO, i, r, count, stride_d, K, D)
-    lse = tl.load(LSE + i + r, mask=r < count, other=float("inf"))  # inf makes p = 0 for queries from `count` on
+    lse = tl.load(LSE + i + r, mask=r < count, other=0.0)
     delta = tl.load(DELTA + i + r, mask=r < count, other=0.0)
     p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])  # (BN, BM)
     if MASK:
-        lo = tl.load(LO + i + r, mask=r < count, other=0)
-        hi = tl.load(HI + i + r, mask=r < count, other=0)
-        p = tl.where((lo[None, :] <= j[:, None]) & (j[:, None] < hi[None, :]), p, 0.0)
+        p = tl.where(_inside(lo, hi, i, BM), p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
 @triton.jit(do_not_specialize=["N", "M", "g"])
-def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, N, M, stride_q, stride_k,
-                 stride_v, stride_d, scale, norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-                 BN: tl.constexpr):
-    """Compute dk and dv of one tile of BN keys of one key/value head, summed over its g query heads.
-
-    query_ranges() finds BY_HI and BY_LO. Only queries in [BY_HI[0], BY_LO[1]) read keys of the tile. The queries in
-    [BY_HI[1], BY_LO[0]) read all of its keys, so they need no mask."""
-    tile, tiles, group, G = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    start = tile * BN
+def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, DK, DV, N, M, stride_q, stride_k, stride_v, stride_d, scale,
+                 norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Compute dk and dv of one tile of BN keys of one key/value head, summed over its g query heads. Here LO and HI (M,)
+    are spans of the keys: the queries in [LO[j], HI[j]) read key j. See key_spans()."""
+    start, group, G = tl.program_id(0) * BN, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     c, d = tl.arange(0, BN), tl.arange(0, D)
-    begin, end = tl.load(BY_HI + tile), tl.load(BY_LO + tiles + tile)
-    a, b, reach = _cut(begin, end, tl.load(BY_HI + tiles + tile), tl.load(BY_LO + tile), BM)
+    lo, hi, begin, end, a, b, reach = _bounds(LO, HI, start, M, N, BN, BM)
 
     k = _tile(KEYS + group * K, start, c, M - start, stride_k, K, D)
     v = _tile(VALUES + group * K, start, c, M - start, stride_v, K, D)
@@ -381,11 +382,11 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
         h = tl.cast(h, tl.int64)
         q, do, row = Q + h * K, DO + h * K, h * N
         for i in range(a, b, BM):
-            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, BM, start + c, dk, dv,
+            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, i, BM, lo, hi, dk, dv,
                                  stride_q, stride_d, scale, K, D, BM, False)
-        for i in tl.range(begin, reach, BM, num_stages=1):  # with more stages, Triton 3.6 spills registers
+        for i in range(begin, reach, BM):
             i = tl.where(i < a, i, i + (b - a))
-            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, LO, HI, i, end - i, start + c, dk, dv,
+            dk, dv = _dkdv_block(k, v, q, do, LSE + row, DELTA + row, i, end - i, lo, hi, dk, dv,
                                  stride_q, stride_d, scale, K, D, BM, True)
     n = start.to(tl.int64) + c
     at = (n[:, None] * G + group) * K + d[None, :]
@@ -394,32 +395,25 @@ def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, BY_HI, BY_LO, DK, DV, 
     tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=inside)
 
 
-def query_ranges(lo, hi, M, block):
-    """Find the queries that read each tile of `block` keys, by binary search on the device -> by_hi, by_lo: (2, tiles)
-    int32 each.
-
-    by_hi[0]    number of queries with hi <= the first key of the tile; these queries read no key of it
-    by_hi[1]    number of queries with hi <= the last key of the tile
-    by_lo[0]    number of queries with lo <= the first key
-    by_lo[1]    number of queries with lo <= the last key; the queries after them read no key of the tile"""
-    first = torch.arange(0, M, block, dtype=torch.int32, device=lo.device)
-    ends = torch.stack([first + 1, (first + block).clamp_(max=M)])
-    return torch.searchsorted(hi, ends, out_int32=True), torch.searchsorted(lo, ends, out_int32=True)
+def key_spans(lo, hi, M):
+    """Find the queries that read each of M keys, by binary search on the device -> (M,) int32, twice. lo and hi never
+    decrease, so these queries are adjacent: those from the number of hi <= j on, up to the number of lo <= j."""
+    after = torch.arange(1, M + 1, dtype=torch.int32, device=lo.device)
+    return torch.searchsorted(hi, after, out_int32=True), torch.searchsorted(lo, after, out_int32=True)
 
 
 # ---- tile sizes -----------------------------------------------------------------------------------------------------
 
 # The key is (architecture(q), padded head dim). For each kernel there are four numbers: queries per tile, keys per
-# tile, warps, pipeline stages. Head dims 72, 80 and 96 are padded to 128. These sizes have not been timed. A kernel
-# that spills registers is slow. In Triton 3.6 and 3.7 none does (tests/kernels/test_attention.py), except one:
-# backward_kv for head dim 72 spills two registers on Hopper in Triton 3.6.
+# tile, warps, pipeline stages. Head dims 72, 80 and 96 are padded to 128. These sizes have not been timed. A loop that
+# spills registers is slow. tests/kernels/test_attention.py bounds the spills in each loop, and the loop's length.
 ATTENTION_TILES = {
     (80, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 2), backward_kv=(64, 64, 4, 2)),
     (80, 64):  dict(forward=(128, 64, 8, 3), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
     (80, 128): dict(forward=(128, 64, 8, 2), backward_q=(64, 64, 8, 1), backward_kv=(32, 64, 8, 2)),
     (90, 32):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
-    (90, 64):  dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
-    (90, 128): dict(forward=(128, 128, 8, 2), backward_q=(128, 64, 8, 2), backward_kv=(32, 128, 8, 2)),
+    (90, 64):  dict(forward=(128, 64, 4, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
+    (90, 128): dict(forward=(128, 128, 8, 3), backward_q=(128, 64, 8, 3), backward_kv=(64, 128, 8, 2)),
 }
 # The same four numbers for fp32. Its kernels are slow: registers spill, and tensor cores are not used, because they
 # would round the inputs.
@@ -487,9 +481,8 @@ def attention_triton_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor
                                                     *strides, norm=norm, **scale_and_group(q, k), **how)
     if M:
         how = tile_sizes(q, "backward_kv")
-        by_hi, by_lo = query_ranges(lo, hi, M, how["BN"])
-        _backward_kv[(by_hi.shape[1], G)](q, k, v, lo, hi, lse, do, delta, by_hi, by_lo, dk, dv, N, M,
-                                          *strides, norm=norm, **scale_and_group(q, k), **how)
+        _backward_kv[(triton.cdiv(M, how["BN"]), G)](q, k, v, *key_spans(lo, hi, M), lse, do, delta, dk, dv, N, M,
+                                                     *strides, norm=norm, **scale_and_group(q, k), **how)
     return dq, dk, dv
 
 

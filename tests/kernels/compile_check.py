@@ -21,8 +21,10 @@ OPCODES = "HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDL", "STL"
 
 
 def compile_for(kernel, signature, constants, arch, num_warps=4, num_stages=3, unaligned=()):
-    """-> {reg, stack, smem, warps, wide, arch and a count of every opcode above}. `wide` counts loads and stores of 16
-    bytes per thread.
+    """-> {reg, stack, smem, warps, wide, arch, stages, waits, loops and a count of every opcode above}. `wide` counts
+    loads and stores of 16 bytes per thread. `waits`: of each wait for asynchronous copies, how many may still be under
+    way; only 0 means that a loop does not load ahead. `loops`: of each innermost loop, instructions and spills (LDL,
+    STL), in the order of the code.
 
     signature: {argument: "*bf16", "*i32", "i32", "i64", "fp32" ...}; constants: {argument: value} of the constexprs,
     with None for a missing pointer. Pointers and integers are assumed to be multiples of 16, which Triton usually finds
@@ -48,7 +50,20 @@ def compile_for(kernel, signature, constants, arch, num_warps=4, num_stages=3, u
     found = {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", usage)}
     found |= {op: len(re.findall(rf"\b{op}\b", sass)) for op in OPCODES}
     return found | {"wide": len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128", sass)), "arch": arch,
-                    "smem": built.metadata.shared, "warps": built.metadata.num_warps}
+                    "smem": built.metadata.shared, "warps": built.metadata.num_warps, "stages": num_stages,
+                    "waits": [int(n) for n in re.findall(r"async_wait.*?num = (\d+)", built.asm["ttgir"])],
+                    "loops": inner_loops(sass)}
+
+
+def inner_loops(sass):
+    """-> [(instructions, spills)]: a branch to an earlier address ends a loop; a loop around another one is left out,
+    and so is the branch to itself that pads the end of the code."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+?)\s*;", sass)]
+    back = [(int(to[1], 16), at) for at, text in code
+            if re.search(r"\bBRA\b", text) and (to := re.search(r"0x([0-9a-f]+)", text)) and int(to[1], 16) < at]
+    inner = [(a, b) for a, b in back if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in back)]
+    bodies = [[text for at, text in code if a <= at <= b] for a, b in inner]
+    return [(len(body), sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body)) for body in bodies]
 
 
 def assert_fits(found):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compile_check import assert_fits, compile_for
+from compile_check import SMEM, compile_for
 from interpret import variant
 from kernel_cases import TIGHT, allocations, check_error, close, normal, opcheck, saved, strided, with_gradients
 from span_cases import CASES, GAPS, LONG, documents, images, prefixes, qkv, unused_keys
@@ -189,7 +189,7 @@ def test_spans_are_cached_by_value():
 # ---- the kernels, compiled for GPUs that are not present ------------------------------------------------------------
 
 TYPES = {"Q": "*bf16", "KEYS": "*bf16", "VALUES": "*bf16", "OUT": "*bf16", "DO": "*bf16", "DQ": "*bf16", "DK": "*bf16",
-         "DV": "*bf16", "LSE": "*fp32", "DELTA": "*fp32", "LO": "*i32", "HI": "*i32", "BY_HI": "*i32", "BY_LO": "*i32",
+         "DV": "*bf16", "LSE": "*fp32", "DELTA": "*fp32", "LO": "*i32", "HI": "*i32",
          "N": "i32", "M": "i32", "g": "i32", "scale": "fp32", "norm": "fp32",
          **{f"stride_{t}": "i32" for t in "qkvd"}}
 SMALL = 99 * 1024  # bytes of shared memory on smaller GPUs, which use the tiles of architecture 80
@@ -202,19 +202,30 @@ def compiled(kernel, arch, K, tile, **types):
     return compile_for(fn, signature, sizes, arch, *tile[2:], unaligned=("N", "M", "g"))
 
 
-@pytest.mark.parametrize("kernel, K, arch", [("forward", 72, 80), ("forward", 128, 90), ("backward_q", 128, 80),
-                                             ("backward_q", 64, 90), ("backward_kv", 64, 80), ("backward_kv", 72, 90)])
+# (kernel, head dim, architecture) -> of the loop without a mask and of the masked one: instructions and spills at most.
+# Figures of Triton 3.7.1 are 489 651, 530 850, 513 810, 296 460, 410 622 (10 spills), 238 330. Here 3 % are added, but for 850.
+LIMITS = {("forward", 72, 80): ((504, 0), (671, 0)), ("forward", 128, 90): ((546, 0), (850, 0)),
+          ("forward", 64, 90): ((529, 0), (835, 0)), ("backward_q", 128, 90): ((305, 0), (474, 0)),
+          ("backward_kv", 72, 90): ((423, 0), (641, 10)), ("backward_kv", 64, 80): ((246, 0), (340, 0))}
+
+
+@pytest.mark.parametrize("kernel, K, arch", LIMITS)
 def test_a_kernel_fits_every_gpu(kernel, K, arch):
-    """72 is padded to 128, whose masks need more registers than a head of 128. No spills (but two registers in one
-    kernel of Triton 3.6), tensor cores, 16-byte loads, asynchronous ones if it has two stages."""
+    """72 is padded to 128, whose masks need more registers than a head of 128. Tensor cores, 16-byte loads, as many
+    copies ahead as there are stages, and loops within their limits."""
     tile = ATTENTION_TILES[arch, 1 << (K - 1).bit_length()][kernel]
     found = compiled(kernel, arch, K, tile)
-    if (K, kernel) == (72, "backward_kv") and found["stack"] <= 8:
-        found |= dict(stack=0, LDL=0, STL=0)
-    assert_fits(found)
-    assert found["smem"] <= SMALL or arch == 90
+    print(kernel, K, arch, tile, *(f"{a} {found[a]}" for a in ("reg", "stack", "smem", "stages", "waits", "loops")))
+    assert found["smem"] <= (SMALL if arch == 80 else SMEM[90])
+    limits = LIMITS[kernel, K, arch]
+    assert len(found["loops"]) == 2
+    assert all(n <= most and spills <= few for (n, spills), (most, few) in zip(found["loops"], limits)), found
+    assert limits[1][1] or not found["stack"]                       # outside a loop spills are allowed to one kernel
+    assert found["waits"][::2] == [2 * (tile[3] - 2)] * (len(found["waits"]) // 2)
+    programs = min(65536 // (32 * tile[2] * found["reg"]), SMEM[arch] // found["smem"])
+    assert programs >= (2 if (kernel, K, arch) == ("forward", 64, 90) else 1)  # on one multiprocessor
     assert found["HGMMA" if arch == 90 else "HMMA"] and not found["HMMA" if arch == 90 else "HGMMA"]
-    assert found["wide"] and bool(found["LDGSTS"]) == (tile[3] > 1)
+    assert found["wide"] and found["LDGSTS"]
 
 
 def test_fp32_uses_no_tensor_cores():
