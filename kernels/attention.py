@@ -220,7 +220,7 @@ def _bounds(LO, HI, start, N, M, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def _inside(lo, hi, j, B: tl.constexpr):
     """Return a mask (rows, B): does row r read the keys j ... j + B - 1, which means lo[r] <= key < hi[r]? The bounds
-    are made relative to j, so that a thread compares them to constants. This halves the instructions of a mask."""
+    are made relative to j, so that a thread compares them to constants. This saves 4 of 10 instructions of a mask."""
     c = tl.arange(0, B)
     return ((lo - j)[:, None] <= c[None, :]) & (c[None, :] < (hi - j)[:, None])
 
@@ -368,8 +368,8 @@ def _dkdv_block(k, v, Q, DO, LSE, DELTA, i, count, lo, hi, dk, dv, stride_q, str
 @triton.jit(do_not_specialize=["N", "M", "g"])
 def _backward_kv(Q, KEYS, VALUES, LO, HI, LSE, DO, DELTA, DK, DV, N, M, stride_q, stride_k, stride_v, stride_d, scale,
                  norm, g, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Compute dk and dv of one tile of BN keys of one key/value head, summed over its g query heads. Here LO and HI (M,)
-    are spans of the keys: the queries in [LO[j], HI[j]) read key j. See key_spans()."""
+    """Compute dk and dv of one tile of BN keys of one key/value head, summed over its g query heads. Here LO and HI
+    (M,) are spans of the keys: the queries in [LO[j], HI[j]) read key j. See key_spans()."""
     start, group, G = tl.program_id(0) * BN, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     c, d = tl.arange(0, BN), tl.arange(0, D)
     lo, hi, begin, end, a, b, reach = _bounds(LO, HI, start, M, N, BN, BM)

@@ -203,7 +203,7 @@ def compiled(kernel, arch, K, tile, **types):
 
 
 # (kernel, head dim, architecture) -> of the loop without a mask and of the masked one: instructions and spills at most.
-# Figures of Triton 3.7.1 are 489 651, 530 850, 513 810, 296 460, 410 622 (10 spills), 238 330. Here 3 % are added, but for 850.
+# Triton 3.7.1 makes 489 651, 530 850, 513 810, 296 460, 410 622 (10 spills), 238 330. Here 3 % are added, but for 850.
 LIMITS = {("forward", 72, 80): ((504, 0), (671, 0)), ("forward", 128, 90): ((546, 0), (850, 0)),
           ("forward", 64, 90): ((529, 0), (835, 0)), ("backward_q", 128, 90): ((305, 0), (474, 0)),
           ("backward_kv", 72, 90): ((423, 0), (641, 10)), ("backward_kv", 64, 80): ((246, 0), (340, 0))}
