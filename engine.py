@@ -241,13 +241,10 @@ def whole_tensor(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-@contextlib.contextmanager
 def sync_gradients(model, enabled):
-    """Context for forward and backward. Ranks share their gradients only if `enabled`, in the last micro-batch."""
-    if hasattr(model, "set_requires_gradient_sync"):       # only an FSDP model has this method
-        model.set_requires_gradient_sync(enabled)
-    with contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync():  # only for DDP
-        yield
+    """Context for forward and backward. DDP sums the gradients over the ranks only if `enabled`, in the last
+    micro-batch. FSDP sums them in every micro-batch: to wait, each rank would hold the gradients of all weights."""
+    return contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync()
 
 
 # ---- the end of an optimizer step -----------------------------------------------------------------------------------
