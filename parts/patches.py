@@ -36,8 +36,8 @@ class Patches(nn.Module):
         self.cfg = cfg
 
     def forward(self, images):
-        mean, std = (torch.tensor(t, device=images.device) for t in (self.cfg.image_mean, self.cfg.image_std))
-        return ((images.permute(0, 2, 3, 1).float() / 255 - mean) / std).flatten(1)[:, None]
+        colours = zip(images.unbind(1), self.cfg.image_mean, self.cfg.image_std)
+        return torch.stack([(c.float() / 255 - m) / s for c, m, s in colours], -1).flatten(1)[:, None]
 
 
 class PatchConnector(LinearConnector):
