@@ -1,6 +1,7 @@
 """Span attention against its definition in float64: every kind of mask, all gradients, memory; the compiled kernels."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,6 +201,14 @@ def compiled(kernel, arch, K, tile, **types):
     signature = {a: types.get(t, t) for a, t in TYPES.items() if a in fn.arg_names}
     sizes = dict(K=K, D=D, BM=tile[0], BN=tile[1])
     return compile_for(fn, signature, sizes, arch, *tile[2:], unaligned=("N", "M", "g"))
+
+
+def test_only_hopper_uses_tiles_of_hopper(monkeypatch):
+    """Compiled for capability 10, the forward tile of Hopper spills registers."""
+    gpu = SimpleNamespace(is_cuda=True, device=0)
+    for major, key in ((8, 80), (9, 90), (10, 80), (12, 80)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+        assert module.architecture(gpu) == key and module.architecture(torch.zeros(1)) == 80
 
 
 # (kernel, head dim, architecture) -> of the loop without a mask and of the masked one: instructions and spills at most.
