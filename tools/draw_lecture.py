@@ -11,6 +11,7 @@ light and dark pages.
 """
 
 import fnmatch
+import sys
 from html import escape
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import train_align
 import train_dpo
 import train_sft
 from chat import encode
+from config import one_line_errors, stop
 from data import pack
 from formats.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE
@@ -229,11 +231,14 @@ def lecture_pictures():
             (("sample", draw_sample), ("stream", draw_stream), ("stages", draw_stages))}
 
 
-def main():
+def main(argv):
+    if argv:
+        stop("usage: python -m tools.draw_lecture, without settings")
     (ROOT / "docs/lecture").mkdir(exist_ok=True)
     for file, content in lecture_pictures().items():
         file.write_text(content)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main(sys.argv[1:])

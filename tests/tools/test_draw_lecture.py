@@ -3,15 +3,19 @@
 import re
 import xml.etree.ElementTree as ET
 
-from conftest import ROOT
+from conftest import ROOT, error
 
-from tools.draw_lecture import WIDTH, lecture_pictures, masked_stream, stage_rows
+from tools.draw_lecture import WIDTH, lecture_pictures, main, masked_stream, stage_rows
 
 
 def test_pictures_are_up_to_date():
     """After a change of chat.py, data.py, a mask or who trains: python -m tools.draw_lecture"""
     for file, text in lecture_pictures().items():
         assert file.read_text("utf-8") == text, f"{file} is old"
+
+
+def test_settings_are_refused_before_drawing():
+    assert "usage" in error(main, ["--help"])
 
 
 def test_text_is_large_and_stays_inside():
