@@ -38,8 +38,9 @@ class Best:
 
     def why(self):
         """-> text for the last line of a run that ended early"""
-        return (f"{self.metric} was not better in {self.since} evaluations"
-                + f" than {abs(self.value):.4f} at step {self.step}" * (self.value is not None))
+        sign = -1 if self.metric.endswith("loss") else 1
+        than = "" if self.value is None else f" than {sign * self.value:.4f} at step {self.step}"
+        return f"{self.metric} was not better in {self.since} evaluations{than}"
 
 
 def watched(s, world, file, start, known):

@@ -67,6 +67,8 @@ def test_patience_counts_evaluations_without_progress():
     assert [seen("val_loss", n, values)[1] for n in (0, 1, 2, 3, 4)] == [None, 3, 4, 8, None]
     assert seen("val_loss", 2, [None, None, 1.0])[1] == 2
     assert "val_loss was not better in 3 evaluations than 1.0000 at step 5" == seen("val_loss", 3, values)[0].why()
+    assert "val_loss was not better in 2 evaluations" == seen("val_loss", 2, [None, None])[0].why()
+    assert seen("reward", 1, [-2.0, -3.0])[0].why().endswith("than -2.0000 at step 1")
 
 
 # ---- keep_best and patience in a run --------------------------------------------------------------------------------
