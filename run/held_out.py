@@ -36,8 +36,11 @@ def first_questions(steps, conversation, images, n, wanted=lambda turns, names: 
     """-> [FirstTurn]: of the first file of data.Steps, the first n usable samples that are wanted. conversation: as
     formats.rows.conversation; images: folder"""
     out, encode, rows = [], steps.encode, steps.files[0]
-    for row in (rows[i] for i in range(len(rows)) if len(out) < n):
+    for i in range(len(rows)):
+        if len(out) == n:
+            break
         try:
+            row = rows[i]
             turns, names, system = conversation(row)
             asked = names and turns[0][1] and turns[0][0].count(chat.IMAGE) == len(names)      # no document: no answer
             if asked and wanted(turns, names):
@@ -93,4 +96,4 @@ def caption_ranks(questions, model, steps, world):
                                steps.span_ends, encode.reader)
             with world.autocast():
                 log_p[i, stream] = sequence_log_probs(model, batch.to(world.device))[0].float().cpu()
-    return (log_p > log_p.diagonal()[:, None]).sum(1)
+    return (~(log_p <= log_p.diagonal()[:, None])).sum(1)        # a nan is the worst score

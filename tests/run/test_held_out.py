@@ -11,6 +11,7 @@ from tiny_runs import LORA, rows, run, state, write_data
 import data
 import generate
 from formats import configs, llava
+from formats.rows import open_rows
 from images import Layout
 from run import held_out
 from run.validate import Validation
@@ -48,6 +49,17 @@ def test_short_answers_about_images_are_asked(tiny):
     steps = tiny[2]
     assert [q.row["id"] for q in questions(steps, 99, held_out.short_answers)] == [100, 102, 104, 105, 106]
     assert [q.row["id"] for q in questions(steps, 2, held_out.short_answers)] == [100, 102]
+
+
+def test_rows_that_cannot_be_read_are_passed_over(tiny, tmp_path):
+    steps, lines = tiny[2], [json.dumps(tiny[2].files[0][i]) for i in (0, 2)]
+    kept = steps.files[0]
+    (tmp_path / "x.jsonl").write_text("\n".join([lines[0], "{broken", lines[1]]))
+    steps.files[0] = open_rows(tmp_path / "x.jsonl")
+    try:
+        assert [q.row["id"] for q in questions(steps, 9)] == [100, 102] and questions(steps, 0) == []
+    finally:
+        steps.files[0] = kept
 
 
 def test_captions_of_a_pool_are_distinct(tiny):
@@ -96,6 +108,14 @@ def test_ranks_are_those_of_one_by_one(tiny):
     for place, j in enumerate(order):
         moved = [pool[0]._replace(truth=pool[j].truth), *(q for i, q in enumerate(pool) if i != j)]
         assert held_out.caption_ranks(moved, model, steps, world)[0] == place
+
+
+def test_a_model_of_nan_ranks_last(tiny, monkeypatch):
+    """And so keep_best=val_r1 does not keep it"""
+    monkeypatch.setattr(held_out, "sequence_log_probs", lambda model, b: (torch.full((len(b.images),), torch.nan), None))
+    world = type("World", (), dict(autocast=lambda self: torch.autocast("cpu", enabled=False), device="cpu"))()
+    pool = questions(tiny[2], 3, held_out.distinct_captions())
+    assert held_out.caption_ranks(pool, None, tiny[2], world).tolist() == [3, 3, 3]
 
 
 def test_scores_of_a_run_change_no_bit(asked, tmp_path):
