@@ -56,6 +56,9 @@ class Answers:
     def guess(self, i):
         return self.rows.guess(i // self.each)
 
+    def has_images(self):
+        return self.rows.has_images().repeat(self.each)
+
 
 def judged(row, which):
     """A row -> turns, answer, is it desirable?, images, system text. which: 0 or 1, the answer of a pair"""

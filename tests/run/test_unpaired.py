@@ -185,6 +185,9 @@ def test_each_answer_lends_itself_once(tmp_path, bytes_folder):
     same = {"id": 0, "which": 0, "row": alone[0], "other": {**alone[1], "completion": alone[0]["completion"]}}
     ids, *_ = encode(same)                          # of short answers, the other one is often equal
     assert ids[: ids.first] == ids[ids.first :]
+    (tmp_path / "seen").write_text("".join(json.dumps(r) + "\n" for r in (pairs[0], pairs[1] | {"image": "x.png"})))
+    seen = unpaired.Answers(open_rows(tmp_path / "seen"))
+    assert seen.has_images().tolist() == [False, False, True, True], "order=by_modality"
     (tmp_path / "one").write_text(json.dumps(pairs[0]) + "\n")
     assert "needs two rows" in error(unpaired.Answers, open_rows(tmp_path / "one"))
 
