@@ -48,7 +48,8 @@ class Endpoint:
             stop(f"url: {parts.hostname} is another machine, and http would show the key to all between: use https")
         self.url, self._key, self.timeout = url.rstrip("/"), key, timeout
         self.gap, self.next, self.lock = 60 / per_minute if per_minute else 0.0, 0.0, threading.Lock()
-        self.requests, self.opener = 0, urllib.request.build_opener(NoRedirect)
+        direct = [urllib.request.ProxyHandler({})] * (key != "" and parts.scheme == "http")      # no proxy gets the key
+        self.requests, self.opener = 0, urllib.request.build_opener(NoRedirect, *direct)
 
     def hidden(self, text):
         """-> text without the key"""

@@ -313,6 +313,12 @@ def test_the_key_goes_nowhere_else(folder, monkeypatch):
     with fake() as server:
         assert "NO_KEY: this environment variable" in error(synth, folder, server, "--key_env=NO_KEY", rows=rows_of(1))
     assert not server.asked
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with fake(b"{}") as server, fake(b"{}") as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert Endpoint(server.url, KEY).call("/chat/completions", {}) == {}
+        assert server.keys == [f"Bearer {KEY}"] and not proxy.keys
 
 
 def test_our_own_server_is_asked(folder, bytes_folder):
