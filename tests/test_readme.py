@@ -148,8 +148,8 @@ def test_launch_lines_name_existing_scripts_and_settings():
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/formats.md", "docs/training.md", "docs/evaluation.md",
-                                  "docs/serving.md", "docs/teaching.md", "demo/README.md", "demo/RECORDS.md",
-                                  "bench/README.md"])
+                                  "docs/serving.md", "docs/teaching.md", "docs/data.md", "demo/README.md",
+                                  "demo/RECORDS.md", "bench/README.md"])
 def test_named_files_exist(page):
     text, folder = (ROOT / page).read_text("utf-8"), (ROOT / page).parent
     names = re.findall(r"`([\w/.-]+\.(?:py|sh|md|txt))`", text) + re.findall(r"\]\(([\w/.-]+)\)", text)
