@@ -17,7 +17,7 @@ Each row is tested in this order, and the first reason counts:
 So the first of two duplicates in the order of the file stays, unless it goes for another reason. Texts are equal if
 all questions and answers are, after Unicode's NFKC, in small letters, each white space as one space, without <image>.
 
-The files appear when all rows are done, or not at all. FILE is read once. Memory holds hashes of the rows, not the rows.
+The files appear when all rows are done, or not at all. FILE is read once; memory holds hashes of rows, not the rows.
 """
 
 import dataclasses
