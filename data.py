@@ -132,7 +132,7 @@ class StepData(NamedTuple):
     dropped: list     # (name, reason) of each unusable sample of this rank
     truncated: int    # number of samples that lost tokens at their end
     animated: int     # number of images with several frames; only the first frame is used
-    drawn: dict = {}  # name of a file: number of its samples in the step, of all ranks
+    drawn: dict = {}  # path of a file: number of its samples in the step, of all ranks
     flipped: int = 0  # number of samples of this rank with mirrored images (parts/augment.py)
 
 
@@ -200,7 +200,7 @@ class Steps(torch.utils.data.Dataset):
                 except BadSample as e:
                     dropped.append((name, str(e)))
             micro.append(self.pack(samples, self.image_spec.side, self.span_ends, self.encode.reader, weights))
-        drawn = dict(Counter(Path(self.files[f].file).name for f, _ in drawn))
+        drawn = dict(Counter(str(self.files[f].file) for f, _ in drawn))
         return StepData(micro, names, dropped, truncated, animated, drawn, flipped)
 
     def pixels(self, file, change=Change()):

@@ -55,7 +55,7 @@ class Log:
         self.file, self.world, self.steps, self.start = Path(out, "log.jsonl"), world, steps, start
         self.flops_per, self.max_dropped, self.best, self.send, self.done = flops, max_dropped, best, send, start
         self.seen, self.reasons = Counter((state or {}).get("seen")), (state or {}).get("reasons") or {}
-        self.drawn = Counter((state or {}).get("drawn"))                       # {name of a data file: samples}
+        self.drawn = Counter((state or {}).get("drawn"))                       # {path of a data file: samples}
         self.began = self.last = time.time()
         self.tokens = self.samples = self.flops = self.wait = self.bad_updates = 0
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
@@ -113,7 +113,7 @@ class Log:
                    mfu=round(self.flops * rate / self.peak / self.world.size, 4) if self.peak else None,
                    memory=memory, data_wait_s=round(self.wait, 3), eta=round(eta, 1),
                    **{k: self.seen[k] for k in ("dropped", "truncated", "animated", "flipped", "skipped_updates")},
-                   drawn=dict(self.drawn))
+                   drawn=short_names(self.drawn))
         self.append(row)
         mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""
         self.world.print(f"step {done:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "
@@ -144,6 +144,12 @@ class Log:
         lost = f"; {seen['dropped']} of {seen['samples']} samples dropped, {seen['truncated']} truncated"
         moving = f"; {seen['animated']} images are animated, only the first frame was used"
         return lost * (seen["dropped"] + seen["truncated"] > 0) + moving * (seen["animated"] > 0)
+
+
+def short_names(counts):
+    """{path: count} -> the same with the last part of a path alone, where no other path has this last part"""
+    last = Counter(Path(path).name for path in counts)
+    return {Path(path).name if last[Path(path).name] == 1 else path: n for path, n in counts.items()}
 
 
 def lines_until(file, step):
