@@ -112,7 +112,9 @@ def test_ranks_are_those_of_one_by_one(tiny):
 
 def test_a_model_of_nan_ranks_last(tiny, monkeypatch):
     """And so keep_best=val_r1 does not keep it"""
-    monkeypatch.setattr(held_out, "sequence_log_probs", lambda model, b: (torch.full((len(b.images),), torch.nan), None))
+    def lost(model, b):
+        return torch.full((len(b.images),), torch.nan), None
+    monkeypatch.setattr(held_out, "sequence_log_probs", lost)
     world = type("World", (), dict(autocast=lambda self: torch.autocast("cpu", enabled=False), device="cpu"))()
     pool = questions(tiny[2], 3, held_out.distinct_captions())
     assert held_out.caption_ranks(pool, None, tiny[2], world).tolist() == [3, 3, 3]
