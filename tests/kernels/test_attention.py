@@ -207,7 +207,7 @@ def test_only_hopper_uses_tiles_of_hopper(monkeypatch):
     """Compiled for capability 10, the forward tile of Hopper spills registers."""
     gpu = SimpleNamespace(is_cuda=True, device=0)
     for major, key in ((8, 80), (9, 90), (10, 80), (12, 80)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, major=major: (major, 0))
         assert module.architecture(gpu) == key and module.architecture(torch.zeros(1)) == 80
 
 
