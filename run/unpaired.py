@@ -51,6 +51,8 @@ class Answers:
     def __getitem__(self, i):
         n, (at, which) = len(self.rows), divmod(i, self.each)
         row = self.rows[at]
+        if ("completion" in row) != (self.each == 1):
+            raise BadSample("pairs and single answers in one file: make two files of them")
         return {"id": row.get("id"), "row": row, "other": self.rows[(at + n // 2) % n], "which": which}
 
     def guess(self, i):

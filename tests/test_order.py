@@ -79,6 +79,17 @@ def test_an_order_needs_no_state(name):
     assert make(name, THREE, ALL[name], seed=1)[0](3) != steps[3]
 
 
+def test_rare_samples_are_drawn_as_well():
+    files = [File(100, 50), File(900)]                         # two texts of 100; 20 draws of an epoch: 0.4 texts
+    order, total = make("by_modality", files, "a:0.02,b:0.98")
+    texts = sum(not files[f].seen[i] for f, i in draws(order, 0, 4 * total // B))
+    assert 0 < texts <= B
+    for shares in ("a:1,b:0", "a:0,b:1"):
+        make("by_modality", [File(10, 2), File(10)], shares)
+    order, total = make("replay", [File(10), File(1000)], "new:0.999,old:0.001")
+    assert total == 11
+
+
 @pytest.mark.parametrize("name", ["shuffle", "by_modality", "curriculum"])
 def test_an_epoch_draws_every_sample_once(name):
     files = [File(100, 4), File(50, 1), File(90)]              # 165 with an image, 75 without: not multiples of B

@@ -77,7 +77,7 @@ def replay(files, counts, B, seed, spec):
         stop(f"order=replay needs a new file, then old ones, and their shares, as in new.json:0.9,old.json:0.1, not "
              f"data={spec}")
     scale = len(files[0]) / counts[0]
-    return shuffle(files, [len(files[0]), *(round(c * scale) for c in counts[1:])], B, seed, spec)
+    return shuffle(files, [len(files[0]), *(max(c > 0, round(c * scale)) for c in counts[1:])], B, seed, spec)
 
 
 def by_modality(files, counts, B, seed, spec):
@@ -86,7 +86,8 @@ def by_modality(files, counts, B, seed, spec):
     parts, split = ([], []), ([], [])                          # of samples with images, without
     for f, (rows, count) in enumerate(zip(files, counts)):
         seen = rows.has_images()                                                                         # (rows,) bool
-        with_images = round(count * seen.mean())
+        least, most = min(count, int(seen.any())), count - min(count, int(not seen.all()))  # a rare kind, too
+        with_images = max(least, min(most, round(count * seen.mean())))
         for k, (which, c) in enumerate(((seen, with_images), (~seen, count - with_images))):
             parts[k].append((f, int(which.sum()), np.flatnonzero(which).astype(np.int32)))
             split[k].append(c)

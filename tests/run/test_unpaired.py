@@ -188,6 +188,12 @@ def test_each_answer_lends_itself_once(tmp_path, bytes_folder):
     (tmp_path / "seen").write_text("".join(json.dumps(r) + "\n" for r in (pairs[0], pairs[1] | {"image": "x.png"})))
     seen = unpaired.Answers(open_rows(tmp_path / "seen"))
     assert seen.has_images().tolist() == [False, False, True, True], "order=by_modality"
+    for name, first, second in (("ab", pairs, alone), ("ba", alone, pairs)):
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in (first[0], second[1])))
+        mixed = unpaired.Answers(open_rows(tmp_path / name))
+        mixed[0]
+        with pytest.raises(BadSample, match="two files"):
+            mixed[len(mixed) - 1]
     (tmp_path / "one").write_text(json.dumps(pairs[0]) + "\n")
     assert "needs two rows" in error(unpaired.Answers, open_rows(tmp_path / "one"))
 
