@@ -3,7 +3,8 @@
 from collections import Counter
 
 from config import BadSample, stop
-from formats.questions import ID, pick, tsv_records
+from formats.questions.read import ID, pick
+from formats.questions.tables import tsv_records
 from formats.rows import Rows
 
 EXTRAS = ("options", "group", "dataset", "size")               # of a question; metrics/tasks.py says what they are

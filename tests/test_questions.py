@@ -15,7 +15,8 @@ import eval
 from config import BadSample, Error
 from formats import llava, tokenizer
 from formats.answers import answered_questions, plain_row, read_answers
-from formats.questions import choose_examples, example_answer, read_questions, rotations
+from formats.questions import choose_examples, example_answer, read_questions
+from formats.questions.variants import rotations
 from generate import Chat
 from model import VLMConfig
 from parts.build import build

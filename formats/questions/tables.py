@@ -1,0 +1,57 @@
+"""Tables of questions: tsv as VLMEvalKit writes it, and parquet. A row is a dict without its missing values."""
+
+import ast
+import csv
+
+from config import stop
+
+NEEDS = ("it needs question_id, text (or question), image (a name, several or none), answer or a list of answers; "
+         "docs/evaluation.md has the forms that are read")
+
+
+def tsv_records(file):
+    """Read a table with a header, as pandas writes it: an empty cell or nan is a missing value"""
+    csv.field_size_limit(2**31 - 1)                              # an image is one field
+    with open(file, encoding="utf-8-sig", newline="") as f:
+        try:
+            rows = [*csv.DictReader(f, delimiter="\t", strict=True)]
+        except (csv.Error, UnicodeDecodeError) as e:
+            stop(f"{file} cannot be read as a tsv table: {e}")
+    if not rows or "question" not in rows[0]:
+        stop(f"{file}: no tsv table with a column question; {NEEDS}")
+    for i, row in enumerate(rows):
+        if None in row or None in row.values():
+            stop(f"{file}, question {i} (counted from 0): not as many cells as the header has names")
+    rows = [without_missing(row) for row in rows]
+    images = {row.get("index"): row.get("image", "") for row in rows}
+    for row in rows:                                             # a short image is the index of the row that has it
+        if "image" in row:
+            image = row.pop("image")
+            row["base64"] = images.get(image, image) if len(image) <= 64 else image
+    return rows
+
+
+def without_missing(row):
+    """Remove the missing values of a table: None, an empty string, NaN and what pandas made of NaN, "nan" """
+    return {k: v for k, v in row.items() if v is not None and v == v and v not in ("", "nan")}
+
+
+def parquet_records(file):
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        stop(f"{file}: reading parquet needs the package pyarrow (pip install pyarrow); or pandas converts it without "
+             "its images: read_parquet(FILE).to_json('questions.jsonl', orient='records', lines=True)")
+    try:
+        return [without_missing(row) for row in pq.read_table(file).to_pylist()]
+    except Exception as e:                                       # pyarrow raises many exception types on a broken file
+        stop(f"{file} cannot be read as parquet: {type(e).__name__}: {e}".splitlines()[0])
+
+
+def literal(s):
+    """Read a Python list that stands in a cell as text -> list; a text that is no list -> [the text]"""
+    try:
+        found = ast.literal_eval(s) if s.lstrip().startswith("[") else s
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = s
+    return [*map(str, found)] if isinstance(found, list) else [s]
