@@ -15,7 +15,6 @@ import itertools
 import os
 import re
 import sys
-from functools import partial
 from typing import NamedTuple
 
 from config import BadSample, stop
@@ -40,10 +39,6 @@ class Parts:
     def text(self, s, supervised=False):
         self.parts += [("text", s, supervised)] if s else []
         return self
-
-    def tag(self, s):
-        """Add [INST] or [/INST]: a control token if the tokenizer has it (Mistral since version 3), else plain text."""
-        return self.control(s) if s in self.tok.specials else self.text(s)
 
     def image(self, n=1):
         self.parts += [("id", i, False) for block in itertools.islice(self.blocks, n) for i in block]
@@ -108,16 +103,6 @@ def vicuna_v1(p, system, turns):
             p.text(" " + answer, supervised=True).control(p.tok.eos, supervised=True)
 
 
-def llava_llama_2(p, system, turns, bos_each_turn=True):
-    for i, (user, answer) in enumerate(turns):
-        if i == 0 or bos_each_turn:
-            p.control(p.tok.bos)
-        p.tag("[INST]").text(" ").text(f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else "")
-        p.user(user).text(" ").tag("[/INST]")
-        if answer is not None:
-            p.text(" " + answer + " ", supervised=True).control(p.tok.eos, supervised=True)
-
-
 def llama_3(p, system, turns):
     def header(role):
         return p.control("<|start_header_id|>").text(role).control("<|end_header_id|>").text("\n\n")
@@ -157,13 +142,11 @@ class Template(NamedTuple):
     stop: str             # the token that ends an answer; "" = the tokenizer's EOS; "\n" = any token that has a newline
 
 
-TEMPLATES = {
+TEMPLATES = {   # parts/templates.py adds more
     "plain": Template(plain, "", "\n"),
     "vicuna_v1": Template(vicuna_v1, _VICUNA, ""),
-    "llava_llama_2": Template(llava_llama_2, _LLAVA, ""),
     "llama_3": Template(llama_3, _LLAVA, "<|eot_id|>"),
-    "chatml": Template(chatml, "You are a helpful assistant.", "<|im_end|>"),
-    "mistral": Template(partial(llava_llama_2, bos_each_turn=False), "", "")}
+    "chatml": Template(chatml, "You are a helpful assistant.", "<|im_end|>")}
 
 
 def template(name):

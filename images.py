@@ -45,7 +45,7 @@ class Layout(NamedTuple):
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
 def safe_path(root, name):
-    """-> real path of the file `name` in `root`. BadSample if it is no file, or outside (links are followed).
+    """-> real path of the file `name` in `root`. BadSample if it is not a file, or outside (links are followed).
     If `name` is the bytes of an image -> these bytes as a file in memory"""
     if isinstance(name, bytes):
         return io.BytesIO(name)
@@ -53,7 +53,7 @@ def safe_path(root, name):
     root = os.path.realpath(root)
     try:
         path = os.path.realpath(os.path.join(root, name))
-    except (TypeError, ValueError):                            # `name` is no string, or has a NUL or a lone surrogate
+    except (TypeError, ValueError):                            # `name` is not text, or has a NUL or a lone surrogate
         raise BadSample("image name is not a path", shown) from None
     if os.path.commonpath([root, path]) != root:
         raise BadSample("image lies outside the image folder", shown)
@@ -65,9 +65,9 @@ def safe_path(root, name):
 
 
 def image_folder(path):
-    """Stop if `path` is no folder: otherwise every image would be reported as missing."""
+    """Stop if `path` is not a folder: otherwise every image would be reported as missing."""
     if not os.path.isdir(path or "."):
-        stop(f"images={path} is no folder")
+        stop(f"images={path} is not a folder")
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def read_adapter_config(folder):
         stop(f"{folder}: init_lora_weights={how} changed the base as well, which is not supported")
     for key in PATTERNS:
         if not isinstance(c.get(key) or {}, dict):
-            stop(f"{folder}: {key}={c[key]} is no object with a number for each layer")
+            stop(f"{folder}: {key}={c[key]} is not an object with a number for each layer")
         if strange := [p for p in c.get(key) or {} if not re.fullmatch(r"\^?(\w|-|\\?\.|\.\*){1,300}\$?", p)]:
             stop(f"{folder}: the pattern {strange[0]!r:.80} in {key} is not supported: names, `.*` and `\\.` are")
     return c

@@ -41,7 +41,7 @@ def blip2_pairs_config(c, pre, dec):
     if c["model_type"] == "blip-2":
         v |= {"model_type": "blip_2_vision_model"}
         if not q.get("use_qformer_text_input"):
-            stop("a BLIP-2 whose Q-Former reads no words (use_qformer_text_input=false) is no first stage")
+            stop("a BLIP-2 whose Q-Former reads no words (use_qformer_text_input=false) is not a first stage")
     vision = vision_config(v, -1, pre)
     vision.feature_norm = vision.keep_class = True
     return Blip2Config("blip2", vision, typed(InstructConfig, "Q-Former", {"vocab_size": 30522} | q),

@@ -65,7 +65,7 @@ def read_tower(folder):
     kind = v.get("model_type")
     if nested := v.get("vision_config_dict") or v.get("vision_config"):       # CLIP or SigLIP with its text encoder
         v = {"model_type": f"{kind}_vision_model", **nested}
-    pre = read_pre(folder, vision_kind(v))                                    # stops here if v is no vision tower
+    pre = read_pre(folder, vision_kind(v))                                    # stops here if v is not a vision tower
     tensors, former = read_tensors(folder), {}
     if kind == "pumice_blip2":
         tensors = {k: x for k, x in tensors.items() if re.match(r"vision_model\.|multi_modal_projector\.", k)}

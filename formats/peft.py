@@ -77,7 +77,7 @@ def load_adapter(model, folder):
     if not there:
         stop(f"{folder} holds no adapter")
     if strange := sorted(there.keys() - set(targets(model, "*"))):
-        stop(f"{folder} holds an adapter of {there[strange[0]]}, which is no linear layer of this model")
+        stop(f"{folder} holds an adapter of {there[strange[0]]}, which is not a linear layer of this model")
     sizes = {n: rank_and_alpha(folder, c, there[n]) for n in sorted(there)}
     shapes = {k: p.shape for k, p in model.named_parameters()}
     for n, (r, _) in sizes.items():                                           # compute all shapes before any allocation

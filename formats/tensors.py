@@ -54,9 +54,9 @@ def read_pickle(file):
     try:
         found = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:  # damaged files raise many types of errors
-        stop(f"{file} is no whole file of tensors and nothing else, so it is not opened ({type(e).__name__})")
+        stop(f"{file} is not a file of tensors alone, or is cut off, so it is not opened ({type(e).__name__})")
     if not isinstance(found, dict) or any(getattr(x, "layout", 0) != torch.strided for x in found.values()):
-        stop(f"{file} is no dict of dense tensors by name")
+        stop(f"{file} is not a dict of dense tensors by name")
     return found
 
 

@@ -179,7 +179,7 @@ class Tokenizer:
         begin the sequence? Some tokenizers add a space only there."""
         try:
             e = (self.start if first else self.inside).encode(s, add_special_tokens=False)
-        except BaseException as e:  # a Rust panic is no subclass of Exception, and its class cannot be imported
+        except BaseException as e:  # a Rust panic is not a subclass of Exception, and its class cannot be imported
             if type(e).__name__ != "PanicException":
                 raise
             raise BadSample("the tokenizer failed on a text", str(e).partition("\n")[0]) from None

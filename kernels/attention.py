@@ -432,9 +432,9 @@ def tile_sizes(q, kernel):
 
 def heads_adjacent(*tensors):
     """Return the tensors (N, H, K), and copy those whose heads are not adjacent in memory. The kernels assume that
-    heads are K elements apart, because K is a constant at compile time. With a run-time stride that is no multiple of
-    16, such as 72, Triton would load elements one by one. A tensor with a row stride of 2**24 or more is copied too:
-    offsets in a tile of 128 rows must fit in int32."""
+    heads are K elements apart, because K is a constant at compile time. If a run-time stride is not a multiple of 16,
+    such as 72, Triton loads elements one by one. A tensor with a row stride of 2**24 or more is copied too: offsets in
+    a tile of 128 rows must fit in int32."""
     return [t if t.stride()[1:] == (t.shape[2], 1) and t.stride(0) < 2**24 else t.contiguous() for t in tensors]
 
 

@@ -42,7 +42,7 @@ def apply_parts(cfg, parts, classes, read_second=None):
             owner[field] = value
             continue
         if not equals or not dataclasses.is_dataclass(owner) or field not in vars(owner):
-            stop(f"parts={parts}: {item!r} is no field=value of the model's config")
+            stop(f"parts={parts}: {item!r} is not a field=value of the model's config")
         old = getattr(owner, field)
         if old is not None and type(value) is not type(old) and {type(value), type(old)} != {int, tuple}:
             stop(f"parts={parts}: {field} is of type {type(old).__name__}, not {text!r}")

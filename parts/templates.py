@@ -1,9 +1,25 @@
-"""Prompt templates of other systems, as their own processors write them. They are added to chat.TEMPLATES."""
+"""Templates of other systems and language models, as their own processors write them; added to chat.TEMPLATES."""
 
 from functools import partial
 
 import chat
 from chat import IMAGE, Template
+
+
+def llava_llama_2(p, system, turns, bos_each_turn=True):
+    """LLaVA with Llama 2, and with Mistral. [INST] is a control token if the tokenizer has it (Mistral since version 3),
+    else text."""
+    def tag(s):
+        return p.control(s) if s in p.tok.specials else p.text(s)
+
+    for i, (user, answer) in enumerate(turns):
+        if i == 0 or bos_each_turn:
+            p.control(p.tok.bos)
+        tag("[INST]").text(" ").text(f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and i == 0 else "")
+        p.user(user).text(" ")
+        tag("[/INST]")
+        if answer is not None:
+            p.text(" " + answer + " ", supervised=True).control(p.tok.eos, supervised=True)
 
 
 def document(p, system, turns):
@@ -125,11 +141,12 @@ def visualchat(p, system, turns):
 
 _V0 = ("A chat between a curious human and an artificial intelligence assistant. "
        "The assistant gives helpful, detailed, and polite answers to the human's questions.")
-chat.TEMPLATES["idefics3"] = Template(idefics3, "", "<end_of_utterance>")
-chat.TEMPLATES |= {"llava_v0": Template(llava_v0, _V0, ""), "idefics": Template(idefics, "", "\n"),
-                   "flamingo": Template(flamingo, "", ""),
-                   "visualchat": Template(visualchat, chat.TEMPLATES["llama_3"].system, "")}
-chat.TEMPLATES |= {"paligemma": Template(paligemma, "", ""), "internvl": Template(chat.chatml, "", "<|im_end|>"),
-                   "blip": Template(blip, "", "\n"),
-                   "instructblip": Template(partial(blip, newline=False), "", ""),
-                   "fuyu": Template(fuyu, "", ""), "document": Template(document, "", "")}
+_LLAVA = chat.TEMPLATES["llama_3"].system
+chat.TEMPLATES |= {
+    "llava_llama_2": Template(llava_llama_2, _LLAVA, ""),
+    "mistral": Template(partial(llava_llama_2, bos_each_turn=False), "", ""),
+    "llava_v0": Template(llava_v0, _V0, ""), "visualchat": Template(visualchat, _LLAVA, ""),
+    "paligemma": Template(paligemma, "", ""), "internvl": Template(chat.chatml, "", "<|im_end|>"),
+    "blip": Template(blip, "", "\n"), "instructblip": Template(partial(blip, newline=False), "", ""),
+    "idefics": Template(idefics, "", "\n"), "idefics3": Template(idefics3, "", "<end_of_utterance>"),
+    "flamingo": Template(flamingo, "", ""), "fuyu": Template(fuyu, "", ""), "document": Template(document, "", "")}

@@ -56,7 +56,7 @@ def would_overwrite(folder):
     """Would a run overwrite files in a folder that is not a run folder? -> a message that names a file, or None"""
     about, there = Path(folder, "config.json"), [n for n in (*OWN, "config.json") if os.path.lexists(Path(folder, n))]
     if there and not (about.is_file() and "settings" in read_json(about)):
-        return f"it is no run, and its {there[0]} would be lost"
+        return f"it is not a run, and its {there[0]} would be lost"
 
 
 def claim(folder, say=print):

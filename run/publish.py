@@ -32,7 +32,7 @@ def full_path(name):
 
 def publish(run, model, folder, log, save=None):
     """Write the trained model. run: RunFolder; folder: formats.llava.Folder. All ranks must call it; rank 0 writes.
-    save: function (folder, {name: tensor}, dtype) that writes model/ where the model is no VLM"""
+    save: function (folder, {name: tensor}, dtype) that writes model/ where the model is not a VLM"""
     s, world, out = run.s, run.world, run.out
     model, state, seen = unwrap(model), {}, log.seen
     dtype, adapted = published_dtype(s, world), scales(model)

@@ -63,7 +63,7 @@ def check(s):
         if not getattr(s, "lora_r", 1) and getattr(s, key) != getattr(type(s), key):
             stop(f"{key}={getattr(s, key)} means nothing while lora_r is 0: the whole language model would train")
     if s.resume not in ("auto", "none") and not Path(s.resume, MANIFEST).is_file():
-        stop(f"resume={s.resume} is no checkpoint: those of a run are called checkpoints/step_*")
+        stop(f"resume={s.resume} is not a checkpoint: those of a run are called checkpoints/step_*")
 
 
 def toy_world(s, world, split):

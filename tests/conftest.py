@@ -25,6 +25,7 @@ import torch.distributed.fsdp  # noqa: E402,F401
 
 import chat  # noqa: E402
 import engine  # noqa: E402
+import parts.templates  # noqa: E402,F401  (adds to chat.TEMPLATES)
 from config import Error  # noqa: E402
 from loss import supervised, total_weight  # noqa: E402
 from model import VLM, TextConfig, VisionConfig, VLMConfig  # noqa: E402

@@ -287,7 +287,7 @@ def test_a_lone_surrogate_is_a_bad_sample(bytes_tok):
 
 
 def test_a_panic_of_the_tokenizer_is_a_bad_sample(bytes_folder, tmp_path):
-    """Its regular expressions have a limit of retries, and end in an exception that is no Exception."""
+    """Its regular expressions have a limit of retries, and end in an exception that is not an Exception."""
     spec = json.loads((bytes_folder / "tokenizer.json").read_text("utf-8"))
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False},

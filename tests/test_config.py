@@ -11,6 +11,7 @@ from conftest import error
 import config
 import engine
 from config import Error, parse, setting
+from run.aliases import ALIASES
 
 
 @dataclasses.dataclass
@@ -78,7 +79,7 @@ def test_an_unknown_setting_stops_with_the_nearest_one(arg, hint):
 def test_every_alias_names_a_real_setting():
     import train_sft
     real = {f.name for f in dataclasses.fields(train_sft.Settings)}
-    assert {name.split(" (")[0] for name in config.ALIASES.values()} <= real and not real & config.ALIASES.keys()
+    assert {name.split(" (")[0] for name in ALIASES.values()} <= real and not real & ALIASES.keys()
 
 
 def test_later_values_win(recipe):

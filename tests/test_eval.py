@@ -202,7 +202,7 @@ def test_pope_and_vqa_score_the_toy_questions(model_folder, world, capsys, monke
     (dict(task="ocr"), "task=ocr: one of exact, vqa"), (dict(blind=True, shuffled=True), "choose one"),
     (dict(batch_size=0), "at least 1"),
     (dict(model="nowhere"), "nowhere holds no model"), (dict(model=""), "model is empty"),
-    (dict(images="gone"), "images=gone is no folder"), (dict(device="foo"), "device=foo: auto"),
+    (dict(images="gone"), "images=gone is not a folder"), (dict(device="foo"), "device=foo: auto"),
     (dict(dtype="foo"), "dtype=foo: auto"), (dict(limit=-1), "limit=-1: expected"),
     (dict(max_new_tokens=0), "max_new_tokens=0: expected")])
 def test_wrong_settings_end_in_one_clear_line(world, settings, complaint):

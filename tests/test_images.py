@@ -225,7 +225,7 @@ def corpus():
         "rgb_sixteen": (png(17, 13, 16, 2, b"".join(b"\0" + y.astype(">u2").tobytes() for y in NOISE)), None),
         "progressive": (saved(noise, "JPEG", progressive=True), None),
         "icc": (saved(noise, "JPEG", icc_profile=b"not a profile"), None),
-        "bad_exif": (saved(noise, "JPEG", exif=b"Exif\0\0garbage that is no TIFF header"), None),
+        "bad_exif": (saved(noise, "JPEG", exif=b"Exif\0\0garbage that is not a TIFF header"), None),
         "exif_99": (saved(noise, "JPEG", exif=tiff + b"\0\x01\x01\x12\0\x03\0\0\0\x01\0c\0\0\0\0\0\0"), None),
         "exif_cut": (saved(noise, "JPEG", exif=tiff + b"\0\xff\x01\x12"), None),
         "animated_gif": (saved(noise, "GIF", save_all=True, append_images=[noise]), None),

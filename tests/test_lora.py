@@ -504,13 +504,13 @@ def test_an_adapter_of_another_module_is_named(adapter):
         new = {f"{our_peft.PREFIX}{name}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
         save_file(tensors | new, adapter / "adapter_model.safetensors")
         line = error(our_peft.load_adapter, tiny_vlm(), adapter)
-        assert f"holds an adapter of {name}, which is no linear layer" in line
+        assert f"holds an adapter of {name}, which is not a linear layer" in line
 
 
 @pytest.mark.parametrize("new, says", [
     (dict(r=0), "r=0 and lora_alpha=8.0 in its adapter_config.json"), (dict(r=None), "r=None and"),
     (dict(lora_alpha="8"), "lora_alpha='8' in its"), (dict(alpha_pattern={"q_proj": True}), "lora_alpha=True in its"),
-    (dict(rank_pattern=["q_proj"]), "rank_pattern=['q_proj'] is no object with a number for each layer")])
+    (dict(rank_pattern=["q_proj"]), "rank_pattern=['q_proj'] is not an object with a number for each layer")])
 def test_an_invalid_scale_is_one_line(adapter, new, says):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | new))
@@ -570,4 +570,4 @@ def test_a_folder_without_an_adapter_is_one_line(adapter, tmp_path):
     assert "adapter_config.json is missing" in error(our_peft.load_adapter, tiny_vlm(), tmp_path)
     shutil.move(adapter / "adapter_model.safetensors", adapter / "adapter_model.bin")
     line = error(our_peft.load_adapter, tiny_vlm(), adapter)
-    assert "adapter_model.bin is no whole file of tensors and nothing else" in line
+    assert "adapter_model.bin is not a file of tensors alone, or is cut off" in line

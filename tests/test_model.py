@@ -310,7 +310,7 @@ def test_an_unknown_rope_is_refused():
 # ---- images ---------------------------------------------------------------------------------------------------------
 
 def test_patches_are_those_of_a_convolution():
-    """Every pixel and channel has its own value, and the side is no multiple of the patch side."""
+    """Every pixel and channel has its own value, and the side is not a multiple of the patch side."""
     cfg = VisionConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, image_size=11, patch_size=3)
     model = VisionModel(cfg).double()
     init_weights(model)

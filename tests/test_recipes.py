@@ -137,7 +137,7 @@ def test_real_data_train_the_parts_of_the_paper(name):
     ("align", {"parts": "vision.keep_class=true"}, "gives 5 tokens per image, not tokens=4"),
     ("align", {"parts": "vision.feature_layer=9"}, "feature_layer=9 of a vision tower of"),
     ("align", {"parts": "connector_args.heads=2"}, "connector=mlp has no settings"),
-    ("align", {"parts": "connector_args.heads"}, "is no field=value"),
+    ("align", {"parts": "connector_args.heads"}, "is not a field=value"),
     ("align", {"parts": "tokens=9"}, "gives 4 tokens per image, not tokens=9"),
     ("align", {"parts": "mask=prefix text.sliding_window=4"}, "only causal attention has a window")])
 def test_a_contradiction_ends_in_one_line(name, changes, says, world, tmp_path):

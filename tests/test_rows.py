@@ -342,7 +342,7 @@ def test_a_pattern_is_one_file(pq, tmp_path, monkeypatch):
     pq(tmp_path / "s4.parquet", table(3))
     assert len(open_rows(str(tmp_path / "s[34]*"))) == 5, "files of several kinds"
     open_large(monkeypatch)
-    assert [len(open_rows(str(tmp_path / "s*"))) for _ in range(2)] == [13, 13], "an index is no shard"
+    assert [len(open_rows(str(tmp_path / "s*"))) for _ in range(2)] == [13, 13], "an index is not a shard"
     assert len([*tmp_path.glob("*.index.npy")]) == 4
 
 

@@ -17,7 +17,7 @@ from config import BadSample
 from formats.strict_json import strict_json
 
 MAX_IMAGES = 256           # limit for one row
-MAX_PATH = 4096            # bytes; a longer text in the place of an image is no path, but base64
+MAX_PATH = 4096            # bytes; a longer text in the place of an image is not a path, but base64
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")      # each: LLaVA's name of the role, OpenAI's name
 UNSUPPORTED = ("video", "audio")
 IMAGE_KEYS = ("image", "images", "image_bytes")                # LLaVA; messages and tables; minimind-v

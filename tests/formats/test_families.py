@@ -116,9 +116,9 @@ def test_transformers_opens_our_folder(family, tmp_path):
     _, at, theirs, mine, folder = family
     out = tmp_path / "out"
     llava.save_model(out, mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
-    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64,
+    model, info = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64,
                                                attn_implementation="sdpa")
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     model = exact_norms(model.eval())
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8))
     asked = Chat(out, device="cpu", dtype="fp64")

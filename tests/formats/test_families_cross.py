@@ -134,9 +134,9 @@ def opened(family, tmp_path):
     meta = folder.meta
     llava.save_model(out, mine.state_dict(), mine.cfg, folder, meta["template"], meta["system"], meta["image_aspect"],
                      torch.float32)
-    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64,
+    model, info = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64,
                                                attn_implementation="sdpa")
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return out, exact_norms(model.eval()), T.AutoProcessor.from_pretrained(out, backend="pil")
 
 
@@ -206,8 +206,8 @@ def test_a_published_folder_trains_on(family, how, world, tmp_path):
     model, folder = llava.load_model(init=tmp_path / "sft", dtype=torch.float32)
     assert json.loads((tmp_path / "sft" / "model" / "config.json").read_text())["model_type"] == name
     assert folder.meta["template"] == {"idefics": "idefics", "vipllava": "llava_v0"}[name]
-    _, told = type(theirs).from_pretrained(tmp_path / "sft" / "model", output_loading_info=True)
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    _, info = type(theirs).from_pretrained(tmp_path / "sft" / "model", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, mine.get_parameter(n).float())]
     assert moved and ("language_model.model.layers.0.self_attn.q_proj.weight" in moved)
     if how:

@@ -162,17 +162,17 @@ def test_tensors_return_bit_equal(family, tmp_path):
 
 def opened(family, out):
     """-> their model in float64 and their processor, from our folder"""
-    model, told = type(family[2]).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    model, info = type(family[2]).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     if model.config.model_type != "smolvlm":
         return exact_norms(model.eval()), T.AutoProcessor.from_pretrained(out, backend="pil")
     with pytest.MonkeyPatch.context() as m:                    # its video processor needs torchvision and num2words
         m.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", str)
         m.setattr(T.SmolVLMProcessor, "check_argument_for_proper_class", lambda *_: None)
         tok, images = T.AutoTokenizer.from_pretrained(out), T.AutoImageProcessor.from_pretrained(out, backend="pil")
-        told = json.loads((out / "processor_config.json").read_text())
+        info = json.loads((out / "processor_config.json").read_text())
         return exact_norms(model.eval()), T.SmolVLMProcessor(
-            images, tok, SimpleNamespace(num_frames=1, fps=1), told["image_seq_len"], tok.chat_template)
+            images, tok, SimpleNamespace(num_frames=1, fps=1), info["image_seq_len"], tok.chat_template)
 
 
 def test_transformers_opens_our_folder(family, tmp_path):
@@ -231,8 +231,8 @@ def test_a_new_model_of_its_parts(family, world, tmp_path, capsys):
     assert run("align", world, tmp_path / "dry", dry_run=True, **how) is None
     assert "1 image(s), its loss mask" in capsys.readouterr().out
     assert run("align", world, tmp_path / "align", **how) is None
-    _, told = type(family[2]).from_pretrained(tmp_path / "align" / "model", output_loading_info=True)
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    _, info = type(family[2]).from_pretrained(tmp_path / "align" / "model", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert run("sft", world, tmp_path / "sft", lora_r=2, **how) is None                # an adapter over two folders
     adapter, model = (Chat(tmp_path / "sft" / k, "cpu", "fp32").model for k in ("adapter", "model"))
     assert all(torch.equal(a.half(), b.half()) for a, b in zip(adapter.parameters(), model.parameters(), strict=True))
@@ -274,8 +274,8 @@ def test_a_published_folder_trains_on(family, how, world, tmp_path):
     config = json.loads((tmp_path / "sft" / "model" / "config.json").read_text())
     assert config["model_type"] == theirs.config.model_type
     assert folder.meta["template"] == TEMPLATES.get(family[0], "idefics3")
-    _, told = type(theirs).from_pretrained(tmp_path / "sft" / "model", output_loading_info=True)
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    _, info = type(theirs).from_pretrained(tmp_path / "sft" / "model", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, mine.get_parameter(n).float())]
     assert "multi_modal_projector.linear_1.weight" in moved
     assert ("multi_modal_projector.image_newline" in moved) == (family[0] == "vicuna")

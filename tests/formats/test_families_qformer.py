@@ -129,8 +129,8 @@ def test_transformers_opens_our_folder(family, tmp_path):
     _, theirs, mine, folder = family
     out = tmp_path / "out"
     llava.save_model(out, mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
-    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    model, info = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     model = exact_norms(model.double().eval())
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8))
     asked = Chat(out, device="cpu", dtype="fp64")

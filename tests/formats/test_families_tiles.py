@@ -104,9 +104,9 @@ def as_transformers_asks(out, image, monkeypatch):
     """A question about an image -> input_ids, attention_mask, pixel_values of the family's own processor"""
     if (out / "chat_template.jinja").exists():                 # InternVL. Its video processor needs torchvision
         monkeypatch.setattr(T.InternVLProcessor, "check_argument_for_proper_class", lambda *_: None)
-        told = json.loads((out / "processor_config.json").read_text())
+        info = json.loads((out / "processor_config.json").read_text())
         processor = T.InternVLProcessor(T.AutoImageProcessor.from_pretrained(out, backend="pil"),
-                                        T.AutoTokenizer.from_pretrained(out), image_seq_length=told["image_seq_length"])
+                                        T.AutoTokenizer.from_pretrained(out), image_seq_length=info["image_seq_length"])
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
         text = processor.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         assert text == "<|im_start|>user\n<IMG_CONTEXT>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
@@ -168,8 +168,8 @@ def test_transformers_opens_our_folder(family, tmp_path, monkeypatch):
     _, at, theirs, mine, folder = family
     out = tmp_path / "out"
     llava.save_model(out, mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
-    model, told = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    model, info = type(theirs).from_pretrained(out, output_loading_info=True, dtype=torch.float64)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     model = exact_norms(model.eval())
     asked = Chat(out, device="cpu", dtype="fp64")
     for n, size in enumerate([(40, 22), (17, 16)]):

@@ -44,7 +44,7 @@ def instance(document, text, *rest, many=SimpleNamespace):
 # ---- the published folder in lmms-eval's own llava_hf ---------------------------------------------------------------
 
 class LlavaHf:
-    """The calls of llava_hf, in its order. device_map: its default "" is no device for transformers 5"""
+    """The calls of llava_hf, in its order. device_map: its default "" is not a device for transformers 5"""
 
     def __init__(self, pretrained, dtype, device_map="cpu", device="cpu"):
         import transformers as T

@@ -52,7 +52,7 @@ class Server:
     def logprobs(self, prompt, V=512):
         """Log-probabilities of the next token -> (V,)"""
         found = self.post("/completion", prompt=prompt, n_predict=1, n_probs=V, temperature=0, cache_prompt=False,
-                          logit_bias=[[20, 100.0]])  # a token that is no end of turn: those have none
+                          logit_bias=[[20, 100.0]])  # a token that is not an end of turn: those have none
         out = torch.full((V,), -float("inf"))
         for t in found["completion_probabilities"][0]["top_logprobs"]:
             out[t["id"]] = t["logprob"]

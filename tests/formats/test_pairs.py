@@ -112,8 +112,8 @@ def test_transformers_opens_a_new_folder(kind, tmp_path):
     mine, folder = pairs.load_pairs(kind=kind, tokenizer=ROOT / "demo/llm", seed=3)
     pairs.save_pairs(tmp_path / "out", mine.state_dict(), mine.cfg, folder, torch.float32)
     Model = {"clip": T.CLIPModel, "siglip": T.SiglipModel}[kind]
-    theirs, told = Model.from_pretrained(tmp_path / "out", output_loading_info=True, dtype=torch.float64)
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    theirs, info = Model.from_pretrained(tmp_path / "out", output_loading_info=True, dtype=torch.float64)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 72, 3), dtype=np.uint8))
     texts = ["a red circle", "top left: a small blue star; bottom right: a sign that says 7"]
     processor = T.AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")

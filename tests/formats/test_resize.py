@@ -108,9 +108,9 @@ def test_a_second_stage_has_larger_images(large, aligned, world, capsys):
 
 def test_transformers_opens_the_larger_llava(large):
     mine = llava.load_model(init=large, dtype=torch.float64)[0]
-    theirs, told = T.LlavaForConditionalGeneration.from_pretrained(large / "model", output_loading_info=True,
+    theirs, info = T.LlavaForConditionalGeneration.from_pretrained(large / "model", output_loading_info=True,
                                                                    dtype=torch.float64)
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     made = [example(1, model_patches=16, side=16), example(2, images=0, text=14, side=16),
             example(3, images=3, text=5, model_patches=16, side=16)]
     with torch.no_grad():
@@ -159,9 +159,9 @@ def test_transformers_opens_the_larger_paligemma(siglip_family, tmp_path):
         found = mine.vision_tower(made[1][2])
         assert (found - want).abs().max() < 1e-6 * want.abs().max(), "our table is interpolated from fp32 weights"
     llava.save_model(tmp_path / "out", mine.state_dict(), mine.cfg, folder, "paligemma", "", "squash", torch.float32)
-    model, told = T.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True,
+    model, info = T.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True,
                                                                       dtype=torch.float64)
-    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     pre = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
     assert pre["size"] == {"height": 16, "width": 16} and pre["image_seq_length"] == 16
     mine = llava.load_model(init=tmp_path / "out", dtype=torch.float64)[0]

@@ -34,7 +34,7 @@ def test_added_tokens_are_read_from_either_file(tmp_path):
             f.unlink()
         tok = read(tmp_path, blob, **more)
         assert tok.image == size and not tok.notes and len(tok) == tok.published == size + 2
-        assert tok.text("<loc>")[0] == [size + 1], "an added token that is no control token is text"
+        assert tok.text("<loc>")[0] == [size + 1], "an added token that is not a control token is text"
         assert tok.decode([size, size + 1]) == "<loc>"
     (tmp_path / "tokenizer_config.json").unlink()
     assert "added token '<x>' has id 999" in error(read, tmp_path, blob, added_tokens={"<x>": 999})

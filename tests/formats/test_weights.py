@@ -174,7 +174,7 @@ def test_unused_blocks_may_be_absent(towers, tmp_path):  # noqa: F811
 # ---- heads ----------------------------------------------------------------------------------------------------------
 
 def test_a_tied_head_counts_if_different(llava_folder, tmp_path):  # noqa: F811
-    """As in transformers 5: a copy is a copy, and what is no copy is a head of its own whatever the config says."""
+    """As in transformers 5: a copy is a copy, and what is not a copy is a head of its own whatever the config says."""
     head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
     text = json.loads((llava_folder / "config.json").read_text())["text_config"] | {"tie_word_embeddings": True}
     for place, how in (("top", "absent"), ("text", "copy"), ("top", "other"), ("text", "other")):

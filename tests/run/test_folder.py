@@ -45,7 +45,7 @@ def test_a_folder_that_is_no_run_loses_nothing(world, tmp_path, theirs):
     file = tmp_path / "out" / theirs
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    line = f"out={tmp_path / 'out'}: it is no run, and its {theirs.split('/')[0]} would be lost"
+    line = f"out={tmp_path / 'out'}: it is not a run, and its {theirs.split('/')[0]} would be lost"
     assert all(refusal("align", world, tmp_path / "out", resume=resume) == line for resume in ("auto", "none"))
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [file] and file.read_text() == "{}"
 

@@ -179,7 +179,8 @@ def test_what_is_missing_stops_with_one_line(folder):
             ([], "usage: python data.py FILE"), (["x.json"], "usage:"), ([tok], "usage:"), (["x", "y", tok], "usage:"),
             (["x", tok, "--max_len=-1"], "max_len=-1: expected"), (["x", tok, "--image_tokens=0"], "image_tokens=0: "),
             (["none.json", tok], "no data file none.json"), (["x", "--model=nowhere"], "nowhere holds no tokenizer"),
-            ([good, tok, "--images=gone"], "images=gone is no folder"), ([good, tok, "--template=x"], "unknown templ"),
+            ([good, tok, "--images=gone"], "images=gone is not a folder"),
+            ([good, tok, "--template=x"], "unknown templ"),
             ([good, tok, "--bad=/nowhere/x"], "bad=/nowhere/x: No such file")):
         assert message in error(check_data.main, args), args
     (folder / "run" / "model" / "config.json").write_text("{")
