@@ -183,7 +183,8 @@ class Roller:
         """-> [Rolled]; all ranks get equally many"""
         s, x, device = self.s, self.samples, self.world.device
         documents = [(p.tolist() + a, [IGNORE] * len(p) + a, i) for p, a, i in zip(prompts, answers, images)]
-        streams = best_fit(range(len(documents)), [len(ids) for ids, _, _ in documents], s.max_tokens)
+        read = [i for i in range(len(documents)) if s.kl or advantages[i]]     # advantage 0: the gradient is 0
+        streams = best_fit(read, [len(ids) for ids, _, _ in documents], s.max_tokens) or [[]] * bool(documents)
         most = max(self.world.sum([len(streams) * (r == self.world.rank) for r in range(self.world.size)]))
         out = []
         for stream in streams + [[]] * (int(most) - len(streams)):
