@@ -4,9 +4,10 @@ token sees the last image before it. Gates start at 0, so training starts from t
 
 Published for 80B: 15 days on 1536 TPUv4. NFNet and Chinchilla are not public: below are CLIP-L and a Llama of 7B. The
 toy's second stage trains the language model, too. The paper adds up gradients of four data sets, with the weights 1.0
-(M3W), 0.2 (ALIGN), 0.2 (LTIP) and 0.03 (VTP, videos: not here). Here a data set has a share of the samples and then the
-weight of its loss, as in --data=m3w.jsonl:.2:1.0,align.json:.4:0.2,ltip.json:.4:0.2 (these shares are ours). M3W is
-documents, images between the words. Not here: in half of the paper's samples a text sees the next image, not the last.
+(M3W), 0.2 (ALIGN), 0.2 (LTIP) and 0.03 (VTP, videos: not here). Here every step has samples of every file (`order`), and
+a file has a share of the samples and then the weight of its loss, as in
+--data=m3w.jsonl:.2:1.0,align.json:.4:0.2,ltip.json:.4:0.2 (these shares are ours). M3W is documents, images between the
+words. Not here: in half of the paper's samples a text sees the next image, not the last.
 
     python train_sft.py recipes/flamingo.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/flamingo.py --data=toy       # the toy world: both stages
@@ -21,7 +22,7 @@ connector, template, system, init, out = "mlp", "flamingo", "", "", f"runs/flami
 data, vision, llm = "", "openai/clip-vit-large-patch14", "a 7B language model"
 train = "multi_modal_projector.*=1e-4 language_model.gated_layers.*=1e-4"
 batch_size, max_len, max_tokens, steps, warmup = 2048, 256, 8192, 500_000, 0.01
-weight_decay = 0.0 if toy else 0.1
+weight_decay, order = (0.0, "shuffle") if toy else (0.1, "accumulate_all")
 paper = dict(
     model=VLMConfig(VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                                  image_size=224, patch_size=14, feature_layer=-1, keep_class=True),
