@@ -27,17 +27,23 @@ from demo.systems import ONE, command, measured
 from metrics.yes_no import pope
 
 OUT, TOY = Path("runs/later"), Path("runs/toy")
-KINDS = "count", "read", "exists"                                # questions to train on: the others are right already
-FROM, QUIET = f"--init={OUT}/base", ["--save_every=0", "--eval_every=0"]
-DPO = ["train_dpo.py", FROM, f"--data={OUT}/pairs.jsonl", f"--images={TOY}/images", "--system=", "--lr=2e-5",
-       "--epochs=2", "--log_every=5", "--sample_every=0", *QUIET]
-GRPO = ["train_grpo.py", FROM, f"--data={OUT}/questions.jsonl", "--batch_size=8", "--lr=1e-4", "--max_new_tokens=4",
-        "--log_every=1", "--sample_every=20", *QUIET]
+KINDS = "count", "read"                  # questions to train on; of the other types, which are right, a tenth
+KEYS = "reward", "equal_groups", "answer_tokens", "margin", "accuracy", "kl", "chosen", "rejected"   # of log.jsonl
+FROM = [f"--init={OUT}/base", "--save_every=0", "--eval_every=0"]
+SFT = ["train_sft.py", *FROM, f"--data={OUT}/conversations.jsonl", f"--images={TOY}/images", "--system=",
+       "--batch_size=32", "--steps=250", "--lr=1e-3", "--sample_every=0"]
+DPO = ["train_dpo.py", *FROM, f"--data={OUT}/pairs.jsonl", f"--images={TOY}/images", "--system=", "--lr=2e-4",
+       "--epochs=1", "--log_every=5", "--sample_every=0"]
+GRPO = ["train_grpo.py", *FROM, f"--data={OUT}/questions.jsonl", "--batch_size=32", "--log_every=1",
+        "--sample_every=25"]
 
 # arm: what trains it, from the base
-ARMS = {"base": [], **{f"grpo_{seed}": [*GRPO, "--steps=60", f"--seed={seed}"] for seed in range(3)},
-        **{f"dpo_{beta}": [*DPO, f"--beta={beta}"] for beta in ("0.1", "0.03", "0.5")}, "kto": [*DPO, "--loss=kto"],
-        "hacked": [*GRPO, "--reward=length", "--steps=30", "--max_new_tokens=16"]}
+ARMS = {"base": [], "sft_more": SFT,
+        **{f"grpo_{seed}": [*GRPO, "--lr=4e-4", "--steps=250", "--max_new_tokens=4", f"--seed={seed}"]
+           for seed in range(3)},
+        "dpo": DPO, "dpo_sft": [*DPO, "--sft=1"], "dpo_1e-4": [*DPO, "--beta=1e-4"], "dpo_1e-9": [*DPO, "--beta=1e-9"],
+        "kto": [*DPO, "--loss=kto"],
+        "hacked": [*GRPO, "--lr=3e-4", "--steps=60", "--max_new_tokens=16", "--reward=length"]}
 
 
 @dataclasses.dataclass
@@ -47,15 +53,23 @@ class Settings:
     show: bool = setting(False, "print the tables and run nothing")
 
 
+def as_conversation(q):
+    """A question with its true answer -> row for train_sft.py"""
+    turns = {"from": "human", "value": f"<image>\n{q['text']}"}, {"from": "gpt", "value": q["answer"]}
+    return {"id": q["question_id"], "image": q["image"], "conversations": turns}
+
+
 def make_base():
     """Train the base, ask it about new scenes, and make pairs of its wrong answers"""
     if not (OUT / "base/model").exists():
         command("train_align.py", *ONE, f"--out={OUT}/align")
         command("train_sft.py", *ONE, f"--init={OUT}/align", f"--out={OUT}/base")
     if not (OUT / "pairs.jsonl").exists():
-        write_questions(TOY, 1000)
-        some = [q for q in (TOY / "questions_more.jsonl").open() if json.loads(q)["type"] in KINDS]
-        (OUT / "questions.jsonl").write_text("".join(some))
+        write_questions(TOY, 3000)
+        rows = [json.loads(line) for line in (TOY / "questions_more.jsonl").open()]
+        rows = [q for q in rows if q["type"] in KINDS or int(q["question_id"].split("_")[1]) % 10 == 0]
+        (OUT / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in rows))
+        (OUT / "conversations.jsonl").write_text("".join(json.dumps(as_conversation(q)) + "\n" for q in rows))
         command("eval.py", f"--model={OUT}/base", f"--data={OUT}/questions.jsonl", f"--images={TOY}/images",
                 f"--answers={OUT}/answers.jsonl")
         command("-m", "tools.pairs", f"{OUT}/answers.jsonl", f"--out={OUT}/pairs.jsonl", "--types=count,read",
@@ -70,13 +84,14 @@ def measure(arm):
     asked = [json.loads(row) for row in (OUT / arm / "answers_seeing.jsonl").open()]
     yes_no = [row for row in asked if row["type"] == "exists"]
     log = [json.loads(row) for row in (OUT / arm / "log.jsonl").open()] if ARMS[arm] else []
-    keys = [k for k in ("reward", "equal_groups", "answer_tokens", "margin", "accuracy", "kl") if log and k in log[-1]]
+    said = {row["type"]: [row["prompt"].split("\n")[0], row["text"], row["answers"][0]] for row in reversed(asked)}
+    keys = [k for k in KEYS if log and k in log[-1]]
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {"arm": arm, "accuracy": scores["accuracy"], "types": scores["types"], "n": scores["n"],
             "yes": pope([r["text"] for r in yes_no], [r["answers"][0] for r in yes_no])["yes_ratio"],
             "log": {k: [round(row[k], 4) for row in log if row.get(k) is not None] for k in keys},
-            "seconds": {k: round(sum(row[k] for row in log), 1) for k in ("generate_s",) if log and k in log[-1]},
-            "against": scores.get("against"), "command": " ".join(ARMS[arm]), "cpu_s": round(cpu),
+            "generate_s": round(sum(row.get("generate_s", 0) for row in log), 1),
+            "said": said, "against": scores.get("against"), "command": " ".join(ARMS[arm]), "cpu_s": round(cpu),
             "date": datetime.date.today().isoformat(), "revision": revision}
 
 
