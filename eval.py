@@ -37,7 +37,7 @@ import engine
 from config import BadSample, setting
 from formats.answers import answered_questions, plain_row, read_answers
 from formats.configs import positions
-from formats.questions import choose_examples, example_answer, read_questions
+from formats.questions import choose_examples, example_answer, image_bytes, read_questions
 from formats.whole import write_file
 from generate import Chat, with_marker
 from images import image_folder, safe_path
@@ -103,12 +103,18 @@ def other_images(rows):
     return [tuple(map(other.get, several)) if len(several) > 1 else other.get(several[0]) for several in own]
 
 
+def images_of(data):
+    """-> the folder that the image names of a file of questions are relative to, unless --images names another"""
+    first = Path(data.partition(",")[0])                         # MME is a folder itself
+    return str(first if first.is_dir() else first.parent)
+
+
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 def image_sources(image, folder):
-    """The image of a question (None, a name, bytes, or several of these) -> list of what Chat.look reads"""
+    """The image of a question (None, a name, bytes, Stored, or several of these) -> list of what Chat.look reads"""
     several = image if isinstance(image, tuple) else () if image is None else (image,)
-    return [safe_path(folder, x) for x in several]
+    return [safe_path(folder, image_bytes(x)) for x in several]
 
 
 def ask(chat, rows, images, folder, max_new_tokens, examples):
@@ -175,12 +181,12 @@ def main(s):
     if not s.data and s.task not in TOY_TASKS:
         config.stop(f"task={s.task} needs --data=FILE; the toy world has questions for {', '.join(TOY_TASKS)}")
     world = engine.start(s.device, s.dtype)
-    data, images = (s.data, s.images or str(Path(s.data).parent)) if s.data else toy_questions(world)
+    data, images = (s.data, s.images or images_of(s.data)) if s.data else toy_questions(world)
     rows = read_questions(data, s.task if s.data else "exact")
     if s.task == "pope" and not s.data:
         rows = [r for r in rows if r["answers"] in (["yes"], ["no"])]            # keep only yes/no questions
     pool, rows = read_questions(s.shots_data, s.task) if s.shots_data else rows, limited(rows, s.limit)
-    pool_images = str(Path(s.shots_data).parent) if s.shots_data and not s.images else images
+    pool_images = images_of(s.shots_data) if s.shots_data and not s.images else images
     image_folder(images)
     how = "blind" if s.blind else "shuffled" if s.shuffled else "seeing"
     shown = other_images(rows) if s.shuffled else [r["image"] for r in rows]

@@ -2,6 +2,7 @@
 every task."""
 
 import base64
+import importlib.util
 import json
 import re
 import shlex
@@ -22,7 +23,8 @@ from metrics.tasks import TASKS
 TEXT = (ROOT / "docs/evaluation.md").read_text("utf-8")
 COMMANDS = [line.split(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
             for line in block.splitlines()]
-ASKED = [c for c in COMMANDS if c.startswith("python eval.py")]
+PYARROW = importlib.util.find_spec("pyarrow") is not None
+ASKED = [c for c in COMMANDS if c.startswith("python eval.py") and (PYARROW or ".parquet" not in c)]
 
 
 @pytest.fixture
@@ -50,6 +52,15 @@ def place(tmp_path, model_folder, monkeypatch):  # noqa: F811
         {"question_id": 7000, "image_id": 7, "answer_type": "other", "answers": [{"answer": "sky"}] * 10}]}))
     (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [
         {"question_id": n, "image_id": f"i{n}", "question": "What?", "answers": ["sky"] * 10} for n in range(6)]}))
+    for folder in ("images", "questions_answers_YN"):
+        (tmp_path / "MME_Benchmark/count" / folder).mkdir(parents=True)
+    (tmp_path / "MME_Benchmark/count/images/1.jpg").write_bytes(picture("red"))
+    (tmp_path / "MME_Benchmark/count/questions_answers_YN/1.txt").write_text("Is it?\tYes\nIs it not?\tNo\n")
+    for name, row in (("questions", {"id": "1", "imageId": "n1", "question": "What?", "answer": "sky"}),
+                      ("images", {"id": "n1", "image": {"bytes": picture("blue"), "path": None}})):
+        if PYARROW:
+            import pyarrow.parquet
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), f"{name}.parquet")
     toy.write_world(tmp_path / "runs/toy", "all", align=2, sft=2, val_align=1, val_sft=1, test=2)
     for name, n in (("sft", 2), ("test", 2)):
         monkeypatch.setitem(toy.SCENES, name, n)
@@ -66,7 +77,8 @@ def test_the_commands_of_the_page_run(place, capsys, monkeypatch):
         results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
         assert results[-1]["n"] > 0 and results[-1]["unreadable"] == 0 and 0 <= results[-1]["accuracy"] <= 1
     by = {c: r for c, r in zip(ASKED, results)}
-    assert len(ASKED) == 7 and {r["task"] for r in results} == {"mmstar", "pope", "vqav2", "textvqa", "refcoco"}
+    assert len(ASKED) == 8 + PYARROW
+    assert {r["task"] for r in results} | {"gqa"} == {"mmstar", "pope", "vqav2", "textvqa", "refcoco", "mme", "gqa"}
     assert next(r for c, r in by.items() if "--shots" in c)["shots"] == 4
     against = next(r for c, r in by.items() if "--against" in c)["against"]
     assert (against["better"], against["worse"], against["p"]) == (1, 1, 1)

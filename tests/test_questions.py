@@ -1,8 +1,11 @@
 """Files of questions in each published form, written by hand, small and awkward; answers that exist; examples."""
 
 import base64
+import gc
 import io
 import json
+import random
+import tracemalloc
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ import eval
 from config import BadSample, Error
 from formats import llava, tokenizer
 from formats.answers import answered_questions, plain_row, read_answers
-from formats.questions import choose_examples, example_answer, read_questions
+from formats.questions import choose_examples, example_answer, image_bytes, read_questions
 from formats.questions.variants import rotations
+from formats.rows.parquet import group, opened
 from generate import Chat
+from metrics.yes_no import mme_totals
 from model import VLMConfig
 from parts.build import build
 from parts.cross_attention import FlamingoConfig
@@ -243,6 +248,50 @@ def test_mme_pairs_the_questions_of_an_image(tmp_path):
     json.dumps([plain_row(r) for r in rows])
 
 
+@pytest.fixture
+def mme_folder(tmp_path):
+    """MME as published: one category with folders of its own, one without; a blank line, a period, a file of macOS"""
+    for category, texts, images in (("count", "questions_answers_YN", "images"), ("OCR", "", "")):
+        for name, colour in (("0001", RED), ("0002", BLUE)):
+            text, image = tmp_path / category / texts / f"{name}.txt", tmp_path / category / images / f"{name}.jpg"
+            for file in (text, image):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(colour)
+            text.write_text("Is it? Please answer yes or no.\tYes\nIs it not? Please answer yes or no.\tNo\n\n")
+            (text.parent / f"._{name}.txt").write_bytes(b"\xff")
+    (tmp_path / "readme.txt").write_text("MME")
+    return tmp_path
+
+
+def test_mme_is_read_from_its_folder(mme_folder):
+    rows = read_questions(str(mme_folder), "mme")
+    assert [r["question_id"] for r in rows[::2]] == ["OCR/0001.jpg", "OCR/0002.jpg", "count/0001.jpg", "count/0002.jpg"]
+    assert rows[0] == dict(question_id="OCR/0001.jpg", type="OCR", image="OCR/0001.jpg", answers=["yes"],
+                           group="OCR/0001.jpg", text=f"Is it?\n{SHORT}")
+    assert rows[5]["image"] == "count/images/0001.jpg" and rows[5]["answers"] == ["no"] and len(rows) == 8
+    assert mme_totals(["yes"], rows, [1.0] * 8)["subtasks"] == {"OCR": 200, "count": 200}
+    assert eval.images_of(str(mme_folder)) == str(mme_folder) and eval.images_of("a/q.json,b/a.json") == "a"
+
+
+@pytest.mark.parametrize("file, text, complaint", [
+    ("OCR/0001.txt", "Is it?\tYes\nIs it? No", "OCR/0001.txt, line 2: expected QUESTION, a tab, .* not 'Is it[?] No'"),
+    ("OCR/0001.txt", "Is it?\tMaybe", "line 1: expected QUESTION, a tab, Yes or No, and not 'Is it"),
+    ("OCR/0001.txt", "a\tb\tYes", "line 1: expected QUESTION"), ("OCR/0001.txt", b"\xff", "0001.txt cannot be read: Uni"),
+    ("OCR/0003.txt", "Is it?\tYes", "OCR/0003.txt: 0 images are named 0003"),
+    ("OCR/0001.png", "", "OCR/0001.txt: 2 images are named 0001")])
+def test_a_bad_file_of_mme_is_named(mme_folder, file, text, complaint):
+    (mme_folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(Error, match=complaint) as stopped:
+        read_questions(str(mme_folder), "mme")
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_folder_without_mme_is_refused(tmp_path):
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(Error, match="is a folder, but not MME's"):
+        read_questions(str(tmp_path), "mme")
+
+
 def test_parquet_of_lmms_lab_is_read(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is in requirements-test.txt")
     import pyarrow.parquet as pq
@@ -250,16 +299,20 @@ def test_parquet_of_lmms_lab_is_read(tmp_path):
     def table(name, rows):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
         return str(tmp_path / name)
+
+    def seen(row):
+        image = row["image"]
+        return tuple(map(image_bytes, image)) if isinstance(image, tuple) else image_bytes(image)
     mmmu = [{"id": "validation_Math_1", "question": "<image 1> or <image 2>?", "options": "['a', 'b']", "answer": "A",
              "image_1": {"bytes": RED, "path": None}, "image_2": {"bytes": BLUE, "path": None}, "image_3": None,
              "question_type": "multiple-choice"}]
     row, = read_questions(table("mmmu.parquet", mmmu), "mmmu")
-    assert row["image"] == (RED, BLUE) and row["type"] == "Math"
+    assert seen(row) == (RED, BLUE) and row["type"] == "Math"
     assert row["text"].startswith("<image> or <image>?\n(A) a")
     star = [{"index": 0, "question": "What? Options: A: x, B: y", "image": {"bytes": RED, "path": "0.png"},
              "answer": "A", "category": "math", "l2_category": "geometry", "meta_info": {"source": "x"}}]
     row, = read_questions(table("star.parquet", star), "mmstar")
-    assert row["text"] == f"What? Options: A: x, B: y\n{LETTER}" and row["type"] == "geometry" and row["image"] == RED
+    assert row["text"] == f"What? Options: A: x, B: y\n{LETTER}" and row["type"] == "geometry" and seen(row) == RED
     bench = [{"index": 1, "question": "Q?", "hint": "nan", "answer": "A", "A": "x", "B": "y", "C": "nan", "D": "nan",
               "category": "c", "image": {"bytes": RED, "path": None}, "L2-category": "d"}]
     rows = read_questions(table("bench.parquet", bench), "mmbench")
@@ -277,10 +330,74 @@ def test_parquet_of_lmms_lab_is_read(tmp_path):
         read_questions(str(tmp_path / "bad.parquet"), "mmmu")
 
 
+@pytest.fixture
+def gqa_tables(tmp_path):
+    """GQA as lmms-lab publishes it: questions and images apart; groups of two rows"""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is in requirements-test.txt")
+    import pyarrow.parquet as pq
+
+    def write_tables(questions, images):
+        for name, rows in (("q", questions), ("i", images)):
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet", row_group_size=2)
+        return f"{tmp_path}/q.parquet,{tmp_path}/i.parquet"
+    questions = [{"id": f"20{n}", "imageId": f"n{n % 3}", "question": "Is it?", "answer": "yes", "isBalanced": n != 3,
+                  "fullAnswer": "Yes, it is.", "types": {"structural": "verify"}} for n in range(5)]
+    images = [{"id": f"n{n}", "image": {"bytes": image, "path": None}} for n, image in enumerate((RED, BLUE, GREEN))]
+    return write_tables, questions, images
+
+
+def test_gqa_joins_questions_and_images(gqa_tables):
+    write_tables, questions, images = gqa_tables
+    rows = read_questions(write_tables(questions, images), "gqa")
+    assert [(r["question_id"], image_bytes(r["image"])) for r in rows] == [
+        ("200", RED), ("201", BLUE), ("202", GREEN), ("204", BLUE)]
+    assert rows[1]["image"] == rows[3]["image"] != rows[0]["image"] and rows[0]["text"] == f"Is it?\n{SHORT}"
+    assert [image_bytes(image) for image in eval.other_images(rows)] == [BLUE, GREEN, RED, GREEN]
+    assert [q["question_id"] for q in choose_examples(rows[1], rows, 2)] in (["200", "202"], ["202", "200"])
+    assert b"PNG" not in repr(rows).encode(), "no question holds the bytes of an image"
+
+
+@pytest.mark.parametrize("place, change, complaint", [
+    (0, {"imageId": "n9"}, r"q.parquet, row 0 .*i.parquet has no image with the id 'n9'"),
+    (1, {"id": "n0"}, r"i.parquet, row 1 .*: it needs `image`, and an `id` that no other row has"),
+    (1, {"image": None}, r"i.parquet, row 1 .*: it needs `image`")])
+def test_tables_that_do_not_join_are_refused(gqa_tables, place, change, complaint):
+    write_tables, questions, images = gqa_tables
+    (images if place else questions)[place] |= change
+    with pytest.raises(Error, match=complaint) as stopped:
+        read_questions(write_tables(questions, images), "gqa")
+    assert "\n" not in str(stopped.value)
+
+
+def test_two_row_groups_are_held_at_most(gqa_tables, tmp_path):
+    """Questions of many row groups, in a pattern of files; a table that changed is no image."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    noise = [bytes(random.Random(n).randbytes(500_000)) for n in range(24)]
+    for k in (0, 1):
+        rows = [{"question": "Is it?", "answer": "yes", "image": {"bytes": b, "path": None}} for b in noise[k * 12 :][:12]]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"test-{k}.parquet", row_group_size=2)
+    del rows
+    gc.collect()
+    group.cache_clear()
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    questions = read_questions(f"{tmp_path}/test-*.parquet", "exact")
+    assert tracemalloc.get_traced_memory()[1] < 2e6 and pa.total_allocated_bytes() - before < 2.5e6
+    tracemalloc.stop()
+    assert [image_bytes(q["image"]) for q in questions] == noise and questions[12]["question_id"] == 12
+    group.cache_clear()
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "test-1.parquet")
+    opened.cache_clear()
+    with pytest.raises(BadSample, match="cannot be read from its table"):
+        image_bytes(questions[23]["image"])
+    with pytest.raises(Error, match="no file is named like"):
+        read_questions(f"{tmp_path}/dev-*.parquet", "exact")
+
+
 def test_parquet_without_pyarrow_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     (tmp_path / "q.parquet").write_text("PAR1")
-    with pytest.raises(Error, match="needs the package pyarrow .*to_json"):
+    with pytest.raises(Error, match="needs the package pyarrow"):
         read_questions(str(tmp_path / "q.parquet"), "mmmu")
 
 

@@ -6,6 +6,7 @@ import re
 
 from chat import IMAGE
 from config import BadSample
+from formats.questions.parquet import Stored
 from formats.questions.tables import NEEDS, literal
 
 PICTURE = ("image", "image_path", "img_path", "imgname", "file_name", "image_local_name", "image_id",
@@ -13,7 +14,7 @@ PICTURE = ("image", "image_path", "img_path", "imgname", "file_name", "image_loc
 
 
 def question_image(record):
-    """-> None, a name, bytes or a tuple of these. MMMU has image_1 ... image_7."""
+    """-> None, a name, bytes, Stored or a tuple of these. MMMU has image_1 ... image_7."""
     numbered = [record[k] for k in (f"image_{n}" for n in range(1, 10)) if record.get(k) is not None]
     key = next((k for k in PICTURE if record.get(k) not in (None, "")), None)
     found = numbered or (record[key] if key else None)
@@ -30,12 +31,12 @@ def question_image(record):
 
 
 def one_image(value):
-    """A name, bytes, a data: URL, or the struct {bytes, path} of the hub's parquet files -> a name or bytes"""
+    """A name, bytes, a data: URL, or the struct {bytes, path} of the hub's parquet files -> a name, bytes or Stored"""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path") or value               # a struct without both is refused
     if isinstance(value, str) and value.startswith("data:"):
         return embedded(value.partition(",")[2])
-    if value is not None and not isinstance(value, str | bytes):
+    if value is not None and not isinstance(value, str | bytes | Stored):
         raise BadSample(NEEDS)
     return value
 

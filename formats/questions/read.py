@@ -10,6 +10,7 @@ from chat import IMAGE
 from config import BadSample, stop
 from formats.configs import one_line
 from formats.questions.images import place_images, question_image
+from formats.questions.parquet import Stored, image_bytes
 from formats.questions.records import question_records
 from formats.questions.tables import NEEDS, literal
 from formats.questions.variants import rotations
@@ -74,7 +75,8 @@ def questions_of(record, i, task):
         base["options"] = options
     if task.startswith("mme"):
         key = record.get("image_path", image)
-        base["group"] = hashlib.sha256(key).hexdigest()[:16] if isinstance(key, bytes) else str(key)
+        key = hashlib.sha256(key).hexdigest() if isinstance(key, bytes) else key
+        base["group"] = key.digest if isinstance(key, Stored) else str(key)
     if task.startswith("mmbench"):
         base["group"] = number % 10**6 if isinstance(number, int) else number
     if task.startswith("ocrbench"):
@@ -165,6 +167,6 @@ def size_of_image(record, image):
     if isinstance(record.get("width"), int) and isinstance(record.get("height"), int):
         return [record["width"], record["height"]]
     try:
-        return [*Image.open(io.BytesIO(image), formats=FORMATS).size]
+        return [*Image.open(io.BytesIO(image_bytes(image)), formats=FORMATS).size]
     except Exception:                                            # no bytes; Pillow raises many types on a broken image
         raise BadSample("a box needs the width and height of its image", "keys width and height") from None

@@ -4,27 +4,55 @@ from pathlib import Path
 
 from config import stop
 from formats.configs import one_line
-from formats.questions.tables import NEEDS, parquet_records, tsv_records
+from formats.questions.parquet import joined_records, parquet_records
+from formats.questions.tables import NEEDS, tsv_records
 from formats.rows import Rows
+from formats.rows.tar import IMAGES
 from formats.strict_json import strict_json
 
 
 def question_records(file):
     """Read the records of a file, as they are -> a sequence of dicts"""
     first, _, second = str(file).partition(",")
+    if Path(first).is_dir():
+        return mme_records(Path(first))
+    if first.endswith(".parquet"):
+        return joined_records(first, second) if second else parquet_records(first)
     for name in (first, second)[: 1 + bool(second)]:
         if not Path(name).is_file() or Path(name).stat().st_size == 0:
             Rows(name)                                           # stops with one line
-    suffix = Path(first).suffix.lower()
-    if suffix == ".tsv":
+    if Path(first).suffix.lower() == ".tsv":
         return tsv_records(first)
-    if suffix == ".parquet":
-        return parquet_records(first)
     whole = whole_object(first)
     if whole is None:
         return Rows(first)
     with one_line(file):
         return object_records(first, whole, second)
+
+
+def mme_records(folder):
+    """MME's folder: CATEGORY/questions_answers_YN/NAME.txt and CATEGORY/images/NAME.jpg, or both kinds of files beside
+    each other in CATEGORY. A line of a text is QUESTION, a tab, Yes or No."""
+    records = []
+    for category in sorted(p for p in folder.iterdir() if p.is_dir()):
+        apart = (category / "images").is_dir()
+        texts, images = (category / "questions_answers_YN", category / "images") if apart else (category, category)
+        names = [p for p in images.iterdir() if p.suffix.lower() in IMAGES]
+        for file in sorted(texts.glob("[!.]*.txt")):
+            found = [p for p in names if p.stem == file.stem]
+            if len(found) != 1:
+                stop(f"{file}: {len(found)} images are named {file.stem} in {images}, expected 1")
+            with one_line(file):
+                text = file.read_text("utf-8-sig")
+            for n, line in enumerate(text.split("\n"), 1):
+                question, tab, answer = line.strip().partition("\t")
+                if tab and answer.strip().lower() in ("yes", "no"):
+                    records.append({"question_id": f"{category.name}/{found[0].name}", "category": category.name,
+                                    "question": question, "answer": answer, "image": str(found[0].relative_to(folder))})
+                elif line.strip():
+                    stop(f"{file}, line {n}: expected QUESTION, a tab, Yes or No, and not {line!r:.80}")
+    return records or stop(f"{folder} is a folder, but not MME's: it has no CATEGORY/questions_answers_YN/*.txt and no "
+                           "CATEGORY/*.txt beside images")
 
 
 def whole_object(file):

@@ -1,4 +1,4 @@
-"""Tables of questions: tsv as VLMEvalKit writes it, and parquet. A row is a dict without its missing values."""
+"""Tables of questions in tsv, as VLMEvalKit writes them; what the cells of a table hold."""
 
 import ast
 import csv
@@ -34,18 +34,6 @@ def tsv_records(file):
 def without_missing(row):
     """Remove the missing values of a table: None, an empty string, NaN and what pandas made of NaN, "nan" """
     return {k: v for k, v in row.items() if v is not None and v == v and v not in ("", "nan")}
-
-
-def parquet_records(file):
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        stop(f"{file}: reading parquet needs the package pyarrow (pip install pyarrow); or pandas converts it without "
-             "its images: read_parquet(FILE).to_json('questions.jsonl', orient='records', lines=True)")
-    try:
-        return [without_missing(row) for row in pq.read_table(file).to_pylist()]
-    except Exception as e:                                       # pyarrow raises many exception types on a broken file
-        stop(f"{file} cannot be read as parquet: {type(e).__name__}: {e}".splitlines()[0])
 
 
 def literal(s):
