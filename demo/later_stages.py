@@ -31,7 +31,7 @@ KINDS = "count", "read"                  # questions to train on; of the other t
 KEYS = "reward", "equal_groups", "answer_tokens", "margin", "accuracy", "kl", "chosen", "rejected"   # of log.jsonl
 FROM = [f"--init={OUT}/base", "--save_every=0", "--eval_every=0"]
 SFT = ["train_sft.py", *FROM, f"--data={OUT}/conversations.jsonl", f"--images={TOY}/images", "--system=",
-       "--batch_size=32", "--steps=250", "--lr=1e-3", "--sample_every=0"]
+       "--batch_size=32", "--steps=200", "--lr=1e-3", "--sample_every=0"]
 DPO = ["train_dpo.py", *FROM, f"--data={OUT}/pairs.jsonl", f"--images={TOY}/images", "--system=", "--lr=2e-4",
        "--epochs=1", "--log_every=5", "--sample_every=0"]
 GRPO = ["train_grpo.py", *FROM, f"--data={OUT}/questions.jsonl", "--batch_size=32", "--log_every=1",
@@ -39,7 +39,7 @@ GRPO = ["train_grpo.py", *FROM, f"--data={OUT}/questions.jsonl", "--batch_size=3
 
 # arm: what trains it, from the base
 ARMS = {"base": [], "sft_more": SFT,
-        **{f"grpo_{seed}": [*GRPO, "--lr=4e-4", "--steps=250", "--max_new_tokens=4", f"--seed={seed}"]
+        **{f"grpo_{seed}": [*GRPO, "--lr=4e-4", "--steps=200", "--max_new_tokens=4", f"--seed={seed}"]
            for seed in range(3)},
         "dpo": DPO, "dpo_sft": [*DPO, "--sft=1"], "dpo_1e-4": [*DPO, "--beta=1e-4"], "dpo_1e-9": [*DPO, "--beta=1e-9"],
         "kto": [*DPO, "--loss=kto"],
