@@ -1,5 +1,6 @@
 """Preference: losses by their formulas; one gradient for any micro-batches and ranks; the reference; train_dpo.py."""
 
+import gc
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from config import BadSample, Error
 from data import StepData, pack
 from formats.tokenizer import Tokenizer
 from images import Layout
+from model import VLM
 from run import preference, reference
 from run.log import Log
 from tools import pairs
@@ -251,6 +253,34 @@ def test_a_wrong_pair_would_fail_by_far(name, monkeypatch):
                      (lambda m, b: 0 * known(b)) if name == "reference trained" else before, model, b)
     monkeypatch.setattr(train_dpo, "preference_loss", wrong)
     assert off(step(settings(), [[0, 1, 2, 3], [4, 5]])[0], true) > 1e-4
+
+
+def test_adamw_hides_a_small_beta():
+    """Gradients fall with beta, to 0. AdamW divides by their size: steps shrink only if it is below its eps, 1e-8"""
+    slopes = {beta: step(settings(beta=beta), [[*range(6)]])[0] for beta in (1e-1, 1e-4, 1e-7, 1e-12)}
+    assert off({k: 1e5 * g for k, g in slopes[1e-12].items()}, slopes[1e-7]) < 1e-5, "in proportion to beta"
+    moved = {}
+    for beta, gradients in slopes.items():
+        model = tiny_vlm()
+        optimizer = engine.adamw(model, engine.choose(model, {"*": 1e-2}, torch.float64), 0.0)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for n, p in model.named_parameters():
+            p.grad = gradients[n]
+        optimizer.step()
+        moved[beta] = sum((p - before[n]).abs().sum().item() for n, p in model.named_parameters())
+    assert moved[1e-4] > 0.9 * moved[0.1] and moved[1e-12] < 1e-3 * moved[0.1]
+
+
+def test_there_is_one_model(tiny, tmp_path, monkeypatch):
+    """The reference is no second copy"""
+    def models():
+        return sum(type(x) is VLM for x in gc.get_objects())
+    seen, right = [], train_dpo.preference.means
+    monkeypatch.setattr(train_dpo.preference, "means", lambda *a: seen.append(models()) or right(*a))
+    gc.collect()
+    there = models()
+    run({**tiny, "steps": 1, "eval_every": 0, "save_every": 0}, tmp_path / "run")
+    assert seen == [there + 1]
 
 
 def test_adapters_are_back_after_the_reference():

@@ -255,6 +255,17 @@ def test_answers_without_advantage_are_not_read(tiny, tmp_path, monkeypatch):
     assert off(few, every) < 1e-9
 
 
+def test_bad_questions_are_counted(tiny, tmp_path):
+    """No true answer, no image, too long: each is dropped with its whole group"""
+    good = rows(Path(tiny["data"]))[:3]
+    bad = [good[0] | change for change in ({"answer": " "}, {"image": "nowhere.png"}, {"text": "?" * 200})]
+    file = tmp_path / "bad.jsonl"
+    file.write_text("".join(json.dumps(q) + "\n" for q in good + bad))
+    run({**tiny, "data": str(file), "batch_size": 6, "steps": 1}, tmp_path / "run", max_dropped=0.5)
+    assert json.loads((tmp_path / "run/finished.json").read_text())["dropped"] == 3
+    assert len(rows(tmp_path / "run/samples.jsonl")) == 3 * 4
+
+
 def killed(*args, **how):
     """Run in a child process that kills itself in step 3, behind the checkpoint of step 2."""
     if not (child := os.fork()):
