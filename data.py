@@ -77,9 +77,12 @@ class Batch(NamedTuple):
     hi: torch.Tensor      # (N,) int32: end of the range of keys that each token attends to
     images: torch.Tensor  # (I, 3, S, S) uint8
     weights: torch.Tensor = torch.zeros(0)  # (R,) fp32: of the R supervised tokens in the loss; empty: all are 1
+    rows: torch.Tensor = torch.zeros(0, dtype=torch.long)  # (R,) the supervised tokens; empty: to() finds them
 
-    def to(self, device):
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+    def to(self, device):  # the host does not wait for a GPU: it finds rows before the copy, from pinned memory
+        batch = self._replace(rows=(self.labels != IGNORE).nonzero()[:, 0])
+        pin = torch.device(device).type == "cuda" and not self.labels.is_cuda
+        return Batch(*((t.pin_memory() if pin else t).to(device, non_blocking=True) for t in batch))
 
 
 def pack(samples, side, span_ends=None, reader=None, weights=()):
@@ -221,7 +224,7 @@ def loader(steps, order, workers):
     try:
         yield from torch.utils.data.DataLoader(
             steps, batch_size=None, sampler=order, num_workers=workers, generator=own,
-            worker_init_fn=functools.partial(outlive_signals, ended, open_end))
+            pin_memory=torch.cuda.is_initialized(), worker_init_fn=functools.partial(outlive_signals, ended, open_end))
     except (ConnectionError, EOFError) as e:                   # a loader died while it was sending data
         raise RuntimeError(f"DataLoader worker exited unexpectedly, killed for its memory? ({type(e).__name__})") from e
 

@@ -260,8 +260,7 @@ def update(model, optimizer, loss, n, world, grad_clip=0.0):
     """Clip the gradients, update the weights, clear the gradients. loss: sum over the supervised tokens of this rank;
     n: supervised tokens on all ranks. If loss or gradient norm is not finite, or n is 0, all ranks skip the update.
     -> dict: "loss" (mean over the n tokens), "grad_norm" (before clipping), "updated" (False if skipped)"""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    norm = whole_tensor(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
+    norm = whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)).item()
     mean = world.sum([float(loss)])[0] / n if n else math.nan
     updated = math.isfinite(norm) and math.isfinite(mean)
     if updated:

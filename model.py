@@ -424,12 +424,12 @@ class VLM(nn.Module):
             features = self.vision_tower(images)                               # (I, P, D)
         return self.multi_modal_projector(features)
 
-    def forward(self, ids, labels, pos, lo, hi, images, weights=None, head=linear_cross_entropy, cache=None):
+    def forward(self, ids, labels, pos, lo, hi, images, weights=None, rows=(), head=linear_cross_entropy, cache=None):
         """One packed sequence: token ids, labels, positions, key ranges [lo, hi), all (N,); images (I, 3, S, S) uint8.
 
-        In the last layer, only the R labelled tokens are queries. -> head(hidden (R, C), weight (V, C), labels (R,),
-        weights (R,)): by default the loss, summed over these tokens, each times its weight."""
-        rows = (labels != IGNORE).nonzero()[:, 0]        # (R,). nonzero() makes the host wait: do it before other work
+        In the last layer, only the R labelled tokens, at `rows`, are queries. -> head(hidden (R, C), weight (V, C),
+        labels (R,), weights (R,)): by default the loss, summed over these tokens, each times its weight."""
+        rows = rows if len(rows) else (labels != IGNORE).nonzero()[:, 0]       # (R,). nonzero() waits for a GPU
         x, *seen = self.inputs(ids, pos, images, cache)                        # (N, C)
         hidden = self.language_model(x, pos, lo, hi, rows, cache, *seen)       # (R, C)
         return head(hidden, self.language_model.head_weight, labels[rows], weights)

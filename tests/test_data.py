@@ -420,6 +420,23 @@ def test_the_number_of_workers_changes_no_step(world):
         assert all(torch.equal(x, y) for m, n in zip(a.micro, b.micro, strict=True) for x, y in zip(m, n))
 
 
+def test_a_copy_to_a_gpu_is_from_pinned_memory(world, monkeypatch):
+    """Two ways: the loader's thread pins a step, with everything else in it as it was; Batch.to pins what is not."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+    pinned, step = [], world()[0]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t, *_: pinned.append(t.data_ptr()) or t.clone())
+    again = pin_memory(step)
+    assert type(again) is type(step) and all(type(b) is data.Batch for b in again.micro) and step.micro
+    assert again[1:] == step[1:] and len(pinned) == sum(map(len, step.micro))
+    assert all(torch.equal(x, y) for m, n in zip(step.micro, again.micro, strict=True) for x, y in zip(m, n))
+    where = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *device, non_blocking: where.append((*device, non_blocking)) or t)
+    del pinned[:]
+    on = step.micro[0].to("cuda")
+    assert where == [("cuda", True)] * len(on) and len(pinned) == len(on)
+    assert torch.equal(on.rows, (on.labels != -100).nonzero()[:, 0]) and len(on.rows)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loading_leaves_dropouts_generator_alone(world, workers):
     before = torch.get_rng_state()
@@ -617,7 +634,8 @@ def test_a_packed_stream_keeps_its_samples_apart():
         at, image = end, image + len(images)
     assert at == len(b.ids) and image == len(b.images)
     assert int((b.labels >= 0).sum()) == sum(int((pack([m], 8).labels >= 0).sum()) for m in made)
-    assert [t.dtype for t in b] == [torch.int64] * 3 + [torch.int32] * 2 + [torch.uint8, torch.float32]
+    dtypes = [torch.int64] * 3 + [torch.int32] * 2 + [torch.uint8, torch.float32, torch.int64]
+    assert [t.dtype for t in b] == dtypes
 
 
 def test_the_first_token_is_never_supervised(bytes_folder, tmp_path):
