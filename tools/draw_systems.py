@@ -1,6 +1,6 @@
-"""Draw every system, and write the sections of docs/systems.md about them.
+"""Draw every system, and write the sections of docs/systems.md about them and the scores in the recipes' docstrings.
 
-    python -m tools.draw_systems      # writes docs/systems/NAME.svg and the second half of docs/systems.md
+    python -m tools.draw_systems      # writes docs/systems/NAME.svg, the second half of docs/systems.md, recipes/NAME.py
 
 The numbers in a picture come from the recipe: sizes from `paper`, who trains from `train`. The attention masks are
 computed by the functions that training calls, on a short sequence. The ten lines of code are copied from their files,
@@ -9,6 +9,7 @@ and the scores from demo/systems.jsonl.
 
 import ast
 import fnmatch
+import re
 from html import escape
 from pathlib import Path
 
@@ -202,10 +203,22 @@ def section(name, rows):
             f"Recipe: {recipe}. From `{file}`, `{what}`:", "", "```python", *code(file, what), "```", ""]
 
 
+def with_score(text, rows):
+    """Text of a recipe, rows of its system -> the text with the toy score above the commands of the docstring"""
+    seeing, blind = (systems.spread([r[k] for r in rows]) if rows else "" for k in ("seeing", "blind"))
+    seeds = f"{len(rows)} seed{'s' * (len(rows) > 1)}"
+    line = f"Toy world: {seeing} % seeing, {blind} % blind ({seeds}, demo/systems.jsonl)." if rows else ""
+    first, commands, rest = text.partition("\n\n    python train_sft.py ")
+    return re.sub(r"\nToy world: .*", "", first) + (line and "\n" + line) + commands + rest
+
+
 def files():
-    """-> {path: text} of the page and of all pictures"""
+    """-> {path: text} of the page, of all pictures and recipes"""
     rows = systems.by_arm(systems.measured(ROOT / "demo/systems.jsonl"))
     out = {ROOT / f"docs/systems/{name}.svg": draw(name) for name in systems.SYSTEMS}
+    for name in list(systems.SYSTEMS)[1:]:                                           # LLaVA-1.5 is the defaults
+        recipe = ROOT / f"recipes/{name}.py"
+        out[recipe] = with_score(recipe.read_text(), rows.get(name, []))
     lines = [line for name in systems.SYSTEMS for line in section(name, rows)]
     tables = [*systems.table(rows), "", *systems.findings(rows), ""]
     head = PAGE.read_text().partition(BEGIN)[0]
