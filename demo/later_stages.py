@@ -41,8 +41,9 @@ GRPO = ["train_grpo.py", *FROM, f"--data={OUT}/questions.jsonl", "--batch_size=3
 ARMS = {"base": [], "sft_more": SFT,
         **{f"grpo_{seed}": [*GRPO, "--lr=4e-4", "--steps=200", "--max_new_tokens=4", f"--seed={seed}"]
            for seed in range(3)},
-        "dpo": DPO, "dpo_sft": [*DPO, "--sft=1"], "dpo_1e-4": [*DPO, "--beta=1e-4"], "dpo_1e-9": [*DPO, "--beta=1e-9"],
-        "kto": [*DPO, "--loss=kto"],
+        "dpo": DPO, "dpo_1": [*DPO, "--seed=1"], "dpo_1e-4": [*DPO, "--beta=1e-4"], "dpo_1e-9": [*DPO, "--beta=1e-9"],
+        "dpo_sft": [*DPO, "--sft=1"], "dpo_sft_1": [*DPO, "--sft=1", "--seed=1"],
+        "sft_chosen": [*DPO, "--sft=1", "--beta=1e-9"], "kto": [*DPO, "--loss=kto"],
         "hacked": [*GRPO, "--lr=3e-4", "--steps=60", "--max_new_tokens=16", "--reward=length"]}
 
 
@@ -55,7 +56,7 @@ class Settings:
 
 def as_conversation(q):
     """A question with its true answer -> row for train_sft.py"""
-    turns = {"from": "human", "value": f"<image>\n{q['text']}"}, {"from": "gpt", "value": q["answer"]}
+    turns = [{"from": "human", "value": f"<image>\n{q['text']}"}, {"from": "gpt", "value": q["answer"]}]
     return {"id": q["question_id"], "image": q["image"], "conversations": turns}
 
 

@@ -329,6 +329,24 @@ def test_an_image_may_have_several_captions(data, tmp_path, capsys, monkeypatch)
     assert found["image_to_text"]["1"] == 0.5 and found["text_to_image"] == {"1": round(5 / 6, 4), "5": 1, "10": 1}
 
 
+def test_zero_shot_takes_the_nearest_mean(data, tmp_path, capsys, monkeypatch):
+    """A class is the mean of its templates: either template alone misses the second image"""
+    run(data, tmp_path / "run", steps=1)
+    file, names = tmp_path / "classes.jsonl", ["red", "blue"]
+    file.write_text("".join(json.dumps({"image": f"{i}.png", "conversations": [
+        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": name}]}) + "\n"
+        for i, name in enumerate(names)))
+    known = {"a red": [1, 0], "red": [1, 0], "a blue": [1, -1], "blue": [0, 1]}
+    vectors = torch.tensor([[1, 0.1], [0.85, 0.5]])
+    monkeypatch.setattr(retrieval.Towers, "images", lambda self, paths: F.normalize(vectors[: len(paths)]))
+    monkeypatch.setattr(retrieval.Towers, "texts",
+                        lambda self, texts: F.normalize(torch.tensor([known[t] for t in texts], dtype=torch.float32)))
+    ask = dict(model=str(tmp_path / "run"), data=str(file), images=data["images"], classes="red,blue")
+    for templates, right in (("a {}", 0.5), ("a {}|{}", 1), ("{}", 0.5)):
+        retrieval.main(retrieval.Settings(**ask, templates=templates))
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == right, templates
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_stage_1_takes_the_image_tower(kind, data, tmp_path):
     """train_align.py --vision=runs/pairs/model"""
