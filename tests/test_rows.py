@@ -26,7 +26,7 @@ from data import Encoder, Steps, loader
 from formats.rows import Rows, conversation, open_mixture, open_rows
 from formats.rows.lines import elements, line_spans
 from formats.rows.shards import Shards
-from formats.rows.tar import members
+from formats.rows.tar import members, sum_of
 from formats.tokenizer import Tokenizer
 from images import ImageSpec, Layout, load_image, safe_path
 
@@ -277,6 +277,18 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path):
             true = [(m.name, m.offset_data, m.offset_data + m.size) for m in tar if m.isfile()]
         found = [(name, data, end) for name, _, data, end in members((tmp_path / "a.tar").read_bytes())]
         assert found == true and len(true) > 20
+
+
+def test_each_byte_of_a_header_counts(tmp_path):
+    """One changed byte is no header. A sparse file (GNU), with a true checksum, is refused by its kind."""
+    blob = write_tar(tmp_path / "a.tar", [("0.txt", b"\xff" * 512)], format=tarfile.USTAR_FORMAT).read_bytes()
+    assert [name for name, *_ in members(blob)] == ["0.txt"] and sum_of(b"\xff" * 256) == sum(b"\xff" * 256)
+    for i in range(512):
+        with pytest.raises(ValueError, match="no header at byte 0"):
+            [*members(blob[:i] + bytes([blob[i] + 1]) + blob[i + 1 :])]
+    told = int(blob[148:154], 8) + ord("S") - ord("0")
+    with pytest.raises(ValueError, match="a member of kind b'S' at byte 0"):
+        [*members(blob[:148] + b"%06o" % told + blob[154:156] + b"S" + blob[157:])]
 
 
 def test_a_bad_tar_sample_costs_one_sample(tmp_path):

@@ -8,6 +8,8 @@ first dot of the last part. KEY.json or KEY.txt is the text, KEY.jpg, KEY.img0.j
 In the last form, one prompt, its captions and its images may be lists: several turns, several images."""
 
 import os
+import struct
+import zlib
 from array import array
 
 import numpy as np
@@ -20,40 +22,43 @@ from formats.strict_json import strict_json
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 MAX_SAMPLE = 2**30         # bytes of all members of a sample
+HEADER = struct.Struct("100s 24x 12s 12x 8s s 100x 6s 82x 155s 12x")       # name, size, checksum, kind, magic, prefix
 FILE, EMPTY = (b"0", b"7", b"\0"), (b"1", b"2", b"3", b"4", b"5", b"6")     # EMPTY: links, devices, folders
 
 
 def key_of(name):
     """-> the part of a member's name that its sample shares; "" for a hidden file"""
     name = name.removeprefix("./")
-    folder, slash, last = name.rpartition("/")
-    first = last.partition(".")[0]
-    return folder + slash + first if first and not name.startswith(".") else ""
+    last = name.rfind("/") + 1
+    dot = name.find(".", last)
+    key = name[:dot] if dot >= 0 else name
+    return key if len(key) > last and key[0] != "." else ""
 
 
 def members(blob):
     """Read the headers of a tar file, in the formats ustar, GNU and pax -> (name, begin of its headers, begin and end
     of its data) of each file in it. tarfile does the same and takes longer."""
     at, begin, name, size = 0, 0, None, None                   # name, size: from an extended header, for the next one
-    while at < len(blob):
-        head = blob[at : at + 512]
-        if head == bytes(512):                                 # the end
-            return
+    total = len(blob)
+    while at < total:
         try:
-            true = int(head[148:156].strip(b" \0"), 8) == sum(head[:148]) + sum(head[156:]) + 8 * ord(" ")
-            length = number(head[124:136])
-        except ValueError:
+            short, length, told, kind, magic, prefix = HEADER.unpack_from(blob, at)
+            if not short[0] and blob[at : at + 512] == bytes(512):                       # the end
+                return
+            length = number(length)                            # the sum of all bytes, with spaces in its own field
+            true = number(told) == sum_of(blob[at : at + 256]) + sum_of(blob[at + 256 : at + 512]) - sum_of(told) + 256
+        except (ValueError, struct.error):
             true = False
-        if len(head) < 512 or not true:
+        if not true:
             raise ValueError(f"no header at byte {at:,}")
-        kind, data = head[156:157], at + 512
+        data = at + 512
         if kind in EMPTY:
             length = 0
         elif kind in FILE and size is not None:
             length = size
         at = data + -(-length // 512) * 512
-        if data + length > len(blob):
-            raise ValueError(f"cut off at byte {len(blob):,}")
+        if data + length > total:
+            raise ValueError(f"cut off at byte {total:,}")
         if kind == b"L":
             name = text_of(blob[data : data + length])
         elif kind == b"x":
@@ -63,11 +68,18 @@ def members(blob):
         elif kind not in (b"g", b"K"):
             if kind not in FILE and kind not in EMPTY:
                 raise ValueError(f"a member of kind {kind!r} at byte {data - 512:,}")
-            prefix = text_of(head[345:500]) if head[257:263] == b"ustar\0" else ""
-            name = name if name is not None else f"{prefix}/" * bool(prefix) + text_of(head[:100])
+            if name is None:
+                name = text_of(short)
+                if prefix[0] and magic == b"ustar\0":
+                    name = f"{text_of(prefix)}/{name}"
             if kind in FILE and not name.endswith("/"):        # very old tar files have folders of this kind
                 yield name, begin, data, data + length
             begin, name, size = at, None, None
+
+
+def sum_of(block):
+    """-> sum of at most 256 bytes. adler32 has it, plus 1 and modulo 65,521, and is 20 times faster than sum()."""
+    return (zlib.adler32(block) & 0xFFFF) - 1
 
 
 def number(field):
@@ -103,7 +115,7 @@ def sample_spans(blob):
             out.extend((begin, end, 1, 0))
         out[-3], last = -(-end // 512) * 512, key
         if name.endswith(".json") and end - data <= MAX_BYTES:
-            out[-1] |= HAS_IMAGE.search(blob, data, end) is not None
+            out[-1] |= blob.find(b'"image', data, end) >= 0 and HAS_IMAGE.search(blob, data, end) is not None
             if blob.find(b'"prompts"', data, end) >= 0:
                 out[-2] = prompts(blob[data:end])
         elif name.lower().endswith(IMAGES):
