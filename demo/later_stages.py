@@ -36,11 +36,12 @@ DPO = ["train_dpo.py", *FROM, f"--data={OUT}/pairs.jsonl", f"--images={TOY}/imag
        "--epochs=1", "--log_every=5", "--sample_every=0"]
 GRPO = ["train_grpo.py", *FROM, f"--data={OUT}/questions.jsonl", "--batch_size=32", "--log_every=1",
         "--sample_every=25"]
+EXACT = [*GRPO, "--lr=4e-4", "--steps=200", "--max_new_tokens=4"]
 
 # arm: what trains it, from the base
 ARMS = {"base": [], "sft_more": SFT,
-        **{f"grpo_{seed}": [*GRPO, "--lr=4e-4", "--steps=200", "--max_new_tokens=4", f"--seed={seed}"]
-           for seed in range(3)},
+        **{f"grpo_{seed}": [*EXACT, f"--seed={seed}"] for seed in range(3)},
+        "grpo_on": [*EXACT, "--seed=3", f"--init={OUT}/grpo_0"],
         "dpo": DPO, "dpo_1": [*DPO, "--seed=1"], "dpo_1e-4": [*DPO, "--beta=1e-4"], "dpo_1e-9": [*DPO, "--beta=1e-9"],
         "dpo_sft": [*DPO, "--sft=1"], "dpo_sft_1": [*DPO, "--sft=1", "--seed=1"],
         "sft_chosen": [*DPO, "--sft=1", "--beta=1e-9"], "kto": [*DPO, "--loss=kto"],
