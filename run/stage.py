@@ -15,7 +15,7 @@ import torch
 import chat
 import engine
 from config import check_ranges, stop
-from data import Encoder, Steps, loader
+from data import Encoder, Steps
 from formats import configs, llava
 from formats.whole import MANIFEST
 from kernels import choose_kernels
@@ -26,6 +26,7 @@ from parts.spans import span_ends
 from run import paper, plan
 from run.best import watched
 from run.folder import RunFolder, check_space, path_of, unwritable, would_overwrite
+from run.loader import loader
 from run.log import Log, check_dropped, tally
 from run.publish import publish, published_dtype
 from run.track import tracker

@@ -19,11 +19,12 @@ from PIL import Image
 
 import data
 from config import BadSample, Error
-from data import Encoder, Steps, best_fit, loader, pack, share_out
+from data import Encoder, Steps, best_fit, pack, share_out
 from formats.rows import Rows, conversation
 from formats.tokenizer import Tokenizer
 from images import ImageSpec, Layout
 from kernels.cross_entropy import IGNORE
+from run.loader import loader
 from run.validate import level
 
 I, Q, S = 3, 4, 8  # conftest's <image>; a short image; a small side
@@ -524,7 +525,7 @@ def test_a_step_of_bad_samples_is_empty(world, tmp_path):
 ENDINGS = """
 import json, multiprocessing, os, select, signal, sys, time
 import torch
-import data
+from run.loader import loader
 
 torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 1000       # s between torch's own looks at the trainer
 
@@ -535,7 +536,7 @@ class Slow(torch.utils.data.Dataset):
 
 def train(how, workers):
     got = []
-    batches = data.loader(Slow(), range(1000), workers)
+    batches = loader(Slow(), range(1000), workers)
     for step in range(100):
         assert next(batches) == step
         loaders = [p.pid for p in multiprocessing.active_children()]

@@ -9,10 +9,11 @@ from conftest import error
 from PIL import Image
 from tiny_runs import rows, run
 
-from data import Encoder, Steps, loader
+from data import Encoder, Steps
 from formats.tokenizer import Tokenizer
 from images import ImageSpec, Layout
 from parts.augment import KINDS, Change, allowed, augment_kinds, draw_change
+from run.loader import loader
 
 ALL = {*KINDS}
 
