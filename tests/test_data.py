@@ -658,7 +658,7 @@ def test_the_first_token_is_never_supervised(bytes_folder, tmp_path):
 def test_no_samples_pack_into_an_empty_stream():
     b = pack([], 8)
     assert [t.dtype for t in b] == [t.dtype for t in pack([example(0)], 8)]
-    assert [tuple(t.shape) for t in b] == [(0,)] * 5 + [(0, 3, 8, 8), (0,)]
+    assert [tuple(t.shape) for t in b] == [(0,)] * 5 + [(0, 3, 8, 8), (0,), (0,)]
 
 
 @pytest.mark.parametrize("seed", range(8))
