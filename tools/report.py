@@ -52,8 +52,9 @@ def matched(rows, others):
     def keys(of):
         seen = Counter()
         for row in of:
-            seen[row["question_id"]] += 1
-            yield str(row["question_id"]), seen[row["question_id"]]           # an id may be there several times
+            name = str(row["question_id"])                       # 1 and "1" are one id, which may be there twice
+            seen[name] += 1
+            yield name, seen[name]
     found = dict(zip(keys(others), others))
     if more := found.keys() - (own := [*keys(rows)]):
         raise ValueError(f"question {min(more)[0]!r} is in the other file alone")

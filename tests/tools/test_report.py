@@ -11,6 +11,7 @@ from PIL import Image
 from config import Error
 from metrics.certainty import paired
 from tools import report
+from tools.report import matched
 
 
 def row(n, kind="a", score=0.0, text="no", **more):
@@ -105,6 +106,13 @@ def test_questions_of_one_file_alone(tmp_path):
         compared(tmp_path, [row(1)], [row(1), row(3)])
     with pytest.raises(Error, match="no scores to compare"):
         compared(tmp_path, [row(1, score=None)], [row(1, score=None)])
+
+
+def test_ids_of_any_kind_are_matched(tmp_path):
+    """1 and "1" are one id, asked twice; an id may be a list"""
+    rows = [row(1, text="a"), row("1", text="b"), row(["x", 2], text="c")]
+    pairs = matched(rows, [row("1", text="A"), row(1, text="B"), row(["x", 2], text="C")])
+    assert [(r["text"], r["other"]["text"]) for r in pairs] == [("a", "A"), ("b", "B"), ("c", "C")]
 
 
 def test_mmbench_tests_groups_of_questions(tmp_path):
