@@ -44,7 +44,7 @@ from images import image_folder, load_image, preprocess, safe_path
 from parts.pairs import similarities
 from tools.check_data import form_of
 from tools.curate_page import filter_page, keep_some
-from tools.curate_rows import check_length, open_input, row_line
+from tools.curate_rows import check_length, check_written, open_input, row_line
 from tools.image_hash import BITS, HashIndex, image_hash
 from tools.retrieval import Towers
 
@@ -175,6 +175,7 @@ def main(argv):
         stop(f"min_similarity={s.min_similarity} needs --pair=FOLDER")
     out, stem = Path(s.out), Path(s.out).with_suffix("")
     removed, page = Path(s.removed or f"{stem}_removed.jsonl"), Path(s.html or f"{stem}_removed.html")
+    check_written(rows, out=out, removed=removed, html=page)
     towers = Towers(s.pair, s.device, s.batch_size) if s.pair else None
     counts, reasons, examples, draw = np.zeros(BINS, int), Counter(), {}, random.Random(0)
     last = time.monotonic()

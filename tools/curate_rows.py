@@ -20,10 +20,18 @@ def open_input(argv, s):
     files = [a for a in argv if not a.startswith("--")]
     if len(files) != 1 or not s.out:
         stop("one data file, or a pattern in quotes, and --out=FILE.jsonl are needed; --help says more")
-    rows = open_rows(files[0])
-    if any(os.path.exists(s.out) and os.path.samefile(s.out, f) for f in getattr(rows, "files", [rows.file])):
-        stop(f"out={s.out} is the data itself")
-    return rows
+    return open_rows(files[0])
+
+
+def check_written(rows, **files):
+    """Stop if a file that will be written is the data, or if two of them are one file. files: {setting: path}"""
+    def place(file):
+        return os.stat(file)[1:3] if os.path.exists(file) else os.path.realpath(file)               # inode, device
+    taken = {place(file): "the data itself" for file in getattr(rows, "files", [rows.file])}
+    for name, file in files.items():
+        if place(file) in taken:
+            stop(f"{name}={file} is {taken[place(file)]}")
+        taken[place(file)] = f"the file of --{name}, too"
 
 
 def row_line(row, folder=""):

@@ -37,7 +37,7 @@ from formats.strict_json import strict_json
 from images import image_folder, safe_path
 from tools.curate_client import LONGEST, Endpoint, Failed
 from tools.curate_prompts import KINDS, prompt, read_reply, row_facts
-from tools.curate_rows import check_length, open_input, row_line
+from tools.curate_rows import check_length, check_written, open_input, row_line
 
 STREAK = 20                # failures one after another that stop the run
 
@@ -145,9 +145,12 @@ def main(argv):
     image_folder(s.images)
     if wrong := [k for k in s.kinds.split(",") if k not in KINDS]:
         stop(f"kinds={s.kinds}: {wrong[0]!r} is none of {', '.join(KINDS)}")
+    if len({*s.kinds.split(",")}) < s.kinds.count(",") + 1:
+        stop(f"kinds={s.kinds}: each kind once, since it is a part of the id")
     rows, endpoint = open_input(argv, s), Endpoint(s.url, read_key(s.key_env), s.per_minute, s.timeout)
     out = Path(s.out)
     listed = Path(s.failed or f"{out.with_suffix('')}_failed.jsonl")
+    check_written(rows, out=out, failed=listed)
     count, rejected, failures, lock, began = Counter(), Counter(), Counter(), threading.Lock(), time.monotonic()
     try:
         for folder in {out.parent, listed.parent, *([Path(s.out_images)] if s.out_images else [])}:

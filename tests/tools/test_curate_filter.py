@@ -210,6 +210,12 @@ def test_examples_are_drawn_evenly():
 def test_wrong_arguments_are_one_line(folder):
     data = write(folder / "d.jsonl", [row(0, "0.png", "x")])
     assert "one data file" in error(curate_filter.main, [f"--out={folder / 'o'}"])
-    assert "is the data itself" in error(curate_filter.main, [data, f"--out={data}"])
+    for setting in ("out", "removed", "html"):
+        line = error(curate_filter.main, [data, f"--out={folder}/o", f"--{setting}={folder}/./d.jsonl"])
+        assert line == f"{setting}={folder}/d.jsonl is the data itself"
+    (folder / "link.jsonl").hardlink_to(data)
+    assert "is the data itself" in error(curate_filter.main, [data, f"--out={folder / 'link.jsonl'}"])
+    line = error(curate_filter.main, [data, f"--out={folder}/o", f"--removed={folder}/p", f"--html={folder}/p"])
+    assert line.endswith("p is the file of --removed, too")
     assert "is not a folder" in error(curate_filter.main, [data, f"--out={folder}/o", "--images=nowhere"])
     assert "could not be written" in error(curate_filter.main, [data, f"--images={folder}", f"--out={data}/x/o.jsonl"])

@@ -334,8 +334,13 @@ def test_our_own_server_is_asked(folder, bytes_folder):
                                               "text before the first question")
 
 
-def test_wrong_commands_are_one_line(capsys):
+def test_wrong_commands_are_one_line(capsys, tmp_path):
     assert "usage" in error(curate.main, []) and "usage" in error(curate.main, ["sift"])
     curate.main(["--help"])
     assert "curate synth FILE" in capsys.readouterr().out
     assert "none of conversation" in error(curate.main, ["synth", "x", "--out=y", "--kinds=poem"])
+    assert "each kind once" in error(curate.main, ["synth", "x", "--out=y", "--kinds=detail,reasoning,detail"])
+    rows = tmp_path / "x.jsonl"
+    rows.write_text('{"id": 1}\n')
+    assert "is the data itself" in error(curate.main, ["synth", str(rows), "--out=y", f"--failed={rows}"])
+    assert rows.read_text() == '{"id": 1}\n'
