@@ -1,14 +1,20 @@
 """--track: send log.jsonl to trackio, wandb or TensorBoard, too. Only rank 0 does so. log.jsonl stays the record: its
 lines are read from the file and sent. A resumed run is a new run of the tracker, which first gets the lines of the
-steps before, so each of its curves is whole. Only numbers are sent."""
+steps before, so each of its curves is whole. Only numbers are sent. After an error of the tracker, training goes on
+without it."""
 
 import atexit
 import contextlib
 import importlib
 import json
 import os
+import sys
 
 from config import stop
+
+
+def send_nothing(values, step):
+    """What takes the place of a tracker that has failed"""
 
 
 def tracker(kind, out, settings):
@@ -32,13 +38,19 @@ def tracker(kind, out, settings):
 
     def send_lines():
         nonlocal at, send
-        send = send or begin()
+        rows = []
         with contextlib.suppress(OSError), open(out / "log.jsonl", "rb") as file:
             file.seek(at)
             lines, at = file.read().splitlines(), file.tell()
             for line in lines:
                 with contextlib.suppress(ValueError):                      # a full disk has cut this line
-                    row = json.loads(line)
-                    send({k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}, row["step"])
+                    rows.append(json.loads(line))
+        try:
+            send = send or begin()
+            for row in rows:
+                send({k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}, row["step"])
+        except Exception as e:                                             # of any type: it is the tracker's code
+            print(f"track={kind} ends here: {type(e).__name__}: {e}".splitlines()[0], file=sys.stderr)
+            send = send_nothing
 
     return send_lines

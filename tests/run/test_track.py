@@ -85,6 +85,23 @@ def test_only_rank_0_sends(world, tmp_path, calls):
     assert fork(2, rank, tmp_path) == [[1, 2], [0, 0]]
 
 
+@pytest.mark.parametrize("place", ["init", "log"])
+def test_an_error_of_a_tracker_ends_it_alone(place, world, tmp_path, calls, monkeypatch, capsys):
+    """One warning; training goes on, and its log is that of a run without a tracker."""
+    began, sent, _ = calls
+
+    def fail(*args, **how):
+        sent.append("failed")
+        raise ConnectionError("no network\nsecond line")
+    monkeypatch.setattr(sys.modules["wandb"], place, fail)
+    run("align", world, tmp_path / "run", steps=3, track="wandb")
+    run("align", world, tmp_path / "plain", steps=3)
+    assert sent == ["failed"] and len(began) == (place == "log")
+    assert capsys.readouterr().err.count("track=wandb ends here: ConnectionError: no network\n") == 1
+    losses = [[r["loss"] for r in rows(tmp_path / name / "log.jsonl") if "loss" in r] for name in ("run", "plain")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
 def test_a_line_that_is_lost_is_not_sent(tmp_path, calls):
     """A full disk has cut a line, or there is no file"""
     send = track.tracker("wandb", tmp_path, {})
