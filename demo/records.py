@@ -74,7 +74,8 @@ def check(s, root):
     """Measure all seeds on a clone of the repository `root`, and append their rows -> do all reach the goal?"""
     rows, reached, here, cores = Path(s.rows).resolve(), [], os.getcwd(), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as clone:
-        subprocess.run(["git", "clone", "--quiet", str(root), clone], check=True)
+        if subprocess.run(["git", "clone", "--quiet", str(root), clone], stderr=subprocess.DEVNULL).returncode:
+            config.stop(f"{root} cannot be cloned: is it a git repository? A record is of a commit")
         revision = subprocess.run(["git", "-C", clone, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         try:
             os.chdir(clone)

@@ -10,6 +10,7 @@ and the scores from demo/systems.jsonl.
 import ast
 import fnmatch
 import re
+import sys
 from html import escape
 from pathlib import Path
 
@@ -226,11 +227,14 @@ def files():
     return out | {PAGE: "\n".join(page)}
 
 
-def main():
+def main(argv):
+    if argv:
+        config.stop("usage: python -m tools.draw_systems, without settings")
     (ROOT / "docs/systems").mkdir(exist_ok=True)
     for file, content in files().items():
         file.write_text(content)
 
 
 if __name__ == "__main__":
-    main()
+    with config.one_line_errors():
+        main(sys.argv[1:])

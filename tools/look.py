@@ -1,6 +1,6 @@
 """Look at one answer: a page with the probability of each token, and a heat map of attention over the image.
 
-    python -m tools.look --model=runs/sft --image=FILE --prompt="What is this?"      # writes look.html
+    python -m tools.look --model=runs/sft --image=FILE --prompt="What is this?"      # writes runs/sft/look.html
     python -m tools.look --model=runs/sft --pointing                                 # toy world: is the map right?
 
 The page is one file. It holds its image and script, opens without a network, and can be read on a phone. It shows the
@@ -40,7 +40,7 @@ class Settings:
     model: str = setting("runs/sft", "a run, its model/ or adapter/, any LLaVA folder or adapter")
     image: str = setting("", "image file; several, separated by commas; empty: text alone")
     prompt: str = setting("", "the question")
-    out: str = setting("look.html", "the page")
+    out: str = setting("", "page to write; empty: look.html in the run")
     layer: int = setting(0, "decoder layer that the page shows first, from 1; 0 = the last", 0)
     neutral: str = setting("", "text of the neutral question, by whose attention the map is divided")
     pointing: bool = setting(False, "measure on the toy world how often the map's largest cell is the asked one")
@@ -169,12 +169,14 @@ def main(s):
                                        s.max_new_tokens, s.temperature, s.seed, s.neutral)
     except BadSample as e:
         stop(str(e))
+    run = Path(s.model)
+    out = Path(s.out or (run.parent if run.name in ("model", "adapter") else run) / "look.html")
     try:
-        write_file(Path(s.out), look_page(found, s.prompt, s.model, s.layer))
+        write_file(out, look_page(found, s.prompt, s.model, s.layer))
     except OSError as e:
-        stop(f"{s.out} could not be written: {e.strerror}")
+        stop(f"{out} could not be written: {e.strerror}; --out=FILE says where the page may go")
     print(answer)
-    print(s.out + (f"; {found['no_map']}" if found["no_map"] else ""), file=sys.stderr)
+    print(f"the page: {out}" + (f"; {found['no_map']}" if found["no_map"] else ""), file=sys.stderr)
 
 
 def print_pointing(s, chat):

@@ -53,6 +53,7 @@ def test_each_seed_becomes_a_row(repository, tmp_path):
 def test_a_command_that_fails_leaves_no_row(repository, tmp_path):
     s = records.Settings(commands="nope.py", model="runs/m", rows=str(tmp_path / "rows.md"))
     assert "nope.py ended with 2" in error(records.check, s, repository)
+    assert "cannot be cloned: is it a git repository?" in error(records.check, s, tmp_path)
     assert not (tmp_path / "rows.md").exists()
     assert "numbers with commas" in error(records.main, records.Settings(seeds="a"))
 

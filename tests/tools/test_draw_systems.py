@@ -4,6 +4,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
+from conftest import error
 
 from demo import systems
 from tools import draw_systems
@@ -16,6 +17,11 @@ def test_page_and_pictures_are_up_to_date():
         assert file.read_text() == text, f"{file} is old"
         if file.suffix == ".svg":
             ET.fromstring(text)
+
+
+def test_settings_are_refused(monkeypatch):
+    monkeypatch.setattr(draw_systems, "files", lambda: pytest.fail("drawn"))
+    assert error(draw_systems.main, ["--name=fuyu"]).startswith("usage: python -m tools.draw_systems")
 
 
 def rows(name):

@@ -102,6 +102,16 @@ def test_bad_input_ends_in_one_line(folder, tmp_path):
     assert "layer=3: this decoder has 2" in error(page_of, folder, layer=3)
     assert "gone.png" in error(page_of, folder, image="gone.png")
     assert "could not be written" in error(page_of, folder, out=str(tmp_path / "gone" / "a.html"))
+
+
+def test_the_page_is_written_beside_the_run(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model").symlink_to(folder / "model")
+    look.main(look.Settings(model="run/model", prompt="What?", device="cpu", dtype="fp64", max_new_tokens=2))
+    assert [p.name for p in run.iterdir() if p.is_file()] == ["look.html"] and [*tmp_path.iterdir()] == [run]
+    assert capsys.readouterr().err.startswith("the page: run/look.html; no heat map")
     assert "images" in error(page_of, folder, pointing=True, data=str(tmp_path / "q.jsonl"))
     (tmp_path / "images").mkdir()
     (tmp_path / "q.jsonl").write_text('{"image": "cat.png", "text": "?", "answer": "a", "type": "color"}\n')
