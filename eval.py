@@ -165,6 +165,18 @@ def score_all(s, rows, answers):
     return points, {"task": s.task} | result | {"unreadable": answers.count(None)}
 
 
+def save_answers(out, rows, answers, points, shown):
+    """Write the answers with their scores, or None if they are not scored -> None, or the OSError of a full disk"""
+    lines = [json.dumps({"question_id": r["question_id"], "prompt": r["text"], "text": a, "score": p}
+                        | plain_row(r | {"image": image})) + "\n"
+             for r, a, p, image in zip(rows, answers, points, shown)]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, "".join(lines))
+    except OSError as e:
+        return e
+
+
 def main(s):
     config.check_ranges(s)
     if s.blind and s.shuffled:
@@ -210,22 +222,17 @@ def main(s):
     answers = [a for _, a in sorted((i, a) for rank in world.gather(answered) for i, a in rank)]
     if answers.count(None) == len(answers):
         config.stop(f"none of the {len(rows)} questions could be asked; the lines above say why")
+    if world.rank > 0:
+        return
+    save_answers(out, rows, answers, [None] * len(rows), shown)    # an error while scoring costs no answer
     points, result = score_all(s, rows, answers)
     result |= {"how": how, "model": s.model, "data": data, "template": chat.template, "shots": s.shots,
                "seconds": round(time.time() - began, 1)}
-    if world.rank > 0:
-        return
-    lines = [json.dumps({"question_id": r["question_id"], "prompt": r["text"], "text": a, "score": p}
-                        | plain_row(r | {"image": image})) + "\n"
-             for r, a, p, image in zip(rows, answers, points, shown)]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, "".join(lines))
-        print(f"{out}; a page of it: python -m tools.report {out} --images={images}", file=sys.stderr)
-    except OSError as e:
-        config.stop(f"{e.filename or out} could not be written: {e.strerror}")
-    finally:
-        print(json.dumps(result), flush=True)                     # the score is printed even if the disk is full
+    problem = save_answers(out, rows, answers, points, shown)
+    print(json.dumps(result), flush=True)                         # the score is printed even if the disk is full
+    if problem:
+        config.stop(f"{problem.filename or out} could not be written: {problem.strerror}")
+    print(f"{out}; a page of it: python -m tools.report {out} --images={images}", file=sys.stderr)
 
 
 if __name__ == "__main__":

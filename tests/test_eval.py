@@ -246,6 +246,22 @@ def test_a_full_disk_does_not_cost_the_score(model_folder, world, capsys, monkey
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 11
 
 
+def test_answers_outlive_an_error_of_scoring(model_folder, world, capsys, monkeypatch):
+    """They are written before, and can be scored later."""
+    monkeypatch.setattr(Chat, "answers", always("yes"))
+    with monkeypatch.context() as broken:
+        broken.setattr(eval, "evaluate", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model_folder, world, capsys)
+    rows = [json.loads(line) for line in (world / "a.jsonl").read_text().splitlines()]
+    assert {(r["text"], r["score"]) for r in rows} <= {("yes", None), (None, None)} and len(rows) == 11
+    capsys.readouterr()
+    eval.main(eval.Settings(score=str(world / "a.jsonl")))
+    again = json.loads(capsys.readouterr().out)
+    result, whole = run(model_folder, world, capsys)
+    assert again["accuracy"] == result["accuracy"] and [r | {"score": None} for r in whole] == rows
+
+
 @pytest.mark.parametrize("settings, complaint", [
     (dict(device="foo"), "device=foo: auto"), (dict(dtype="foo"), "dtype=foo: auto"), (dict(seed=2**70), "seed="),
     (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=float("inf")), "temperature=inf"),
