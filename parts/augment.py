@@ -5,10 +5,11 @@
     flip     exchanges left and right, in half of the samples that allow it
 
 Crop and flip depend on all texts of the row, also on the answers. Neither is made where a text or a key of the row has
-coordinates, mentions writing, or has a digit. No crop where a text counts, or mentions an edge. A flip needs more: the
-row must say "letters": false, because an image may have letters that no text mentions, and no text may mention a side
-or have letters beyond ASCII, since the words for sides are known in five languages only. So a mistake means less
-augmentation. Validation and evaluation never augment. PaliGemma found no gain from augmentation (arXiv 2407.07726).
+coordinates, mentions writing, or has a digit. No crop where a text counts, has an English word for a number, or mentions
+an edge: a crop may cut off one of "three boats". A flip needs more: the row must say "letters": false, because an image
+may have letters that no text mentions, and no text may mention a side or have letters beyond ASCII, since the words for
+sides are known in five languages only. So a mistake means less augmentation. Validation and evaluation never augment.
+PaliGemma found no gain from augmentation (arXiv 2407.07726).
 
 A change depends on (seed, step, number of the sample in its step) alone, not on ranks, workers or `augment`."""
 
@@ -26,7 +27,8 @@ SIDES = re.compile(r"\b(?:left|right|mirror|flip|east|west|izquierd|derech)\w*|c
                    r"|\b(?:links|rechts|gauche|droite|sinistra|destra)\b", re.I)
 LETTERS = re.compile(r"\d|\b(?:read|letter|number|digit|word|text|writ|sign|sa(?:y|id)|spell|label|logo|caption|title|"
                      r"brand|plate|name|page|poster|screen|chart|clock|flag)\w*", re.I)
-COUNTS = re.compile(r"\b(?:how many|count(?:s|ed|ing)?\b|edge|corner|border|margin|crop)", re.I)
+COUNTS = re.compile(r"\b(?:how many|count(?:s|ed|ing)?\b|edge|corner|border|margin|crop|(?:one|two|three|four|five|six|"
+                    r"seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|dozens?|both|pairs?|couples?|only)\b)", re.I)
 PLACES = re.compile(r"[\[({<]\s*-?\d*\.?\d+\s*,\s*-?\d|<[^<>]{0,9}(?:loc|box|quad|point|ref)", re.I)
 PLACE_KEYS = re.compile("box|point|polygon|mask|segment|region|coord", re.I)
 NO_TEXT = re.compile(r"\.(?:image\w*|id|path|url|bytes|from|role|type)\b")              # keys of a row
