@@ -1,16 +1,20 @@
 """Preferences and rewards on the toy world, after a stage 2 that is cut short: what DPO, KTO and GRPO change there.
 
-    python -m demo.later_stages                        # run what demo/later_stages.jsonl lacks (half an hour), and print
+    python -m demo.later_stages                        # run what demo/later_stages.jsonl lacks (an hour), and print
     python -m demo.later_stages --only=base,grpo_0     # some of it
     python -m demo.later_stages --show                 # print the tables alone
 
-    base       one pass over captions, one over conversations: it counts and reads worse than a finished model
-    dpo, kto   pairs of its own wrong answers to questions about new scenes (tools/pairs.py)
-    grpo       answers to the same questions are drawn, and rewarded if they are right
-    hacked     the reward counts words, and nothing else
+    base         one pass over captions, one over conversations: it counts and reads worse than a finished model
+    sft_more     stage 2 goes on, with questions about new scenes and their true answers
+    grpo_SEED    answers to the same questions are drawn, and rewarded if they are right; grpo_on goes on from grpo_0
+    dpo, kto     pairs of its own wrong answers to these questions (tools/pairs.py); dpo_NUMBER: another beta or lr
+    dpo_sft      DPO with an SFT term; sft_chosen: the SFT term alone, because a beta of 1e-9 leaves no DPO
+    hacked       the reward counts words, and nothing else
 
-A row of demo/later_stages.jsonl is one run: scores on the held-out questions, and what its log says. yes is the share of
-"yes" among the answers to yes/no questions (POPE's yes ratio).
+A row of demo/later_stages.jsonl is one run: scores on the held-out questions, the first answer of each type, and what
+its log says. yes is the share of "yes" among the answers to yes/no questions (POPE's yes ratio, which counts an answer
+without "no" as "yes"); neither is the share of answers that are neither of both words. docs/training.md has these
+numbers; tools/draw_later_stages.py draws the rewards.
 """
 
 import dataclasses
@@ -92,6 +96,7 @@ def measure(arm):
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {"arm": arm, "accuracy": scores["accuracy"], "types": scores["types"], "n": scores["n"],
             "yes": pope([r["text"] for r in yes_no], [r["answers"][0] for r in yes_no])["yes_ratio"],
+            "neither": sum(r["text"] not in ("yes", "no") for r in yes_no) / len(yes_no),
             "log": {k: [round(row[k], 4) for row in log if row.get(k) is not None] for k in keys},
             "generate_s": round(sum(row.get("generate_s", 0) for row in log), 1),
             "said": said, "against": scores.get("against"), "command": " ".join(ARMS[arm]), "cpu_s": round(cpu),
