@@ -57,8 +57,8 @@ def members(blob):
         elif kind in FILE and size is not None:
             length = size
         at = data + -(-length // 512) * 512
-        if data + length > total:
-            raise ValueError(f"cut off at byte {total:,}")
+        if length < 0 or data + length > total:
+            raise ValueError(f"cut off at byte {total:,}" if length > 0 else f"a size below 0 at byte {data - 512:,}")
         if kind == b"L":
             name = text_of(blob[data : data + length])
         elif kind == b"x":
