@@ -45,6 +45,7 @@ ONE = ["--data=toy", "--epochs=1", "--eval_every=0", "--sample_every=0", "--save
 
 IMAGES, LARGE = ["--system=", "--images=runs/toy/images"], ["--system=", "--images=runs/toy/large"]   # with a data file
 CONNECTOR = "--train=multi_modal_projector.*=3e-3"                           # stage 2 with a frozen language model
+QFORMER = CONNECTOR + " multi_modal_projector.layers.*.attention.*=3e-4"
 # towers that train_pairs.py trains when an arm first needs them: CLIP's, and that of BLIP-2's first stage
 PAIRS = {"--vision=runs/pairs/model": ["--out=runs/pairs"],
          "--vision=runs/blip2_pairs/model": ["recipes/blip2.py", "--out=runs/blip2_pairs"]}
@@ -81,8 +82,8 @@ ARMS |= {
     "clip_one_level": ("llava15", [CLIP], [], []),
     "clip_four_levels": ("llava15", [CLIP, "--parts=connector=norm_mlp vision.feature_layer=[1,2,3,4]"], [], []),
     "clip_second_tower": ("comm", [CLIP], [], []),
-    "blip2_stage_a_frozen": ("blip2", [STAGE_A], [CONNECTOR], []), "blip2_stage_a": ("blip2", [STAGE_A], [], []),
-    "blip2_frozen": ("blip2", [], [CONNECTOR], []), "instructblip_frozen": ("instructblip", [], [CONNECTOR], []),
+    "blip2_stage_a_frozen": ("blip2", [STAGE_A], [QFORMER], []), "blip2_stage_a": ("blip2", [STAGE_A], [], []),
+    "blip2_frozen": ("blip2", [], [QFORMER], []), "instructblip_frozen": ("instructblip", [], [QFORMER], []),
     "llava15_no_replay": ("llava15", [], ["--data=runs/toy/sft_images.json", *IMAGES],
                           ["--data=runs/toy/text_questions.jsonl"]),
     "llava15_replay": ("llava15", [], ["--data=runs/toy/sft.json", *IMAGES], ["--data=runs/toy/text_questions.jsonl"])}

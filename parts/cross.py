@@ -27,6 +27,14 @@ class Projection(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer whose new weights and biases are 0: what it is added to begins unchanged"""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class CrossAttention(nn.Module):
     """q (N, C), k and v (L, E) -> (N, C)"""
 

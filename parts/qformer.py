@@ -4,7 +4,9 @@ In each layer the queries of an image see each other. In every n-th layer, from 
 features of the image. A linear layer maps the last states of the queries to the language model. So an image becomes Q
 tokens, whatever its number of patches. A LayerNorm follows each residual sum (post-LN), as in BERT.
 
-The published code drops 10 % of the activations in training. This code has no dropout.
+The published code drops 10 % of the activations in training. This code has no dropout. The published Q-Former begins
+as BERT. A new one here begins with self-attention that adds 0: if it adds a mean of all queries from the first step, the
+queries become equal in training, and then Q tokens say no more than one.
 
     I images   P features per image   D their width   Q queries   E width of the Q-Former   C LLM width
 """
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 
 from config import stop
 from model import LayerNorm
-from parts.cross import CrossAttention, own_keys
+from parts.cross import CrossAttention, ZeroLinear, own_keys
 
 
 @dataclass
@@ -37,6 +39,7 @@ class QFormerLayer(nn.Module):
         super().__init__()
         E, heads, hidden, eps = cfg.hidden_size, cfg.num_attention_heads, cfg.intermediate_size, cfg.layer_norm_eps
         self.attention, self.attention_norm = CrossAttention(E, heads), LayerNorm(E, eps=eps)
+        self.attention.out_proj = ZeroLinear(E, E)
         self.cross = CrossAttention(E, heads, D) if looks else None
         self.cross_norm = LayerNorm(E, eps=eps) if looks else None
         self.fc1, self.fc2, self.mlp_norm = nn.Linear(E, hidden), nn.Linear(hidden, E), LayerNorm(E, eps=eps)

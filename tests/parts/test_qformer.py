@@ -76,3 +76,13 @@ def test_a_new_one_begins_with_different_small_queries():
     assert (former.norm.weight == 1).all()
     k = former.layers[0].cross.k_proj                              # its input has 32 channels
     assert k.weight.std().item() == pytest.approx(32**-0.5, rel=0.1) and not k.bias.any()
+
+
+def test_self_attention_begins_by_adding_nothing():
+    """Else each new query sees a mean of all from the first step, and training makes them equal"""
+    with torch.device("meta"):
+        model = build(blip2())
+    init_new(model, {n for n, _ in model.named_parameters() if n.startswith("multi_modal")})
+    attention = model.multi_modal_projector.layers[1].attention
+    x, span = torch.randn(3, 24), (torch.zeros(3, dtype=torch.int32), torch.full((3,), 3, dtype=torch.int32))
+    assert attention.q_proj.weight.any() and not attention(x, x, x, *span).any()
