@@ -1,6 +1,6 @@
-"""Questions in parquet (needs the package pyarrow). A file is read one row group at a time. The texts stay in memory. The
-bytes of the images do not: a question keeps the place of an image in the file, and the image is read again when it is
-shown. So memory holds two row groups (formats/rows/parquet.py), not all images of a benchmark."""
+"""Questions in parquet (needs the package pyarrow). A file is read one row group at a time. The texts stay in memory. Bytes
+of images do not: a question keeps the place of an image in the file, and the image is read again when it is shown. So
+memory holds two row groups (formats/rows/parquet.py), not all images of a benchmark."""
 
 import dataclasses
 import glob
@@ -27,7 +27,7 @@ class Stored:
                 value = value[key]
         except Exception as e:                                   # pyarrow raises many exception types on a broken file
             raise BadSample("an image cannot be read from its table", f"{file}: {type(e).__name__}") from None
-        if hashlib.sha256(value).hexdigest() != self.digest:
+        if not isinstance(value, bytes) or hashlib.sha256(value).hexdigest() != self.digest:
             raise BadSample("an image cannot be read from its table", f"{file} has changed since it was opened")
         return value
 
