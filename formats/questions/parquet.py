@@ -1,6 +1,6 @@
-"""Questions in parquet (needs the package pyarrow). A file is read one row group at a time. The texts stay in memory. Bytes
-of images do not: a question keeps the place of an image in the file, and the image is read again when it is shown. So
-memory holds two row groups (formats/rows/parquet.py), not all images of a benchmark."""
+"""Questions in parquet (needs the package pyarrow). A file is read one row group at a time. The texts stay in memory,
+the bytes of images do not: a question keeps the place of an image in the file, and the image is read again when it is
+shown. So memory holds two row groups (formats/rows/parquet.py), not all images of a benchmark."""
 
 import dataclasses
 import glob
