@@ -370,7 +370,7 @@ def test_tables_that_do_not_join_are_refused(gqa_tables, place, change, complain
 
 
 def test_two_row_groups_are_held_at_most(gqa_tables, tmp_path):
-    """Questions of many row groups, in a pattern of files; a table that changed is no image."""
+    """Questions of many row groups, in a pattern of files; a changed table is refused."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     noise = [bytes(random.Random(n).randbytes(500_000)) for n in range(24)]
     for k in (0, 1):

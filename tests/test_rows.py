@@ -281,7 +281,7 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path):
 
 
 def test_each_byte_of_a_header_counts(tmp_path):
-    """One changed byte is no header. With a true checksum: a sparse file (GNU) is refused, and a size
+    """A header with one changed byte is refused. With a true checksum: a sparse file (GNU) is refused, and a size
     below 0, which would be read again and again."""
     blob = write_tar(tmp_path / "a.tar", [("0.txt", b"\xff" * 512)], format=tarfile.USTAR_FORMAT).read_bytes()
     assert [name for name, *_ in members(blob)] == ["0.txt"] and sum_of(b"\xff" * 256) == sum(b"\xff" * 256)
@@ -290,9 +290,9 @@ def test_each_byte_of_a_header_counts(tmp_path):
             [*members(blob[:i] + bytes([blob[i] + 1]) + blob[i + 1 :])]
     for at, new, reason in ((156, b"S", "a member of kind b'S'"), (124, b"-0000002000", "a size below 0")):
         changed = blob[:at] + new + blob[at + len(new) :]
-        told = int(blob[148:154], 8) + sum(changed[:148] + changed[156:512]) - sum(blob[:148] + blob[156:512])
+        check = int(blob[148:154], 8) + sum(changed[:148] + changed[156:512]) - sum(blob[:148] + blob[156:512])
         with pytest.raises(ValueError, match=f"{reason} at byte 0"):
-            [*members(changed[:148] + b"%06o" % told + changed[154:])]
+            [*members(changed[:148] + b"%06o" % check + changed[154:])]
 
 
 def test_a_bad_tar_sample_costs_one_sample(tmp_path):

@@ -42,11 +42,12 @@ def members(blob):
     total = len(blob)
     while at < total:
         try:
-            short, length, told, kind, magic, prefix = HEADER.unpack_from(blob, at)
+            short, length, check, kind, magic, prefix = HEADER.unpack_from(blob, at)
             if not short[0] and blob[at : at + 512] == bytes(512):                       # the end
                 return
-            length = number(length)                            # the sum of all bytes, with spaces in its own field
-            true = number(told) == sum_of(blob[at : at + 256]) + sum_of(blob[at + 256 : at + 512]) - sum_of(told) + 256
+            length = number(length)
+            found = sum_of(blob[at : at + 256]) + sum_of(blob[at + 256 : at + 512])
+            true = number(check) == found - sum_of(check) + 8 * ord(" ")       # the sum of all bytes, this field as spaces
         except (ValueError, struct.error):
             true = False
         if not true:
