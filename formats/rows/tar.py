@@ -47,7 +47,7 @@ def members(blob):
                 return
             length = number(length)
             found = sum_of(blob[at : at + 256]) + sum_of(blob[at + 256 : at + 512])
-            true = number(check) == found - sum_of(check) + 8 * ord(" ")       # the sum of all bytes, this field as spaces
+            true = number(check) == found - sum_of(check) + 8 * ord(" ")     # the sum of all bytes, this field as spaces
         except (ValueError, struct.error):
             true = False
         if not true:
