@@ -46,8 +46,8 @@ def members(blob):
             if not short[0] and blob[at : at + 512] == bytes(512):                       # the end
                 return
             length = number(length)
-            found = sum_of(blob[at : at + 256]) + sum_of(blob[at + 256 : at + 512])
-            true = number(check) == found - sum_of(check) + 8 * ord(" ")     # the sum of all bytes, this field as spaces
+            found = sum_of(blob[at : at + 256]) + sum_of(blob[at + 256 : at + 512])       # with spaces as checksum
+            true = number(check) == found - sum_of(check) + 8 * ord(" ")
         except (ValueError, struct.error):
             true = False
         if not true:
