@@ -8,7 +8,7 @@ from conftest import error
 
 from demo import systems
 from tools import draw_systems
-from tools.draw_systems import CODE, code, files, mask, paper_size
+from tools.draw_systems import CODE, code, files, mask, paper_size, with_score
 
 
 def test_page_and_pictures_are_up_to_date():
@@ -63,3 +63,12 @@ def test_a_picture_has_the_numbers_of_the_paper():
     text = " ".join(re.findall(r">([^<]+)</text>", draw_systems.draw("blip2")))
     for fact in ("EVA ViT", "224 px, 39 x 1408", "257 features, last layer", "32 tokens per image", "32 x 2560"):
         assert fact in text
+
+
+def test_a_recipe_states_the_mean_of_its_rows():
+    """Above its commands, in place of an older score; a system without rows has none"""
+    text = '"""Name.{}\n\n    python train_sft.py recipes/x.py --dry_run\n"""\nlr = 1.0  # Toy world: .\n'
+    rows = [{"seeing": 0.5, "blind": 0.1}, {"seeing": 0.7, "blind": 0.1}]
+    new = text.format("\nToy world: 60.0 ± 14.1 % seeing, 10.0 ± 0.0 % blind (2 seeds, demo/systems.jsonl).")
+    assert with_score(text.format(""), rows) == with_score(new, rows) == new != with_score(new, rows[:1])
+    assert with_score(new, []) == text.format("")
