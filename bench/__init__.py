@@ -19,6 +19,7 @@ import torch
 import config
 
 ROOT = Path(__file__).resolve().parent.parent
+HEAD_START = 2_000_000                              # cycles, about 1 ms: the GPU sleeps while the CPU queues a call
 LOW = {"cuda": torch.bfloat16, "cpu": torch.float32}   # dtype of the measurements
 
 # A simulation of LLaVA's 665k conversations. Each part of the mixture has five numbers: thousands of conversations,
@@ -71,8 +72,8 @@ def sync(device):
 
 def timed(f, device, ms):
     """Return the median milliseconds of a call of f(). The number of calls is chosen so that all calls together take
-    about `ms` milliseconds. On a GPU, two events time a call. Before each call, 1 GiB is overwritten. This removes the
-    inputs of f from the L2 cache, and gives the CPU time to queue the call."""
+    about `ms` milliseconds. On a GPU, two events time a call. Before each call, 1 GiB is overwritten, which removes the
+    inputs of f from the L2 cache, and the GPU sleeps, so that the CPU has queued the call before its time begins."""
     f()
     sync(device)
     began = time.perf_counter()
@@ -90,6 +91,7 @@ def timed(f, device, ms):
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
     for start, end in events:
         flush.zero_()
+        torch.cuda._sleep(HEAD_START)
         start.record()
         f()
         end.record()

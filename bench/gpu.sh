@@ -1,26 +1,39 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes, the most important first: are the kernels right on this card, how
-# fast are they, how fast are whole training steps.
+# Everything that needs a GPU, in nine minutes, the most important first: are the kernels right on this card, which
+# tiles are fast, where does the time of a step go, how fast are steps and kernels beside their alternatives.
 #
 #     bash bench/gpu.sh                       # needs python3 with torch, Triton and pytest; downloads nothing
+#     PEERS=DIR bash bench/gpu.sh             # wheels (*.whl) of peers that are not installed: Liger, cut-cross-entropy
 #     REVISION=1a2b3c4 bash bench/gpu.sh      # for a copy of the tree without .git
+#     bash bench/gpu.sh --dry                 # the same parts on a CPU at toy size, to see that all of them run
 #
 # Results go to bench/results/<date>-<card>.md after each part. If OUT names a folder, it also holds the output and the
 # page of each part at any moment, so that a run which is cut off loses nothing.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTORCH_ALLOC_CONF=expandable_segments:True                     # less memory is lost between tensors
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/pumice-triton-$UID}   # shared by all parts
-card=$(python3 -c 'import torch; print(torch.cuda.get_device_name())') || { echo "no GPU that torch can use"; exit 1; }
-card=$(echo "${card#NVIDIA }" | tr 'A-Z ' 'a-z-')
-page=bench/results/$(date +%F)-$card.md
 work=${OUT:-$(mktemp -d)}
 [ -n "${OUT:-}" ] || trap 'rm -rf "$work"' EXIT
 mkdir -p bench/results "$work"
-python3 -c 'import bench; print(bench.describe_machine("cuda"))'
+results=bench/results device=cuda patience=1
+if [ "${1:-}" = --dry ]; then
+    card=dry results=$work device=cpu patience=10                      # a CPU may be slow
+else
+    name='import torch; print(torch.cuda.get_device_name())'
+    card=$(python3 -c "$name") || { echo "no GPU that torch can use"; exit 1; }
+    card=$(echo "${card#NVIDIA }" | tr 'A-Z ' 'a-z-')
+fi
+page=$results/$(date +%F)-$card.md
+for wheel in "${PEERS:-/none}"/*.whl; do                               # a wheel is a zip file of what it installs
+    [ -f "$wheel" ] && python3 -m zipfile -e "$wheel" "$work/peers"
+done
+export PYTHONPATH=$work/peers${PYTHONPATH:+:$PYTHONPATH}
+python3 -c "import bench; print(bench.describe_machine('$device'))"
 
 part() {  # title, file, seconds, command ...: its output goes to file.txt; file.md is its page
-    local title=$1 file=$work/$2 seconds=$3 began=$SECONDS code=0
+    local title=$1 file=$work/$2 seconds=$(($3 * patience)) began=$SECONDS code=0
     shift 3
     echo "== $title: at most $seconds s"
     timeout -s INT -k 5 "$seconds" "$@" 2>&1 | tee "$file.txt"   # INT: pytest and Python still report what they have
@@ -34,13 +47,33 @@ part() {  # title, file, seconds, command ...: its output goes to file.txt; file
 
 # Triton compiles on one core, so the tests run in parallel; the other parts find their kernels in the cache
 parallel=(); python3 -c 'import xdist' 2>/dev/null && parallel=(-n 12 --dist worksteal)
-tests=(python3 -m pytest -q -p no:cacheprovider --tb=short --durations=5 "${parallel[@]}" tests/kernels/test_gpu.py)
-kernels=(python3 -m bench kernels --seconds=225 --row_seconds=90 --out="$work/kernels.md")
-steps=(python3 -m bench step --rows=S1,S2,S4 --steps=3 --seconds=185 --out="$work/steps.md")
+tests=(python3 -m pytest -q -p no:cacheprovider --tb=short --durations=5)
+large=("${tests[@]}" tests/kernels/test_gpu.py tests/kernels/test_gpu_steps.py -k "beyond or peak")   # one at a time
+profile=(python3 -m bench profile --out="$work/profile.md")
+tiles=(python3 -m bench tiles --out="$work/tiles.md")
+steps=(python3 -m bench step --out="$work/steps.md")
+kernels=(python3 -m bench kernels --out="$work/kernels.md")
+if [ $device = cpu ]; then
+    tests+=(tests/kernels/test_gpu_steps.py)
+    tiles+=(--device=cpu --size=tiny --rows=A3 --processes=2 --ms=1)
+    profile+=(--device=cpu --rows=S2)
+    steps+=(--device=cpu --size=tiny --rows=S1 --steps=1 --repeats=1)
+    kernels+=(--device=cpu --size=tiny --rows=A4 --ms=1 --rounds=1)
+else
+    tests+=("${parallel[@]}" tests/kernels/test_gpu.py tests/kernels/test_gpu_steps.py)
+    tests+=(-k "not cpu and not beyond and not peak")
+    tiles+=(--seconds=75)
+    profile+=(--rows=S1,S2,S4,S3 --seconds=90)
+    steps+=(--rows=S1,S2,S4 --steps=3 --seconds=115)
+    kernels+=(--rows=A3,C1,A1,C4,A4,E1r,E2,L1b,C2,A7,E3,A5,L1c --seconds=90 --row_seconds=60)
+fi
 rm -f "$page"
-part "Kernels against float64" tests 130 "${tests[@]}"
-part "Kernels beside their alternatives" kernels 240 "${kernels[@]}"
-part "Training steps beside transformers" steps 200 "${steps[@]}"
-[ -z "${OUT:-}" ] || cp "$page" "$OUT/"
+part "Kernels and steps against float64" tests 100 "${tests[@]}"
+part "Tensors of 2^31 elements, peak memory" large 50 "${large[@]}"
+part "Tiles of attention" tiles 80 "${tiles[@]}"
+part "Profile of a step" profile 95 "${profile[@]}"
+part "Training steps beside transformers" steps 120 "${steps[@]}"
+part "Kernels beside their alternatives" kernels 95 "${kernels[@]}"
+[ -z "${OUT:-}" ] || [ "$page" -ef "$OUT/${page##*/}" ] || cp "$page" "$OUT/"
 echo "written to $page"
 [ -z "${failed:-}" ] || { echo "failed:$failed"; exit 1; }

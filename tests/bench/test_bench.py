@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 
 import conftest
 import pytest
@@ -16,8 +17,9 @@ from conftest import FOREVER, ROOT, tiny_config
 import bench
 import config
 import data
-from bench import kernels, rows, step, systems
+from bench import kernels, profile, rows, step, systems, tiles
 from config import Error
+from model import VLM
 
 SMALL = systems.System(tiny_config(rms_norm_eps=1e-6), "sft", 3, ("theirs",), {}, 0.5)
 JSON = dict(parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -298,7 +300,8 @@ class Event:
 def test_gpu_timing_runs_on_a_simulated_gpu(monkeypatch):
     """Events, a flushed cache, peak memory: on tensors of the CPU."""
     row, empty = make_row("E2", monkeypatch), torch.empty
-    for name, f in {"Event": Event, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
+    for name, f in {"Event": Event, "synchronize": lambda: None, "_sleep": lambda cycles: None,
+                    "reset_peak_memory_stats": lambda: None,
                     "memory_allocated": lambda: 2**20, "max_memory_allocated": lambda: 3 * 2**20}.items():
         assert hasattr(torch.cuda, name)
         monkeypatch.setattr(torch.cuda, name, f)
@@ -389,6 +392,7 @@ case "$*" in
   *get_device_name*) echo "NVIDIA Toy 9000" ;;
   *xdist*) exit 1 ;;
   *"-m pytest"*) echo "3 passed in $TRITON_CACHE_DIR"; echo "$*" >>"$CALLS" ;;
+  *"bench tiles"*|*"bench profile"*) echo "$*" >>"$CALLS" ;;
   *"bench kernels"*) echo "$*" >>"$CALLS"
     for a; do case $a in --out=*) echo "# Kernels, now" >"${a#--out=}" ;; esac; done ;;
   *"bench step"*) echo "$*" >>"$CALLS"; echo "S1: half way"; exit 3 ;;
@@ -397,7 +401,7 @@ esac
 
 
 def test_the_gpu_script_keeps_partial_results(tmp_path):
-    """With a fake python3: three parts; the last one fails without a page."""
+    """With a fake python3: six parts; one fails without a page. Peers come from a folder of wheels."""
     repo, out = tmp_path / "repo", tmp_path / "out"
     (repo / "bench").mkdir(parents=True), out.mkdir()
     (repo / "bench" / "gpu.sh").write_text((ROOT / "bench" / "gpu.sh").read_text())
@@ -406,21 +410,86 @@ def test_the_gpu_script_keeps_partial_results(tmp_path):
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OUT": str(out), "CALLS": str(tmp_path / "calls")}
     p = subprocess.run(["bash", repo / "bench" / "gpu.sh"], env=env, capture_output=True, text=True)
     assert p.returncode == 1 and "failed: Training steps" in p.stdout and p.stderr == ""
-    assert {f.name for f in out.iterdir()} >= {f"{part}.{kind}" for part in ("tests", "kernels", "steps") for kind in
-                                               ("txt", "md")} and (out / "steps.txt").read_text() == "S1: half way\n"
+    parts = "tests", "large", "tiles", "profile", "steps", "kernels"
+    assert {f.name for f in out.iterdir()} >= {f"{part}.{kind}" for part in parts for kind in ("txt", "md")}
+    assert (out / "steps.txt").read_text() == "S1: half way\n"
     page, = (repo / "bench" / "results").iterdir()
     assert page.name.endswith("-toy-9000.md") and (out / page.name).read_text() == page.read_text()
     text = page.read_text()
     assert "3 passed in /tmp/pumice-triton-" in text and "# Kernels, now" in text
     assert "S1: half way" in text and "exit code 3" in text
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert sum("timeout" in c for c in calls) == 0 and len(calls) == 3
-    for call, part in zip(calls[1:], (kernels, step)):                # its settings exist
-        s = config.parse(part.Settings, call.split()[3:])
-        assert s.seconds < 240 and all(n in {*rows.ROWS, *step.NAMES["cuda"], "all"} for n in s.rows.split(","))
+    assert sum("timeout" in c for c in calls) == 0 and len(calls) == 6
     seconds = [int(w) for line in (ROOT / "bench" / "gpu.sh").read_text().splitlines() if line.startswith("part ")
                for w in [line.split('"')[2].split()[1]]]
-    assert len(seconds) == 3 and sum(seconds) <= 580
+    assert len(seconds) == 6 and sum(seconds) <= 540                  # nine minutes
+    for call, part, most in zip(calls[2:], (tiles, profile, step, kernels), seconds[2:]):     # its settings exist
+        s = config.parse(part.Settings, call.split()[3:])
+        assert s.seconds < most and all(n in {*rows.ROWS, *step.NAMES["cuda"]} for n in s.rows.split(","))
+
+
+def test_the_gpu_script_reads_wheels_of_peers(tmp_path):
+    """In a rehearsal on a CPU, with a fake python3, whose module zipfile is the real one"""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "peer-1.0-py3-none-any.whl", "w") as f:
+        f.writestr("peer/__init__.py", "")
+    real = f'case "$*" in *zipfile*) exec {sys.executable} "$@" ;; esac'
+    (tmp_path / "python3").write_text(FAKE.replace("case", f"{real}\necho $PYTHONPATH >>$CALLS\ncase", 1))
+    (tmp_path / "python3").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OUT": str(tmp_path / "out"), "CALLS": str(tmp_path / "calls"),
+           "PEERS": str(wheels)}
+    p = subprocess.run(["bash", ROOT / "bench" / "gpu.sh", "--dry"], env=env, capture_output=True, text=True)
+    calls = (tmp_path / "calls").read_text()
+    assert p.stderr == "" and f"{tmp_path}/out/peers" in calls and (tmp_path / "out/peers/peer/__init__.py").is_file()
+    assert calls.count("--device=cpu") == 4 and (tmp_path / "out").joinpath("kernels.md").is_file()
+    assert not [*(ROOT / "bench/results").glob("*-dry.md")]
+
+
+def test_each_tile_is_timed_and_restored(monkeypatch, capsys, tmp_path):
+    """On a CPU, where tiles mean nothing. A tile that fails, or changes the result, is listed with its reason."""
+    key = tiles.module.architecture(torch.empty(0)), 128
+    before = {k: dict(v) for k, v in tiles.module.ATTENTION_TILES.items()}
+    real, bad = tiles.contender, tiles.CANDIDATES["backward_q", 128][1]
+
+    def contender(*args):
+        c, D = real(*args)
+        forward = c.forward
+
+        def checked():
+            if tiles.module.ATTENTION_TILES[key]["backward_q"] == bad:
+                raise RuntimeError("out of resource: shared memory")
+            wrong = tiles.module.ATTENTION_TILES[key]["forward"] == (64, 64, 4, 3)
+            return tuple(1.1 * t for t in forward()) if wrong else forward()
+        c.forward = checked
+        return c, D
+    monkeypatch.setattr(tiles, "contender", contender)
+    page = tmp_path / "page"
+    tiles.main(tiles.Settings(rows="A3", size="tiny", device="cpu", ms=0.1, processes=0, out=str(page)), [])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1], **JSON)["rows"]
+    assert len(found) == 5 + 3 + 4 and tiles.module.ATTENTION_TILES == before
+    failed = {(r["kernel"], tuple(r["tile"])): r["failed"] for r in found if r["failed"]}
+    assert failed.pop(("backward_q", bad)) == "RuntimeError: out of resource: shared memory"
+    assert failed.pop(("forward", (64, 64, 4, 3))).startswith("another result") and not failed
+    assert all((r["ms"] or 0) > 0 for r in found if not r["failed"])
+    assert "| A3 | forward | 128, 128, 8, 3 |" in page.read_text()
+
+
+def test_a_profile_accounts_for_a_step():
+    """Sums of gradients are counted in bytes: 12 for each trained weight and packed sequence but the first. The shares
+    of the groups make a whole."""
+    r = profile.measure("S1", "tiny", "cpu", 0)
+    trained = sum(p.numel() for p in VLM(systems.system("S1", "tiny").cfg).multi_modal_projector.parameters())
+    assert len(r["streams"]) > 1 and r["sums"] >= 12 * trained * (len(r["streams"]) - 1)
+    assert {"products", "attention", "norms"} <= {*r["groups"]} and len(r["longest"]) == 10
+    page = "\n".join(profile.lines(r))
+    assert "S1, sequences of" in page and "TFLOP/s" in page
+    groups = [line for line in page.splitlines() if line.startswith("| ") and "`" not in line][2:]
+    shares = [float(line.split("|")[3].strip(" %")) for line in groups]
+    assert sum(shares) == pytest.approx(100, abs=0.1 * len(shares))
+    names = "_forward", "norm_forward", "swiglu_backward", "_backward_kv", "_logits_to_gradient", "nvjet_tst_128x64"
+    assert [profile.group_of(name) for name in names] == ["attention", "norms", "SwiGLU", "attention", "cross-entropy",
+                                                          "products"]
 
 
 def test_tests_use_the_given_triton_cache(tmp_path, tmp_path_factory, monkeypatch):
