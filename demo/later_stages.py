@@ -6,7 +6,7 @@
 
     base         one pass over captions, one over conversations: it counts and reads worse than a finished model
     sft_more     stage 2 goes on, with questions about new scenes and their true answers
-    grpo_SEED    answers to the same questions are drawn, and rewarded if they are right
+    grpo_SEED    answers to the same questions are drawn, and rewarded if they are right; grpo_on goes on from grpo_0
     dpo, kto     pairs of its own wrong answers to these questions (tools/pairs.py); dpo_NUMBER: another beta
     dpo_sft      DPO with an SFT term; sft_chosen: the SFT term alone, because a beta of 1e-9 leaves no DPO
     hacked       the reward counts words, and nothing else
@@ -45,8 +45,10 @@ EXACT = [*GRPO, "--lr=4e-4", "--steps=200", "--max_new_tokens=4"]
 # arm: what trains it, from the base
 ARMS = {"base": [], "sft_more": SFT,
         **{f"grpo_{seed}": [*EXACT, f"--seed={seed}"] for seed in range(3)},
+        "grpo_on": [*EXACT, "--seed=3", f"--init={OUT}/grpo_0"],
+        **{f"grpo_on_{n}": [*EXACT, f"--seed={3 + n}", f"--init={OUT}/grpo_{n}"] for n in (1, 2)},
         "dpo": DPO, "dpo_1e-4": [*DPO, "--beta=1e-4"], "dpo_1e-9": [*DPO, "--beta=1e-9"],
-        "dpo_sft": [*DPO, "--sft=1"], "sft_chosen": [*DPO, "--sft=1", "--beta=1e-9"],
+        "dpo_sft": [*DPO, "--sft=1"], "sft_chosen": [*DPO, "--sft=1", "--beta=1e-9"], "kto": [*DPO, "--loss=kto"],
         "hacked": [*GRPO, "--lr=3e-4", "--steps=60", "--max_new_tokens=16", "--reward=length"]}
 
 
