@@ -46,7 +46,6 @@ EXACT = [*GRPO, "--lr=4e-4", "--steps=200", "--max_new_tokens=4"]
 ARMS = {"base": [], "sft_more": SFT,
         **{f"grpo_{seed}": [*EXACT, f"--seed={seed}"] for seed in range(3)},
         "grpo_on": [*EXACT, "--seed=3", f"--init={OUT}/grpo_0"],
-        **{f"grpo_on_{n}": [*EXACT, f"--seed={3 + n}", f"--init={OUT}/grpo_{n}"] for n in (1, 2)},
         "dpo": DPO, "dpo_1e-4": [*DPO, "--beta=1e-4"], "dpo_1e-9": [*DPO, "--beta=1e-9"],
         "dpo_sft": [*DPO, "--sft=1"], "sft_chosen": [*DPO, "--sft=1", "--beta=1e-9"], "kto": [*DPO, "--loss=kto"],
         "hacked": [*GRPO, "--lr=3e-4", "--steps=60", "--max_new_tokens=16", "--reward=length"]}
