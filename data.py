@@ -73,7 +73,7 @@ class Batch(NamedTuple):
     weights: torch.Tensor = torch.zeros(0)  # (R,) fp32: of the R supervised tokens in the loss; empty: all are 1
     rows: torch.Tensor = torch.zeros(0, dtype=torch.long)  # (R,) the supervised tokens; empty: to() finds them
 
-    def to(self, device):  # the host does not wait for a GPU: it finds rows before the copy, from pinned memory
+    def to(self, device):  # the CPU does not wait for a GPU: it finds rows first, and copies from pinned memory
         batch = self._replace(rows=(self.labels != IGNORE).nonzero()[:, 0])
         pin = torch.device(device).type == "cuda" and not self.labels.is_cuda
         return Batch(*((t.pin_memory() if pin else t).to(device, non_blocking=True) for t in batch))

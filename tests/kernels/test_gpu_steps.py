@@ -1,4 +1,4 @@
-"""Whole steps on a GPU: no wait of the host, adapters and 4-bit weights against float64, torch.compile, DDP and FSDP on
+"""Whole steps on a GPU: no wait of the CPU, adapters and 4-bit weights against float64, torch.compile, DDP and FSDP on
 one rank, peak memory against the plan. Most of them run on a CPU, too, in plain torch: so the tests are correct."""
 
 import contextlib
@@ -59,7 +59,7 @@ def forward_backward(model, world, micro, n):
 
 @contextlib.contextmanager
 def waits(device, mode):
-    """Yield a list: a GPU adds a line for each wait of the host (mode "warn"), or raises (mode "error"); on a CPU, an
+    """Yield a list: a GPU adds a line for each wait of the CPU (mode "warn"), or raises (mode "error"); on a CPU, an
     operator is added to which a GPU would have to reply"""
     if device == "cpu":
         with Syncs() as syncs:
@@ -82,7 +82,7 @@ def test_the_host_waits_for_the_result_alone(stage, device):
     for _ in range(2):                                              # the first step compiles kernels
         with waits(device, "error" if optimizer.state else "default") as found:
             total = forward_backward(model, world, micro, n)
-        assert device == "cuda" or found == ["nonzero"] * 2         # in Batch.to, which finds the rows on the host
+        assert device == "cuda" or found == ["nonzero"] * 2         # in Batch.to, which finds the rows on the CPU
         with waits(device, "warn") as found:
             result = engine.update(model, optimizer, total, n, world, 1.0)
         assert result["updated"] and result["loss"] > 0 and len(found) == 2
