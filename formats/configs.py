@@ -67,7 +67,7 @@ def one_line(what):
         stop(f"{what} cannot be read: {type(e).__name__}: {e}")
 
 
-MAY_BE_ZERO = ("feature_layer", "num_register_tokens", "first_position", "tokens")
+MAY_BE_ZERO = ("feature_layer", "num_register_tokens", "first_position", "tokens", "gate_width")
 
 
 def typed(Config, what, d):

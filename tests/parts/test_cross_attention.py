@@ -20,6 +20,7 @@ from part_checks import (
 from test_model import all_logits
 
 from data import pack
+from formats.configs import typed
 from model import Llama
 from parts.build import build
 from parts.cross_attention import FlamingoConfig, GatedBlock, IdeficsConfig, last_image
@@ -111,6 +112,8 @@ def test_without_gates_blocks_are_open(model):
     with torch.no_grad():
         assert torch.equal(all_logits(model, batch), all_logits(bare, batch))
     init_new(bare, {n for n in state if "gated_layers" in n})
+    text = bare.cfg.text
+    assert typed(type(text), "a folder", dataclasses.asdict(text)) == text, "config.json of such a model is read again"
 
 
 def test_new_blocks_begin_closed_and_learn(model):
