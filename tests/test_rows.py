@@ -325,6 +325,7 @@ def test_a_cut_or_empty_tar_is_refused(tmp_path):
 @pytest.mark.parametrize("begin, message", [
     (b"\x1f\x8b\x08\x00", "is compressed: convert it first, as in gunzip FILE"),
     (b"PK\x03\x04", "is a zip file"), (b"ARROW1\0\0", r"is an arrow file.*to_parquet"),
+    (b"\xff\xff\xff\xff\xa0\0\0\0", r"is an arrow file.*to_parquet"),
     (b"id,image,text\n", "neither a json list of samples nor jsonl.*read_csv"),
     (b"\x80\x04\x95", "neither a json list"),
 ])
