@@ -1,9 +1,8 @@
 """Fuyu-8B (Adept 2023, adept.ai/blog/fuyu-8b; compared in arXiv 2407.07726): no vision tower. One linear layer turns
 each patch of 30 x 30 pixels into a token, and a newline token ends each row of patches. Images keep their size.
 
-No training details are published: batch, learning rate and data here are ours. The toy has patches of 12 px. A row of
-the toy ends in a token of its text, because its vocabulary has no other.
-Toy world: 34.5 % seeing, 17.9 % blind (1 seed, demo/systems.jsonl).
+No training details are published: batch, learning rate and data here are ours. The toy has patches of 24 px and
+trains everything in both stages. A row of it ends in a token of its text, because its vocabulary has no other.
 
     python train_sft.py recipes/fuyu.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/fuyu.py --data=toy       # the toy world: both stages
@@ -29,9 +28,9 @@ parts = ("connector=patches tokens=1 vision.model_type=patches vision.image_size
 if toy:
     vision, llm, batch_size, max_len, max_tokens, warmup = "demo/vit", "demo/llm", 16, 512, 4096, 0.03
     epochs, template = (3.0, "plain") if align else (2.0, "vicuna_v1")
-    train = "multi_modal_projector.*=5e-3" if align else "multi_modal_projector.*=3e-3 language_model.*=3e-3"
-    parts = ("connector=patches tokens=1 vision.model_type=patches vision.image_size=12 vision.patch_size=12 "
-             'vision.hidden_size=432 vision.feature_layer=0 layout={"kind":"rows","row_end":[4]}')
+    train = "*=2e-3"
+    parts = ("connector=patches tokens=1 vision.model_type=patches vision.image_size=24 vision.patch_size=24 "
+             'vision.hidden_size=1728 vision.feature_layer=0 layout={"kind":"rows","row_end":[4]}')
 if not align:
     init, vision, llm, parts = "runs/fuyu_align", "", "", ""
 del align
