@@ -233,6 +233,9 @@ SAMPLES = {  # members, and for each row: the turns with # for a marker, and the
         [("##What is it?|A cat.|And then?|A dog.", [BLUE, RED])]),
     "packed": ([("ps_1.img0.jpg", RED), ("ps_1.img1.jpg", BLUE), ("ps_1.json", json.dumps(PACKED).encode())],
                [("#One?|1.", [RED]), ("##Two?|2.|Three?|3.", [BLUE, RED])]),
+    "packed, without its image": ([("1.img0.jpg", RED), ("1.json", json.dumps(
+        {"prompts": ["One?", "Two?"], "captions": ["1.", "2."], "images": [[], "img7.jpg"]}).encode())],
+        [("One?|1.", []), ("#Two?|2.", ["img7.jpg"])]),
     "names of files": ([("1.json", json.dumps(ROWS["LLaVA"]).encode())],
                        [("##What is it?|A cat.|And then?|A dog.", NAMES)]),
     "text alone": ([("1.json", PLAIN)], [("What is it?|A cat.", [])]),

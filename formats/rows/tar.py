@@ -188,14 +188,16 @@ def read_sample(key, files, part=0):
     if not isinstance(row, dict):
         raise BadSample("not an object", f"{row!r:.80}")
     row = {"id": key, **row}
-    if "prompts" in row and "captions" in row:
+    packed = "prompts" in row and "captions" in row
+    if packed:
         row = one_prompt(row, part)
     inside = within_messages(row, names)                       # do the messages themselves name their images?
     listed = row.pop("images", None) or row.pop("image", None) or row.pop("name", None) or []
     listed = listed if isinstance(listed, list) else [listed]
     known = [names[x] for x in listed if isinstance(x, str) and x in names]
     row.pop("image", None)
-    row["images"] = [] if inside else known if len(known) == len(listed) and listed else images or listed
+    whole = len(known) == len(listed) and (listed or packed)   # a packed sample has the images of other prompts, too
+    row["images"] = [] if inside else known if whole else listed if packed else images or listed
     row["image_first"] = b"<image>" not in text                # no marker: the images stand before the first question
     return row
 
