@@ -43,10 +43,12 @@ GRPO = ["train_grpo.py", *FROM, f"--data={OUT}/questions.jsonl", "--batch_size=3
 EXACT = [*GRPO, "--lr=4e-4", "--steps=200", "--max_new_tokens=4"]
 
 # arm: what trains it, from the base
-ARMS = {"base": [], "sft_more": SFT,
+ARMS = {"base": [], "sft_more": SFT, **{f"sft_more_{seed}": [*SFT, f"--seed={seed}"] for seed in (1, 2)},
+        "sft_on": [*SFT, "--seed=3", f"--init={OUT}/sft_more"],
         **{f"grpo_{seed}": [*EXACT, f"--seed={seed}"] for seed in range(3)},
         "grpo_on": [*EXACT, "--seed=3", f"--init={OUT}/grpo_0"],
         "grpo_on_1": [*EXACT, "--seed=4", f"--init={OUT}/grpo_1"],
+        "grpo_on_2": [*EXACT, "--seed=5", f"--init={OUT}/grpo_2"],
         "dpo": DPO, "dpo_1e-4": [*DPO, "--beta=1e-4"], "dpo_1e-9": [*DPO, "--beta=1e-9"],
         "dpo_sft": [*DPO, "--sft=1"], "sft_chosen": [*DPO, "--sft=1", "--beta=1e-9"], "kto": [*DPO, "--loss=kto"],
         "hacked": [*GRPO, "--lr=3e-4", "--steps=60", "--max_new_tokens=16", "--reward=length"]}
