@@ -16,6 +16,8 @@ def answered_questions(file):
     for i, row in enumerate(rows):
         if not {"question_id", "answers", "type", "text"} <= row.keys():
             stop(f"{file}, answer {i} (counted from 0): no true answer beside it; --data=FILE names the questions")
+        if not isinstance(row["type"], str) or not all(isinstance(a, str) for a in row["answers"] or ()):
+            stop(f"{file}, answer {i} (counted from 0): `type` is a string, `answers` is a list of strings")
     return [{"question_id": row["question_id"], "text": row.get("prompt", ""), "answers": row["answers"],
              "type": row["type"], "image": row.get("image")} | {k: row[k] for k in EXTRAS if k in row} for row in rows]
 

@@ -23,7 +23,8 @@ def in_parts(row, blob):
     """OpenAI's list of parts, with the image as a data: URL in its place"""
     question, answer = messages(row)
     text = {"type": "text", "text": question["content"].removeprefix("<image>\n")}
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(blob or b'').decode()}"}}
+    url = "data:image/png;base64," + base64.b64encode(blob or b"").decode()
+    image = {"type": "image_url", "image_url": {"url": url}}
     return {"messages": [{**question, "content": [image] * bool(blob) + [text]}, answer]}
 
 

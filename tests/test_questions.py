@@ -612,6 +612,13 @@ def test_answers_to_another_task_are_refused(tmp_path, task, key):
         eval.main(eval.Settings(score=str(tmp_path / "a.jsonl"), task=task))
 
 
+@pytest.mark.parametrize("change", [{"type": None}, {"answers": [1]}])
+def test_answers_of_another_kind_are_one_line(tmp_path, change):
+    write(tmp_path / "a.jsonl", [{"question_id": 1, "text": "A", "answers": ["A"], "type": "all"} | change])
+    with pytest.raises(Error, match="answer 0 .*`type` is a string"):
+        eval.main(eval.Settings(score=str(tmp_path / "a.jsonl"), task="docvqa"))
+
+
 def test_a_limit_keeps_groups_whole():
     """VLMEvalKit's tables list all questions first, then all of them with rotated options."""
     rows = [{"question_id": n + r * 10**6, "group": n} for r in range(4) for n in range(5)]

@@ -180,7 +180,7 @@ def read(file):
         for row in rows:
             if missing := {"question_id", "prompt", "text", "score", "answers", "image", "type"} - row.keys():
                 raise KeyError(min(missing))
-            score_of(row) + 0.0, html.escape(row["type"] + row["prompt"])
+            score_of(row) + 0.0, row["type"] + row["prompt"] + (row["text"] or "") + "".join(row["answers"] or ())
         return rows or stop(f"{file} is not a file of answers that eval.py wrote: it is empty")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         stop(f"{file} is not a file of answers that eval.py wrote: {type(e).__name__} {e}")
@@ -203,6 +203,8 @@ def main(argv):
         out.write_bytes(text)
     except OSError as e:
         stop(f"{e.filename}: {e.strerror}")
+    except KeyError as key:                                      # of answers to another task
+        stop(f"{' and '.join(files)}: the answers have no {key}, which task={s.task} reads")
     except ValueError as e:
         stop(f"{' and '.join(files)}: {e}")
     print(out)

@@ -61,6 +61,14 @@ class Settings:
     kernels: str = setting("auto", "auto, torch, triton; auto: Triton on a GPU")
 
 
+def parts_of(url):
+    """-> its parts, as urlsplit has them"""
+    try:
+        return urlsplit(url)
+    except ValueError as e:                                    # a bracket without its partner
+        raise Refusal(400, f"not an address: {e}") from None
+
+
 def is_this_machine(host):
     """Is `host` an address that only this machine can reach?"""
     try:
@@ -149,9 +157,9 @@ class Handler(BaseHTTPRequestHandler):
         """A page from elsewhere, open in a browser on this machine, may not use the server: not by a request to our
         address (Origin), nor by a name of its own that resolves to our address (Host)."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if self.server.here and urlsplit(f"//{host}").hostname not in NAMES:
+        if self.server.here and parts_of(f"//{host}").hostname not in NAMES:
             raise Refusal(403, "the Host header does not name this machine")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and parts_of(origin).netloc != host:
             raise Refusal(403, "requests from pages of other servers are refused")
 
     def check_token(self):
@@ -163,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "this server needs a token: Authorization: Bearer TOKEN", None, "invalid_api_key")
 
     def get(self):
-        path = urlsplit(self.path).path
+        path = parts_of(self.path).path
         model = {"id": self.server.s.model, "object": "model", "created": self.server.born, "owned_by": "pumice"}
         if path == "/":
             self.reply(200, self.server.page, "text/html; charset=utf-8",
@@ -180,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def post(self):
         self.unread = self.length()
-        path = urlsplit(self.path).path
+        path = parts_of(self.path).path
         if path != "/v1/chat/completions":
             raise Refusal(*((405, "this address takes GET") if path in ("/", "/health", "/v1/models") else
                             (404, f"nothing at {path:.80}")))

@@ -65,6 +65,12 @@ def test_answers_without_scores_and_several_images(tmp_path):
 def test_another_file_ends_in_one_line(tmp_path, text):
     (tmp_path / "x.jsonl").write_text(text)
     assert "is not a file of answers" in error(report.main, [str(tmp_path / "x.jsonl")])
+    for change in ({"text": 5}, {"answers": [1]}, {"answers": [["a"]]}, {"prompt": None}):
+        (tmp_path / "x.jsonl").write_text(json.dumps(row(1) | change))
+        assert "is not a file of answers" in error(report.main, [str(tmp_path / "x.jsonl")]), change
+    (tmp_path / "x.jsonl").write_text(json.dumps(row(1)))
+    two = [str(tmp_path / "x.jsonl")] * 2
+    assert "no 'group', which task=mmbench reads" in error(report.main, [*two, "--task=mmbench"])
     assert "usage" in error(report.main, [])
     assert "gone.jsonl: No such file" in error(report.main, [str(tmp_path / "gone.jsonl")])
 

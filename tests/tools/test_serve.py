@@ -303,6 +303,8 @@ def test_http_errors_are_error_objects(server):
                           + b"Content-Length: %d\r\n\r\n" % size, b"x" * size)
     assert status == 413 and "the limit is 0.1 MiB" in message
     assert raw(server, b"PUT / HTTP/1.1\r\n" + host + b"\r\n")[0] == 501
+    assert raw(server, b"GET / HTTP/1.1\r\nHost: [\r\n\r\n")[0] == 400
+    assert raw(server, b"GET http://[ HTTP/1.1\r\n" + host + b"\r\n")[0] == 400
     assert raw(server, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n")[0] == 431
     assert request(server, "/v1/embeddings", b"{}")[0] == request(server, "/etc/passwd")[0] == 404
     assert request(server, POST)[0] == request(server, "/health", b"{}")[0] == 405
