@@ -48,6 +48,9 @@ class Instructed:
     def to(self, *args, **kw):
         return Instructed(*(t.to(*args, **kw) for t in (self.pixels, self.words, self.counts)))
 
+    def pin_memory(self):
+        return Instructed(*(t.pin_memory() for t in (self.pixels, self.words, self.counts)))
+
 
 class Reader:
     """([(ids, labels, ...)] of conversations, pixels of all their images) -> Instructed"""

@@ -8,6 +8,7 @@ from conftest import error, example
 from part_checks import check_flops, check_no_images, check_packed, config, random_model, samples
 from test_model import TIGHT, gradients
 from tiny_runs import refusal, run, state
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from data import pack
 from formats import llava
@@ -109,6 +110,17 @@ def test_images_without_words_are_images_with_empty_instructions(model):
     images, none = example(1)[2], torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         assert torch.equal(model.image_features(images), model.image_features(Instructed(images, none[:0], none)))
+
+
+def test_instructions_are_pinned_and_copied_with_their_pixels(monkeypatch):
+    """The loader's thread pins them, or Batch.to, which has no GPU here"""
+    b = pack([([3, 3, 3, 1, 7, 9], [-100] * 5 + [9], torch.zeros(1, 3, 8, 8, dtype=torch.uint8))], 8, reader=read())
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t + 1)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device, non_blocking: to(t, "cpu"))
+    for images in (pin_memory(b).images, b.to("cuda").images):
+        for new, old in zip(vars(images).values(), vars(b.images).values(), strict=True):
+            assert torch.equal(new, old + 1)
 
 
 def test_mmca_is_refused():
