@@ -140,7 +140,7 @@ def grouped(task, questions, points):
 def evaluate(task, answers, questions):
     """Score the answers to questions by the rule of a task -> the score of each, dict of the scores of all
 
-    accuracy, ci95    mean score and its 95 % interval         types, counts    mean score and number of each type
+    accuracy, ci95    mean score and its 95 % interval         types, types_ci95, counts    the same of each type
     Questions without true answers get no scores: None."""
     if not any(q["answers"] for q in questions):
         return [None] * len(answers), {"n": len(answers), "accuracy": None, "types": {}, "counts": {}}
@@ -149,6 +149,7 @@ def evaluate(task, answers, questions):
     kinds = by_type(units)
     result = {"n": len(answers), "accuracy": fmean(scores), "ci95": list(interval(scores)),
               "types": {k: fmean([scores[i] for i in at]) for k, at in kinds.items()},
+              "types_ci95": {k: list(interval([scores[i] for i in at])) for k, at in kinds.items()},
               "counts": {k: len(at) for k, at in kinds.items()}}
     return points, result | (TASKS[task].totals(answers, questions, points) if TASKS[task].totals else {})
 

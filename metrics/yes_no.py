@@ -1,6 +1,8 @@
 """Answers yes or no: POPE (Li et al. 2023, arXiv 2305.10355) and MME (Fu et al. 2023, arXiv 2306.13394)."""
 
-from metrics.certainty import bootstrap
+import numpy as np
+
+from metrics.certainty import DRAWS, bootstrap
 
 # ---- POPE -----------------------------------------------------------------------------------------------------------
 
@@ -21,12 +23,29 @@ def pope(answers, truth):
 
 
 def pope_by_type(answers, truth, types):
-    """Compute pope() of all answers, and add two keys to its dict: f1_types, the f1 score of each question type, and
-    f1_mean, the mean of these, which papers report. An answer None (the question could not be asked) is wrong.
-    types: {type: indices of its questions}"""
+    """Compute pope() of all answers, and add four keys to its dict: f1_types, the f1 score of each question type;
+    f1_mean, the mean of these, which papers report; f1_ci95 and f1_mean_ci95, the 95 % intervals of f1 and f1_mean. An
+    answer None (the question could not be asked) is wrong. types: {type: indices of its questions}"""
     answers = [{"yes": "no", "no": "yes"}[t] if a is None else a for a, t in zip(answers, truth)]
     f1 = {k: pope([answers[i] for i in at], [truth[i] for i in at])["f1"] for k, at in types.items()}
-    return pope(answers, truth) | {"f1_types": f1, "f1_mean": sum(f1.values()) / len(f1)}
+    whole, mean = f1_intervals(answers, truth, types)
+    return pope(answers, truth) | {"f1_ci95": whole, "f1_types": f1, "f1_mean": sum(f1.values()) / len(f1),
+                                   "f1_mean_ci95": mean}
+
+
+def f1_intervals(answers, truth, types):
+    """-> 95 % percentile intervals of the f1 of all questions, and of the mean f1 of the types, by bootstrap. The
+    questions of each type are resampled by themselves."""
+    rng, draws, said = np.random.default_rng(0), [], [*map(pope_answer, answers)]
+    for at in types.values():
+        counts = np.array([(2 * (said[i] == truth[i] == "yes"), said[i] != truth[i]) for i in at])          # (n, 2)
+        draws.append([counts[rng.integers(len(at), size=len(at))].sum(0) for _ in range(DRAWS)])
+
+    def low_high(sums, mean=False):
+        f1 = sums[..., 0] / np.maximum(1, sums.sum(-1))
+        return np.percentile(f1.mean(0) if mean else f1, (2.5, 97.5)).tolist()
+    draws = np.array(draws)                                                                 # (types, DRAWS, 2)
+    return low_high(draws.sum(0)), low_high(draws, True)
 
 
 # ---- MME ------------------------------------------------------------------------------------------------------------

@@ -68,6 +68,21 @@ def test_pope_counts_an_unasked_question_as_wrong():
     assert result["f1"] == 0.8 and result["f1_types"] == {"a": 2 / 3, "b": 1} and result["f1_mean"] == pytest.approx(5 / 6)
 
 
+def test_popes_f1_has_an_interval():
+    """200 questions, f1 0.8. Its deviation by the delta method, where w answers are wrong, is 2 sqrt(tp w (tp + w)) /
+    (2 tp + w)^2."""
+    answers, truth = ["yes"] * 80 + ["no"] * 20 + ["yes"] * 20 + ["no"] * 80, ["yes"] * 100 + ["no"] * 100
+    tp, w = 80, 40
+    low, high = (found := pope_by_type(answers, truth, {"a": range(200)}))["f1_ci95"]
+    assert found["f1"] == 0.8 and low < 0.8 < high and found["f1_mean_ci95"] == [low, high]
+    deviation = 2 * (tp * w * (tp + w)) ** 0.5 / (2 * tp + w) ** 2
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+    parts = pope_by_type(answers, truth, {"a": range(0, 200, 2), "b": range(1, 200, 2)})
+    assert parts["f1_mean_ci95"][0] < 0.8 < parts["f1_mean_ci95"][1] and parts["f1_mean_ci95"] != parts["f1_ci95"]
+    right = pope_by_type(truth, truth, {"a": range(200)})
+    assert right["f1_ci95"] == right["f1_mean_ci95"] == [1, 1]
+
+
 @pytest.mark.parametrize("given, answer, right", [
     ("Red.", "red", 1), (" top  left ", "Top left", 1), ("red circle", "red", 0), ("", "red", 0), ("U.S.", "U.S", 1),
     ("red..", "red", 0)])
