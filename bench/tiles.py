@@ -59,13 +59,16 @@ def use_tile(kernel, D, tile, device):
 
 
 def try_tile(name, size, device, kernel, D, tile):
-    """In another process: compile and run once -> None, or the reason why that fails"""
+    """In another process: compile and run once -> None, or the reason why that fails. The tile goes back: else a tile
+    that fails would make the next ones of this process fail, too."""
+    before = use_tile(kernel, D, tile, device)
     try:
-        use_tile(kernel, D, tile, device)
         contender(name, size, device)[0].run()
         bench.sync(device)
     except Exception as e:
         return reason(e)
+    finally:
+        use_tile(kernel, D, before, device)
 
 
 def main(s, args):

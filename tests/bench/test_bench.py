@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import conftest
@@ -189,7 +190,8 @@ def test_a_gpu_page_shows_its_shares(monkeypatch):
     assert [alone[k] for k in ("mfu", "of_floor")] == [r[k] for k in ("mfu", "of_floor")]
     assert "(micro-batch x 0.5)" in step.sentence(r) and "goal 1.1" in step.sentence(r)
     for row in (r, alone):
-        assert f"MFU {r['mfu']:.1%}, " in step.sentence(row) and f"{r['of_floor']:.0%} of the floor" in step.sentence(row)
+        assert f"MFU {r['mfu']:.1%}, " in step.sentence(row)
+        assert f"{r['of_floor']:.0%} of the floor" in step.sentence(row)
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -473,6 +475,15 @@ def test_each_tile_is_timed_and_restored(monkeypatch, capsys, tmp_path):
     assert failed.pop(("forward", (64, 64, 4, 3))).startswith("another result") and not failed
     assert all((r["ms"] or 0) > 0 for r in found if not r["failed"])
     assert "| A3 | forward | 128, 128, 8, 3 |" in page.read_text()
+
+
+def test_a_failed_tile_does_not_stay(monkeypatch):
+    """A process tries many tiles, of all three kernels"""
+    before = {k: dict(v) for k, v in tiles.module.ATTENTION_TILES.items()}
+    for run, why in ((lambda: 1 / 0, "ZeroDivisionError: division by zero"), (lambda: None, None)):
+        monkeypatch.setattr(tiles, "contender", lambda *_: (types.SimpleNamespace(run=run), 128))
+        assert tiles.try_tile("A3", "tiny", "cpu", "forward", 128, (64, 64, 4, 3)) == why
+        assert tiles.module.ATTENTION_TILES == before
 
 
 def test_a_profile_accounts_for_a_step():
