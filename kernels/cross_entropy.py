@@ -13,8 +13,9 @@ Weights of rows cost nothing in V: with g = softmax - onehot and row weights w, 
 g.T @ (w * hidden), and both products with w have the width C.
 
 A chunk should have many rows. Its matrix products do 6 V C flops per row. Each chunk adds to the gradient of weight in
-fp32. This moves 8 V C bytes, however few rows the chunk has: on a GPU the product itself reads and writes the sum, in
-bf16 without rounding to bf16. At 790 TFLOP/s and 4.3 TB/s, products and addition take equal time at 250 rows.
+fp32. This moves 8 V C bytes, however few rows the chunk has: on a GPU the product itself adds to the sum, so it is
+never rounded to bf16 (torch 2.9 refuses this product: pytorch, pull request 167931). At 790 TFLOP/s and 4.3 TB/s,
+products and addition take equal time at 250 rows.
 
 row_losses() returns the losses of the rows, not their sum. Then backward receives one factor per row, which forward
 does not know. So forward computes the losses alone, and backward computes each chunk of logits again. This costs 2 V C

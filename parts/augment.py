@@ -5,11 +5,11 @@
     flip     exchanges left and right, in half of the samples that allow it
 
 Crop and flip depend on all texts of the row, also on the answers. Neither is made where a text or a key of the row has
-coordinates, mentions writing, or has a digit. No crop where a text counts, has an English word for a number, or mentions
-an edge: a crop may cut off one of "three boats". A flip needs more: the row must say "letters": false, because an image
-may have letters that no text mentions, and no text may mention a side or have letters beyond ASCII, since the words for
-sides are known in five languages only. So a mistake means less augmentation. Validation and evaluation never augment.
-PaliGemma found no gain from augmentation (arXiv 2407.07726).
+coordinates, mentions writing, or has a digit. No crop where a text counts, has an English word for a number, or
+mentions an edge: a crop may cut off one of "three boats". A flip needs more: the row must say "letters": false, because
+an image may have letters that no text mentions, and no text may mention a side or have letters beyond ASCII, since the
+words for sides are known in five languages only. So a mistake means less augmentation. Validation and evaluation never
+augment. PaliGemma found no gain from augmentation (arXiv 2407.07726).
 
 A change depends on (seed, step, number of the sample in its step) alone, not on ranks, workers or `augment`."""
 

@@ -5,8 +5,8 @@ features of the image. A linear layer maps the last states of the queries to the
 tokens, whatever its number of patches. A LayerNorm follows each residual sum (post-LN), as in BERT.
 
 The published code drops 10 % of the activations in training. This code has no dropout. The published Q-Former begins
-as BERT. A new one here begins with self-attention that adds 0: if it adds a mean of all queries from the first step, the
-queries become equal in training, and then Q tokens say no more than one.
+as BERT. A new one here begins with self-attention that adds 0: if it adds a mean of all queries from the first step,
+the queries become equal in training, and then Q tokens say no more than one.
 
     I images   P features per image   D their width   Q queries   E width of the Q-Former   C LLM width
 """

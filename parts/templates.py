@@ -7,8 +7,8 @@ from chat import IMAGE, Template
 
 
 def llava_llama_2(p, system, turns, bos_each_turn=True):
-    """LLaVA with Llama 2, and with Mistral. [INST] is a control token if the tokenizer has it (Mistral since version 3),
-    else text."""
+    """LLaVA with Llama 2, and with Mistral. [INST] is a control token if the tokenizer has it (Mistral since version
+    3), else text."""
     def tag(s):
         return p.control(s) if s in p.tok.specials else p.text(s)
 

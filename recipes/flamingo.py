@@ -4,8 +4,8 @@ token sees the last image before it. Gates start at 0, so training starts from t
 
 Published for 80B: 15 days on 1536 TPUv4. NFNet and Chinchilla are not public: below are CLIP-L and a Llama of 7B. The
 toy's second stage trains the language model, too. The paper adds up gradients of four data sets, with the weights 1.0
-(M3W), 0.2 (ALIGN), 0.2 (LTIP) and 0.03 (VTP, videos: not here). Here every step has samples of every file (`order`), and
-a file has a share of the samples and then the weight of its loss, as in
+(M3W), 0.2 (ALIGN), 0.2 (LTIP) and 0.03 (VTP, videos: not here). Here every step has samples of every file (`order`),
+and a file has a share of the samples and then the weight of its loss, as in
 --data=m3w.jsonl:.2:1.0,align.json:.4:0.2,ltip.json:.4:0.2 (these shares are ours). M3W is documents, images between the
 words. Not here: in half of the paper's samples a text sees the next image, not the last.
 Toy world: 80.9 ± 6.9 % seeing, 30.4 ± 1.6 % blind (3 seeds, demo/systems.jsonl).

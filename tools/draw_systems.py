@@ -1,6 +1,6 @@
 """Draw every system, and write the sections of docs/systems.md about them and the scores in the recipes' docstrings.
 
-    python -m tools.draw_systems      # writes docs/systems/NAME.svg, the second half of docs/systems.md, recipes/NAME.py
+    python -m tools.draw_systems     # writes docs/systems/NAME.svg, the second half of docs/systems.md, recipes/NAME.py
 
 The numbers in a picture come from the recipe: sizes from `paper`, who trains from `train`. The attention masks are
 computed by the functions that training calls, on a short sequence. The ten lines of code are copied from their files,

@@ -22,7 +22,7 @@ DCT = np.cos(np.pi / (2 * SIDE) * np.arange(LOW)[:, None] * (2 * np.arange(SIDE)
 def image_hash(image):
     """RGB image (PIL) -> (3,) uint64: 64 bits of each channel"""
     pixels = np.asarray(image.resize((SIDE, SIDE), Image.LANCZOS), np.float64)                  # (SIDE, SIDE, 3)
-    low = (DCT @ pixels.transpose(2, 0, 1) @ DCT.T).reshape(3, LOW * LOW).round(3)            # rounded: else 1e-14 sets a bit
+    low = (DCT @ pixels.transpose(2, 0, 1) @ DCT.T).reshape(3, LOW * LOW).round(3)       # else 1e-14 sets a bit
     bits = np.ascontiguousarray(np.packbits(low > np.median(low, 1, keepdims=True), axis=1))          # (3, 8)
     return bits.view(">u8")[:, 0].astype(np.uint64)
 

@@ -32,7 +32,8 @@ def test_a_model_type_brings_its_config_class():
 
 @pytest.mark.parametrize("parts, says", [
     ("colour=red", "'colour=red' is not a field=value"),
-    ("vision.colour=red", "'vision.colour=red' is not a field=value"), ("tower.x=1", "'tower.x=1' is not a field=value"), ("mask", "'mask' is not a field=value"),
+    ("vision.colour=red", "'vision.colour=red' is not a field=value"), ("mask", "'mask' is not a field=value"),
+    ("tower.x=1", "'tower.x=1' is not a field=value"),
     ("tokens=many", "tokens is of type int, not 'many'"), ("vision.feature_norm=1", "feature_norm is of type bool")])
 def test_a_mistake_ends_in_one_line(parts, says):
     assert says in error(apply_parts, tiny_config(), parts, CLASSES)

@@ -120,7 +120,7 @@ def test_greedy_removal_equals_all_pairs(folder):
 
 
 def test_similarity_is_that_of_the_towers(folder, pair):
-    """Rows below the limit go. What is not a pair of one image and a caption is not measured. A removed row has no twin."""
+    """Rows below the limit go. What is not an image with a caption is not measured. A removed row has no twin."""
     rows = [row(i, f"{i}.png", f"a red circle at the {place}") for i, place in enumerate(("top", "left", "center"))]
     rows += [row(3, ["0.png", "1.png"], "two"), {"id": 4, "text": "text"}, rows[0] | {"id": 5}]
     rows[3]["conversations"][0]["value"] = "<image><image>"
