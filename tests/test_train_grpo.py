@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import textwrap
+import types
 from functools import partial
 from pathlib import Path
 
@@ -184,6 +185,24 @@ def test_two_ranks_update_as_one(wrap, tmp_path):
         return result
     for r, result in enumerate(fork(2, rank, tmp_path)):
         assert off(load_file(tmp_path / f"g{r}.safetensors"), true) < GATE and abs(result["loss"] / value - 1) < GATE
+
+
+@pytest.mark.parametrize("advantages, elsewhere, documents", [
+    ([0, 0, 0, 0, 0, 0], 0, [0]), ([0, 0, 0, 0, 0, 0], 3, [0, 0, 0]), ([1, 0, 0, -1, 0, 0], 2, [2, 0])])
+def test_ranks_get_equally_many_packed_answers(advantages, elsewhere, documents):
+    """Answers without advantage are not packed. Another rank has `elsewhere` sequences. All weights get a gradient"""
+    w, x = world(), types.SimpleNamespace(image_spec=types.SimpleNamespace(side=8), span_ends=None,
+                                          encode=types.SimpleNamespace(reader=None))
+    w.sum = lambda counts: [*counts, elsewhere]
+    model, roller = tiny_vlm(), types.SimpleNamespace(s=settings(updates=1), samples=x, world=w)
+    prompts, answers = zip(*((torch.tensor(ids[:-n]), ids[-n:]) for n, (ids, *_) in zip(ANSWERS, SAMPLES)))
+    micro = rollout.Roller.packed(roller, model, prompts, [i for *_, i in SAMPLES], answers,
+                                  torch.tensor(advantages, dtype=torch.float64), torch.ones(6, dtype=torch.float64))
+    assert [int((b.batch.pos == 0).sum()) for b in micro] == documents
+    assert sorted(micro[0].advantage.tolist()) == [-1.0] * (2 * any(advantages)) + [1.0] * (3 * any(advantages))
+    for b in micro:
+        rollout.rolled_loss(roller.s, model, b).backward()
+    assert all(p.grad is not None and bool(p.grad.any()) <= any(advantages) for p in model.parameters())
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------

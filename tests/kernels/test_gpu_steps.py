@@ -1,5 +1,5 @@
 """Whole steps on a GPU: no wait of the CPU, adapters and 4-bit weights against float64, torch.compile, DDP and FSDP on
-one rank, peak memory against the plan. Most of them run on a CPU, too, in plain torch: so the tests are correct."""
+one rank, peak memory against the plan. Most of them run on a CPU, too, which finds errors of the tests themselves."""
 
 import contextlib
 import warnings
