@@ -6,7 +6,7 @@
     python -m bench tiles      # attention with other tiles (bench/tiles.py)
     python -m bench profile    # where the time of our training step goes (bench/profile.py)
     python -m bench loader     # steps of data and large files (bench/loader.py)
-    bash bench/gpu.sh          # everything that needs a GPU, in ten minutes
+    bash bench/gpu.sh          # everything that needs a GPU, in nine minutes
 
 `python -m bench kernels --help` and `python -m bench step --help` print the settings. The last line of output is JSON.
 A row is one case that is measured. bench/README.md describes the rows, the protocol and the results.
