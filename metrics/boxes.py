@@ -4,6 +4,8 @@ A box is (x1, y1, x2, y2): left, top, right, bottom, as shares of the image's wi
 
 import re
 
+from metrics.certainty import interval
+
 _QWEN = re.compile(r"\((.*?)\),\((.*?)\)")                       # eval_mm/evaluate_grounding.py: numbers 0 to 999
 _LOC = re.compile(r"<loc(\d{4})>" * 4)                           # PaliGemma: top, left, bottom, right, of 1024
 _FLOATS = re.compile(r"\[\s*" + r",\s*".join([r"(-?\d+(?:\.\d+)?)"] * 4) + r"\s*\]")    # LLaVA-1.5, Shikra, lmms-eval
@@ -59,6 +61,7 @@ def refcoco_iou(answer, question, padded=False):
 
 
 def refcoco_totals(answers, questions, points, padded=False):
-    """-> dict: mean IoU, and the number of answers without a box"""
+    """-> dict: mean IoU and its 95 % interval, and the number of answers without a box"""
     overlaps = [0.0 if a is None else refcoco_iou(a, q, padded) for a, q in zip(answers, questions)]
-    return {"iou": sum(overlaps) / len(overlaps), "without_box": sum(a is None or not read_box(a) for a in answers)}
+    return {"iou": sum(overlaps) / len(overlaps), "iou_ci95": list(interval(overlaps)),
+            "without_box": sum(a is None or not read_box(a) for a in answers)}

@@ -72,7 +72,7 @@ def with_image(answers, questions, points):
 def vanilla(answers, questions, points):
     """The share of right answers without circular evaluation: each group's first question alone"""
     first = {q["group"]: p for q, p in reversed([*zip(questions, points)])}
-    return {"groups": len(first), "vanilla": fmean(first.values())}
+    return {"groups": len(first), "vanilla": fmean(first.values()), "vanilla_ci95": list(interval([*first.values()]))}
 
 
 def pope_right(answer, truth):

@@ -75,8 +75,9 @@ def mme_totals(answers, questions, points):
         images.setdefault(q["type"], {}).setdefault(q["group"], []).append(p)
     each = {k: [100 * sum(s) / len(s) + 100 * (sum(s) == len(s) == 2) for s in v.values()] for k, v in images.items()}
     subtasks = {k: sum(v) / len(v) for k, v in each.items()}
-    low, high = bootstrap(*each.values())
-    return {"mme": sum(subtasks.values()), "mme_ci95": [low, high], "subtasks": subtasks,
-            "perception": sum(v for k, v in subtasks.items() if k in PERCEPTION),
-            "cognition": sum(v for k, v in subtasks.items() if k in COGNITION),
+    found = {"subtasks": subtasks}
+    for name, kinds in (("mme", [*each]), ("perception", PERCEPTION), ("cognition", COGNITION)):
+        of = [each[k] for k in kinds if k in each]
+        found |= {name: sum(subtasks[k] for k in kinds if k in each), f"{name}_ci95": list(bootstrap(*of))}
+    return {**found,
             "images_without_two_questions": sum(len(s) != 2 for v in images.values() for s in v.values())}

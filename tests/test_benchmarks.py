@@ -128,6 +128,7 @@ def test_mme_sums_accuracy_and_accuracy_plus():
     assert (result["mme"], result["perception"], result["cognition"]) == (125, 125, 0)
     low, high = result["mme_ci95"]
     assert 50 <= low <= 125 <= high <= 200 and result["images_without_two_questions"] == 0
+    assert result["perception_ci95"] == [low, high] and result["cognition_ci95"] == [0, 0]
     perfect = tasks.evaluate("mme", ["yes", "no"] * 3, questions)[1]
     assert (perfect["mme"], perfect["mme_ci95"]) == (400, [400, 400])
     assert len(yes_no.PERCEPTION) * 200 == 2000 and len(yes_no.COGNITION) * 200 == 800      # the sum of 2800
@@ -143,7 +144,7 @@ def test_mmbench_needs_every_rotation():
     assert points == [1, 1, 1, 0]
     assert (result["n"], result["groups"], result["accuracy"], result["vanilla"]) == (4, 2, 0.5, 1)
     assert result["types"] == {"x": 0, "y": 1} and result["counts"] == {"x": 1, "y": 1}
-    assert result["ci95"] == list(certainty.wilson(1, 2))
+    assert result["ci95"] == list(certainty.wilson(1, 2)) and result["vanilla_ci95"] == list(certainty.wilson(2, 2))
     assert tasks.evaluate("mmstar_vlmeval", ["A", "A", "it is a cat", "A"], questions)[1]["accuracy"] == 0.75
 
 
@@ -274,6 +275,7 @@ def test_refcoco_counts_half_an_overlap():
     points, result = tasks.evaluate("refcoco", answers, questions)
     assert points == [1, 0, 0, 0] and result["accuracy"] == 0.25 and result["without_box"] == 2
     assert result["iou"] == pytest.approx(0.99 / 4, abs=1e-12)
+    assert result["iou_ci95"] == list(certainty.bootstrap([.5, .49, 0, 0])) and 0 <= result["iou_ci95"][0] < 0.24
 
 
 def test_padded_boxes_are_moved_to_the_image():

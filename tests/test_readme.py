@@ -16,7 +16,8 @@ from PIL import Image
 from demo import toy
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+NOTES = (ROOT / "demo/README.md").read_text("utf-8")              # more commands of the toy world
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT + NOTES, re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
 # the same commands, but a few steps of training, without validation
 SMALL = ["--steps=3", "--log_every=1", "--eval_every=0", "--sample_every=0", "--save_every=3"]
