@@ -111,6 +111,7 @@ def main(s, args):
             use_tile(kernel, job[4], before, s.device)
             first = firsts.setdefault((name, kernel), None if why else ms)
             found.append({"row": name, "kernel": kernel, "tile": tile, "ms": None if why else ms, "failed": why})
-            cells = (f"did not run: {why.replace('|', '/')}", "") if why else (f"{ms:.3f}", f"{ms / (first or ms):.2f}")
+            share = f"{ms / first:.2f}" if first and not why else ""
+            cells = (f"did not run: {why.replace('|', '/')}" if why else f"{ms:.3f}", share)
             say(f"| {name} | {kernel} | {', '.join(map(str, tile))} | {' | '.join(cells)} |")
     bench.print_json({"rows": found})
