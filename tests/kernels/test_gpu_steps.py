@@ -68,10 +68,12 @@ def waits(device, mode):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode(mode)
+        lines = []
         try:
-            yield found
+            yield lines
         finally:
             torch.cuda.set_sync_debug_mode("default")
+            lines += [w for w in found if "synchroniz" in str(w.message)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
