@@ -225,7 +225,7 @@ def test_a_dry_run_shows_a_pair(data, tmp_path, capsys):
     (dict(max_len=7), "max_len=7 would not be read"), (dict(sample_every=7), "would not be read"),
     (dict(image_aspect="pad"), "published with the model has crop"),
     (dict(kind="siglip", image_aspect="crop"), "published with the model has squash"),
-    (dict(parts="text.foo=1"), "no field=value"), (dict(kind="siglip", parts="width=99"), "width=99"),
+    (dict(parts="text.foo=1"), "not a field=value"), (dict(kind="siglip", parts="width=99"), "width=99"),
     (dict(max_tokens=3), "one sample must fit into a stream")])
 def test_a_contradiction_ends_in_one_line(changes, says, data, tmp_path):
     assert says in error(run, data, tmp_path / "run", **changes)
