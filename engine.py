@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 
 import torch
@@ -101,21 +100,6 @@ def set_threads(model, world):
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         worth = sum(p.numel() for p in model.parameters()) // PARAMETERS_PER_THREAD
         torch.set_num_threads(max(1, min(worth, torch.get_num_threads())))
-
-
-def record_signals():
-    """Return a list to which the number of each received signal is appended. From now on SIGTERM, SIGUSR1 (a scheduler
-    sends it before it ends a job) and the first Ctrl-C do not end this process. A second Ctrl-C ends it."""
-    received = []
-
-    def handler(number, frame):
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, handler)
-    return received
 
 
 def leave(code=0):

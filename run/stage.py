@@ -29,6 +29,7 @@ from run.folder import RunFolder, check_space, path_of, unwritable, would_overwr
 from run.loader import loader
 from run.log import Log, check_dropped, tally
 from run.publish import publish, published_dtype
+from run.signals import record_signals
 from run.track import tracker
 from run.validate import Validation, check_overfit, level
 
@@ -194,7 +195,7 @@ def begin_run(s, world, model, folder, lrs, samples, first, steps, flops, valida
     log = Log(files.out, world, steps, start, flops, s.max_dropped, state, best, send)
     batches = log.timed(loader(samples, [0] * steps if s.overfit else range(start, steps), s.workers))
     batches = itertools.takewhile(lambda _: not best.over, level(samples, batches, world))     # ends the loop early
-    return Run(model, optimizer, start, steps, batches, first, files, log, validation, engine.record_signals())
+    return Run(model, optimizer, start, steps, batches, first, files, log, validation, record_signals())
 
 
 def stopped(run, step, world):

@@ -14,6 +14,7 @@ import lora
 from config import Error
 from data import pack
 from loss import token_loss
+from run.signals import record_signals
 
 CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)
 TABLE = {"multi_modal_projector.*": 4e-3, "language_model.*": 1e-3}
@@ -314,7 +315,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
 
 
 def test_signals_are_recorded_and_a_second_ctrl_c_ends(tmp_path):
-    got = engine.record_signals()
+    got = record_signals()
     for name in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(os.getpid(), name)
     assert got == [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
