@@ -22,7 +22,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from config import one_line_errors, parse, stop
+from config import one_line_errors, stop
+from run.arguments import parse
 
 TIMEOUT = datetime.timedelta(minutes=30)   # how long a rank waits for the others; long, as a disk may be slow
 PARAMETERS_PER_THREAD = 10_000_000         # on a CPU, set_threads uses one thread per 10 million parameters

@@ -12,6 +12,7 @@ import sys
 import config
 from config import BadSample, setting
 from generate import Chat, with_marker
+from run.arguments import parse
 
 
 @dataclasses.dataclass
@@ -49,4 +50,4 @@ def main(s):
 
 if __name__ == "__main__":
     with config.one_line_errors():
-        main(config.parse(Settings, sys.argv[1:], __doc__))
+        main(parse(Settings, sys.argv[1:], __doc__))

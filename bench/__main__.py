@@ -17,6 +17,7 @@ import importlib
 import sys
 
 import config
+from run.arguments import parse
 
 
 def main(argv):
@@ -26,7 +27,7 @@ def main(argv):
     if what not in ("kernels", "step", "tiles", "profile", "loader"):
         config.stop("which benchmark? python -m bench kernels, step, tiles, profile or loader")
     part = importlib.import_module(f"bench.{what}")
-    settings = config.parse(part.Settings, argv[1:], part.__doc__)
+    settings = parse(part.Settings, argv[1:], part.__doc__)
     settings.date = settings.date or datetime.date.today().isoformat()
     part.main(settings, [a for a in argv[1:] if not a.startswith("--out=")])
 

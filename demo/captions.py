@@ -22,6 +22,7 @@ import config
 from config import setting
 from demo import toy
 from generate import Chat
+from run.arguments import parse
 
 THING = re.compile(r"(top|middle|bottom) (left|center|right): a (?:(small|large) )?(\w+)(?: that says (\d)| (\w+))?")
 
@@ -80,4 +81,4 @@ def main(s):
 
 if __name__ == "__main__":
     with config.one_line_errors():
-        main(config.parse(Settings, sys.argv[1:], __doc__))
+        main(parse(Settings, sys.argv[1:], __doc__))

@@ -29,6 +29,7 @@ from config import setting
 from demo.questions import write_questions
 from demo.systems import ONE, command, measured
 from metrics.yes_no import pope
+from run.arguments import parse
 
 OUT, TOY = Path("runs/later"), Path("runs/toy")
 KINDS = "count", "read"                  # questions to train on; of the other types, which are right, a tenth
@@ -135,4 +136,4 @@ def main(s):
 
 if __name__ == "__main__":
     with config.one_line_errors():
-        main(config.parse(Settings, sys.argv[1:], __doc__))
+        main(parse(Settings, sys.argv[1:], __doc__))

@@ -40,6 +40,7 @@ from formats.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from model import Llama, TextConfig, VisionConfig, VisionModel
 from parts.init import init_weights
+from run.arguments import parse
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<image>"]  # ids 0, 1, 2, 3
 
@@ -370,7 +371,7 @@ def main(argv):
     if which not in ("llm", "vit"):
         config.stop("which tower? python demo/pretrain.py llm|vit [--key=value ...]")
     settings, train = {"llm": (LLMSettings, train_llm), "vit": (ViTSettings, train_vit)}[which]
-    train(config.parse(settings, argv[1:], __doc__))
+    train(parse(settings, argv[1:], __doc__))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 import config
 from config import setting
 from demo.systems import command
+from run.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST, BLIND = 0.98, 0.35        # what every seed must reach with the images, and must not pass without them
@@ -107,4 +108,4 @@ def main(s):
 
 if __name__ == "__main__":
     with config.one_line_errors():
-        main(config.parse(Settings, sys.argv[1:], __doc__))
+        main(parse(Settings, sys.argv[1:], __doc__))

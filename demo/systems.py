@@ -25,6 +25,7 @@ from config import setting
 from demo import toy
 from demo.variants import write_variants
 from generate import Chat
+from run.arguments import parse
 
 SYSTEMS = {"llava15": "LLaVA-1.5", "llava": "LLaVA v1", "pali3": "PaLI-3, an analogue", "paligemma": "PaliGemma",
            "internvl15": "InternVL 1.5", "fuyu": "Fuyu", "mm1": "MM1", "blip2": "BLIP-2",
@@ -253,4 +254,4 @@ def main(s):
 
 if __name__ == "__main__":
     with config.one_line_errors():
-        main(config.parse(Settings, sys.argv[1:], __doc__))
+        main(parse(Settings, sys.argv[1:], __doc__))

@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import one_line_errors, read_value, stop
+from config import one_line_errors, stop
+from run.arguments import read_value
 
 COLORS = {"red": (220, 35, 35), "green": (35, 165, 50), "blue": (40, 60, 225), "yellow": (240, 220, 40),
           "purple": (190, 45, 200), "cyan": (50, 215, 225)}

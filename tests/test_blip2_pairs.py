@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from test_train_pairs import batches, off, rows, state, world
 from tiny_runs import write_data, write_whole_tower
 
-import config
 import engine
 import train_align
 import train_pairs
 from formats import llava
 from formats.blip2_pairs import load_blip2, save_blip2
 from parts import blip2
+from run.arguments import parse
 from tools import retrieval
 
 GATE = 1e-12
@@ -339,12 +339,12 @@ def test_retrieval_sorts_again_by_itm(data, tmp_path, capsys):
 @pytest.mark.parametrize("toy", [True, False])
 def test_the_recipe_knows_the_first_stage(toy, monkeypatch):
     monkeypatch.chdir(ROOT)
-    s = config.parse(train_pairs.Settings, ["recipes/blip2.py", *["--data=toy"] * toy])
+    s = parse(train_pairs.Settings, ["recipes/blip2.py", *["--data=toy"] * toy])
     assert s.kind == "blip2" and not s.train and s.llm == "" and s.out == "runs/blip2_pairs"
     assert s.batch_size == (64 if toy else 1680) and f"tokens={12 if toy else 32}" in s.parts
     if toy:
         model, _ = load_blip2(tokenizer=s.tokenizer, vision=s.vision, parts=s.parts)
-        align = config.parse(train_align.Settings, ["recipes/blip2.py", "--data=toy"])
+        align = parse(train_align.Settings, ["recipes/blip2.py", "--data=toy"])
         q, args = model.cfg.qformer, dict(x.split("=") for x in align.parts.split())
         assert {k: str(getattr(q, k.partition(".")[2])) for k in args if k.startswith("connector_args.")} == {
             k: x for k, x in args.items() if k.startswith("connector_args.")}, "the second stage has the same sizes"

@@ -10,8 +10,9 @@ from conftest import error
 
 import config
 import engine
-from config import Error, parse, setting
+from config import Error, setting
 from run.aliases import ALIASES
+from run.arguments import parse
 
 
 @dataclasses.dataclass

@@ -12,13 +12,13 @@ from conftest import ROOT
 from PIL import Image
 from test_questions import model_folder, picture, tsv, write  # noqa: F401  (model_folder is a fixture)
 
-import config
 import eval
 import train_align
 import train_sft
 from demo import boxes, toy
 from generate import Chat
 from metrics.tasks import TASKS
+from run.arguments import parse
 
 TEXT = (ROOT / "docs/evaluation.md").read_text("utf-8")
 COMMANDS = [line.split(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
@@ -73,7 +73,7 @@ def test_the_commands_of_the_page_run(place, capsys, monkeypatch):
     monkeypatch.setattr(Chat, "answers", lambda self, prompts, pixels, n: answers(self, prompts, pixels, 2))
     for command in ASKED:
         capsys.readouterr()
-        eval.main(config.parse(eval.Settings, [*shlex.split(command)[2:], "--device=cpu", "--kernels=torch"], ""))
+        eval.main(parse(eval.Settings, [*shlex.split(command)[2:], "--device=cpu", "--kernels=torch"], ""))
         results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
         assert results[-1]["n"] > 0 and results[-1]["unreadable"] == 0 and 0 <= results[-1]["accuracy"] <= 1
     by = {c: r for c, r in zip(ASKED, results)}

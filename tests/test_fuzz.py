@@ -21,7 +21,6 @@ from conftest import TEMPLATES, blocks
 from test_chat import I, Q
 from test_chat_fuzz import conversation, fuzz, text, tokenizer
 
-import config
 import data
 import images
 from chat import IMAGE, encode
@@ -29,6 +28,7 @@ from config import BadSample
 from formats import strict_json
 from formats.rows import Rows
 from kernels.cross_entropy import IGNORE
+from run.arguments import parse
 
 
 @fuzz
@@ -190,7 +190,7 @@ typed = st.tuples(st.sampled_from(["--", "", "-"]), keys, st.sampled_from(["=", 
 def test_a_command_line_is_read_or_refused_in_one_line(argv):
     assume(not {"-h", "--help"} & set(argv))
     try:
-        s = config.parse(Settings, argv)
+        s = parse(Settings, argv)
     except Error as e:
         assert ("\n" not in str(e) or "\n" in "".join(argv))
         return

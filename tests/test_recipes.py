@@ -15,6 +15,7 @@ import config
 from formats.configs import CLASSES
 from model import VisionConfig, VLMConfig
 from parts.settings import apply_parts
+from run.arguments import parse, run_recipe
 from run.log import Log
 
 # tokens per image, tile or patch in the paper
@@ -25,13 +26,13 @@ KEPT = {"connector", "parts", "train", "template", "system", "warmup", "max_len"
 
 
 def values(name, stage, toy):
-    return config.run_recipe(ROOT / "recipes" / f"{name}.py", {"stage": stage, "toy": toy})
+    return run_recipe(ROOT / "recipes" / f"{name}.py", {"stage": stage, "toy": toy})
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_plan_has_the_size_of_the_paper(name, stage, capsys, monkeypatch):
-    s = config.parse(SCRIPTS[stage].Settings, [str(ROOT / "recipes" / f"{name}.py"), "--dry_run", "--device=cpu"])
+    s = parse(SCRIPTS[stage].Settings, [str(ROOT / "recipes" / f"{name}.py"), "--dry_run", "--device=cpu"])
     with pytest.raises(SystemExit) as e:
         SCRIPTS[stage].main(s)
     out = capsys.readouterr().out
@@ -85,7 +86,7 @@ def test_commands_of_a_recipe_are_read(name):
     for words in lines:
         script = importlib.import_module(words[1].removesuffix(".py"))
         words = [str(ROOT / w) if w.endswith(".py") else w for w in words[2:]]
-        config.check_ranges(s := config.parse(script.Settings, words))
+        config.check_ranges(s := parse(script.Settings, words))
         assert s.data or s.dry_run
 
 

@@ -22,6 +22,7 @@ import generate
 import train_sft
 from formats import llava
 from run import log
+from run.arguments import run_recipe
 
 MODEL = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json",
          "model.safetensors", "pumice.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -243,5 +244,5 @@ def test_every_shared_setting_is_explained_once():
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)
 def test_every_key_of_a_recipe_is_a_setting(recipe):
     for given in ({"stage": stage, "toy": toy} for stage in SCRIPTS for toy in (False, True)):
-        keys = {k for k in config.run_recipe(recipe, given)}
+        keys = {k for k in run_recipe(recipe, given)}
         assert keys and keys <= set(config.setting_facts(SCRIPTS[given["stage"]].Settings))

@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 from tiny_runs import refusal
 
-import config
 from formats import llava
+from run.arguments import parse
 
 TEXT = (ROOT / "docs/training.md").read_text("utf-8")
 COMMANDS = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()
@@ -36,7 +36,7 @@ def grown(world, tmp_path_factory):
     at = {f"runs/grow{n}": str(folder / f"grow{n}") for n in (1, 2, 3)}
     for launcher, file, *words in COMMANDS:
         script = importlib.import_module(file.removesuffix(".py"))
-        s = config.parse(script.Settings, words)
+        s = parse(script.Settings, words)
         small = {**world, "vision": s.vision, "llm": s.llm, "steps": 2, "batch_size": 2, "max_len": 64, "save_every": 0,
                  "save_dtype": "fp32"}                             # fp16 would round a step of 1e-4 to nothing
         given = {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name not in small}

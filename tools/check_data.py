@@ -28,6 +28,7 @@ from formats.tokenizer import Tokenizer
 from images import Layout, image_folder, load_image, safe_path
 from kernels.cross_entropy import IGNORE
 from parts.build import image_layout
+from run.arguments import parse
 from tools.check_page import PER_REASON, data_page, runs
 
 BATCH = 16                 # samples of a padded batch, beside which packing is shown
@@ -99,7 +100,7 @@ def as_conversation(row):
 
 def main(argv):
     files = [a for a in argv if not a.startswith("--")]
-    s = config.parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
+    s = parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
     if len(files) != 1 or not s.model:
         stop("usage: python data.py FILE --images=DIR --model=DIR [--template=NAME]")
     config.check_ranges(s)

@@ -42,6 +42,7 @@ from formats.rows.parquet import RATINGS
 from formats.whole import whole_file, write_file
 from images import image_folder, load_image, preprocess, safe_path
 from parts.pairs import similarities
+from run.arguments import parse
 from tools.check_data import form_of
 from tools.curate_page import filter_page, keep_some
 from tools.curate_rows import check_length, check_written, open_input, row_line
@@ -165,7 +166,7 @@ def filtered(rows, s, towers, counts):
 
 
 def main(argv):
-    s = config.parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
+    s = parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
     config.check_ranges(s)
     image_folder(s.images)
     rows = open_input(argv, s)

@@ -35,6 +35,7 @@ from config import BadSample, setting, stop
 from formats.rows import conversation
 from formats.strict_json import strict_json
 from images import image_folder, safe_path
+from run.arguments import parse
 from tools.curate_client import LONGEST, Endpoint, Failed
 from tools.curate_prompts import KINDS, prompt, read_reply, row_facts
 from tools.curate_rows import check_length, check_written, open_input, row_line
@@ -140,7 +141,7 @@ def the_model(endpoint):
 
 
 def main(argv):
-    s = config.parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
+    s = parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
     config.check_ranges(s)
     image_folder(s.images)
     if wrong := [k for k in s.kinds.split(",") if k not in KINDS]:

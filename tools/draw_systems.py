@@ -23,6 +23,7 @@ from model import VisionConfig, VLMConfig
 from parts import mmca
 from parts.cross_attention import last_image
 from parts.spans import span_ends
+from run.arguments import run_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, BEGIN = ROOT / "docs/systems.md", "<!-- The rest of this page is written by `python -m tools.draw_systems`. -->\n"
@@ -54,7 +55,7 @@ def paper_size(name):
         vision = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                               image_size=336, patch_size=14)
         return VLMConfig(vision), [{"connector"}, {"connector", "llm"}]
-    found = [config.run_recipe(ROOT / f"recipes/{name}.py", {"stage": stage, "toy": False})
+    found = [run_recipe(ROOT / f"recipes/{name}.py", {"stage": stage, "toy": False})
              for stage in ("align", "sft")]
     samples = {"tower": "vision_tower.x", "connector": "multi_modal_projector.x", "llm": "language_model.model.x",
                "embeddings": "language_model.model.embed_tokens.x", "gated": "language_model.gated_layers.x"}

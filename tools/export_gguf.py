@@ -6,8 +6,9 @@
 import sys
 from dataclasses import dataclass
 
-from config import one_line_errors, parse, stop
+from config import one_line_errors, stop
 from formats.gguf import export
+from run.arguments import parse
 
 
 @dataclass

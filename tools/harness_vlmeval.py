@@ -18,6 +18,7 @@ import torch
 import config
 from chat import IMAGE
 from generate import Chat
+from run.arguments import parse
 from tools.harness import answer_batch
 
 with config.one_line_errors():
@@ -56,7 +57,7 @@ class VLMEvalPumice(BaseModel):
 
 def main(argv):
     ours, theirs = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
-    s = config.parse(Harness, ours, __doc__)
+    s = parse(Harness, ours, __doc__)
     if not s.model or not Path(s.run).is_file():
         config.stop(f"--model={s.model} --run={s.run}: a folder, and run.py of VLMEvalKit")
     from vlmeval.config import supported_VLM

@@ -27,6 +27,7 @@ from config import BadSample, setting, stop
 from formats.whole import write_file
 from generate import Chat, with_marker
 from images import image_folder
+from run.arguments import parse
 from tools.attention import grid_side, image_maps, read_again, why_no_map
 from tools.pointing import pointing, table_lines
 
@@ -198,4 +199,4 @@ def print_pointing(s, chat):
 
 if __name__ == "__main__":
     with config.one_line_errors():
-        main(config.parse(Settings, sys.argv[1:], __doc__))
+        main(parse(Settings, sys.argv[1:], __doc__))

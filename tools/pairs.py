@@ -21,6 +21,7 @@ import config
 from config import setting, stop
 from formats.answers import answer_rows
 from formats.whole import write_file
+from run.arguments import parse
 
 
 @dataclasses.dataclass
@@ -60,7 +61,7 @@ def one_pair(row, rejected):
 
 def main(argv):
     files = [a for a in argv if not a.startswith("--")]
-    s = config.parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
+    s = parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
     if len(files) != 1 or not s.out:
         stop("usage: python -m tools.pairs ANSWERS.jsonl --out=PAIRS.jsonl [--types=count,read --right=3]")
     config.check_ranges(s)

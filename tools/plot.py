@@ -10,6 +10,7 @@ from pathlib import Path
 
 import config
 from config import setting
+from run.arguments import parse
 
 CURVES = {"loss": "training loss (nats per supervised token)", "val_loss": "validation loss", "lr": "learning rate",
           "grad_norm": "gradient norm"}
@@ -36,7 +37,7 @@ def read_log(run):
 
 def main(argv):
     runs = [a for a in argv if not a.startswith("-")]
-    s = config.parse(Settings, [a for a in argv if a.startswith("-")], __doc__)
+    s = parse(Settings, [a for a in argv if a.startswith("-")], __doc__)
     if not runs:
         config.stop("which run? python -m tools.plot RUN [RUN ...] [--out=FILE.png]")
     logs = [(run, read_log(run)) for run in runs]

@@ -21,6 +21,7 @@ from config import BadSample, setting, stop
 from images import image_folder, load_image, safe_path
 from metrics.certainty import paired
 from metrics.tasks import TASKS, grouped
+from run.arguments import parse
 
 PAGE = Path(__file__).parent / "page"
 RESULTS = {"wrong": "wrong", "part": "partly right", "right": "right"}
@@ -188,7 +189,7 @@ def read(file):
 
 def main(argv):
     files = [a for a in argv if not a.startswith("--")]
-    s = config.parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
+    s = parse(Settings, [a for a in argv if a.startswith("--")], __doc__)
     if len(files) not in (1, 2):
         stop("usage: python -m tools.report ANSWERS.jsonl [OTHER.jsonl] --images=DIR")
     config.check_ranges(s)

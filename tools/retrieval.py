@@ -35,6 +35,7 @@ from images import image_folder, load_image, preprocess, safe_path
 from kernels.cross_entropy import IGNORE
 from parts.blip2 import chosen, texts_of
 from parts.pairs import similarities
+from run.arguments import parse
 from run.pairs import load_towers, read_pair, text_ends
 
 KS = (1, 5, 10)
@@ -183,4 +184,4 @@ def main(s):
 
 if __name__ == "__main__":
     with config.one_line_errors():
-        main(config.parse(Settings, sys.argv[1:], __doc__))
+        main(parse(Settings, sys.argv[1:], __doc__))

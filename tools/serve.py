@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
 from config import BadSample, setting, stop
 from generate import Chat
+from run.arguments import parse
 from tools.look import PAGE, POLICY, safe_json
 from tools.serve_answer import Gone, answer_request
 from tools.serve_request import Refusal, read_request
@@ -319,6 +320,6 @@ def main(s):
 
 if __name__ == "__main__":
     with config.one_line_errors():
-        main(config.parse(Settings, sys.argv[1:], __doc__))
+        main(parse(Settings, sys.argv[1:], __doc__))
     sys.stdout.flush()
     os._exit(0)        # a thread of a request may be inside torch: Python's own exit would end it there, and so abort

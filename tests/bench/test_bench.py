@@ -21,6 +21,7 @@ import data
 from bench import kernels, profile, rows, step, systems, tiles
 from config import Error
 from model import VLM
+from run.arguments import parse
 
 SMALL = systems.System(tiny_config(rms_norm_eps=1e-6), "sft", 3, ("theirs",), {}, 0.5)
 JSON = dict(parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -352,7 +353,7 @@ def test_the_kernels_command_writes_its_page(tmp_path, capsys, monkeypatch):
     def child(command, args, seconds):
         """The child's work, in this process"""
         capsys.readouterr()
-        kernels.main(config.parse(kernels.Settings, args), [])
+        kernels.main(parse(kernels.Settings, args), [])
         yield from map(json.loads, capsys.readouterr().out.splitlines())
         yield {"ended": 0, "because": ""}
     monkeypatch.setattr(bench, "child", child)
@@ -426,7 +427,7 @@ def test_the_gpu_script_keeps_partial_results(tmp_path):
                for w in [line.split('"')[2].split()[1]]]
     assert len(seconds) == 6 and sum(seconds) <= 540                  # nine minutes
     for call, part, most in zip(calls[2:], (tiles, profile, step, kernels), seconds[2:]):     # its settings exist
-        s = config.parse(part.Settings, call.split()[3:])
+        s = parse(part.Settings, call.split()[3:])
         assert s.seconds < most and all(n in {*rows.ROWS, *step.NAMES["cuda"]} for n in s.rows.split(","))
 
 

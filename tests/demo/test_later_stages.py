@@ -12,6 +12,7 @@ import train_grpo
 import train_sft
 from demo.later_stages import ARMS, as_conversation
 from formats.rows import conversation
+from run.arguments import parse
 from tools import draw_later_stages
 
 SCRIPTS = {"train_sft.py": train_sft, "train_dpo.py": train_dpo, "train_grpo.py": train_grpo}
@@ -40,7 +41,7 @@ def test_the_table_has_every_measured_row():
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if ARMS[arm]])
 def test_an_arm_has_settings_of_its_script(arm):
     script, *settings = ARMS[arm]
-    config.check_ranges(config.parse(SCRIPTS[script].Settings, settings))
+    config.check_ranges(parse(SCRIPTS[script].Settings, settings))
 
 
 def test_a_question_becomes_a_conversation():

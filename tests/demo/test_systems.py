@@ -11,6 +11,7 @@ import engine
 from demo import systems, toy, variants
 from formats import llava
 from run import stage
+from run.arguments import parse
 
 # the systems themselves are in tests/test_recipes.py
 ARMS = [arm for arm in systems.ARMS if not arm.endswith("_full") and arm not in systems.SYSTEMS]
@@ -20,7 +21,7 @@ def settings(arm):
     """-> the settings of both stages, as the scripts parse them"""
     system, first, second, _ = systems.ARMS[arm]
     recipe = [] if system == "llava15" else [str(ROOT / f"recipes/{system}.py")]
-    return [config.parse(SCRIPTS[name].Settings, [*recipe, *systems.ONE, *changed])
+    return [parse(SCRIPTS[name].Settings, [*recipe, *systems.ONE, *changed])
             for name, changed in (("align", first), ("sft", ["--init=x", *second]))]
 
 
