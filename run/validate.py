@@ -1,9 +1,12 @@
 """Validation during a run: the loss and scores on a validation file, and answers to its first questions. It does not
 affect training: train/eval modes, gradients and torch's random state are the same afterwards."""
 
+import contextlib
 import math
+import zlib
 
 import torch
+import torch.distributed as dist
 
 import chat
 from config import stop
@@ -21,6 +24,17 @@ def level(steps, parts, world):
     for part in parts:
         most = max(world.sum([len(part.micro) * (rank == world.rank) for rank in range(world.size)]))
         yield part._replace(micro=part.micro + [empty] * (int(most) - len(part.micro)))
+
+
+@contextlib.contextmanager
+def logits_of_rank_0(model, world):
+    """In this context all ranks get the output of rank 0 from each forward pass, so they generate the same tokens. FSDP
+    needs equally many passes on each rank, and the logits of two GPUs may differ in their last bits."""
+    def take(module, args, logits):
+        dist.broadcast(logits, 0)
+    hook = model.register_forward_hook(take) if world.size > 1 else contextlib.nullcontext()
+    with hook:
+        yield
 
 
 class Once(Steps):
@@ -54,7 +68,11 @@ class Validation:
         self.metrics += ("val_exact",) * bool(self.short) + ("val_r1", "val_r5") * bool(self.captions)
 
     def first(self, n, *wanted):
-        return first_questions(self.steps, self.conversation, self.s.images, n, *wanted)
+        found = first_questions(self.steps, self.conversation, self.s.images, n, *wanted)
+        seen = str([(q.prompt.tolist(), [list(p.shape) for p in q.pixels]) for q in found])
+        if len(set(self.world.gather(zlib.crc32(seen.encode())))) > 1:
+            stop(f"{self.s.val_data}: not all ranks can read the same samples: do all machines see the same files?")
+        return found
 
     def measure(self, step, model, loss_fn, log):
         """Compute, log and print the loss, exact match and recall, over all ranks."""
@@ -92,7 +110,8 @@ class Validation:
         """-> answers of the model in its present state"""
         s = self.s
         model = Chat.of(unwrap(model), self.folder, s.template, s.system, s.image_aspect)
-        with self.world.autocast(), torch.compiler.set_stance("force_eager"):    # else torch recompiles for each token
+        with (self.world.autocast(), torch.compiler.set_stance("force_eager"),   # else torch recompiles for each token
+              logits_of_rank_0(model.model, self.world)):
             return model.answers(prompts, pixels, *most)
 
     def answers(self, step, model, log):

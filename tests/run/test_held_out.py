@@ -1,20 +1,22 @@
 """Exact match and recall of captions during a run, beside definitions that share no code with them."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import fork
+from conftest import error, fork
 from tiny_runs import LORA, rows, run, state, write_data
 
 import data
+import engine
 import generate
 from formats import configs, llava
 from formats.rows import open_rows
 from images import Layout
 from run import held_out
-from run.validate import Validation
+from run.validate import Validation, logits_of_rank_0
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +168,33 @@ def test_two_ranks_score_and_keep_alike(asked, tmp_path, monkeypatch):
     assert one == two and len(two) == min(4, best + 2)                         # one more than the best, then it is over
     kept = sorted(int(p.name.removeprefix("step_")) for p in (out / "checkpoints").iterdir())
     assert kept == sorted({best + 1, len(two)}) and (out / "best/model").is_dir()
+
+
+def test_ranks_generate_the_tokens_of_rank_0(tiny, tmp_path):
+    """With shards. The logits of rank 1 are reversed, so alone it would choose other tokens, and end elsewhere."""
+    model, _, steps = tiny
+    asked = questions(steps, 3)
+    what = [q.prompt for q in asked], torch.cat([x for q in asked for x in q.pixels])
+    alone = generate.generate(model, *what, [], 4)
+    ends = [alone[0][2]]
+
+    def generated(rank):
+        world, copied = engine.start("cpu", "fp64"), copy.deepcopy(model)
+        if rank == 1:
+            copied.register_forward_hook(lambda module, args, logits: logits.flip(-1))
+        sharded = engine.parallelize(copied, world, copied.blocks, "fsdp")
+        with logits_of_rank_0(sharded, world):
+            first = generate.generate(sharded, *what, ends, 4)
+        return first, len(sharded._forward_hooks)
+    first, second = fork(2, generated, tmp_path)
+    assert first[0] == second[0] == generate.generate(model, *what, ends, 4) != alone
+    assert second[1] == first[1] + 1                                           # the hook of rank 1 alone is left
+
+
+def test_ranks_must_read_the_same_questions(tiny):
+    val = Validation.__new__(Validation)
+    val.s, val.steps = type("S", (), dict(val_data="val.json", images=tiny[2].images)), tiny[2]
+    val.world = type("World", (), dict(gather=lambda self, found: [found, found]))()
+    assert len(val.first(2)) == 2
+    val.world = type("World", (), dict(gather=lambda self, found: [found, found + 1]))()
+    assert error(val.first, 2).startswith("val.json: not all ranks can read the same samples")
