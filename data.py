@@ -18,8 +18,9 @@ import torch
 
 import chat
 from config import BadSample, stop
+from formats.image_files import image_folder, load_image, safe_path
 from formats.rows import ORDERS, conversation, open_mixture, token_rates
-from images import image_folder, load_image, preprocess, safe_path
+from images import preprocess
 from kernels.cross_entropy import IGNORE
 from parts.augment import Change, augment_kinds, draw_change
 

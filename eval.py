@@ -37,10 +37,10 @@ import engine
 from config import BadSample, setting
 from formats.answers import answered_questions, plain_row, read_answers
 from formats.configs import positions
+from formats.image_files import image_folder, safe_path
 from formats.questions import choose_examples, example_answer, image_bytes, read_questions
 from formats.whole import write_file
 from generate import Chat, with_marker
-from images import image_folder, safe_path
 from metrics.tasks import TASKS, compare, evaluate
 from run.folder import unwritable
 

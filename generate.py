@@ -15,7 +15,8 @@ import chat
 import engine
 from config import stop
 from formats import configs, hub, llava, peft
-from images import load_image, preprocess
+from formats.image_files import load_image
+from images import preprocess
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
 from model import logits_head

@@ -92,7 +92,8 @@ print(f"\n{len(ids)} ids: {ids.count(tok.image)} of the image, {sum(y != IGNORE 
 # %%
 from data import pack
 from formats.configs import image_spec
-from images import load_image, preprocess
+from formats.image_files import load_image
+from images import preprocess
 
 spec = image_spec(folder.pre, "pad")
 

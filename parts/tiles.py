@@ -22,11 +22,11 @@ from dataclasses import dataclass, fields
 from PIL import Image
 
 from config import BadSample, stop
-from images import FORMATS, MAX_PIXELS
+from formats.image_files import FORMATS, MAX_PIXELS
 
 
 def image_size(source):
-    """A path, a file in memory or a PIL image -> (w, h) as images.load_image gives it, mostly from the header.
+    """A path, a file in memory or a PIL image -> (w, h) as image_files.load_image gives it, mostly from the header.
     BadSample on failure."""
     if isinstance(source, Image.Image):
         return source.size

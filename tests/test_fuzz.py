@@ -26,6 +26,7 @@ import images
 from chat import IMAGE, encode
 from config import BadSample
 from formats import strict_json
+from formats.image_files import MAX_PIXELS, load_image, safe_path
 from formats.rows import Rows
 from kernels.cross_entropy import IGNORE
 from run.arguments import parse
@@ -125,7 +126,7 @@ parts = st.sampled_from(["..", ".", "", "a", "b.png", "link", "loop", "secret", 
 @given(st.lists(parts, max_size=6).map("/".join) | st.text(max_size=10) | anything)
 def test_no_name_leads_out_of_the_folder(name):
     try:
-        path = images.safe_path(root(), name)
+        path = safe_path(root(), name)
     except BadSample:
         return
     assert Path(path).read_text() == "inside"
@@ -162,11 +163,11 @@ def test_any_bytes_are_an_image_or_a_bad_sample(n, changes, cut, more):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(images, "MAX_PIXELS", 1_000_000)
         try:
-            image = images.load_image(image_file())
+            image = load_image(image_file())
         except BadSample as e:
             assert "\n" not in str(e)
         else:
-            assert image.mode == "RGB" and 0 < image.width * image.height <= images.MAX_PIXELS
+            assert image.mode == "RGB" and 0 < image.width * image.height <= MAX_PIXELS
             assert images.preprocess(image, images.ImageSpec(4)).shape == (3, 4, 4)
 
 

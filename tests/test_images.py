@@ -12,7 +12,8 @@ import torch
 from PIL import GifImagePlugin, Image, ImageFile, ImageOps
 
 from config import BadSample
-from images import ImageSpec, load_image, preprocess, safe_path
+from formats.image_files import load_image, safe_path
+from images import ImageSpec, preprocess
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from config import BadSample
+from formats.image_files import load_image, safe_path
 from formats.preferences import preference
-from images import load_image, safe_path
 
 
 def png(colour="red"):

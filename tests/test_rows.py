@@ -23,12 +23,13 @@ from tiny_runs import run, state
 import formats.rows.index as kept
 from config import BadSample, Error
 from data import Encoder, Steps
+from formats.image_files import load_image, safe_path
 from formats.rows import Rows, conversation, open_mixture, open_rows
 from formats.rows.lines import elements, line_spans
 from formats.rows.shards import Shards
 from formats.rows.tar import members, sum_of
 from formats.tokenizer import Tokenizer
-from images import ImageSpec, Layout, load_image, safe_path
+from images import ImageSpec, Layout
 from run.loader import loader
 
 NAMES = ["a.png", "b.png"]

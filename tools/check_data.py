@@ -21,11 +21,12 @@ from data import Encoder
 from formats.configs import one_line
 from formats.families import FAMILIES
 from formats.family import image_settings, usual_template, with_ids
+from formats.image_files import image_folder, load_image, safe_path
 from formats.preferences import preference
 from formats.rows import open_rows
 from formats.strict_json import read_json
 from formats.tokenizer import Tokenizer
-from images import Layout, image_folder, load_image, safe_path
+from images import Layout
 from kernels.cross_entropy import IGNORE
 from parts.build import image_layout
 from run.arguments import parse

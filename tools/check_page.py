@@ -11,7 +11,7 @@ from pathlib import Path
 from chat import printable
 from config import BadSample
 from data import best_fit
-from images import safe_path
+from formats.image_files import safe_path
 from kernels.cross_entropy import IGNORE
 from tools.report import inline
 

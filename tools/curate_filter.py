@@ -36,11 +36,12 @@ import torch
 import config
 from chat import IMAGE
 from config import BadSample, setting, stop
+from formats.image_files import image_folder, load_image, safe_path
 from formats.preferences import preference
 from formats.rows import conversation
 from formats.rows.parquet import RATINGS
 from formats.whole import whole_file, write_file
-from images import image_folder, load_image, preprocess, safe_path
+from images import preprocess
 from parts.pairs import similarities
 from run.arguments import parse
 from tools.check_data import form_of

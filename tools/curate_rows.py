@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from config import stop
+from formats.image_files import FORMATS
 from formats.rows import open_rows
 from formats.rows.lines import MAX_BYTES
-from images import FORMATS
 
 
 def open_input(argv, s):

@@ -32,9 +32,9 @@ from pathlib import Path
 import config
 from chat import IMAGE
 from config import BadSample, setting, stop
+from formats.image_files import image_folder, safe_path
 from formats.rows import conversation
 from formats.strict_json import strict_json
-from images import image_folder, safe_path
 from run.arguments import parse
 from tools.curate_client import LONGEST, Endpoint, Failed
 from tools.curate_prompts import KINDS, prompt, read_reply, row_facts

@@ -24,9 +24,9 @@ from PIL import Image
 import config
 from chat import printable
 from config import BadSample, setting, stop
+from formats.image_files import image_folder
 from formats.whole import write_file
 from generate import Chat, with_marker
-from images import image_folder
 from run.arguments import parse
 from tools.attention import grid_side, image_maps, read_again, why_no_map
 from tools.pointing import pointing, table_lines

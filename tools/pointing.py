@@ -18,8 +18,8 @@ import torch
 from config import stop
 from demo import toy
 from demo.variants import scenes
+from formats.image_files import safe_path
 from generate import with_marker
-from images import safe_path
 from tools.attention import on_images, ratio, read_again, why_no_map
 
 KINDS = ("color", "shape", "size", "place", "exists", "read")           # types of questions about one thing

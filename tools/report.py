@@ -18,7 +18,7 @@ from pathlib import Path
 
 import config
 from config import BadSample, setting, stop
-from images import image_folder, load_image, safe_path
+from formats.image_files import image_folder, load_image, safe_path
 from metrics.certainty import paired
 from metrics.tasks import TASKS, grouped
 from run.arguments import parse

@@ -30,8 +30,9 @@ import config
 from config import BadSample, setting, stop
 from data import pack
 from formats.configs import image_spec
+from formats.image_files import image_folder, load_image, safe_path
 from formats.rows import open_rows
-from images import image_folder, load_image, preprocess, safe_path
+from images import preprocess
 from kernels.cross_entropy import IGNORE
 from parts.blip2 import chosen, texts_of
 from parts.pairs import similarities

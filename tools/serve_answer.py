@@ -9,7 +9,7 @@ from PIL import Image
 
 import chat as templates
 from config import BadSample
-from images import FORMATS
+from formats.image_files import FORMATS
 from tools.attention import read_again
 from tools.look import piece_text, record
 from tools.serve_request import Refusal

@@ -9,12 +9,12 @@ from PIL import Image
 from chat import IMAGE
 from config import BadSample, stop
 from formats.configs import one_line
+from formats.image_files import FORMATS
 from formats.questions.images import place_images, question_image
 from formats.questions.parquet import Stored, image_bytes
 from formats.questions.records import question_records
 from formats.questions.tables import NEEDS, literal
 from formats.questions.variants import rotations
-from images import FORMATS
 from metrics.boxes import read_box
 from metrics.tasks import SHORT, TASKS
 

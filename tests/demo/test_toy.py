@@ -11,9 +11,10 @@ from PIL import Image
 
 from data import Encoder
 from demo import captions, pretrain, sheet, toy
+from formats.image_files import load_image
 from formats.rows import conversation
 from formats.tokenizer import Tokenizer
-from images import Layout, load_image
+from images import Layout
 
 
 def worlds(n, test=False):

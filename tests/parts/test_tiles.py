@@ -12,8 +12,8 @@ from PIL import Image, ImageColor
 import images
 from config import BadSample
 from data import Encoder, Steps
+from formats.image_files import FORMATS, load_image
 from formats.tokenizer import Tokenizer
-from images import load_image
 from parts.build import image_layout
 from parts.tiles import PatchRows, Tiles, image_size
 
@@ -25,7 +25,7 @@ def picture(w, h, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("kind", images.FORMATS)
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", range(10))
 def test_the_size_in_the_header_is_that_of_the_loaded_image(kind, orientation, tmp_path):
     exif = Image.Exif()

@@ -10,9 +10,10 @@ import torch
 from conftest import ROOT, error
 from PIL import Image
 
+from formats.image_files import load_image
 from formats.pairs import load_pairs, save_pairs
 from formats.rows import Rows, conversation, open_rows
-from images import load_image, preprocess
+from images import preprocess
 from tools import curate_filter
 from tools.image_hash import image_hash
 from tools.retrieval import Towers
