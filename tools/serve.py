@@ -14,6 +14,7 @@ put a proxy with TLS in front. docs/serving.md lists the fields of a request.
 
 import dataclasses
 import hmac
+import io
 import ipaddress
 import json
 import os
@@ -40,7 +41,7 @@ from tools.look import PAGE, POLICY, safe_json
 from tools.serve_answer import Gone, answer_request
 from tools.serve_request import Refusal, read_request
 
-PATIENCE = 30              # seconds that a client may neither send nor read
+PATIENCE = 30              # seconds for the headers of a request, and for a client to read; twice for the body
 CONNECTIONS = 100          # open connections; more are closed at once
 NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -125,9 +126,39 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
 
+class Incoming(io.RawIOBase):
+    """What a client sends, until the time `end`. A timeout of the socket alone would begin anew with each byte."""
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.allow(PATIENCE)
+
+    def allow(self, seconds):
+        self.end = time.monotonic() + seconds
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        kept = self.connection.gettimeout()                    # of writing
+        self.connection.settimeout(max(0.001, self.end - time.monotonic()))
+        try:
+            return self.connection.recv_into(buffer)
+        except ConnectionError:                                # the client left
+            return 0
+        finally:
+            self.connection.settimeout(kept)
+
+
 class Handler(BaseHTTPRequestHandler):
-    timeout = PATIENCE
     server_version, sys_version = "pumice", ""
+
+    def setup(self):
+        self.timeout = PATIENCE
+        super().setup()
+        self.rfile.close()
+        self.incoming = Incoming(self.connection)
+        self.rfile = io.BufferedReader(self.incoming)
 
     def log_message(self, *args):
         pass
@@ -212,10 +243,11 @@ class Handler(BaseHTTPRequestHandler):
         return int(text)
 
     def body(self):
-        parts, end = [], time.monotonic() + 2 * PATIENCE
+        parts = []
+        self.incoming.allow(2 * PATIENCE)
         while self.unread:
             part = self.rfile.read1(min(self.unread, 2**16))
-            if not part or time.monotonic() > end:
+            if not part:
                 raise Gone
             parts.append(part)
             self.unread -= len(part)
@@ -295,8 +327,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(status, error, headers=more)
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_WR)
-            end = time.monotonic() + 5
-            while self.unread and time.monotonic() < end and (part := self.rfile.read1(min(self.unread, 2**16))):
+            self.incoming.allow(5)
+            while self.unread and (part := self.rfile.read1(min(self.unread, 2**16))):
                 self.unread -= len(part)
         except OSError:
             pass

@@ -443,6 +443,33 @@ def test_a_client_that_leaves_stops_its_answer(plain_chat, slow, stream):
         assert plain_chat.model.training and text_of(complete(server, *GOOD, max_tokens=2))
 
 
+@pytest.mark.parametrize("begin", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ",
+                                   b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                                   b"Content-Length: 9000\r\n\r\n"])
+def test_a_client_that_sends_slowly_is_cut_off(plain_chat, monkeypatch, begin, capsys):
+    monkeypatch.setattr(serve, "PATIENCE", 0.2)
+    with running(plain_chat) as server, socket.create_connection(server.server_address, FOREVER) as s:
+        s.sendall(begin)
+        with pytest.raises(ConnectionError):
+            for _ in range(200):                               # 10 seconds, a byte each 0.05
+                s.sendall(b"x")
+                time.sleep(0.05)
+        until(lambda: server.places._value == 9)
+        assert request(server, "/health")[0] == 200
+    assert capsys.readouterr().err == ""
+
+
+def test_too_many_connections_are_closed(plain_chat, monkeypatch):
+    with running(plain_chat) as server:
+        monkeypatch.setattr(serve, "CONNECTIONS", before := threading.active_count())
+        with socket.create_connection(server.server_address, FOREVER):
+            until(lambda: threading.active_count() == before + 1)
+            with socket.create_connection(server.server_address, FOREVER) as s:
+                assert s.recv(1) == b""
+        until(lambda: threading.active_count() == before)
+        assert request(server, "/health")[0] == 200
+
+
 def test_the_end_of_the_server_stops_an_answer(plain_chat, slow):
     count, release = slow
     with running(plain_chat) as server:
