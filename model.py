@@ -174,7 +174,7 @@ class ViTEmbeddings(nn.Module):
         side = cfg.image_size // p * p  # drop an incomplete patch at the edge, as a convolution without padding does
         x = images[:, :, :side, :side].to(torch.float32) / 255
         x = torch.stack([(c - m) / s for c, m, s in zip(x.unbind(1), cfg.image_mean, cfg.image_std)], 1)  # (I, 3, S, S)
-        x = x.to(conv.weight.dtype)             # m and s are numbers: to copy a tensor to a GPU makes the host wait
+        x = x.to(conv.weight.dtype)             # m and s are numbers: tensors would need a host-device sync
         x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)        # (I, rows, columns, 3, p, p)
         x = F.linear(x.reshape(x.shape[0], cfg.patches, 3 * p * p), conv.weight.flatten(1), conv.bias)       # (I, P, D)
         if self.class_embedding is not None:

@@ -41,8 +41,8 @@ def usual_template(family, c, tok):
 
 
 def published_name(name, pairs):
-    """Our name -> name of the published tensor; which part of it is ours: (i, n), (i, n, H), or () for all of it; the
-    number of dimensions of the published tensor, or 0 if ours has as many"""
+    """Our name -> name of the published tensor; the part that our tensor holds: (i, n), (i, n, H), or () for the whole;
+    the number of dimensions of the published tensor, or 0 if ours has as many"""
     for pattern, replacement in pairs:
         name = re.sub(pattern, replacement, name)
     name, _, dims = name.partition("@")

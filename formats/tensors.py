@@ -67,7 +67,7 @@ def tensor_digest(tensor):
         a sum over all elements: each is converted to fp32, and its 32 bits are read as an integer
         1,024 elements or more, spread over the tensor; of a smaller tensor, all elements
 
-    SHA-256 of 7B weights would take a minute. This digest is faster, but it is no help against forgery."""
+    SHA-256 of 7B weights would take a minute. This digest is faster, but it does not detect forgery."""
     flat = tensor.detach().cpu().flatten()
     # convert 2**20 elements at a time to fp32, because an fp32 copy of the whole tensor would take much memory
     total = sum(int(part.float().view(torch.int32).sum()) for part in flat.split(2**20))

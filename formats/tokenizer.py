@@ -58,7 +58,7 @@ def vocabulary(spec):
 
 def name_token(spec, name, fits):
     """Give the tokenizer a control token `name` -> its id, a note for the user. A control token t is renamed if fits(t)
-    is true. If there is no such token, a new one is added."""
+    is true. If no control token fits, a new one is added."""
     ids, own = vocabulary(spec), spec["model"]["vocab"]
     reserved = [t for t in spec["added_tokens"] if t["special"] and fits(t) and name not in ids]
     if not reserved:

@@ -1,4 +1,4 @@
-"""Span attention: query i attends to the keys j with lo[i] <= j < hi[i], its span. There is no other mask.
+"""Span attention: query i attends to the keys j with lo[i] <= j < hi[i], its span. Spans are the only masks.
 
     N queries   M keys   H query heads   G key/value heads (H = g * G)   K head dim, padded to D in a kernel
     q (N, H, K)   k, v (M, G, K)   lo, hi (N,) int32 in [0, M], both non-decreasing   ->   out (N, H, K)

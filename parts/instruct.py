@@ -143,13 +143,13 @@ class InstructQFormer(QFormer):
         (I, P, _), Q, W, device = image.shape, queries * len(self.query_embedding), len(words), image.device
         before = counts.cumsum(0) - counts                                                # (I,) words of images before
         images, n = torch.arange(I, device=device), torch.arange(W, device=device)
-        asks, told = images.repeat_interleave(Q), images.repeat_interleave(counts, output_size=W)  # image of a token
-        at = torch.arange(I * Q, device=device) + before[asks], n + Q * (told + 1)         # places of queries and words
-        start, of = before + Q * images, placed(asks, told, at)                            # (I,), (T,)
-        hi = placed((start + Q)[asks], at[1] + 1, at) if causal else (start + Q + counts)[of]     # (T,)
+        of_query, of_word = images.repeat_interleave(Q), images.repeat_interleave(counts, output_size=W)
+        at = torch.arange(I * Q, device=device) + before[of_query], n + Q * (of_word + 1)   # places of queries and words
+        start, of = before + Q * images, placed(of_query, of_word, at)                     # (I,), (T,)
+        hi = placed((start + Q)[of_query], at[1] + 1, at) if causal else (start + Q + counts)[of]  # (T,)
         own, seen = (start[of].int(), hi.int()), own_keys(I, Q, P, device)
         queries = self.query_embedding[:Q].to(image.dtype).expand(I, -1, -1).flatten(0, 1)        # (I Q, E)
-        words = self.word_embedding(words) + self.position_embedding(n - before[told])     # (W, E)
+        words = self.word_embedding(words) + self.position_embedding(n - before[of_word])  # (W, E)
         x, image = self.norm(placed(queries, words.to(image.dtype), at)), image.flatten(0, 1)
         for layer in self.layers:
             x = layer(x, image, own, seen, at)

@@ -33,7 +33,7 @@ class Queries(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Computed once per forward pass, because nonzero() makes the host wait for a GPU"""
+    """Computed once per forward pass, because nonzero() is a host-device sync"""
     keys: list            # [indices of the text keys among all M keys, indices of the image keys]
     every: Queries        # of a layer in which all N tokens are queries
     last: Queries         # of the last layer, in which only `rows` are

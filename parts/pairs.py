@@ -181,7 +181,7 @@ def compare_pairs(model, micro, world, loss, draw):
 
 
 def accuracy(similar):
-    """(n, n) similarities of n images and n texts -> mean of both directions: is no other one as near as its own?"""
+    """(n, n) similarities of n images and n texts -> mean of both directions: is its own partner the nearest one?"""
     others = similar.detach() - torch.diag(similar.new_full((len(similar),), math.inf))
     own = similar.detach().diagonal()
     return float(torch.cat([own > others.amax(1), own > others.amax(0)]).double().mean()) if len(own) > 1 else math.nan

@@ -1,4 +1,4 @@
-"""The perceiver resampler of Flamingo: Q learnt latents read the features of an image, so every image gets Q tokens.
+"""The perceiver resampler of Flamingo: Q trained latents read the features of an image, so every image gets Q tokens.
 
 Source: arXiv 2204.14198, section 2.1 and appendix A.1.1. In each layer, the latents x are the queries. Keys and values
 come from the features and from the latents themselves. No linear layer has a bias, and there are no positions:

@@ -1,7 +1,7 @@
 """COMM: the features of several layers of two vision towers become one feature per patch.
 
 Source: arXiv 2310.08825, section 4 (CLIP, layers 1 to 24, and DINOv2, layers 19 to 24). Layer m of tower t gives the
-features x_tm. The weights a_tm, one number per layer, are learnt:
+features x_tm. The weights a_tm, one number per layer, are trained:
 
     v_t = sum over m of a_tm Linear_tm(LayerNorm_tm(x_tm))        out = Linear([v_1, MLP(v_2)])
 

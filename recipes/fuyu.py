@@ -2,7 +2,7 @@
 each patch of 30 x 30 pixels into a token, and a newline token ends each row of patches. Images keep their size.
 
 No training details are published: batch, learning rate and data here are ours. The toy has patches of 24 px and
-trains everything in both stages. A row of it ends in a token of its text, because its vocabulary has no other.
+trains everything in both stages. A row of patches ends in a token of the text, because the vocabulary has no other.
 Toy world: 41.3 ± 0.7 % seeing, 32.2 ± 1.1 % blind (2 seeds, demo/systems.jsonl).
 
     python train_sft.py recipes/fuyu.py --dry_run            # the plan at the size of the paper

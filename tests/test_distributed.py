@@ -366,7 +366,7 @@ def test_every_field_of_a_batch_moves():
 
 def test_fsdp_reduces_gradients_in_fp32(truth, tmp_path):
     """The computation in bf16 rounds the gradient of each rank. Their sum must not be rounded again: then every element
-    of it would be a bf16 number."""
+    of the sum would be a bf16 number."""
     def rank(r):
         w = engine.World(r, 2, torch.device("cpu"), torch.bfloat16)
         model = tiny_vlm(dtype=torch.float32)

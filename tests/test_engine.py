@@ -135,7 +135,7 @@ def test_frozen_parts_stay_in_eval_mode(table, trains):
 
 
 def test_weights_move_to_the_device_one_by_one(monkeypatch):
-    """Each tensor goes from the file it is mapped from to the device at once: the host holds no copy of them all."""
+    """Each tensor goes from the file it is mapped from to the device at once: no copy of all weights is in CPU memory."""
     model, moved, to = tiny_vlm(dtype=torch.float32), [], torch.Tensor.to
 
     def noting(self, *args, **how):

@@ -279,7 +279,7 @@ def test_sample_prints_the_answer_and_nothing_else(model_folder, world, capsys):
     s = sample.Settings(model=str(model_folder), image=str(world / "0.png"), prompt="What is this?", max_new_tokens=5,
                         device="cpu", dtype="fp64")
     sample.main(s)
-    assert capsys.readouterr().out == first["text"] + "\n"      # which is what eval.py was told
+    assert capsys.readouterr().out == first["text"] + "\n"      # the answer of eval.py
     with pytest.raises(Error, match="image cannot be read: 'gone.png'"):
         sample.main(dataclasses.replace(s, image=str(world / "gone.png")))
 

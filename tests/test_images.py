@@ -212,7 +212,7 @@ def corpus():
                           unread),
         "gif_half": (saved(noise, "GIF")[:300], unread), "webp_half": (saved(noise, "WEBP")[:60], unread),
         "bmp_half": (saved(noise, "BMP")[:100], unread), "tiff_half": (saved(noise, "TIFF")[:200], unread),
-        "jpeg_flip": (flip(jpeg, len(jpeg) // 2), None),  # nobody can tell: JPEG has no checksum
+        "jpeg_flip": (flip(jpeg, len(jpeg) // 2), None),  # cannot be detected: JPEG has no checksum
         "jpeg_trailing": (jpeg + b"<?php ?>" * 100, None), "png_trailing": (whole + bytes(100), None),
         "png_named_jpg": (whole, None), "gif_named_jpg": (saved(noise, "GIF"), None),
         "gray": (saved(noise.convert("L"), "PNG"), None), "one_bit": (saved(noise.convert("1"), "PNG"), None),
@@ -393,7 +393,7 @@ def awkward_files():
     ramp = np.arange(45 * 31, dtype=np.uint16).reshape(31, 45) * 47
     exif = Image.Exif()
     exif[0x112] = 6
-    gray = Image.fromarray((ramp // 257).astype(np.uint8))       # convert("RGB"), as there, makes most of it white
+    gray = Image.fromarray((ramp // 257).astype(np.uint8))       # convert("RGB") alone would make most pixels white
     return {"gray": (saved(noise.convert("L"), "PNG"), None), "gray_alpha": (saved(alpha.convert("LA"), "PNG"), None),
             "alpha": (saved(alpha, "PNG"), None), "palette": (saved(noise.convert("P"), "PNG"), None),
             "palette_transparent": (saved(noise.convert("P"), "PNG", transparency=7), None),

@@ -456,7 +456,7 @@ def test_layers_may_have_their_own_rank(tmp_path):
 
 
 def before_4_52(k):
-    """A name in the memory of transformers 5 -> the one that it had until 4.51, and in an adapter made then"""
+    """A name in a model of transformers 5 -> the name until 4.51, also in adapters of that time"""
     for new, old in (("model.language_model.", "language_model.model."), ("model.multi_modal_", "multi_modal_"),
                      ("model.vision_tower.", "vision_tower.vision_model."), ("lm_head.", "language_model.lm_head.")):
         if k.startswith(our_peft.PREFIX + new):
@@ -474,11 +474,11 @@ NEW = str                                                                     # 
     (dict(target_modules=["o_proj"], modules_to_save=["norm", "lm_head", "multi_modal_projector"]), NEW),
     (dict(target_modules=["v_proj"], modules_to_save=["embed_tokens", "multi_modal_projector"]), before_4_52)])
 def test_adapters_of_all_parts_are_read(tmp_path, how, spelling):
-    """The leaf names that everybody gives mean layers of the tower, too, even of the block that nobody reads."""
+    """The usual leaf names mean layers of the tower, too, even of the block whose output is not used."""
     peft = pytest.importorskip("peft")
     there = exact_norms(theirs(v={"image_size": 8}))
     model, merged = ours(there), ours(there)
-    # one layer of another alpha, told by its whole name
+    # one layer of another alpha, by its whole name
     name = "model.language_model.layers.1.self_attn.q_proj"
     there = peft.get_peft_model(there, peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **how,
                                                        alpha_pattern={name: 20})).float()

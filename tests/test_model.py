@@ -593,7 +593,7 @@ def test_a_layer_saves_these_bytes_for_backward(kind):
 
 
 class Syncs(torch.utils._python_dispatch.TorchDispatchMode):
-    """Operators whose result has a size, or is a value, that only the GPU knows: the host must wait for them"""
+    """Operators whose result has a size, or is a value, that only the GPU knows: each is a host-device sync"""
 
     def __init__(self):
         super().__init__()
@@ -608,7 +608,7 @@ class Syncs(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", ["align", "sft"])
 def test_a_step_has_no_host_device_sync(stage):
-    """Batch.to counts the tokens with a label on the host. For a batch without `rows`, the model asks the GPU."""
+    """Batch.to counts the tokens with a label on the CPU. For a batch without `rows`, the model asks the GPU."""
     m = tiny_vlm().train()
     for n, p in m.named_parameters():
         p.requires_grad_(stage == "sft" or "multi_modal" in n)

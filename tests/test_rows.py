@@ -535,7 +535,7 @@ def test_a_damaged_or_old_index_is_made_again(forms, damage, monkeypatch):
 
 
 def test_a_full_disk_leaves_no_index(forms, tmp_path, monkeypatch):
-    """An index that cannot be written is made in memory, and no part of it stays beside the data"""
+    """An index that cannot be written is made in memory, and no part file stays beside the data"""
     open_large(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     true = line_spans((forms / "all.jsonl").read_bytes())

@@ -272,7 +272,7 @@ def test_adamw_hides_a_small_beta():
 
 
 def test_there_is_one_model(tiny, tmp_path, monkeypatch):
-    """The reference is no second copy"""
+    """The reference needs no second copy of the weights"""
     def models():
         return sum(type(x) is VLM for x in gc.get_objects())
     seen, right = [], train_dpo.preference.means

@@ -23,7 +23,7 @@ AGAIN = (408, 409, 425, 429)                             # and 500 or more: perh
 
 
 class Failed(BadSample):
-    """A request without a usable reply. again: may the same request be made once more? wait: seconds until then; None:
+    """A request without a usable reply. again: may the same request be sent again? wait: seconds until then; None:
     the server has not said"""
 
     def __init__(self, reason, detail="", again=True, wait=0.0):

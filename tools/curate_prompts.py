@@ -55,7 +55,7 @@ SOURCE = re.compile(r"\bcaption(s|ed|ing)?\b|\bbounding[ -]box|\bcoordinates?\b|
                     r"\b(0?\.\d+|0|1)\s*,\s*0?\.\d+\b", re.IGNORECASE)
 
 
-# ---- a row -> what the model is told ---------------------------------------------------------------------------------
+# ---- a row -> the facts in the prompt -------------------------------------------------------------------------------
 
 def row_facts(row):
     """-> the image of a row (a name or bytes), the text of its facts. captions: a list of texts, or `caption`, or the
@@ -118,7 +118,7 @@ def read_reply(kind, text, name):
 
 
 def check_turns(turns, kind):
-    """Raise BadSample if turns have a wrong number or length, hold <image>, or name what the model was told."""
+    """Raise BadSample if turns have a wrong number or length, hold <image>, or name the facts of the prompt."""
     if not kind.pairs[0] <= len(turns) <= kind.pairs[1]:
         raise BadSample("a wrong number of questions", f"{len(turns)}, not {kind.pairs[0]} to {kind.pairs[1]}")
     for turn in turns:

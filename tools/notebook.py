@@ -1,4 +1,4 @@
-"""Write a Jupyter notebook from a Python file in percent format. It has no outputs: whoever opens it runs it.
+"""Write a Jupyter notebook from a Python file in percent format. It has no outputs: its reader runs it.
 
     python -m tools.notebook docs/tour.py        # writes docs/tour.ipynb
 

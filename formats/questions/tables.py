@@ -37,7 +37,7 @@ def without_missing(row):
 
 
 def literal(s):
-    """Read a Python list that stands in a cell as text -> list; a text that is no list -> [the text]"""
+    """Read a Python list that stands in a cell as text -> list; any other text -> [the text]"""
     try:
         found = ast.literal_eval(s) if s.lstrip().startswith("[") else s
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -172,7 +172,7 @@ def test_a_peer_that_cannot_run_is_named(monkeypatch, capsys):
     Fake(monkeypatch, [1.0, None, 1.0, 2.0], (7.0, 0.0))               # theirs of the first row cannot
     out, found = run_step(capsys, rows="toy_align,toy_sft", repeats=1)
     assert [(r["row"], r["peer"]) for r in found["rows"]] == [("toy_align", None), ("toy_sft", "theirs")]
-    assert "toy_align: 32.0 samples/s; no peer ran" in out                  # ours is told all the same
+    assert "toy_align: 32.0 samples/s; no peer ran" in out                  # ours is printed all the same
     assert found["failed"] == {"toy_align, theirs": "ModuleNotFoundError: No module named 'transformers'"}
     assert "toy_align, theirs: did not run, ended with 1: ModuleNotFoundError" in out
     Fake(monkeypatch, [], (7.0, 0.0))
@@ -288,7 +288,7 @@ def test_a_failing_contender_does_not_stop_the_others(monkeypatch):
 
 
 class Event:
-    """torch.cuda.Event by the host's clock"""
+    """torch.cuda.Event by the clock of the CPU"""
 
     def __init__(self, enable_timing):
         assert enable_timing

@@ -1,6 +1,6 @@
 """What vLLM asks of a LLaVA folder, and what transformers itself would have written into one. vLLM cannot run here: its
 demands are read from its source (vllm/model_executor/models/llava.py at 35d3c24, clip.py at 030ea52, siglip.py at
-0531c22), as facts about names, keys and counts, and every folder that llava.save_model writes must meet them."""
+0531c22), as facts about names, keys and counts, and every folder that llava.save_model writes must satisfy them."""
 
 import json
 

@@ -62,7 +62,7 @@ def life(settings, out, signalled=None, name=signal.SIGTERM, times=2, killed=Non
             if step == signalled:                      # schedulers repeat themselves, and signal the loaders too
                 for _ in range(times):
                     os.killpg(os.getpgrp(), name)
-                time.sleep(0.2)                        # a loader that dies of it has the time to
+                time.sleep(0.2)                        # a loader that the signal kills is dead by now
             count(self, step, batch, result)
 
         log.Log.count = noting
@@ -169,7 +169,7 @@ def test_killed_within_a_save_a_whole_checkpoint_remains(tmp_path, monkeypatch):
         for module, name in ((os, "fsync"), (os, "rename"), (os, "chmod"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
                              (checkpoint, "save_file"), (whole, "remove"), (whole, "file_digest")):
             setattr(module, name, deadly(getattr(module, name)))
-        test_checkpoint.save(folder, 2, pair, keep_last=1)      # the same step once more, and step 1 goes
+        test_checkpoint.save(folder, 2, pair, keep_last=1)      # saves step 2 again, and removes step 1
 
     fatal, outcomes = 0, []
     while True:

@@ -230,7 +230,7 @@ def test_other_data_and_another_mixture_are_refused(world, tmp_path):
     assert "or on another mixture of it" in line
     b.write_text(text.replace("black cat, 0", "black dog, 0"))
     assert "was trained on other data" in refusal("align", settings, tmp_path / "run", data=f"{b}:0.5,{a}:0.5")
-    (tmp_path / "c.jsonl").write_text(text)                                    # another name is no other data
+    (tmp_path / "c.jsonl").write_text(text)                                    # the same data under another name
     run("align", settings, tmp_path / "run", steps=3, data=f"{tmp_path / 'c.jsonl'}:0.5,{a}:0.5")
 
 

@@ -103,7 +103,7 @@ def test_an_error_of_a_tracker_ends_it_alone(place, world, tmp_path, calls, monk
 
 
 def test_a_line_that_is_lost_is_not_sent(tmp_path, calls):
-    """A full disk has cut a line, or there is no file"""
+    """A full disk has cut a line, or the file is missing"""
     send = track.tracker("wandb", tmp_path, {})
     send()
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "mfu": null, "drawn": {}}\n{"step": 2, "lo\n')

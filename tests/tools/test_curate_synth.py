@@ -251,7 +251,7 @@ def test_a_dead_server_stops_the_run(folder, monkeypatch):
         line = error(synth, folder, server, "--kinds=detail", "--retries=1", "--model_name=m", rows=rows_of(9))
     assert line.startswith("3 failures one after another") and len(server.asked) == 6
     with pytest.raises(Failed, match="no reply"):
-        Endpoint(server.url, timeout=0.2).ask("m", [])          # nobody listens any more
+        Endpoint(server.url, timeout=0.2).ask("m", [])          # the server has been stopped
 
 
 # ---- going on -------------------------------------------------------------------------------------------------------
