@@ -107,7 +107,12 @@ def test_json_and_jsonl_are_read_alike(tmp_path, text):
     (b"[" + b"9" * 5000 + b"]", "limit"), (f"[{GOOD},".encode() + b"\xff]", f"position {len(GOOD) + 2}:"),
     (f"[,{GOOD}]".encode(), "line 1 column 2"),
     (f"[{GOOD}]".encode("utf-16"), "neither a json list"), (bytes(100), "neither a json list"),
-    (b"\x1f\x8b\x08" + bytes(50), "neither a json list")])
+    (b"\x1f\x8b\x08" + bytes(50), "neither a json list"), (f"{GOOD},\n{GOOD}".encode(), "neither a json list"),
+    *((json.dumps(about | {"data": [ROW, ROW]}, indent=n).encode(),
+       r"one object.* the list 'data'.*json.load\(open\('.*x.json'\)\)\['data'\]")
+      for about in ({}, {"version": 1, "info": {"n": 2}}, {"list": [1, {"a": 2}]}) for n in (None, 2)),
+    (json.dumps({"rows": [{"id": 1, "images": ["a"], "messages": [{}]}]}).encode(), "the list 'rows'"),
+    (b'{"annotations": [{"image_id": 1, "caption": "A cat."}]}', "the list 'annotations'")])
 def test_another_kind_of_file_stops_with_one_line(tmp_path, text, message):
     (tmp_path / "x.json").write_bytes(text)
     with pytest.raises(Error, match=message) as e:
@@ -115,7 +120,16 @@ def test_another_kind_of_file_stops_with_one_line(tmp_path, text, message):
     assert "x.json" in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_missing_file_or_a_folder_stops_with_one_line(tmp_path):
+@pytest.mark.parametrize("row", [
+    ROW, {**ROW, "pairs": [{"question": "?"}]}, {"text": "a"}, {"id": 1, "pairs": [{"a": 1}], "caption": "A cat."},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+    {"id": 1, "texts": [{"user": "?", "assistant": "!"}]}, {"data": json.dumps([ROW])}])
+def test_one_row_is_no_list_of_samples(tmp_path, row):
+    (tmp_path / "x").write_text(json.dumps(row))
+    assert [*Rows(tmp_path / "x")] == [row]
+
+
+def test_a_missing_file_stops_with_one_line(tmp_path):
     for path in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(Error, match="no data file"):
             Rows(path)
@@ -421,7 +435,7 @@ def test_the_number_of_workers_changes_no_step(world):
         assert all(torch.equal(x, y) for m, n in zip(a.micro, b.micro, strict=True) for x, y in zip(m, n))
 
 
-def test_a_copy_to_a_gpu_is_from_pinned_memory(world, monkeypatch):
+def test_copies_to_a_gpu_use_pinned_memory(world, monkeypatch):
     """Two ways: the loader's thread pins a step, with everything else in it as it was; Batch.to pins what is not."""
     from torch.utils.data._utils.pin_memory import pin_memory
     pinned, step = [], world()[0]

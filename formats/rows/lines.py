@@ -17,6 +17,9 @@ FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}(
 PART = re.compile(rb'"type" ?: ?"image')   # a part of a message that is an image
 # in a row of json: a part that is an image, or a key of images whose value is not empty
 HAS_IMAGE = re.compile(PART.pattern + rb'|"image(?:s|_bytes)?"\s*:(?!\s*(?:null|""|\[\s*(?:null|"")?\s*\]))')
+# a key of a form of a row; a list whose first object has such a key: the samples, where the file is one object
+FORM = rb'"(?:conversations|messages|texts|caption|chosen|question|text)"\s*:'
+INSIDE = re.compile(rb'"(\w+)"\s*:\s*\[\s*\{(?:[^{}\[\]]|\[[^{}\[\]]*\])*?' + FORM)
 MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
 
 
@@ -59,6 +62,19 @@ def line_spans(blob, chunk=2**24):
     return np.concatenate(out)
 
 
+def list_inside(blob, spans):
+    """-> the key of the list of samples, if the file is one object that has such a list, on one line or several"""
+    if not (len(spans) == 1 or goes_on(blob, spans)):
+        return None
+    found = INSIDE.search(blob, 0, 2**16)
+    return found[1].decode() if found and not re.search(FORM, blob[: found.start()]) else None
+
+
+def goes_on(blob, spans):
+    """Does the object of the first line end in another line?"""
+    return len(spans) > 1 and blob[slice(*spans[0])].rstrip().endswith((b"{", b"[", b",", b":"))
+
+
 class Rows(Mapped):
     """The rows of one data file, json or jsonl. A row is parsed when it is read."""
 
@@ -74,12 +90,14 @@ class Rows(Mapped):
                 self.spans = index(file, lambda: elements(self.blob))
             except ValueError as e:
                 stop(f"{file} cannot be read (is it jsonl, with one object per line, or cut off?): {e}")
-        # in jsonl, each line is a whole object; a first line "{" begins an object of several lines, which is refused
-        elif first[:1] != b"{" or first == b"{":
-            stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line (pandas converts tables: "
-                 "read_csv(FILE).to_json('rows.jsonl', orient='records', lines=True))")
         else:
-            self.spans = index(file, lambda: line_spans(self.blob))                            # (rows, 2): begin, end
+            self.spans = index(file, lambda: line_spans(self.blob)) if first[:1] == b"{" else ()
+            if key := list_inside(self.blob, self.spans):
+                stop(f"{file} is one object, and its samples are the list {key!r}: write the list alone, as in "
+                     f"json.dump(json.load(open({str(file)!r}))[{key!r}], open('rows.json', 'w'))")
+            if first[:1] != b"{" or goes_on(self.blob, self.spans):
+                stop(f"{file}: neither a json list of samples nor jsonl, with one sample per line (pandas converts "
+                     "tables: read_csv(FILE).to_json('rows.jsonl', orient='records', lines=True))")
         if not len(self.spans):
             stop(f"{file} holds no samples")
 
