@@ -52,7 +52,8 @@ ARMS = {"base": [], "sft_more": SFT, **{f"sft_more_{seed}": [*SFT, f"--seed={see
         "grpo_on_2": [*EXACT, "--seed=5", f"--init={OUT}/grpo_2"],
         "dpo": DPO, "dpo_1e-4": [*DPO, "--beta=1e-4"], "dpo_1e-9": [*DPO, "--beta=1e-9"],
         "dpo_sft": [*DPO, "--sft=1"], "sft_chosen": [*DPO, "--sft=1", "--beta=1e-9"], "kto": [*DPO, "--loss=kto"],
-        **{f"dpo_seed_{seed}": [*DPO, f"--seed={seed}"] for seed in (1, 2)}, "ipo": [*DPO, "--loss=ipo", "--length_norm"],
+        **{f"dpo_seed_{seed}": [*DPO, f"--seed={seed}"] for seed in (1, 2)},
+        "ipo": [*DPO, "--loss=ipo", "--length_norm"],
         "simpo": [*DPO, "--loss=simpo", "--beta=2"], "orpo": [*DPO, "--loss=orpo"],
         "hacked": [*GRPO, "--lr=3e-4", "--steps=60", "--max_new_tokens=16", "--reward=length"]}
 

@@ -144,7 +144,7 @@ class InstructQFormer(QFormer):
         before = counts.cumsum(0) - counts                                                # (I,) words of images before
         images, n = torch.arange(I, device=device), torch.arange(W, device=device)
         of_query, of_word = images.repeat_interleave(Q), images.repeat_interleave(counts, output_size=W)
-        at = torch.arange(I * Q, device=device) + before[of_query], n + Q * (of_word + 1)   # places of queries and words
+        at = torch.arange(I * Q, device=device) + before[of_query], n + Q * (of_word + 1)  # places of queries, of words
         start, of = before + Q * images, placed(of_query, of_word, at)                     # (I,), (T,)
         hi = placed((start + Q)[of_query], at[1] + 1, at) if causal else (start + Q + counts)[of]  # (T,)
         own, seen = (start[of].int(), hi.int()), own_keys(I, Q, P, device)

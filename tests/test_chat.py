@@ -29,9 +29,9 @@ TURNS = [("What is this?", "It is a black cat."), (" And that? ", "Two dogs.\n\n
 HOSTILE = ["</s>", "<s>", "<image>", "<pad>", "<unk>", "<|im_end|>", "<|im_start|>assistant", "<|eot_id|>", "USER: x",
            "ASSISTANT:", "[/INST]", "[INST] <<SYS>>", "<|start_header_id|>assistant<|end_header_id|>\n\n",
            "<0x0A>", "a</s>b <image>",
-           "\x00", "\x1b[31m", "e\u0301 combining", "👩‍👩‍👧 family", "مرحبا", "\u202eright to left", "一二三", "a\r\nb",
-           "tab\tstop", "x  y   z", "\ufeffmark", "\u200bzero width", "…", "\u0301alone", "\n\ninner\n\n", "." * 50,
-           "a\u2028b", "Z̷̢a̸l", "\U0010ffff", "%s{}\\n"]
+           "\x00", "\x1b[31m", "e\u0301 combining", "👩‍👩‍👧 family", "مرحبا", "\u202eright to left",
+           "一二三", "a\r\nb", "tab\tstop", "x  y   z", "\ufeffmark", "\u200bzero width", "…", "\u0301alone",
+           "\n\ninner\n\n", "." * 50, "a\u2028b", "Z̷̢a̸l", "\U0010ffff", "%s{}\\n"]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_every_prompt_is_a_prefix_of_the_sample(tok, template):
 
 
 @pytest.mark.parametrize("template", ["llama_3", "chatml", "vicuna_v1", "plain"])
-def test_the_end_of_turn_is_the_last_supervised_token(bytes_tok, template):
+def test_the_end_of_turn_is_supervised_last(bytes_tok, template):
     ends = {"llama_3": "<|eot_id|>", "chatml": "<|im_end|>"}
     end = chat.end_of_turn(bytes_tok, template)
     assert end == bytes_tok.id(ends.get(template, "</s>"))     # plain ends in a newline, and keeps the tokenizer's EOS
@@ -286,7 +286,7 @@ def test_a_lone_surrogate_is_a_bad_sample(bytes_tok):
             encode(bytes_tok, "vicuna_v1", turns, (), system)
 
 
-def test_a_panic_of_the_tokenizer_is_a_bad_sample(bytes_folder, tmp_path):
+def test_a_tokenizer_panic_is_a_bad_sample(bytes_folder, tmp_path):
     """Its regular expressions have a limit of retries, and end in an exception that is not an Exception."""
     spec = json.loads((bytes_folder / "tokenizer.json").read_text("utf-8"))
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
@@ -523,15 +523,16 @@ def test_the_exported_template_takes_contents_in_parts(tok_folder, tok, template
 # pieces of Llama 2, Llama 3 and Qwen with their real ids. Which piece has id 6054 is not on record: X takes its place.
 # Order matters: pieces further in front are merged first
 LLAMA_2 = {
-    "▁S": 317, "SY": 14816, "YS": 21554, "▁US": 3148, "ER": 1001, "▁A": 319, "SS": 1799, "IST": 9047, "ANT": 13566,
-    "What": 5618, "▁is": 338, "▁this": 445, "▁cat": 6635, "▁And": 9159, "▁X": 6054, "▁[": 518, "INST": 25580,
-    "▁<<": 3532, "</": 829, ">>": 6778, "▁Hi": 6324, "▁Hello": 15043, "▁a": 263, "▁black": 4628, "▁two": 1023,
-    "▁dogs": 26361, "▁,": 1919, "▁playing": 8743, ":": 29901, "▁": 29871, "?": 29973, ".": 29889, "S": 29903,
-    "]": 29962, "/": 29914, "<": 29966, "1": 29896, "!": 29991, "<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000}
+    "▁S": 317, "SY": 14816, "YS": 21554, "▁US": 3148, "ER": 1001, "▁A": 319, "SS": 1799, "IST": 9047,
+    "ANT": 13566, "What": 5618, "▁is": 338, "▁this": 445, "▁cat": 6635, "▁And": 9159, "▁X": 6054, "▁[": 518,
+    "INST": 25580, "▁<<": 3532, "</": 829, ">>": 6778, "▁Hi": 6324, "▁Hello": 15043, "▁a": 263,
+    "▁black": 4628, "▁two": 1023, "▁dogs": 26361, "▁,": 1919, "▁playing": 8743, ":": 29901, "▁": 29871,
+    "?": 29973, ".": 29889, "S": 29903, "]": 29962, "/": 29914, "<": 29966, "1": 29896, "!": 29991, "<unk>": 0,
+    "<s>": 1, "</s>": 2, "<image>": 32000}
 LLAMA_3 = {
-    "system": 9125, "ĊĊ": 271, "SYS": 39031, "user": 882, "Ċ": 198, "What": 3923, "Ġis": 374, "Ġthis": 420, "?": 30,
-    "assistant": 78191, "A": 32, "Ġcat": 8415, ".": 13, "<|begin_of_text|>": 128000, "<|start_header_id|>": 128006,
-    "<|end_header_id|>": 128007, "<|eot_id|>": 128009, "<image>": 128002}
+    "system": 9125, "ĊĊ": 271, "SYS": 39031, "user": 882, "Ċ": 198, "What": 3923, "Ġis": 374, "Ġthis": 420,
+    "?": 30, "assistant": 78191, "A": 32, "Ġcat": 8415, ".": 13, "<|begin_of_text|>": 128000,
+    "<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eot_id|>": 128009, "<image>": 128002}
 QWEN = {
     "system": 8948, "user": 872, "assistant": 77091, "Ċ": 198, "S": 50, "q": 80, "a": 64, "<|im_start|>": 151644,
     "<|im_end|>": 151645, "<image>": 151655}

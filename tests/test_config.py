@@ -103,7 +103,7 @@ def test_a_recipe_may_compute_and_import(recipe):
     ("lr = float('nan')", "lr=nan: expected float"), ("lr = [1]", "lr=[1]: expected float"),
     ("x = = 1", "line 1: SyntaxError"), ("\n\nlr = 1 / 0", "line 3: ZeroDivisionError: division by zero"),
     ("import nowhere", "line 1: ModuleNotFoundError")])
-def test_a_mistake_in_a_recipe_stops_with_its_place(recipe, text, message):
+def test_a_recipe_mistake_stops_with_its_place(recipe, text, message):
     said = refused([recipe(text)])
     assert message in said and "r.py" in said
 
@@ -145,7 +145,7 @@ def test_a_script_may_change_a_default_alone():
     assert error(config.check_ranges, Script(lr=-1.0)).startswith("lr=-1.0: expected at least 0")
 
 
-def test_a_mistake_is_one_line_and_exit_code_one(capsys, monkeypatch):
+def test_a_mistake_is_one_line_and_exit_1(capsys, monkeypatch):
     def main(settings):
         config.stop("what to do")
     monkeypatch.setattr(sys, "argv", ["script.py"])
@@ -154,7 +154,7 @@ def test_a_mistake_is_one_line_and_exit_code_one(capsys, monkeypatch):
     assert e.value.code == "error: what to do"                   # which Python prints to stderr, with exit code 1
 
 
-def test_what_a_terminal_cannot_show_is_escaped_and_ends_nothing(monkeypatch):
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", narrow)
     parse(Settings, [])

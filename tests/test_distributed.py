@@ -90,7 +90,7 @@ def test_micro_batches_packed_anyhow_give_one_gradient(groups, truth):
     assert abs(result["grad_norm"] / norm - 1) < GATE
 
 
-def test_a_mean_of_means_over_micro_batches_would_fail_by_far(truth):
+def test_a_mean_of_means_would_fail_by_far(truth):
     def mean_of_means(model, b):
         return token_loss(model, b) / (b.labels >= 0).sum() * sum(ANSWERS) / 2
     spy, result = gradients([[0, 1, 2, 3], [4, 5, 6, 7]], loss=mean_of_means)
@@ -98,7 +98,7 @@ def test_a_mean_of_means_over_micro_batches_would_fail_by_far(truth):
     assert abs(result["loss"] / truth[1] - 1) > 1000 * GATE
 
 
-def test_documents_that_read_each_other_would_fail_by_far(truth):
+def test_attention_between_documents_would_fail_by_far(truth):
     def leaky(model, b):
         return token_loss(model, b._replace(lo=torch.zeros_like(b.lo)))
     assert error(gradients([[*range(8)]], loss=leaky)[0].seen, truth[0]) > 1000 * GATE

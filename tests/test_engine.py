@@ -135,7 +135,7 @@ def test_frozen_parts_stay_in_eval_mode(table, trains):
 
 
 def test_weights_move_to_the_device_one_by_one(monkeypatch):
-    """Each tensor goes from the file it is mapped from to the device at once: no copy of all weights is in CPU memory."""
+    """Each tensor goes from the file it is mapped from to the device at once: CPU memory never holds all weights."""
     model, moved, to = tiny_vlm(dtype=torch.float32), [], torch.Tensor.to
 
     def noting(self, *args, **how):
@@ -149,7 +149,7 @@ def test_weights_move_to_the_device_one_by_one(monkeypatch):
     assert moved == [(pointer, device) for pointer in mapped]
 
 
-def test_no_weight_is_a_view_of_what_was_loaded():
+def test_no_weight_is_a_view_of_a_file():
     model = tiny_vlm(dtype=torch.float32)
     before = {n: p.data_ptr() for n, p in model.named_parameters()}
     engine.choose(model, {"multi_modal_projector.*": 1e-3}, torch.float32)
@@ -314,7 +314,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
         engine.start("cuda:2")
 
 
-def test_signals_are_recorded_and_a_second_ctrl_c_ends(tmp_path):
+def test_a_second_ctrl_c_ends_the_process(tmp_path):
     got = record_signals()
     for name in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(os.getpid(), name)

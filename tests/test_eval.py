@@ -165,7 +165,7 @@ def test_without_a_question_asked_there_is_no_score(model_folder, world, capsys)
     ('{"question_id": 1, "text": "a", "answers": []}', "question 0 .*: it needs"),
     ('{"question_id": 1, "text": "a", "answer": "b", "image": [5]}', "image .a name, several or none."),
     ('\n{"question_id": 1, "text": "a", "answer": "b", "answer": "c"}', "0: duplicate key")])
-def test_a_bad_question_file_ends_in_one_clear_line(tmp_path, text, complaint):
+def test_a_bad_question_file_ends_in_one_line(tmp_path, text, complaint):
     (tmp_path / "q.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(Error, match=complaint) as stopped:
         read_questions(str(tmp_path / "q.jsonl"), "exact")
@@ -174,7 +174,7 @@ def test_a_bad_question_file_ends_in_one_clear_line(tmp_path, text, complaint):
         read_questions(str(tmp_path / "gone.jsonl"), "exact")
 
 
-def test_pope_takes_its_own_files_and_only_yes_no(tmp_path):
+def test_pope_takes_only_yes_and_no(tmp_path):
     question = {"question_id": 1, "image": "a", "text": "Is it?", "label": "Yes", "category": "random"}
     write(tmp_path / "q.jsonl", [question])
     row, = read_questions(str(tmp_path / "q.jsonl"), "pope")
@@ -267,7 +267,7 @@ def test_answers_outlive_an_error_of_scoring(model_folder, world, capsys, monkey
     (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=float("inf")), "temperature=inf"),
     (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(template="foo"), "unknown template 'foo'"),
     (dict(model=""), "model is empty"), (dict(image="."), "image cannot be read: '.' (IsADirectoryError)")])
-def test_wrong_settings_of_sample_end_in_one_clear_line(model_folder, settings, complaint):
+def test_wrong_settings_of_sample_end_in_one_line(model_folder, settings, complaint):
     with pytest.raises(Error) as stopped:
         sample.main(dataclasses.replace(sample.Settings(model=str(model_folder), prompt="q", device="cpu"), **settings))
     assert complaint in str(stopped.value) and "\n" not in str(stopped.value)

@@ -65,7 +65,7 @@ row = anything | st.fixed_dictionaries({}, optional={
 
 @fuzz
 @given(row, st.sampled_from(list(TEMPLATES)), st.integers(1, 60))
-def test_any_row_is_a_sample_or_a_bad_sample(row, template, max_len):
+def test_any_row_is_a_sample_or_refused(row, template, max_len):
     encoder = data.Encoder(tokenizer("bytes"), template, images.Layout(I, Q), max_len)
     try:
         if not isinstance(row, dict):
@@ -155,7 +155,7 @@ def image_file():
 @fuzz
 @given(st.integers(0, len(FILES) - 1), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
        st.integers(0, 400), st.binary(max_size=8))
-def test_any_bytes_are_an_image_or_a_bad_sample(n, changes, cut, more):
+def test_any_bytes_are_an_image_or_refused(n, changes, cut, more):
     blob = bytearray(blobs()[n])
     for at, byte in changes:
         blob[at % len(blob)] = byte
@@ -188,7 +188,7 @@ typed = st.tuples(st.sampled_from(["--", "", "-"]), keys, st.sampled_from(["=", 
 
 @fuzz
 @given(st.lists(typed | st.text(max_size=6), max_size=4))
-def test_a_command_line_is_read_or_refused_in_one_line(argv):
+def test_a_command_line_is_read_or_refused(argv):
     assume(not {"-h", "--help"} & set(argv))
     try:
         s = parse(Settings, argv)

@@ -198,7 +198,7 @@ class Passes(TorchDispatchMode):
         return out
 
 
-def test_the_products_add_and_one_product_serves_all_adapters():
+def test_one_product_serves_all_adapters():
     N, C = 64, 40
     layers, x = family(sizes=(C, C, C), bias=False), normal(N, C)
     with Passes(N * C, x) as mine:

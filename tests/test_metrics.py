@@ -41,7 +41,7 @@ def test_the_official_script_keeps_unanimous_answers(answer, answers, official, 
     assert vqa_accuracy(answer, answers) == evalai
 
 
-def test_a_lone_answer_stands_for_ten_humans_who_agree():
+def test_a_lone_answer_stands_for_ten_annotators():
     assert (vqa_accuracy("Two", ["2"]), vqa_accuracy("three", ["2"])) == (1, 0)
 
 
@@ -65,7 +65,8 @@ def test_pope_counts_an_unasked_question_as_wrong():
     result = pope_by_type([None, None, "no"], ["yes", "no", "no"], {"a": [0], "b": [1, 2]})
     assert (result["accuracy"], result["f1"], result["f1_types"], result["f1_mean"]) == (1 / 3, 0, {"a": 0, "b": 0}, 0)
     result = pope_by_type(["yes", "yes", "yes"], ["yes", "no", "yes"], {"a": [0, 1], "b": [2]})
-    assert result["f1"] == 0.8 and result["f1_types"] == {"a": 2 / 3, "b": 1} and result["f1_mean"] == pytest.approx(5 / 6)
+    assert result["f1"] == 0.8 and result["f1_types"] == {"a": 2 / 3, "b": 1}
+    assert result["f1_mean"] == pytest.approx(5 / 6)
 
 
 def test_popes_f1_has_an_interval():

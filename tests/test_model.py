@@ -184,8 +184,8 @@ def bf16_errors(name, seed):
 
 @pytest.mark.parametrize("name", ["clip + llama", "siglip", "qwen3", "mistral with a window"])
 def test_bf16_errs_as_little_as_transformers(name):
-    """At most twice the error of transformers, over three models together. A smaller bound would depend on the BLAS: the
-    same ratio between two attentions of transformers, eager and sdpa, is between 0.87 and 1.2."""
+    """At most twice the error of transformers, over three models together. A smaller bound would depend on the BLAS:
+    the same ratio between two attentions of transformers, eager and sdpa, is between 0.87 and 1.2."""
     mine, other = (torch.tensor(e).norm() for e in zip(*(bf16_errors(name, seed) for seed in range(3))))
     assert mine <= 2 * other and 0.005 < other < 0.1
 

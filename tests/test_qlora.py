@@ -199,7 +199,7 @@ def test_two_ranks_equal_one_over_nf4(wrap, tmp_path):
     assert all("start from different weights" in line for _, line in found)
 
 
-def test_a_qlora_run_resumes_and_publishes_a_plain_model(world, aligned, tmp_path):  # noqa: F811
+def test_qlora_resumes_and_publishes_a_plain_model(world, aligned, tmp_path):  # noqa: F811
     how, whole, again = dict(init=str(aligned), bits=4, **LORA), tmp_path / "whole", tmp_path / "again"
     run("sft", world, whole, **how)
     shutil.copytree(whole, again)

@@ -22,7 +22,7 @@ from run.log import Log
 SYSTEMS = {"paligemma": 256, "llava": 256, "pali3": 256, "internvl15": 256, "fuyu": 1, "mm1": 144, "blip2": 32,
            "comm": 576, "qwen_vl": 256, "flamingo": 1, "visualchat": 257,
            "instructblip": 32}
-KEPT = {"connector", "parts", "train", "template", "system", "warmup", "max_len", "max_tokens", "loss"}    # toy settings
+KEPT = {"connector", "parts", "train", "template", "system", "warmup", "max_len", "max_tokens", "loss"}   # toy settings
 
 
 def values(name, stage, toy):
@@ -46,7 +46,8 @@ def killed(*args, **how):
     if not (child := os.fork()):
         try:
             count = Log.count
-            Log.count = lambda log, step, *rest: os.kill(os.getpid(), signal.SIGKILL) if step else count(log, step, *rest)
+            Log.count = lambda log, step, *rest: (
+                os.kill(os.getpid(), signal.SIGKILL) if step else count(log, step, *rest))
             run(*args, **how)
         finally:
             os._exit(0)

@@ -549,7 +549,7 @@ def test_a_full_disk_leaves_no_index(forms, tmp_path, monkeypatch):
     assert (tmp_path / "cache/pumice").is_dir() and not [f for f in tmp_path.rglob("*index*") if f.is_file()]
 
 
-def test_a_folder_that_is_read_only_is_no_obstacle(forms, tmp_path, monkeypatch):
+def test_a_read_only_folder_is_no_obstacle(forms, tmp_path, monkeypatch):
     open_large(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real = kept.tempfile.NamedTemporaryFile

@@ -1,8 +1,9 @@
-"""The index of a data file: where each row begins and ends; of tar, which rows have images. And the digest of a file.
+"""The index of a data file: where each row begins and ends, and of tar, how many images and how much text it has. And
+the digest of a file.
 
 An index is made once. The index of a large file is kept beside it, as FILE.index.npy, or in ~/.cache/pumice if that
 folder cannot be written to. It is valid while size and time of change of the file are the same. It is read by memory
-map: a file of 10^7 rows has an index of 160 MB (tar: 240 MB), which all processes of a machine share."""
+map: a file of 10^7 rows has an index of 160 MB (tar: 320 MB), which all processes of a machine share."""
 
 import contextlib
 import hashlib

@@ -7,6 +7,7 @@ first dot of the last part. KEY.json or KEY.txt is the text, KEY.jpg, KEY.img0.j
 
 In the last form, one prompt, its captions and its images may be lists: several turns, several images."""
 
+import itertools
 import os
 import struct
 import zlib
@@ -105,33 +106,35 @@ def pax_records(data):
 
 
 def sample_spans(blob):
-    """Find the samples of a tar file -> (rows, 3): begin and end of their members in bytes, are there images? A sample
-    with several prompts has as many rows."""
-    out, last = array("q"), None                               # begin, end, rows, images of each sample
-    for name, begin, data, end in members(blob):
-        key = key_of(name)
-        if not key:
-            continue
-        if key != last:
-            out.extend((begin, end, 1, 0))
-        out[-3], last = -(-end // 512) * 512, key
+    """Find the samples of a tar file -> (rows, 4): begin and end of their members in bytes, number of images, bytes of
+    text. A sample with several prompts has as many rows."""
+    out = array("q")
+    named = ((key_of(name), name, begin, data, end) for name, begin, data, end in members(blob))
+    for _, group in itertools.groupby((m for m in named if m[0]), lambda m: m[0]):
+        group, rows = [*group], []
+        images = sum(name.lower().endswith(IMAGES) for _, name, *_ in group)
+        texts = [m for end in (".json", ".txt") for m in group if m[1].endswith(end)]    # the first one is read
+        _, name, _, data, end = texts[0] if texts else ("", "", 0, 0, 0)
         if name.endswith(".json") and end - data <= MAX_BYTES:
-            out[-1] |= blob.find(b'"image', data, end) >= 0 and HAS_IMAGE.search(blob, data, end) is not None
+            if not images:
+                images = int(blob.find(b'"image', data, end) >= 0 and HAS_IMAGE.search(blob, data, end) is not None)
             if blob.find(b'"prompts"', data, end) >= 0:
-                out[-2] = prompts(blob[data:end])
-        elif name.lower().endswith(IMAGES):
-            out[-1] = 1
-    table = np.array(out, np.int64).reshape(-1, 4)
-    return np.repeat(table[:, [0, 1, 3]], table[:, 2], 0)
+                rows = packed_rows(blob[data:end])
+        span = group[0][2], -(-group[-1][4] // 512) * 512
+        for counts in rows or [(images, end - data)]:
+            out.extend((*span, *counts))
+    return np.array(out, np.int64).reshape(-1, 4)
 
 
-def prompts(text):
-    """-> number of rows in the json of a sample"""
+def packed_rows(text):
+    """The json of a sample -> (number of images, bytes of text) of the row of each prompt; [] if it is not packed"""
     try:
         row = strict_json(text.decode("utf-8-sig"), "")
-        return max(1, len(row["prompts"]))
+        fields = [[x if isinstance(x, list) else [x] for x in row[key]] for key in ("prompts", "captions", "images")]
+        return [(sum(x not in (None, "") for x in images), len(str(asked + said).encode("utf-8", "replace")))
+                for asked, said, images in zip(*fields, strict=True)]
     except (ValueError, TypeError, KeyError):
-        return 1
+        return []
 
 
 class Tar(Mapped):
@@ -140,14 +143,14 @@ class Tar(Mapped):
     def __init__(self, file):
         super().__init__(file)
         try:
-            self.spans = index(file, lambda: sample_spans(self.blob), 3)
+            self.spans = index(file, lambda: sample_spans(self.blob), 4)
         except ValueError as e:
             stop(f"{file} cannot be read as a tar file: {e}")
         if not len(self.spans):
             stop(f"{file} holds no samples: a sample is KEY.json or KEY.txt, and its images KEY.jpg ...")
 
     def guess(self, i):
-        return 0, int(self.spans[i, 2])                        # the headers do not say how much is text
+        return int(self.spans[i, 3]), int(self.spans[i, 2])
 
     def has_images(self):
         return self.spans[:, 2] > 0

@@ -29,7 +29,7 @@ JSON = dict(parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
-def test_both_sides_get_the_same_tokens_images_and_labels():
+def test_both_sides_get_the_same_batch():
     made = step.conversations(SMALL, 2)
     packed, padded = data.pack(made, 8), step.pad(SMALL.cfg, made)
     real = padded["attention_mask"] == 1

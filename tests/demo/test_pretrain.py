@@ -34,7 +34,7 @@ def solve(lines, key):
 
 
 @pytest.mark.parametrize("easy", [True, False])
-def test_the_answer_of_a_drill_follows_from_its_text(easy):
+def test_a_drill_holds_its_own_answer(easy):
     seen, distances, orders = set(), set(), set()
     for i in range(200):
         lines, drills = lessons.drill(random.Random(i), easy)

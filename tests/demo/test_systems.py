@@ -94,7 +94,7 @@ def test_variants_need_a_toy_world(tmp_path):
         assert "holds no toy world" in error(variants.main, args)
 
 
-def test_large_images_have_the_same_scenes_and_small_signs(tmp_path, monkeypatch):
+def test_large_images_show_scenes_with_small_signs(tmp_path, monkeypatch):
     sizes = dict(align=2, sft=6, test=6)
     monkeypatch.setattr(variants.toy, "SCENES", {**toy.SCENES, **sizes, "val_align": 1, "val_sft": 1})
     toy.write_world(tmp_path, **sizes, val_align=1, val_sft=1)

@@ -116,7 +116,7 @@ def test_every_answer_follows_from_the_scene_graph(test):
             assert answer in sentence.lower().rstrip(".").split() or answer in sentence.lower()
 
 
-def test_the_text_of_a_scene_names_each_thing_once():
+def test_a_scene_text_names_each_thing_once():
     for scene, rng in worlds(200):
         text = toy.scene_text(scene, rng)
         assert len(text.split("; ")) == len(toy.things(scene))
@@ -134,7 +134,8 @@ def test_files_are_llava_files_and_written_once(tmp_path):
             turns, names, system = conversation(row)
             assert all(load_image(tmp_path / "images" / n).size == (toy.SIDE, toy.SIDE) for n in names)
             assert sum(u.count("<image>") for u, _ in turns) == len(names)
-        encode = Encoder(Tokenizer(ROOT / "demo/llm"), "plain" if name == "align" else "vicuna_v1", Layout(3, 36), 512, "")
+        template = "plain" if name == "align" else "vicuna_v1"
+        encode = Encoder(Tokenizer(ROOT / "demo/llm"), template, Layout(3, 36), 512, "")
         assert all(encode(row)[3] == 0 for row in rows), "no sample is dropped or cut"
     assert any("image" not in r for r in rows), "some samples have no image"
     assert any(len(r["conversations"]) > 8 for r in rows)

@@ -1,7 +1,7 @@
 """What llava.save_model writes, read by transformers alone: each tower, LLM and connector that a LLaVA folder can hold.
 
     python tests/formats/clients.py write DIR     folders, each with our results (expected.safetensors)
-    python tests/formats/clients.py read DIR      any transformers since 4.46: the same keys, pixels, ids, logits, answers?
+    python tests/formats/clients.py read DIR      any transformers since 4.46: equal keys, pixels, ids, logits, answers?
 
 The two halves share nothing but the folders, so that the reader may be an old one: tests/formats/older_transformers.sh.
 """

@@ -302,7 +302,7 @@ PUBLISHED = {"vision_config": {"model_type": "clip_vision_model", "hidden_size":
              "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "model_type": "llava_next"}
 
 
-def test_published_llava_next_is_known_to_the_last_name():
+def test_every_published_name_of_llava_next_is_known():
     """Sizes as those of llava-v1.6-mistral-7b-hf, the names of its files, and those of transformers' class"""
     cfg = LLAVA_NEXT.config(PUBLISHED, {})
     assert LLAVA_NEXT.fits(cfg) and cfg.image_tokens == 576 and cfg.vision.depth == 23
@@ -351,7 +351,7 @@ def test_published_smolvlm_is_known_to_the_last_name(family, name):
     ({}, {"max_image_size": {"longest_edge": 364}}, "tiles of side 364 of images of longest_edge 2048"),
     ({}, {"size": {"height": 512, "width": 512}}, "longest_edge None"),
     ({}, {"do_resize": False}, "do_resize=False")])
-def test_smolvlm_that_is_not_supported_is_said_in_one_line(change, pre, line):
+def test_unsupported_smolvlm_ends_in_one_line(change, pre, line):
     with torch.device("meta"):
         assert line in error(lambda: build(SMOLVLM.config(SMOL | change, SMOL_PRE | pre)))
 
@@ -365,5 +365,5 @@ def test_smolvlm_that_is_not_supported_is_said_in_one_line(change, pre, line):
     ({"image_grid_pinpoints": [[336, 700]]}, {"image_grid_pinpoints": [[336, 700]]}, "no tiles of side 336"),
     ({}, {"image_grid_pinpoints": [[336, 336]]}, "but [[336, 336]] in preprocessor_config.json"),
     ({}, {"size": {"shortest_edge": 400}, "crop_size": 336}, "images of side 400, of which 336 stay")])
-def test_what_is_not_supported_is_said_in_one_line(change, pre, line):
+def test_unsupported_folders_end_in_one_line(change, pre, line):
     assert line in error(LLAVA_NEXT.config, PUBLISHED | change, pre)

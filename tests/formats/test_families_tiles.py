@@ -224,7 +224,7 @@ def test_published_fuyu_has_one_flat_config(tmp_path):
     (FUYU, {"text_config": {"model_type": "llama"}}, "type 'llama': 'persimmon' is supported"),
     (FUYU, {"num_channels": 1}, "num_channels=1: 3 is supported"),
     (FUYU, {"patch_size": 28}, "no whole patches of side 28")])
-def test_what_is_not_supported_is_said_in_one_line(family, change, line):
+def test_unsupported_folders_end_in_one_line(family, change, line):
     c = {"vision_config": {}, "text_config": {"model_type": "llama"}} if family is INTERNVL else {}
     with torch.device("meta"):
         assert line in error(lambda: build(family.config(c | change, {})))

@@ -75,7 +75,7 @@ def logits(model):
 # ---- contents of the files ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"no groups", "mistral without", "clip with exact gelu"}))
-def test_a_model_rebuilt_from_its_files_has_equal_logits(name, tmp_path, bytes_folder):
+def test_a_rebuilt_model_has_equal_logits(name, tmp_path, bytes_folder):
     model, _ = llava.load_model(init=folder(name, tmp_path / "llava", bytes_folder))
     text, mmproj, _ = gguf_export.export(tmp_path / "llava", tmp_path / "out", "f32")
     (keys, tensors), (vision_keys, vision) = read(text), read(mmproj)

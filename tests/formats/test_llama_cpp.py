@@ -129,7 +129,7 @@ def class_token_last(model):
 
 @pytest.mark.parametrize("name", ["siglip", "clip + llama", "clip with exact gelu"])
 @torch.no_grad()
-def test_images_give_equal_logits_but_for_the_class_token(name, tmp_path, bytes_folder):
+def test_logits_are_equal_but_for_the_class_token(name, tmp_path, bytes_folder):
     folder(name, tmp_path / "m", bytes_folder)
     model, source = llava.load_model(init=tmp_path / "m")
     tok = source.tok

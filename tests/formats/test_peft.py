@@ -67,8 +67,9 @@ def pixels():
 def same(a, b, gate=0.0):
     """Two Chats: equal logits, prompts and greedy answers"""
     assert (logits(a.model, BATCH) - logits(b.model, BATCH)).abs().max() <= gate
-    answers = [s.answers([s.prompt(TURNS, [s.layout.block()])], [pixels()[None]], 12)[0] for s in (a, b)]
-    assert answers[0] == answers[1] != "" and a.prompt(TURNS, [a.layout.block()]).tolist() == b.prompt(TURNS, [b.layout.block()]).tolist()
+    prompts = [s.prompt(TURNS, [s.layout.block()]) for s in (a, b)]
+    answers = [s.answers([prompt], [pixels()[None]], 12)[0] for s, prompt in zip((a, b), prompts)]
+    assert answers[0] == answers[1] != "" and prompts[0].equal(prompts[1])
     return answers[0]
 
 

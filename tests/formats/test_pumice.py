@@ -93,7 +93,7 @@ def test_adapters_bring_their_parts(parts, world, tower, tmp_path):
     {"layout": {"kind": "grid"}}, {"second": VisionConfig()}, {"tokens": 3}, {"mask": "causal"}, {"connector": "mlp"},
     {"vision.keep_class": True}, {"vision.feature_norm": False}, {"vision.feature_layer": -2},
     {"text.first_position": 0}, {"vision.model_type": "clip_vision_model"}])
-def test_a_family_takes_only_what_its_class_can_hold(change):
+def test_a_family_refuses_what_its_class_lacks(change):
     cfg = VLMConfig(VisionConfig("siglip_vision_model", feature_layer=-1, feature_norm=True),
                     TextConfig(first_position=1), "linear", mask="prefix")
     assert families.family_of(cfg).model_type == "paligemma"

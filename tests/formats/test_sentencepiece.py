@@ -74,7 +74,8 @@ def read(folder, blob, **files):
 
 
 @pytest.mark.parametrize("merged", [
-    "ab ba aba bab abab aa aaa aaaa bb abb", "aa ab aaa aab baa aaaa ▁a ▁aa ▁▁ ▁▁▁ a▁", "ba aa ab bb aab bba abba"])
+    "ab ba aba bab abab aa aaa aaaa bb abb", "aa ab aaa aab baa aaaa ▁a ▁aa ▁▁ ▁▁▁ a▁",
+    "ba aa ab bb aab bba abba"])
 def test_ranked_merges_equal_scores_on_short_strings(tmp_path, merged):
     """All 6,561 strings of eight letters a, b and space, over vocabularies full of overlapping pieces."""
     tok = read(tmp_path, spm(merged.split(), "▁ab"))

@@ -87,7 +87,7 @@ def test_each_image_has_its_own_instruction(model):
             assert moved[:2].max() < TIGHT and moved[2].min() > 1e-6
 
 
-def test_the_question_changes_the_features_and_the_answer_does_not(model):
+def test_only_the_question_changes_the_features(model):
     ids, labels, images = samples(model.cfg)[0]
     first = next(i for i, y in enumerate(labels) if y >= 0)
 
@@ -146,7 +146,7 @@ def test_a_run_reads_instructions_and_resumes_bit_equal(aligned, world, tmp_path
         assert state(out) == state(aligned)
 
 
-def test_the_folder_of_a_run_answers_by_the_question(aligned):
+def test_a_run_folder_answers_by_the_question(aligned):
     """The words are those of the language model, so the folder is pumice's"""
     assert json.loads((aligned / "model" / "config.json").read_text())["model_type"] == "pumice"
     asked = Chat(aligned, "cpu", "fp64")

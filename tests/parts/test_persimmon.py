@@ -31,7 +31,7 @@ def test_cache(model):
     check_cache(model)
 
 
-def test_only_the_first_part_of_a_head_is_rotated(model):
+def test_only_the_first_part_is_rotated(model):
     """With the weights of q for that part at 0, positions change nothing: each key has the same score anywhere"""
     for layer in model.language_model.blocks:
         for name in ("weight", "bias"):

@@ -76,7 +76,7 @@ def test_a_table_is_resampled_as_by_loops(n, m):
     assert (resized(grid, m) - stretched(grid, m)).abs().max() < TIGHT
 
 
-def test_positions_are_sines_and_cosines_of_column_and_row():
+def test_positions_are_sines_and_cosines():
     p, C = sincos(5, 24), 24
     for row in range(5):
         for column in range(5):
@@ -164,7 +164,7 @@ def test_the_order_of_patches_matters(model):
         assert (a - b).abs().max() < TIGHT
 
 
-def test_a_new_one_has_the_published_positions_which_never_train(model):
+def test_published_positions_never_train(model):
     with torch.device("meta"):
         fresh = build(qwen_vl())
     new = {n for n in fresh.state_dict() if n.startswith("multi_modal")}

@@ -27,7 +27,7 @@ def picture(w, h, seed=0):
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", range(10))
-def test_the_size_in_the_header_is_that_of_the_loaded_image(kind, orientation, tmp_path):
+def test_the_header_has_the_size_as_loaded(kind, orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     settings = {} if kind in ("GIF", "BMP") else {"exif": exif}
@@ -80,7 +80,7 @@ def test_layouts_that_do_not_exist():
     assert image_layout(config(layout={"kind": "grid", "most": 3})) == Tiles(3, 4, 8, most=3)
 
 
-def test_tiles_come_row_by_row_and_the_thumbnail_last():
+def test_the_thumbnail_follows_the_rows_of_tiles():
     colours = ["red", "green", "blue", "white", "black", "yellow"]
     whole = Image.new("RGB", (48, 32))
     for i, colour in enumerate(colours):
@@ -104,7 +104,7 @@ def test_the_block_has_the_placeholders_of_all_tiles(layout):
         assert all(t.size == (layout.side,) * 2 and t.mode == "RGB" for t in tiles)
 
 
-def test_rows_keep_the_pixels_of_an_image_and_fill_up_the_edge():
+def test_rows_keep_pixels_and_fill_the_edge():
     image = picture(13, 8)
     tiles = ROWS.cut(image)
     assert ROWS.block(image) == [3, 3, 3, 9, 3, 3, 3, 9]

@@ -311,7 +311,7 @@ def test_a_checkpoint_before_the_first_update_resumes(tmp_path):
     assert same(bits(pair), bits(other)) and train(*pair, [0, 1]) == train(*other, [0, 1])
 
 
-def test_new_learning_rates_and_decays_take_effect_on_resume(saved):
+def test_new_rates_take_effect_on_resume(saved):
     model, optimizer = trainer(lr=3.0)
     before = [(g["peak"], g["weight_decay"], g["betas"]) for g in optimizer.param_groups]
     checkpoint.restore(step(2, saved), model, optimizer, world())

@@ -192,7 +192,7 @@ def test_killed_within_a_save_a_whole_checkpoint_remains(tmp_path, monkeypatch):
     assert fatal > 25 and outcomes[0] == outcomes[-1] == "step_0000002"
 
 
-def test_killed_before_an_old_checkpoint_went_it_goes_later(settings, undisturbed, tmp_path, monkeypatch):
+def test_a_kill_only_delays_a_checkpoint_removal(settings, undisturbed, tmp_path, monkeypatch):
     """After the last step there is nothing left to train and no checkpoint to write."""
     discard = checkpoint.discard
     with monkeypatch.context() as m:
@@ -217,7 +217,7 @@ def test_a_checkpoint_written_in_place_would_not_survive(tmp_path):
 
 @pytest.mark.parametrize("name, times, workers, code", [
     (signal.SIGTERM, 2, 1, 143), (signal.SIGUSR1, 2, 0, 138), (signal.SIGINT, 1, 1, 130)])
-def test_a_signal_saves_and_the_same_command_goes_on(name, times, workers, code, settings, undisturbed, tmp_path):
+def test_after_a_signal_the_same_command_resumes(name, times, workers, code, settings, undisturbed, tmp_path):
     out = tmp_path / "run"
     found = ended(life({**settings, "save_every": 100, "workers": workers}, out, 2, name, times))
     said = (out / "said.txt").read_text()

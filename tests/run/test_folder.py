@@ -31,7 +31,7 @@ def test_the_nearest_folder_says_whether_we_may_write(tmp_path, monkeypatch):
     assert folder.unwritable(tmp_path / "a" / "b") == f"{tmp_path} cannot be written to"
 
 
-def test_an_unwritable_folder_is_named_before_anything_is_read(world, tmp_path):
+def test_an_unwritable_folder_is_named_first(world, tmp_path):
     (tmp_path / "file").write_text("")
     line = f"out={tmp_path / 'file' / 'run'}: {tmp_path / 'file'} is not a folder"
     assert refusal("align", world, tmp_path / "file" / "run", vision="no_tower") == line
@@ -51,7 +51,7 @@ def test_a_folder_that_is_no_run_loses_nothing(world, tmp_path, theirs):
 
 
 @pytest.mark.parametrize("how", [{"resume": "none"}, {"overfit": True}])
-def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, how):
+def test_a_second_run_in_one_folder_is_refused(world, tmp_path, how):
     out = tmp_path / "run" / "overfit" if "overfit" in how else tmp_path / "run"
     (hears, speaks), (ends, holds) = os.pipe(), os.pipe()
     pid = os.fork()
@@ -77,7 +77,7 @@ def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, how):
     os.close(hears), os.close(holds)
 
 
-def test_without_locks_a_run_says_so_and_goes_on(tmp_path, monkeypatch):
+def test_without_locks_a_run_only_warns(tmp_path, monkeypatch):
     def lockf(*args):
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr("fcntl.lockf", lockf)
@@ -86,7 +86,7 @@ def test_without_locks_a_run_says_so_and_goes_on(tmp_path, monkeypatch):
     assert "cannot be locked (No locks available): a second run that writes there would not be noticed" in said[0]
 
 
-def test_a_disk_without_room_stops_before_anything_is_spent(world, tmp_path, monkeypatch, capsys):
+def test_a_disk_without_room_stops_first(world, tmp_path, monkeypatch, capsys):
     """There must be room for one checkpoint; where there is none for all of them, a note says so."""
     weights = 4 * 2112                                                         # of the connector, in bytes
     one, all_of_them = 3 * weights, 3 * 3 * weights + 2 * 67_200               # keep_last + 1, and model/ in fp16
@@ -170,7 +170,7 @@ def test_more_steps_go_on_and_none_starts_again(world, aligned, tmp_path, capsys
     assert state(out) == state(aligned)
 
 
-def test_a_finished_run_changes_no_file_when_started_again(validated, world, aligned, tmp_path, capsys, monkeypatch):
+def test_a_finished_run_changes_no_file(validated, world, aligned, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(engine, "update", lambda *a, **k: pytest.fail("a step"))
     before = files(aligned)
     for changes in ({}, {"steps": 4}, {"log_every": 5, "workers": 1, "max_tokens": 48}):
@@ -188,7 +188,7 @@ def test_a_finished_run_changes_no_file_when_started_again(validated, world, ali
     assert files(aligned) == before
 
 
-def test_rank_0_says_for_all_that_a_run_is_finished(aligned, tmp_path):
+def test_rank_0_decides_that_a_run_is_finished(aligned, tmp_path):
     """The other ranks may be on a machine that does not see the folder yet."""
     state = json.loads((aligned / "finished.json").read_text())
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_without_steps_left_is_published_elsewhere(world, aligned, 
     assert run("align", world, tmp_path / "b") is None and (tmp_path / "b/model/model.safetensors").is_file()
 
 
-def test_a_run_that_goes_on_elsewhere_keeps_its_counts(world, tmp_path):
+def test_a_run_resumed_elsewhere_keeps_its_counts(world, tmp_path):
     (tmp_path / "bad.jsonl").write_text(Path(world["data"]).read_text() + "{}\n" * 2)      # 24 samples, in six steps
     a, b = (functools.partial(run, "align", {**world, "data": str(tmp_path / "bad.jsonl")}, tmp_path / out)
             for out in "ab")
@@ -249,7 +249,7 @@ def test_another_base_is_refused(world, tmp_path):
     run("sft", settings, tmp_path / "whole", steps=3)
 
 
-def test_a_new_run_deletes_nothing_before_its_first_step(world, tmp_path, monkeypatch):
+def test_nothing_is_deleted_before_the_first_step(world, tmp_path, monkeypatch):
     out = tmp_path / "run"
     run("align", world, out, steps=4)
     before = files(out)

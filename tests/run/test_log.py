@@ -62,7 +62,7 @@ def test_rates_are_those_since_the_row_before(tmp_path, capsys, monkeypatch):
     assert log.peak_bytes() > 2**20
 
 
-def test_a_log_that_cannot_be_written_costs_one_line(tmp_path, capsys):
+def test_an_unwritable_log_costs_one_line(tmp_path, capsys):
     Log(tmp_path / "gone", CPU, 1).append({"step": 1})
     assert "log.jsonl is lost: No such file" in capsys.readouterr().out
 

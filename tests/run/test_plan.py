@@ -93,7 +93,7 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("also, lora_r, recompute", [([], 0, "none"), (["language_model.*"], 0, "none"),
                                                      (["language_model.*"], 0, "block"), (["*.lora_*"], 8, "none")])
-def test_the_plan_guesses_memory_within_a_factor_of_two(also, lora_r, recompute):
+def test_the_plan_guesses_memory_within_twofold(also, lora_r, recompute):
     torch.manual_seed(0)
     model = VLM(VLMConfig(VisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3,
                                        num_attention_heads=4, image_size=48, patch_size=8),

@@ -29,7 +29,7 @@ def test_an_adapter_answers_as_the_merged_model(world, aligned, tmp_path):
 
 
 @pytest.mark.parametrize("how", [{}, LORA], ids=["whole", "lora"])
-def test_save_dtype_is_kept_and_named_in_the_end(how, world, tmp_path, capsys):
+def test_save_dtype_is_kept_and_named(how, world, tmp_path, capsys):
     """auto is fp16 for a model that was trained in fp32."""
     run("sft", world, tmp_path / "fp32", steps=1, save_dtype="fp32", **how)
     exact = load_file(tmp_path / "fp32" / "model/model.safetensors")

@@ -91,7 +91,7 @@ def test_stage_2_inherits_open_settings_from_init(world, aligned, tmp_path):
 
 # ---- the dry run ----------------------------------------------------------------------------------------------------
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):
+def test_a_dry_run_only_prints_the_plan(world, tmp_path, capsys):
     assert run("align", world, tmp_path / "none", dry_run=True) is None
     said = capsys.readouterr().out
     assert not (tmp_path / "none").exists()

@@ -187,7 +187,7 @@ def test_what_is_missing_stops_with_one_line(folder):
     assert "config.json: " in error(check_data.main, [good, tok])
 
 
-def test_an_image_is_as_many_tokens_as_its_family_gives_it(folder, capsys):
+def test_the_family_decides_the_tokens_per_image(folder, capsys):
     """InternVL: an image of 9 x 7 pixels is 4 x 3 tiles and a thumbnail, one of 64 x 32 is 2 x 1; 4 tokens each"""
     at = folder / "run" / "model"
     spec = json.loads((at / "tokenizer.json").read_text("utf-8"))

@@ -283,7 +283,7 @@ def test_unusable_rows_are_listed(folder):
 
 # ---- the key --------------------------------------------------------------------------------------------------------
 
-def test_the_key_is_in_no_file_and_no_message(folder, monkeypatch, capfd):
+def test_the_key_is_in_no_file_or_message(folder, monkeypatch, capfd):
     """A server that sends the key back, in an answer and in errors"""
     monkeypatch.setenv("MY_KEY", KEY + "\n")
     echo = [(500, {"Retry-After": "0"}, KEY.encode()), (400, {}, f"bad key {KEY}".encode()), reply(f"I am sorry {KEY}"),

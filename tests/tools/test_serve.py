@@ -401,7 +401,7 @@ def start(server, **fields):
     return c
 
 
-def test_a_full_queue_is_refused_and_the_others_wait(plain_chat, slow):
+def test_requests_wait_until_the_queue_is_full(plain_chat, slow):
     count, release = slow
     with running(plain_chat, queue=1) as server:
         first = start(server, max_tokens=3)

@@ -116,7 +116,8 @@ def test_a_dropped_image_and_a_token(page, plain_chat):
         page.goto(server.url())
         drop = """() => { const t = new DataTransfer(); const bytes = Uint8Array.from([1, 2]);
                   t.items.add(new File([bytes], 'a.png', {type: 'image/png'}));
-                  document.dispatchEvent(new DragEvent('drop', {dataTransfer: t, bubbles: true, cancelable: true})); }"""
+                  const how = {dataTransfer: t, bubbles: true, cancelable: true};
+                  document.dispatchEvent(new DragEvent('drop', how)); }"""
         page.evaluate(drop)
         page.locator("#pictures img").wait_for(state="attached")
         page.locator("#pictures button").click()

@@ -93,7 +93,7 @@ def test_a_broken_kernel_fails(name, tmp_path):
 
 @pytest.mark.parametrize("R, V, chunk, dtype", [(1, 1, None, torch.float32), (17, 97, 5, torch.float32),
                                                 (0, 5, None, torch.float32), (15, 129, 15, torch.float16)])
-def test_loss_and_gradients_err_at_most_twice_as_much(R, V, chunk, dtype):
+def test_loss_and_gradients_err_at_most_twice(R, V, chunk, dtype):
     args = case(R, 16, V, dtype)
     truth = with_gradients(linear_cross_entropy_ref, *(t.detach().double().requires_grad_() for t in args[:2]), args[2])
     theirs = with_gradients(linear_cross_entropy_ref, *args)
@@ -109,7 +109,7 @@ def test_loss_and_gradients_err_at_most_twice_as_much(R, V, chunk, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_weights_of_rows_err_at_most_twice_as_much(dtype):
+def test_weighted_rows_err_at_most_twice(dtype):
     args, weights = case(17, 16, 97, dtype), weights_of(17)
     exact = [*(t.detach().double().requires_grad_() for t in args[:2]), args[2]]
     truth = with_gradients(linear_cross_entropy_ref, *exact, weights=weights.double())
@@ -124,7 +124,7 @@ def test_weights_of_rows_err_at_most_twice_as_much(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_losses_of_rows_err_at_most_twice_as_much(dtype):
+def test_losses_of_rows_err_at_most_twice(dtype):
     hidden, weight, labels = case(17, 16, 97, dtype)
     up = torch.linspace(-2, 3, 17)
 
