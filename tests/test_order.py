@@ -15,7 +15,7 @@ from tiny_runs import rows, run, state
 
 from config import Common, setting_facts
 from data import Encoder, Steps
-from formats.rows import ORDERS, open_rows
+from formats.rows import ORDERS, conversation, open_rows, token_rates
 from formats.rows.order import CYCLE, largest_remainder
 from formats.tokenizer import Tokenizer
 from images import ImageSpec, Layout
@@ -248,7 +248,39 @@ def test_tar_says_which_rows_have_images(tmp_path):
         ("2.json", json.dumps(packed).encode()), ("3.txt", b"c"), ("4.json", json.dumps({"image": url(RED)}).encode())])
     found = open_rows(tmp_path / "x.tar")
     assert found.has_images().tolist() == [False, True, True, True, False, True]
-    assert [found.guess(i) for i in (0, 1)] == [(0, 0), (0, 1)]
+    assert [found.guess(i)[1] for i in range(6)] == [0, 1, 1, 1, 0, 1]
+
+
+def test_a_packed_tar_sample_counts_by_prompt(tmp_path):
+    """Each prompt has its own images and its own length: by_modality once took all rows of a sample for one kind."""
+    packed = {"prompts": ["p" * 99, "q", ["r", "s" * 50], "t", "\u00e9" * 40], "captions": [
+        "a", "b", ["c", "d"], "e", "f"], "images": ["0.jpg", [], ["0.jpg", "1.jpg"], [""], None]}
+    members = [("x.0.jpg", RED), ("x.1.jpg", RED), ("x.json", json.dumps(packed).encode()),
+               *((f"{i}.txt", b"word " * n) for i, n in enumerate((400, 10, 10, 10)))]
+    found = open_rows(write_tar(tmp_path / "x.tar", members))
+    images = [len(conversation(found[i])[1]) for i in range(5)]
+    assert images == [1, 0, 2, 0, 0] == [found.guess(i)[1] for i in range(5)]
+    assert found.has_images().tolist() == [True, False, True] + [False] * 6
+    texts = [found.guess(i)[0] for i in range(9)]
+    assert texts[1] == texts[3] and texts[0] - texts[1] == 98 and texts[5:] == [2000, 50, 50, 50]
+    assert texts[4] - texts[3] == 79, "bytes, not characters"
+
+    class Encode:
+        layout, max_len = Layout(3, 4), 10**6
+
+        def __call__(self, row, root):
+            (text, answer), = conversation(row)[0]
+            return [7] * len(text + answer), [], [], 0
+    rates = token_rates(Subset(found, 5), Encode(), "")
+    assert rates[0] == pytest.approx(1024, rel=0.05), "a byte is a token here"
+
+
+class Subset(list):
+    """The rows of a file from `first` on"""
+
+    def __init__(self, file, first):
+        super().__init__(file[i] for i in range(first, len(file)))
+        self.guess = lambda i: file.guess(first + i)
 
 
 # ---- steps and runs -------------------------------------------------------------------------------------------------

@@ -131,8 +131,9 @@ def packed_rows(text):
     try:
         row = strict_json(text.decode("utf-8-sig"), "")
         fields = [[x if isinstance(x, list) else [x] for x in row[key]] for key in ("prompts", "captions", "images")]
+        padded = (field + [[]] * len(fields[0]) for field in fields)         # lists that differ cost as many samples
         return [(sum(x not in (None, "") for x in images), len(str(asked + said).encode("utf-8", "replace")))
-                for asked, said, images in zip(*fields, strict=True)]
+                for _, asked, said, images in zip(fields[0], *padded)]
     except (ValueError, TypeError, KeyError):
         return []
 
