@@ -207,7 +207,8 @@ def show(tok, ids, labels, image_id, file=None):
     """Print a sample and its loss mask: supervised tokens are in [[ ]], and green on a terminal."""
     file = file or sys.stdout
     coloured = file.isatty() and not os.environ.get("NO_COLOR")
-    names = {i: t for t, i in tok.specials.items()} | {i: IMAGE for i in ids if i == image_id or i >> 24}  # Anyres
+    # an id of 2**24 or more is a placeholder, too: parts/tiles.Anyres writes the grid of an image into it
+    names = {i: t for t, i in tok.specials.items()} | {i: IMAGE for i in ids if i == image_id or i >> 24}
     for supervised, pairs in itertools.groupby(zip(ids, labels), lambda pair: pair[1] != IGNORE):
         text = ""
         for name, run in itertools.groupby([i for i, _ in pairs], names.get):

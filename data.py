@@ -123,6 +123,17 @@ def best_fit(indices, lengths, room):
 
 # ---- which samples make up a step -----------------------------------------------------------------------------------
 
+class Encoded(NamedTuple):
+    """A sample of a step, before its images are read."""
+    name: str
+    ids: list
+    labels: list
+    images: list      # names of its images
+    cut: int          # number of tokens that were cut off at its end
+    weight: float     # of each of its supervised tokens in the loss
+    change: Change    # how its images are augmented
+
+
 class StepData(NamedTuple):
     """The work of one rank in one optimizer step."""
     micro: list       # micro-batches (Batch)
@@ -165,41 +176,47 @@ class Steps(torch.utils.data.Dataset):
     def cost(self, file, i):
         """Estimate the tokens of LLM and ViT from the size of a row. All ranks estimate all samples of a step alike."""
         (size, images), (per_byte, per_image) = self.files[file].guess(i), self.rates[file]
-        text, image = size * per_byte >> 10, images * per_image >> 10
+        text, image = size * per_byte >> 10, images * per_image >> 10      # rates are 1,024 x tokens
         return min(self.encode.max_len, text + image) + min(self.encode.max_len, image)
 
-    def __getitem__(self, step):
-        encoded, dropped, truncated, animated, flipped, drawn = [], [], 0, 0, 0, self.samples(step)
-        for n in sorted(share_out([self.cost(*at) for at in drawn], self.world)[self.rank]):
-            f, i = drawn[n]
+    def encoded(self, step, drawn):
+        """drawn: [(place in the step, index of the file, index of the row)] -> list of Encoded, [(name, reason)]"""
+        samples, dropped = [], []
+        for n, f, i in drawn:
             name = self.name(f, i)
             try:
                 row = self.files[f][i]
                 name += f" id={row.get('id')!r:.80}"
-                ids, labels, names, cut = self.encode(row, self.images)
+                ids, labels, images, cut = self.encode(row, self.images)
                 count = sum(y != IGNORE for y in labels[1:]) if self.loss == "sample" else 1
                 change = draw_change(self.augment, row, self.seed, step, n)
-                encoded.append((name, ids, labels, names, self.weights[f] / count, change))
-                truncated += cut > 0
+                samples.append(Encoded(name, ids, labels, images, cut, self.weights[f] / count, change))
             except BadSample as e:
                 dropped.append((name, str(e)))
-        micro, names = [], []
-        for stream in best_fit(range(len(encoded)), [len(ids) for _, ids, *_ in encoded], self.max_tokens):
+        return samples, dropped
+
+    def __getitem__(self, step):
+        """Encode the samples of this rank, pack them by their lengths, then read the images of one stream at a time."""
+        drawn = self.samples(step)                             # of all ranks
+        own = sorted(share_out([self.cost(*at) for at in drawn], self.world)[self.rank])
+        encoded, dropped = self.encoded(step, [(n, *drawn[n]) for n in own])
+        micro, names, animated, flipped = [], [], 0, 0
+        for stream in best_fit(range(len(encoded)), [len(e.ids) for e in encoded], self.max_tokens):
             samples, weights = [], []
-            for j in stream:
-                name, ids, labels, files, weight, change = encoded[j]
+            for e in (encoded[j] for j in stream):
                 try:
-                    pixels, moving = zip(*(self.pixels(file, change) for file in files)) if files else ((), ())
-                    samples.append((ids, labels, torch.cat(pixels) if pixels else []))                 # (i, 3, S, S)
-                    weights.append(weight)
-                    names.append(name)
-                    animated += sum(moving)
-                    flipped += change.flip and bool(files)
-                except BadSample as e:
-                    dropped.append((name, str(e)))
+                    read = [self.pixels(image, e.change) for image in e.images]
+                    pixels = torch.cat([p for p, _ in read]) if read else []                           # (i, 3, S, S)
+                    samples.append((e.ids, e.labels, pixels))
+                    weights.append(e.weight)
+                    names.append(e.name)
+                    animated += sum(moving for _, moving in read)
+                    flipped += e.change.flip and bool(e.images)
+                except BadSample as error:
+                    dropped.append((e.name, str(error)))
             micro.append(self.pack(samples, self.image_spec.side, self.span_ends, self.encode.reader, weights))
         drawn = dict(Counter(str(self.files[f].file) for f, _ in drawn))
-        return StepData(micro, names, dropped, truncated, animated, drawn, flipped)
+        return StepData(micro, names, dropped, sum(e.cut > 0 for e in encoded), animated, drawn, flipped)
 
     def pixels(self, file, change=Change()):
         """-> pixels (n, 3, S, S) uint8, is the image animated? n is 1, or the number of tiles that the layout cuts the

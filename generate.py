@@ -41,6 +41,12 @@ class Cache:
             stored[self.slot] = t
         return self.kv[layer]
 
+    def repeat(self, group):
+        """Copy the slots of each prompt `group` times: each of its answers goes on in its own slots."""
+        self.group = group
+        for kv in self.kv.values():
+            kv[:] = [t.unflatten(0, (self.B, self.L)).repeat_interleave(group, 0).flatten(0, 1) for t in kv]
+
 
 @torch.no_grad()
 def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.0, banned=(), seed=0, each=None,
@@ -73,12 +79,13 @@ def generate(model, prompts, images, stop_ids, max_new_tokens=64, temperature=0.
             batch = (t.to(device) for t in (labels, pos, lo.int(), hi.int()))
             logits = model(ids, *batch, images, head=logits_head, cache=cache).float()                     # (alive, V)
             if len(logits) < len(alive):                      # each prompt passed through the model once
-                logits, cache.group = logits.repeat_interleave(group, 0), group
-                for kv in cache.kv.values():                  # each answer gets a copy of the slots of its prompt
-                    kv[:] = [t.unflatten(0, (B, L)).repeat_interleave(group, 0).flatten(0, 1) for t in kv]
+                logits = logits.repeat_interleave(group, 0)
+                cache.repeat(group)
             logits[:, banned] = -torch.inf
-            ids = (torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0] if temperature > 0 else
-                   logits.argmax(-1))
+            if temperature > 0:
+                ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
+            else:
+                ids = logits.argmax(-1)
             for b, token in zip(alive, ids.tolist()):
                 answers[b].append(token)
             keep = [i for i, b in enumerate(alive) if answers[b][-1] not in stop_ids]
@@ -115,19 +122,21 @@ class Chat:
             world.print(f"note: {path} does not say with which template it was trained: {template} is used; "
                         f"--template= of {', '.join(chat.TEMPLATES)}", file=sys.stderr)    # stdout gets only answers
         system = source.meta.get("system") if system is None else system
-        vars(self).update(vars(Chat.of(model.to(world.device), source, template, system,
-                                       llava.aspect(source, model.cfg))))
+        self.set(model.to(world.device), source, template, system, llava.aspect(source, model.cfg))
 
     @classmethod
     def of(cls, model, folder, template, system, aspect):
         """Make a Chat of a model in memory. folder: formats.llava.Folder. aspect: pad, crop or squash (ImageSpec)"""
-        self = cls.__new__(cls)
+        self = cls.__new__(cls)                               # without __init__, which loads a model
+        self.set(model, folder, template, system, aspect)
+        return self
+
+    def set(self, model, folder, template, system, aspect):
         self.model, self.tok, self.template, self.system = model, folder.tok, template, system
         self.cfg, self.spec = model.cfg, configs.image_spec(folder.pre, aspect)
         self.layout, self.reader = image_layout(model.cfg), instruct.reader(folder, model.cfg)
         self.stop_ids = chat.stop_ids(self.tok, template)
         self.banned = {self.cfg.image_token_index, *range(len(self.tok), self.cfg.text.vocab_size)}
-        return self
 
     def ask(self, images, text, max_new_tokens=256, temperature=0.0, seed=0):
         """Answer one question -> text. images: a path, a PIL image, a list of these, or None for text alone."""
