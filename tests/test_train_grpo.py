@@ -260,15 +260,17 @@ def test_equal_rewards_change_nothing(tiny, tmp_path):
 
 
 def test_answers_without_advantage_are_not_read(tiny, tmp_path, monkeypatch):
-    """Their gradient is 0: a run that reads them, too, has the same weights"""
+    """Their gradient is 0: a run that reads them, too, has the same weights. Whatever is drawn, every second group of
+    four has equal rewards, and the others have 0 and 1."""
     file, right = tmp_path / "few.py", rollout.group_advantages
-    file.write_text("def few(question, answer, reference):\n    return float(len(answer) > 8)\n")
+    file.write_text("import itertools\ncalls = itertools.count()\n\n\ndef few(question, answer, reference):\n"
+                    "    n = next(calls)\n    return float(n // 4 % 2 or n % 2)\n")
     settings = {**tiny, "dtype": "fp64", "reward": f"{file}:few", "grad_clip": 0.0}
     run(settings, tmp_path / "few")
     monkeypatch.setattr(rollout, "group_advantages", lambda *a: right(*a).where(right(*a) != 0, 1e-300))
     run(settings, tmp_path / "all")
     few, every = (rows(tmp_path / name / "log.jsonl") for name in ("few", "all"))
-    assert 0 < few[-1]["equal_groups"] == every[-1]["equal_groups"] < 1 and few[-1]["tokens"] < every[-1]["tokens"]
+    assert few[-1]["equal_groups"] == every[-1]["equal_groups"] == 0.5 and few[-1]["tokens"] < every[-1]["tokens"]
     few, every = (load_file(tmp_path / name / "checkpoints/step_0000002/trained.safetensors")
                   for name in ("few", "all"))
     assert off(few, every) < 1e-9
