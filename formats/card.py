@@ -27,7 +27,10 @@ answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shap
 print(processor.decode(answer, skip_special_tokens=True))
 ```'''
 # families whose processors are used as LLaVA's: model_type -> name in transformers' class
-NAMES = {"vipllava": "VipLlava", "llava_next": "LlavaNext", "idefics3": "Idefics3", "smolvlm": "SmolVLM"}
+NAMES = {"vipllava": "VipLlava", "llava_next": "LlavaNext", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
+         "internvl": "InternVL"}
+# packages that a processor of transformers 5.23 needs beside pillow
+NEEDS = {"internvl": "torchvision", "fuyu": "torchvision", "smolvlm": "torchvision and num2words"}
 ADAPTER = '''\
 ```python
 from peft import PeftConfig, PeftModel
@@ -56,24 +59,29 @@ def use(cfg):
     if kind := NAMES.get(family.model_type):
         return USE.replace("LlavaForConditionalGeneration", f"{kind}ForConditionalGeneration")
     lines = USE.replace("LlavaForConditionalGeneration", "AutoModelForImageTextToText").splitlines()
-    prompt = 'prompt = "<image>What is this?"                             # as pumice.json: template says'
-    lines = [prompt if line.startswith("prompt =") else line for line in lines if not line.startswith("content =")]
+    marker = "<image>" * (family.model_type == "paligemma")   # the other processors put the image in front of the text
+    own = {"prompt =": f'prompt = "{marker}What is this?"'}
     if family.model_type == "idefics":                        # its processor takes a list of texts and images
         own = {"prompt =": 'prompt = ["User:", Image.open("image.png"), "What is this?\\nAssistant:"]',
                "inputs =": 'inputs = processor(text=[prompt], return_tensors="pt").to(model.dtype)'}
-        lines = [next((new for start, new in own.items() if line.startswith(start)), line) for line in lines]
-    return "\n".join(lines)
+    if family.model_type in ("blip-2", "instructblip"):       # their class does not read the folder's suppress_tokens
+        own |= {"answer =": 'never = model.generation_config.suppress_tokens\nanswer = model.generate(**inputs, '
+                            'max_new_tokens=64, suppress_tokens=never)[0, inputs["input_ids"].shape[1]:]'}
+    lines = [line for line in lines if not line.startswith("content =")]
+    return "\n".join(next((new for start, new in own.items() if line.startswith(start)), line) for line in lines)
 
 
 def limits(cfg, aspect):
     """List what the model cannot do, in lines of text; the most important line is the first."""
-    v = cfg.vision
+    v, family = cfg.vision, family_of(cfg)
+    needs = NEEDS.get(family.model_type if family else "")
     lines = {
         "transformers loads this folder and refuses images: its LLaVA does not drop register tokens.":
             v.num_register_tokens,
         "vLLM and llama.cpp know no LLaVA with a DINOv2 tower.": v.model_type == "dinov2",
         "The connector is one matrix and the identity behind it, which vLLM does not know.":
             cfg.connector == "linear" and is_llava(cfg),
+        f"The processor of transformers 5.23 needs {needs}.": needs,
         "Transformers 4.46 and earlier have no image processor that pads.": aspect == "pad",
         f"An image becomes a square of {v.image_size} x {v.image_size} pixels ({aspect}), {cfg.image_tokens} tokens.":
             not cfg.layout,

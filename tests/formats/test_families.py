@@ -6,15 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, example, make_tokenizer
+from conftest import example, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 from test_llava import random
 from test_model import PARITY, all_logits, pixels
 
-import chat
 from data import pack
-from formats import llava
+from formats import card, llava
 from formats.tensors import tensor_digest
 from generate import Chat, generate
 from parts.spans import span_ends
@@ -64,6 +63,19 @@ def family(request, tmp_path_factory):
     (at / "preprocessor_config.json").write_text(json.dumps(pre))
     mine, folder = llava.load_model(init=at, dtype=torch.float64)
     return request.param, at, exact_norms(theirs.double().eval()), mine, folder
+
+
+def card_answers(out, cfg, monkeypatch, processor=None):
+    """Run the code of the model card in our folder -> the first 8 tokens of its answer, those of our Chat"""
+    Image.new("RGB", (40, 22), "red").save(out / "image.png")
+    monkeypatch.chdir(out)
+    processor = processor or T.AutoProcessor.from_pretrained(out, backend="pil")
+    monkeypatch.setattr(T.AutoProcessor, "from_pretrained", lambda folder: processor)
+    code, found = card.use(cfg).removeprefix("```python\n").removesuffix("\n```"), {}
+    exec(code.replace("max_new_tokens=64", "max_new_tokens=8"), found)
+    asked = Chat(out, device="cpu", dtype="fp32")
+    theirs = [i for i in found["answer"].tolist() if i not in asked.stop_ids]
+    return asked.tok.decode(theirs).strip(), asked.ask("image.png", "What is this?", 8)
 
 
 EXAMPLES = [example(1), example(2, images=0, text=14), example(3, images=3, text=5)]
@@ -138,3 +150,11 @@ def test_transformers_opens_our_folder(family, tmp_path):
                          do_sample=False)[0, len(prompt):]
     answer = asked.tok.decode([i for i in out.tolist() if i != asked.tok.eos])
     assert asked.answers([prompt], shown, 6) == [answer.strip()] != [""]
+
+
+def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
+    _, _, _, mine, folder = family
+    llava.save_model(tmp_path / "out", mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash",
+                     torch.float32)
+    theirs, ours = card_answers(tmp_path / "out", mine.cfg, monkeypatch)
+    assert theirs == ours != ""

@@ -10,7 +10,7 @@ import torch
 from conftest import error, example, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
-from test_families import TEXT, exact_norms
+from test_families import TEXT, card_answers, exact_norms
 from test_llava import random, towers  # noqa: F401  (a fixture)
 from test_model import PARITY, all_logits, pixels
 
@@ -152,6 +152,15 @@ def test_transformers_opens_our_folder(family, tmp_path):
         assert newline in asked.stop_ids and {newline, asked.tok.eos} == set(ends)
     else:
         assert {ends} == asked.stop_ids == {asked.tok.eos}
+
+
+@pytest.mark.parametrize("family", ["instructblip", "blip2-opt"], indirect=True)      # "blip2-llama" ends at once
+def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
+    _, _, mine, folder = family
+    llava.save_model(tmp_path / "out", mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash",
+                     torch.float32)
+    theirs, ours = card_answers(tmp_path / "out", mine.cfg, monkeypatch)
+    assert theirs == ours != ""
 
 
 @pytest.mark.parametrize(("part", "change", "says"), [

@@ -10,7 +10,7 @@ import torch
 from conftest import WORDS, error, example, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
-from test_families import NORMAL, TEXT, exact_norms
+from test_families import NORMAL, TEXT, card_answers, exact_norms
 from test_llava import random
 from test_model import PARITY, all_logits, pixels
 
@@ -100,23 +100,42 @@ def family(request, tmp_path_factory):
     return request.param, at, exact_norms(theirs.double().eval()), mine, folder
 
 
-def as_transformers_asks(out, image, monkeypatch):
-    """A question about an image -> input_ids, attention_mask, pixel_values of the family's own processor"""
+def their_processor(out, monkeypatch):
+    """The family's own processor, with what torchvision would give"""
     if (out / "chat_template.jinja").exists():                 # InternVL. Its video processor needs torchvision
         monkeypatch.setattr(T.InternVLProcessor, "check_argument_for_proper_class", lambda *_: None)
-        info = json.loads((out / "processor_config.json").read_text())
-        processor = T.InternVLProcessor(T.AutoImageProcessor.from_pretrained(out, backend="pil"),
-                                        T.AutoTokenizer.from_pretrained(out), image_seq_length=info["image_seq_length"])
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
-        text = processor.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        assert text == "<|im_start|>user\n<IMG_CONTEXT>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
-        return processor(images=image, text=text, return_tensors="pt")
+        info, tok = json.loads((out / "processor_config.json").read_text()), T.AutoTokenizer.from_pretrained(out)
+        return T.InternVLProcessor(T.AutoImageProcessor.from_pretrained(out, backend="pil"), tok, image_seq_length=info[
+            "image_seq_length"], chat_template=tok.chat_template)
     processor = T.AutoProcessor.from_pretrained(out, backend="pil")
-    cut = type(processor.image_processor).patchify_image       # 5.23 passes tensors to it, but it reads arrays
+    cut, ask = type(processor.image_processor).patchify_image, T.FuyuProcessor.__call__
+
+    def asked(self, **how):
+        there = ask(self, **how, return_legacy_image_output=False)
+        return T.BatchFeature(there | {"pixel_values": torch.as_tensor(there["pixel_values"])[None]})
+
+    monkeypatch.setattr(T.FuyuProcessor, "__call__", asked)    # 5.23 gives tensors to patchify_image, which reads arrays
     monkeypatch.setattr(type(processor.image_processor), "patchify_image",
                         lambda self, image, patch_size: torch.as_tensor(cut(self, image.numpy(), patch_size)[None]))
-    there = processor(images=image, text="What is this?", return_tensors="pt", return_legacy_image_output=False)
-    return there | {"pixel_values": torch.as_tensor(there["pixel_values"])[None]}
+    return processor
+
+
+def as_transformers_asks(out, image, monkeypatch):
+    """A question about an image -> input_ids, attention_mask, pixel_values of the family's own processor"""
+    processor, text = their_processor(out, monkeypatch), "What is this?"
+    if isinstance(processor, T.InternVLProcessor):
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        text = processor.apply_chat_template([turn], add_generation_prompt=True)
+        assert text == "<|im_start|>user\n<IMG_CONTEXT>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
+    return processor(images=image, text=text, return_tensors="pt")
+
+
+def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
+    _, _, _, mine, folder = family
+    llava.save_model(tmp_path / "out", mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash",
+                     torch.float32)
+    theirs, ours = card_answers(tmp_path / "out", mine.cfg, monkeypatch, their_processor(tmp_path / "out", monkeypatch))
+    assert theirs == ours != ""
 
 
 def examples(cfg):
