@@ -139,25 +139,9 @@ def test_new_blocks_begin_closed_and_learn(model):
         assert p.grad.any() == ("alpha_" in n), n
 
 
-def test_packed(model):
-    check_packed(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
-
-
-def test_flops(model):
-    check_flops(model)
-
-
-def test_only_some_rows(model):
-    check_rows(model)
-
-
-def test_cache(model):
-    check_cache(model)
-    check_groups(model)
+@pytest.mark.parametrize("check", [check_packed, check_no_images, check_flops, check_rows, check_cache, check_groups])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 def test_blocks_are_listed_for_sharding(model):

@@ -86,25 +86,9 @@ def test_image_tokens_see_nothing_else(model):
     assert torch.equal(one[8:13], two[8:13]) and not torch.equal(one[13], two[13])
 
 
-def test_packed(model):
-    check_packed(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
-
-
-def test_flops(model):
-    check_flops(model)
-
-
-def test_only_some_rows(model):
-    check_rows(model)
-
-
-def test_cache(model):
-    check_cache(model)
-    check_groups(model)
+@pytest.mark.parametrize("check", [check_packed, check_no_images, check_flops, check_rows, check_cache, check_groups])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 def test_decoders_without_mmca_stop():

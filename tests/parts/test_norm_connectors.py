@@ -13,16 +13,9 @@ def model(request):
     return random_model(config(vision={"feature_layer": (-2, 1, -1)}, connector=request.param))
 
 
-def test_packed(model):
-    check_packed(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
-
-
-def test_flops(model):
-    check_flops(model)
+@pytest.mark.parametrize("check", [check_packed, check_no_images, check_flops])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 def test_the_eps_of_visualchat():

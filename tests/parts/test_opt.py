@@ -25,20 +25,9 @@ def test_packed(model):
     assert len(table) == 42 and not table.grad[:2].any() and table.grad[2:20].any(1).all()
 
 
-def test_flops(model):
-    check_flops(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
-
-
-def test_rows(model):
-    check_rows(model)
-
-
-def test_cache(model):
-    check_cache(model)
+@pytest.mark.parametrize("check", [check_flops, check_no_images, check_rows, check_cache])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 def test_a_position_moves_only_what_follows_it(model):

@@ -16,12 +16,9 @@ def model():
     return random_model(cfg)
 
 
-def test_packed(model):
-    check_packed(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
+@pytest.mark.parametrize("check", [check_packed, check_no_images])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 def test_pixels_in_the_order_row_column_colour():

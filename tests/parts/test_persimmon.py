@@ -15,20 +15,9 @@ def model():
     return random_model(config(PersimmonConfig(**SIZES)))
 
 
-def test_packed(model):
-    check_packed(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
-
-
-def test_rows_with_a_label(model):
-    check_rows(model)
-
-
-def test_cache(model):
-    check_cache(model)
+@pytest.mark.parametrize("check", [check_packed, check_no_images, check_rows, check_cache])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 def test_only_the_first_part_is_rotated(model):

@@ -18,12 +18,9 @@ def model(request):
                                connector_args=CASES[request.param]))
 
 
-def test_packed(model):
-    check_packed(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
+@pytest.mark.parametrize("check", [check_packed, check_no_images])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 @pytest.mark.parametrize("n, m", [(4, 2), (6, 3), (5, 3), (7, 4), (24, 12), (27, 12), (3, 3), (5, 1)])

@@ -24,20 +24,9 @@ def model():
     return random_model(blip2())
 
 
-def test_packed(model):
-    check_packed(model)
-
-
-def test_flops(model):
-    check_flops(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
-
-
-def test_cache(model):
-    check_cache(model)
+@pytest.mark.parametrize("check", [check_packed, check_flops, check_no_images, check_cache])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 def test_queries_see_their_own_image(model):

@@ -15,12 +15,9 @@ def model():
     return random_model(config(connector="shuffle", tokens=1))
 
 
-def test_packed(model):
-    check_packed(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
+@pytest.mark.parametrize("check", [check_packed, check_no_images])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 @pytest.mark.parametrize("n, r", [(4, 2), (6, 3), (6, 2), (3, 1)])

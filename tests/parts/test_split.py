@@ -97,20 +97,9 @@ def test_layouts_are_chosen_by_kind():
     assert "8 cells for a grid of at most 3 x 3 tiles" in error(image_layout, cfg)
 
 
-def test_packed_is_one_by_one(model):
-    check_packed(model)
-
-
-def test_without_images(model):
-    check_no_images(model)
-
-
-def test_cache(model):
-    check_cache(model)
-
-
-def test_the_plan_counts_as_torch_does(model):
-    check_flops(model)
+@pytest.mark.parametrize("check", [check_packed, check_no_images, check_cache, check_flops])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 def test_token_counts_that_do_not_fit():

@@ -72,20 +72,9 @@ def test_a_new_merge_begins_as_the_mean():
     assert all((norm.weight == 1).all() for norm in merge.first.norms)
 
 
-def test_packed(model):
-    check_packed(model)
-
-
-def test_no_images(model):
-    check_no_images(model)
-
-
-def test_flops(model):
-    check_flops(model)
-
-
-def test_cache(model):
-    check_cache(model)
+@pytest.mark.parametrize("check", [check_packed, check_no_images, check_flops, check_cache])
+def test_all_that_parts_have_in_common(model, check):
+    check(model)
 
 
 def test_wrong_settings_stop():
