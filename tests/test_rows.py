@@ -1,9 +1,12 @@
 """Files of data in every form: json, parquet, tar, shards. The same rows, the same samples, one line for the rest."""
 
 import base64
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import pickle
 import random
@@ -89,6 +92,9 @@ ROWS = {
     "tables": {"images": [{"bytes": None, "path": n} for n in NAMES], "conversations": turns_as("from", "value")},
     "FineVision": {"images": NAMES, "texts": TEXTS, "source": "x", "relevance_ratings": [5, 4], "relevance_min": 4},
     "Cauldron": {"images": NAMES, "texts": [{**t, "source": "x"} for t in TEXTS]},
+    "a list in columns": {"image": NAMES, "conversations": {
+        key: [turn[key] for turn in turns_as("from", "value")] for key in ("from", "value")}},
+    "a table in columns": {"images": NAMES, "texts": {key: [t[key] for t in TEXTS] for key in ("user", "assistant")}},
     "minimind": {"image_bytes": NAMES, "conversations": json.dumps(turns_as("role", "content", ("user", "assistant")))},
     "parts, images in the row": {"images": NAMES, "messages": message_parts({"type": "image"}, {"type": "image"})},
     "parts with names": {"messages": message_parts(*({"type": "image", "image": n} for n in NAMES))},
@@ -122,6 +128,10 @@ def test_an_image_in_a_row_becomes_bytes(image, tmp_path):
     ({"conversations": "[{"}, "not JSON"),
     ({"conversations": None, "texts": [{"user": "Q", "assistant": 3}]}, "a turn has no text"),
     ({"conversations": None, "texts": []}, "no conversations"),
+    ({"conversations": {"from": ["human"], "value": []}}, "conversations is an object, but not of lists of the same"),
+    ({"conversations": {"from": "human", "value": "Q"}}, "conversations is an object, but not of lists of the same"),
+    ({"conversations": None, "caption": ["a", "b"]}, "a caption is not one text; several captions need a row each"),
+    ({"conversations": None, "caption": b"a"}, "a caption is not one text; several captions need a row each"),
     ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A", "loss": False}]},
      "an answer without loss is not supported"),
 ])
@@ -327,7 +337,9 @@ def test_a_cut_or_empty_tar_is_refused(tmp_path):
 # ---- files of another kind ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("begin, message", [
-    (b"\x1f\x8b\x08\x00", "is compressed: convert it first, as in gunzip FILE"),
+    (gzip.compress(b"{}"), "is compressed: convert it first, as in gunzip FILE"),
+    (bz2.compress(b"{}"), "as in bunzip2 FILE"), (lzma.compress(b"{}"), "as in unxz FILE"),
+    (bytes.fromhex("28b52ffd"), "as in zstd -d FILE"), (bytes.fromhex("04224d18"), "as in lz4 -d FILE"),
     (b"PK\x03\x04", "is a zip file"), (b"ARROW1\0\0", r"is an arrow file.*to_parquet"),
     (b"\xff\xff\xff\xff\xa0\0\0\0", r"is an arrow file.*to_parquet"),
     (b"id,image,text\n", "neither a json list of samples nor jsonl.*read_csv"),

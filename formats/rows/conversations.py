@@ -91,8 +91,16 @@ def row_messages(row, images):
             messages = strict_json(messages, "conversations")
         except ValueError as e:
             raise BadSample("not JSON", str(e)) from None
-    if messages is None and isinstance(row.get("caption"), str):
-        messages = [{"user": "", "assistant": row["caption"]}]
+    if isinstance(messages, dict) and messages:                # datasets' Sequence: {"from": [...], "value": [...]}
+        lists = messages.values()
+        if not all(isinstance(x, list) and len(x) == len(next(iter(lists))) for x in lists):
+            raise BadSample("conversations is an object, but not of lists of the same length", f"{messages!r:.80}")
+        messages = [dict(zip(messages, message)) for message in zip(*lists)]
+    if messages is None and row.get("caption") is not None:
+        if isinstance(row["caption"], str):
+            messages = [{"user": "", "assistant": row["caption"]}]
+        elif "text" not in row:
+            raise BadSample("a caption is not one text; several captions need a row each", f"{row['caption']!r:.80}")
     is_table = isinstance(messages, list) and all(isinstance(m, dict) and "assistant" in m for m in messages)
     if is_table:                                               # FineVision, Cauldron: their markers say nothing
         pairs = [(m.get("user"), m["assistant"]) for m in messages]

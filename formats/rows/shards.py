@@ -14,8 +14,9 @@ from formats.rows.tar import Tar
 OPEN = 64                  # files of a pattern that are open at a time: a process may open about 1,000
 ARROW = ("an arrow file", "datasets.load_from_disk(DIR).to_parquet('rows.parquet')")
 OTHERS = {  # how a file of another kind begins -> what it is, how to convert it
-    b"\x1f\x8b": ("compressed", "gunzip FILE"),
-    b"\x28\xb5\x2f\xfd": ("compressed", "zstd -d FILE"),
+    b"\x1f\x8b": ("compressed", "gunzip FILE"), b"BZh": ("compressed", "bunzip2 FILE"),
+    b"\xfd7zXZ": ("compressed", "unxz FILE"), b"\x28\xb5\x2f\xfd": ("compressed", "zstd -d FILE"),
+    b"\x04\x22\x4d\x18": ("compressed", "lz4 -d FILE"),
     b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW,              # arrow's two forms; save_to_disk writes the second
     b"PK\x03\x04": ("a zip file", "unzip FILE")}
 
