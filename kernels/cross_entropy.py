@@ -13,8 +13,8 @@ Weights of rows cost nothing in V: with g = softmax - onehot and row weights w, 
 g.T @ (w * hidden), and both products with w have the width C.
 
 A chunk should have many rows. Its matrix products do 6 V C flops per row. Each chunk adds to the gradient of weight in
-fp32. This moves 8 V C bytes, however few rows the chunk has: on a GPU the product itself adds to the sum, so it is
-never rounded to bf16 (torch 2.9 refuses this product: pytorch, pull request 167931). At 790 TFLOP/s and 4.3 TB/s,
+fp32. This moves 8 V C bytes, however few rows the chunk has: the product itself adds to the sum, so it is never
+rounded to bf16 (torch 2.9 refuses this product on a GPU: pytorch, pull request 167931). At 790 TFLOP/s and 4.3 TB/s,
 products and addition take equal time at 250 rows.
 
 row_losses() returns the losses of the rows, not their sum. Then backward receives one factor per row, which forward
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import architecture, on_its_device, tl, triton, use_triton
+from kernels.linear import add_product
 
 IGNORE = -100            # the label of a token that is not supervised
 CHUNK_BYTES = 512 << 20  # 512 MiB: the usual size of a chunk of logits, 8,388 rows in bf16 for 32,000 entries
@@ -162,12 +163,8 @@ def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
                 w = weights[i : i + chunk].to(part.dtype)                     # (chunk,)
                 part, h = part * w, (h * w[:, None]).to(dtype)
             loss += part.sum()
-            if need_w and dw.dtype == dtype:
-                dw.addmm_(g.T, h)
-            elif need_w and g.is_cuda:
-                torch.addmm(dw, g.T, h, out_dtype=dw.dtype, out=dw)
-            elif need_w:                                                      # a CPU has no product of bf16 in fp32
-                dw += g.T @ h
+            if need_w:
+                add_product(dw, g.T, h)
     return loss, dh, dw
 
 

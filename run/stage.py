@@ -20,6 +20,7 @@ from formats import configs, llava
 from formats.whole import MANIFEST
 from kernels import choose_kernels
 from kernels.cross_entropy import IGNORE
+from kernels.linear import add_into_grad
 from parts import instruct
 from parts.build import image_layout
 from parts.spans import span_ends
@@ -188,6 +189,8 @@ def begin_run(s, world, model, folder, lrs, samples, first, steps, flops, valida
         send = tracker(s.track, files.out, dataclasses.asdict(s))
     validation = validation()
     model = engine.parallelize(model, world, model.blocks, s.parallel, s.recompute, s.compile)
+    if plan.adds_into_grad(world, s):
+        add_into_grad(model)
     optimizer = engine.adamw(model, lrs, s.weight_decay)
     state = files.resume(model, optimizer)
     start = state["step"]

@@ -19,13 +19,14 @@ import lora
 from data import pack
 from kernels import nf4
 from kernels.attention import attention
-from kernels.linear import frozen_linear, lora_linears
+from kernels.linear import add_into_grad, frozen_linear, lora_linears
 from loss import supervised, token_loss
 from model import VLM
 from parts.init import init_weights
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"))
-STAGES = {"align": {}, "sft": {"language_model.*": 1e-3}, "lora": {"*.lora_*": 1e-3}, "qlora": {"*.lora_*": 1e-3}}
+STAGES = {"align": {}, "sft": {"language_model.*": 1e-3}, "lora": {"*.lora_*": 1e-3}, "qlora": {"*.lora_*": 1e-3},
+          "into grad": {"language_model.*": 1e-3}}         # as sft; the products of backward add to .grad
 
 
 @pytest.fixture(params=["cpu", GPU])
@@ -42,6 +43,8 @@ def built(stage, device):
     if "lora" in stage:
         lora.add_adapters(model, 4, 8, 0.25, "all-linear")
     lrs = engine.choose(model, {"multi_modal_projector.*": 1e-3} | STAGES[stage], torch.bfloat16, torch.device(device))
+    if stage == "into grad":
+        add_into_grad(model)
     micro = [pack([example(1), example(2, images=0)], 8), pack([example(3, text=30)], 8)]
     return model, lrs, engine.World(0, 1, torch.device(device), torch.bfloat16), micro
 
@@ -132,6 +135,27 @@ def test_linears_with_frozen_weights(kind, device):
     check_errors(ours, definition, *args)
 
 
+@pytest.mark.parametrize("N", [130, 4096])
+def test_weight_gradients_are_added_in_fp32(N, device):
+    """Three micro-batches in bf16, then one without rows: closer to float64 than autograd's gradient"""
+    C, O = (192, 320) if device == "cpu" else (1024, 2752)
+    found = []
+    for into_grad, dtype in ((True, torch.float32), (False, torch.float32), (False, torch.float64)):
+        layer = torch.nn.Sequential(torch.nn.Linear(C, O, dtype=dtype, device=device))
+        for i, p in enumerate(layer.parameters()):
+            p.data = normal(*p.shape, dtype=torch.bfloat16, seed=i).to(p)
+        if into_grad:
+            add_into_grad(layer)
+        for i, n in enumerate((N, N, N, 0)):
+            x, dy = (normal(n, k, dtype=torch.bfloat16, seed=3 + i).to(device) for k in (C, O))
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.float32):
+                y = layer(x if dtype == torch.float32 else x.to(dtype))
+            y.backward(dy.to(y.dtype))
+        found.append([p.grad.double() for p in layer.parameters()])
+    for ours, theirs, true in zip(*found):
+        assert (ours - true).norm() < (theirs - true).norm() / 10
+
+
 def gradients(model, world, micro):
     forward_backward(model, world, micro, 1)
     found = {n: engine.whole_tensor(p.grad).clone() for n, p in engine.unwrap(model).named_parameters()
@@ -145,6 +169,12 @@ def compare(before, after):
     assert before.keys() == {n.replace("_orig_mod.", "") for n in after} and len(before) > 3
     for a, b in zip(before.values(), after.values()):
         assert (a - b).norm() <= 0.1 * a.norm() + 1e-6
+
+
+def test_gradients_into_grad_are_those_of_autograd(device):
+    models = built("sft", device), built("into grad", device)
+    found = [gradients(model, world, micro) for model, _, world, micro in models]
+    compare(*found)
 
 
 @pytest.mark.parametrize("device", [GPU])
@@ -188,7 +218,7 @@ def test_a_wrapped_model_gives_the_same_gradients(stage, parallel, device, tmp_p
 @pytest.mark.parametrize("stage, layers", [("align", 4), ("lora", 6), ("sft", 2)])
 def test_peak_memory_is_what_the_plan_says(stage, layers, device, room):  # noqa: F811
     """Within 10 %, at the widths of a 7B. test_plan.py counts the same two steps without a GPU."""
-    make, guess, micro = seven_b(stage, layers)
+    make, guess, micro = seven_b(stage, layers, device)
     world, before = engine.World(0, 1, torch.device(device), torch.bfloat16), torch.cuda.memory_allocated()
     two_steps(*make(device), [b.to(device) for b in micro], world, torch.cuda.reset_peak_memory_stats)
     measured = torch.cuda.max_memory_allocated() - before

@@ -13,6 +13,7 @@ import kernels
 import lora
 from data import Batch, pack
 from kernels.cross_entropy import CHUNK_ROWS, linear_cross_entropy_ref, logits_bytes
+from kernels.linear import add_into_grad
 from loss import supervised, token_loss
 from model import VLM, TextConfig, VisionConfig, VLMConfig
 from parts.init import init_weights
@@ -22,7 +23,7 @@ CPU = engine.World(0, 1, torch.device("cpu"), torch.float64)
 
 
 def settings(recompute="none"):
-    return types.SimpleNamespace(parallel="auto", recompute=recompute, batch_size=3, image_aspect="pad")
+    return types.SimpleNamespace(parallel="auto", recompute=recompute, batch_size=3, image_aspect="pad", compile=False)
 
 
 def batch(*seeds):
@@ -115,7 +116,7 @@ def test_the_plan_guesses_memory_within_twofold(also, lora_r, recompute):
     assert measured / 2 < guess < measured * 2, f"guess {guess / 2**20:.1f} MiB, measured {measured / 2**20:.1f}"
 
 
-def seven_b(stage, layers):
+def seven_b(stage, layers, device):
     """A model of the widths of a 7B, with few layers, and two packed sequences
     -> function(device): the model, its learning rates; the plan's memory in bytes; the micro-batches"""
     cfg = VLMConfig(VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16,
@@ -131,8 +132,11 @@ def seven_b(stage, layers):
             model = VLM(cfg)
             if stage == "lora":
                 lora.add_adapters(model, 128, 256, 0.0, "all-linear")
-        return model, engine.choose(model, table, torch.bfloat16)
-    w = engine.World(0, 1, torch.device("cpu"), torch.bfloat16)
+        lrs = engine.choose(model, table, torch.bfloat16)
+        if plan.adds_into_grad(w, settings()):
+            add_into_grad(model)
+        return model, lrs
+    w = engine.World(0, 1, torch.device(device), torch.bfloat16)
     return built, sum(plan.memory(built("meta")[0], w, micro, settings())), micro
 
 
@@ -155,7 +159,7 @@ def test_the_plan_is_the_memory_of_a_gpu(stage, layers, monkeypatch):
     """Within 10 %. No tensor has memory here: the kernels' operators tell torch the shapes of their results. The chunk
     of logits is inside an operator. test_gpu_steps.py compares the plan with the allocator of a GPU."""
     monkeypatch.setattr(kernels, "choice", "triton")
-    built, guess, micro = seven_b(stage, layers)
+    built, guess, micro = seven_b(stage, layers, "cpu")
     micro, w = [b.to("cpu") for b in micro], engine.World(0, 1, torch.device("cpu"), torch.bfloat16)
     with FakeTensorMode(), Peak() as peak:
         fake = [Batch(*(torch.empty(t.shape, dtype=t.dtype) for t in b)) for b in micro]
@@ -165,11 +169,26 @@ def test_the_plan_is_the_memory_of_a_gpu(stage, layers, monkeypatch):
     assert 0.9 < guess / measured < 1.1
 
 
+def test_only_one_eager_process_adds_to_grad(monkeypatch):
+    """Then the plan counts no 16-bit copies of trained weights: 2 bytes for each."""
+    model, s = tiny_vlm(dtype=torch.float32), settings()
+    states = {}
+    for choice, size, compiled in (("triton", 1, False), ("torch", 1, False), ("triton", 2, False), ("triton", 1, True)):
+        monkeypatch.setattr(kernels, "choice", choice)
+        s.compile = compiled
+        w = engine.World(0, size, torch.device("cpu"), torch.bfloat16)
+        assert plan.adds_into_grad(w, s) == ((choice, size, compiled) == ("triton", 1, False))
+        states[choice, size, compiled] = plan.memory(model, w, [batch(0)], s)[0]
+    copies = 2 * sum(p.numel() for p in model.parameters())
+    least = states.pop(("triton", 1, False))
+    assert set(states.values()) == {least + copies}
+
+
 @pytest.mark.parametrize("R, rows", [(100, 100), (5000, CHUNK_ROWS)])
 def test_the_plan_counts_the_logits_of_the_loss(R, rows):
     """With a vocabulary of 128k, a chunk of logits is bounded by its rows: 2 GB in fp32."""
     with torch.device("meta"):
-        model = VLM(tiny_config(vocab_size=128256))
+        model = VLM(tiny_config(vocab_size=128256)).requires_grad_(False)
     w = engine.World(0, 1, torch.device("cpu"), torch.float32)
     ids, spans = torch.zeros(R, dtype=torch.long), torch.arange(R)
     micro = [types.SimpleNamespace(ids=ids, labels=ids, lo=spans, hi=spans + 1)]
