@@ -255,7 +255,7 @@ def test_a_packed_tar_sample_counts_by_prompt(tmp_path):
     """Each prompt has its own images and its own length: by_modality once took all rows of a sample for one kind."""
     packed = {"prompts": ["p" * 99, "q", ["r", "s" * 50], "t", "\u00e9" * 40], "captions": [
         "a", "b", ["c", "d"], "e", "f"], "images": ["0.jpg", [], ["0.jpg", "1.jpg"], [""], None]}
-    members = [("x.0.jpg", RED), ("x.1.jpg", RED), ("x.json", json.dumps(packed).encode()),
+    members = [("x.0.jpg", RED), (".hidden", b""), ("x.1.jpg", RED), ("x.json", json.dumps(packed).encode()),
                *((f"{i}.txt", b"word " * n) for i, n in enumerate((400, 10, 10, 10)))]
     found = open_rows(write_tar(tmp_path / "x.tar", members))
     images = [len(conversation(found[i])[1]) for i in range(5)]

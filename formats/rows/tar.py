@@ -8,6 +8,7 @@ first dot of the last part. KEY.json or KEY.txt is the text, KEY.jpg, KEY.img0.j
 In the last form, one prompt, its captions and its images may be lists: several turns, several images."""
 
 import itertools
+import operator
 import os
 import struct
 import zlib
@@ -109,20 +110,25 @@ def sample_spans(blob):
     """Find the samples of a tar file -> (rows, 4): begin and end of their members in bytes, number of images, bytes of
     text. A sample with several prompts has as many rows."""
     out = array("q")
-    named = ((key_of(name), name, begin, data, end) for name, begin, data, end in members(blob))
-    for _, group in itertools.groupby((m for m in named if m[0]), lambda m: m[0]):
-        group, rows = [*group], []
-        images = sum(name.lower().endswith(IMAGES) for _, name, *_ in group)
-        texts = [m for end in (".json", ".txt") for m in group if m[1].endswith(end)]    # the first one is read
-        _, name, _, data, end = texts[0] if texts else ("", "", 0, 0, 0)
-        if name.endswith(".json") and end - data <= MAX_BYTES:
+    named = ((key, member) for member in members(blob) if (key := key_of(member[0])))
+    for _, group in itertools.groupby(named, operator.itemgetter(0)):
+        begin, images, text, rows = None, 0, None, []          # text: its begin, its end, is it json?
+        for _, (name, first, data, end) in group:
+            begin = first if begin is None else begin
+            if name.endswith(".json"):
+                text = text if text and text[2] else (data, end, True)                  # the first one is read
+            elif name.lower().endswith(IMAGES):
+                images += 1
+            elif name.endswith(".txt"):
+                text = text or (data, end, False)
+        last, (data, end, is_json) = -(-end // 512) * 512, text or (0, 0, False)
+        if is_json and end - data <= MAX_BYTES:
             if not images:
                 images = int(blob.find(b'"image', data, end) >= 0 and HAS_IMAGE.search(blob, data, end) is not None)
             if blob.find(b'"prompts"', data, end) >= 0:
                 rows = packed_rows(blob[data:end])
-        span = group[0][2], -(-group[-1][4] // 512) * 512
         for counts in rows or [(images, end - data)]:
-            out.extend((*span, *counts))
+            out.extend((begin, last, *counts))
     return np.array(out, np.int64).reshape(-1, 4)
 
 
