@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import example, make_tokenizer
+from family_checks import check_greedy, check_logits, check_return
 from PIL import Image
-from safetensors.torch import load_file
 from test_llava import random
 from test_model import PARITY, all_logits, pixels
 
 from data import pack
 from formats import card, llava
 from formats.tensors import tensor_digest
-from generate import Chat, generate
+from generate import Chat
 from parts.spans import span_ends
 
 T = pytest.importorskip("transformers")
@@ -93,34 +93,22 @@ def their_logits(model, mine, ids, labels, images):
 
 def test_logits_are_those_of_transformers(family):
     _, _, theirs, mine, _ = family
-    batch = pack(EXAMPLES, 8, span_ends(mine.cfg))
     true = torch.cat([their_logits(theirs, mine, *e) for e in EXAMPLES])
-    with torch.no_grad():
-        error = (all_logits(mine, batch) - true).abs().max() / true.abs().max()
-    assert error < PARITY and true.std() > 0.05, error
+    check_logits(mine, pack(EXAMPLES, 8, span_ends(mine.cfg)), true)
 
 
 def test_greedy_tokens_are_those_of_transformers(family):
     _, _, theirs, mine, _ = family
     for ids, _, images in EXAMPLES:
         seen = {"pixel_values": pixels(images, mine.cfg.vision).double()} if len(images) else {}
-        one = torch.tensor([ids])
-        out = theirs.generate(input_ids=one, attention_mask=torch.ones_like(one), token_type_ids=torch.zeros_like(one),
-                              **seen, max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2,
-                              pad_token_id=4)
-        answer, = generate(mine, [one[0]], images, {2}, 6)
-        assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
+        seen["token_type_ids"] = torch.zeros(1, len(ids), dtype=torch.long)
+        check_greedy(theirs, mine, ids, images, seen)
 
 
 def test_tensors_return_bit_equal(family, tmp_path):
     _, at, _, mine, folder = family
-    state = llava.load_model(init=at, dtype=None)[0].state_dict()
-    llava.save_model(tmp_path / "out", state, mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
-    there, here = load_file(at / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    again, _ = llava.load_model(init=tmp_path / "out", dtype=torch.float64)
+    there, here = check_return(at, mine, folder, tmp_path / "out")
     assert sorted(map(tensor_digest, here.values())) == sorted(map(tensor_digest, there.values()))
-    assert again.cfg == mine.cfg
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), mine.state_dict().values(), strict=True))
 
 
 def test_transformers_opens_our_folder(family, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 import torch
 from conftest import error, example, make_tokenizer
+from family_checks import check_greedy, check_logits, check_return
 from PIL import Image
-from safetensors.torch import load_file
 from test_families import NORMAL, TEXT, card_answers, exact_norms
 from test_llava import random
 from test_model import PARITY, all_logits, pixels
@@ -19,7 +19,7 @@ from tiny_runs import run
 import chat
 from data import pack
 from formats import llava
-from generate import Chat, generate
+from generate import Chat
 from parts.cross_attention import last_image
 from parts.spans import span_ends
 
@@ -99,32 +99,20 @@ def their_logits(theirs, mine, ids, images):
 
 def test_logits_are_those_of_transformers(family):
     _, _, theirs, mine, _ = family
-    batch = pack(examples(mine), 8, span_ends(mine.cfg))
     true = torch.cat([their_logits(theirs, mine, ids, images) for ids, _, images in examples(mine)])
-    with torch.no_grad():
-        worst = (all_logits(mine, batch) - true).abs().max() / true.abs().max()
-    assert worst < PARITY and true.std() > 0.05, worst
+    check_logits(mine, pack(examples(mine), 8, span_ends(mine.cfg)), true)
 
 
 def test_greedy_tokens_are_those_of_transformers(family):
     _, _, theirs, mine, _ = family
     for ids, _, images in examples(mine):
-        one = torch.tensor([ids])
-        out = theirs.generate(input_ids=one, attention_mask=torch.ones_like(one), **seen(mine, ids, images),
-                              max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2, pad_token_id=4)
-        answer, = generate(mine, [one[0]], images, {2}, 6)
-        assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
+        check_greedy(theirs, mine, ids, images, seen(mine, ids, images))
 
 
 def test_tensors_return_bit_equal(family, tmp_path):
     _, at, _, mine, folder = family
-    state = llava.load_model(init=at, dtype=None)[0].state_dict()
-    llava.save_model(tmp_path / "out", state, mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
-    there, here = load_file(at / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    again, _ = llava.load_model(init=tmp_path / "out", dtype=torch.float64)
+    there, here = check_return(at, mine, folder, tmp_path / "out")
     assert sum(x.numel() for x in here.values()) == sum(x.numel() for x in there.values())
-    assert again.cfg == mine.cfg
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), mine.state_dict().values(), strict=True))
 
 
 def opened(family, tmp_path):

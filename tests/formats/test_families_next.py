@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import error, make_tokenizer
+from family_checks import check_greedy, check_logits, check_return
 from PIL import Image
-from safetensors.torch import load_file
 from test_families import NORMAL, SIGLIP, TEXT, card_answers, exact_norms
 from test_families_cross import CLIP
 from test_families_tiles import add_specials
@@ -127,37 +127,27 @@ def test_logits_are_those_of_transformers(family):
     samples = documents(mine, folder)
     true = torch.cat([their_logits(theirs, mine.cfg, ids, tiles, sizes)
                       for (ids, _, tiles), sizes in zip(samples, SIZES)])
-    with torch.no_grad():
-        worst = (all_logits(mine, pack(samples, 8)) - true).abs().max() / true.abs().max()
-    assert worst < PARITY and true.std() > 0.05, worst
+    check_logits(mine, pack(samples, 8), true)
 
 
 def test_greedy_tokens_are_those_of_transformers(family):
     _, _, theirs, mine, folder = family
     for (ids, _, tiles), sizes in zip(documents(mine, folder), SIZES):
-        one = torch.tensor([published(ids)])
-        out = theirs.generate(input_ids=one, attention_mask=torch.ones_like(one), **seen(mine.cfg, tiles, sizes),
-                              max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2, pad_token_id=4)
-        answer, = generate(mine, [torch.tensor(ids)], tiles, {2}, 6)
-        assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
+        check_greedy(theirs, mine, ids, tiles, seen(mine.cfg, tiles, sizes), published(ids))
 
 
-def saved(family, out, state=None):
+def saved(family, out):
     """Our folder -> out"""
     _, _, _, mine, folder = family
-    llava.save_model(out, state or mine.state_dict(), mine.cfg, folder, folder.meta["template"], folder.meta["system"],
+    llava.save_model(out, mine.state_dict(), mine.cfg, folder, folder.meta["template"], folder.meta["system"],
                      folder.meta["image_aspect"], torch.float32)
     return out
 
 
 def test_tensors_return_bit_equal(family, tmp_path):
-    _, at, _, mine, _ = family
-    out = saved(family, tmp_path / "out", llava.load_model(init=at, dtype=None)[0].state_dict())
-    there, here = load_file(at / "model.safetensors"), load_file(out / "model.safetensors")
-    again, _ = llava.load_model(init=out, dtype=torch.float64)
+    _, at, _, mine, folder = family
+    there, here = check_return(at, mine, folder, tmp_path / "out")
     assert sorted(map(tensor_digest, here.values())) == sorted(map(tensor_digest, there.values()))
-    assert again.cfg == mine.cfg
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), mine.state_dict().values(), strict=True))
 
 
 def opened(family, out):

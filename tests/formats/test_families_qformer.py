@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import error, example, make_tokenizer
+from family_checks import check_greedy, check_logits, check_return
 from PIL import Image
-from safetensors.torch import load_file
 from test_families import TEXT, card_answers, exact_norms
 from test_llava import random, towers  # noqa: F401  (a fixture)
 from test_model import PARITY, all_logits, pixels
 
 from data import pack
 from formats import llava
-from generate import Chat, generate
+from generate import Chat
 from parts import instruct
 
 T = pytest.importorskip("transformers")
@@ -97,31 +97,20 @@ def their_logits(model, mine, folder, ids, labels, images):
 def test_logits_are_those_of_transformers(family):
     _, theirs, mine, folder = family
     true = torch.cat([their_logits(theirs, mine, folder, *e) for e in EXAMPLES])
-    batch = pack(EXAMPLES, 8, reader=instruct.reader(folder, mine.cfg))
-    with torch.no_grad():
-        off = (all_logits(mine, batch) - true).abs().max() / true.abs().max()
-    assert off < PARITY and true.std() > 0.05, off
+    check_logits(mine, pack(EXAMPLES, 8, reader=instruct.reader(folder, mine.cfg)), true)
 
 
 def test_greedy_tokens_are_those_of_transformers(family):
     _, theirs, mine, folder = family
-    how = dict(max_new_tokens=6, do_sample=False, suppress_tokens=[3], eos_token_id=2, pad_token_id=4)
     for ids, labels, images in EXAMPLES:
-        one = torch.tensor([ids])
         images, other = seen(mine, folder, ids, labels, images) if len(images) else (images, {})
-        asked = theirs if other else theirs.language_model
-        out = asked.generate(input_ids=one, attention_mask=torch.ones_like(one), **other, **how)
-        answer, = generate(mine, [one[0]], images, {2}, 6)
-        assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
+        check_greedy(theirs if other else theirs.language_model, mine, ids, images, other)
 
 
 def test_tensors_return_bit_equal(family, tmp_path):
     at, _, mine, folder = family
-    state = llava.load_model(init=at, dtype=None)[0].state_dict()
-    llava.save_model(tmp_path / "out", state, mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
-    there, here = load_file(at / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    there, here = check_return(at, mine, folder, tmp_path / "out")
     assert there.keys() == here.keys() and all(torch.equal(there[k], here[k]) for k in there)
-    assert llava.load_model(init=tmp_path / "out", dtype=torch.float64)[0].cfg == mine.cfg
 
 
 def test_transformers_opens_our_folder(family, tmp_path):
