@@ -1,11 +1,13 @@
 """What the tests share: one thread, tiny models, tokenizers trained on the spot, two ranks by fork. No network."""
 
+import contextlib
 import gc
 import json
 import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -247,3 +249,16 @@ def fork(size, fn, folder):
             raise AssertionError(f"ranks ended with {codes} (missing ones were stopped)")
         time.sleep(0.005)
     return [json.loads((folder / f"result_{r}.json").read_text()) for r in range(size)]
+
+
+@contextlib.contextmanager
+def in_thread(server, close):
+    """A server of http.server answers in a thread -> the server; close() ends it"""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        close()

@@ -4,6 +4,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def write_data(folder, name, n, seed=0):
                         "conversations": [{"from": who, "value": text} for who, text in turns]})
     (folder / name).write_text("".join(json.dumps(r) + "\n" for r in samples))
     return folder / name
+
+
+def write_validation(folder, world, texts):
+    """Validation data of a question and an answer per text; every fourth sample is without an image -> path"""
+    file = write_data(folder, "val.jsonl", len(texts), 100)
+    lines = rows(file)
+    for row, (question, answer) in zip(lines, texts):
+        row["conversations"][0]["value"] += question
+        row["conversations"][1]["value"] = answer
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    shutil.copytree(folder / "images", world["images"], dirs_exist_ok=True)
+    return str(file)
 
 
 def run(kind, world, out, **changes):

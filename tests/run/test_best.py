@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import LORA, files, refusal, rows, run, state, write_data
+from tiny_runs import LORA, files, refusal, rows, run, state, write_validation
 
 import generate
 from run import log
@@ -17,14 +17,8 @@ from run.checkpoint import steps_in
 @pytest.fixture(scope="module")
 def watched(world, tmp_path_factory):
     """Settings of six steps with an evaluation after each; the validation data have short answers"""
-    folder = tmp_path_factory.mktemp("watched")
-    file = write_data(folder, "val.jsonl", 6, 100)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    for i, row in enumerate(lines):
-        row["conversations"][1]["value"] = f"a cat {i}"
-    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    shutil.copytree(folder / "images", world["images"], dirs_exist_ok=True)
-    return {**world, "val_data": str(file), "eval_every": 1, "sample_every": 0, "save_every": 1, "keep_last": 1}
+    file = write_validation(tmp_path_factory.mktemp("watched"), world, [("", f"a cat {i}") for i in range(6)])
+    return {**world, "val_data": file, "eval_every": 1, "sample_every": 0, "save_every": 1, "keep_last": 1}
 
 
 def scores(monkeypatch, values):

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import shutil
 
 import pytest
 import torch
 from conftest import error, fork
-from tiny_runs import LORA, rows, run, state, write_data
+from tiny_runs import LORA, rows, run, state, write_validation
 
 import data
 import engine
@@ -22,15 +21,9 @@ from run.validate import Validation, logits_of_rank_0
 @pytest.fixture(scope="module")
 def asked(world, tmp_path_factory):
     """Settings with eight validation samples, every fourth without an image; all but one answer have three words"""
-    folder = tmp_path_factory.mktemp("asked")
-    file = write_data(folder, "val.jsonl", 8, 100)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    for i, row in enumerate(lines):
-        row["conversations"][0]["value"] += f" {i}"
-        row["conversations"][1]["value"] = "a long black cat" if i == 1 else f"a cat {i}"
-    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    shutil.copytree(folder / "images", world["images"], dirs_exist_ok=True)
-    return {**world, "val_data": str(file), "eval_every": 2, "sample_every": 0, "save_every": 6}
+    texts = [(f" {i}", "a long black cat" if i == 1 else f"a cat {i}") for i in range(8)]
+    file = write_validation(tmp_path_factory.mktemp("asked"), world, texts)
+    return {**world, "val_data": file, "eval_every": 2, "sample_every": 0, "save_every": 6}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +107,7 @@ def test_ranks_are_those_of_one_by_one(tiny):
 
 def test_a_model_of_nan_ranks_last(tiny, monkeypatch):
     """And so keep_best=val_r1 does not keep it"""
-    def lost(model, b):
+    def lost(model, b, D):
         return torch.full((len(b.images),), torch.nan), None
     monkeypatch.setattr(held_out, "sequence_log_probs", lost)
     world = type("World", (), dict(autocast=lambda self: torch.autocast("cpu", enabled=False), device="cpu"))()

@@ -1,14 +1,14 @@
 """tools/curate.py synth: good replies become rows that train, bad ones are counted; the key stays where it belongs."""
 
-import contextlib
 import json
 import threading
 import time
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
-from conftest import error
+from conftest import error, in_thread
 from PIL import Image
 
 import data
@@ -16,7 +16,7 @@ from config import BadSample
 from formats.rows import Rows, conversation
 from formats.tokenizer import Tokenizer
 from images import Layout
-from tools import curate, curate_synth
+from tools import curate, curate_client, curate_synth
 from tools.curate_client import Endpoint, Failed, retry_after
 from tools.curate_prompts import DESCRIBE, KINDS, SYSTEM, prompt, read_reply, row_facts
 
@@ -42,7 +42,7 @@ class Fake(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, *answers):
-        self.answers, self.asked, self.keys, self.times, self.lock = list(answers), [], [], [], threading.Lock()
+        self.answers, self.asked, self.keys, self.lock = list(answers), [], [], threading.Lock()
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -59,7 +59,6 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.asked.append(body)
             server.keys.append(self.headers["Authorization"])
-            server.times.append(time.monotonic())
             answer = server.answers.pop(0) if server.answers else GOOD[kind_of(body)]
         answer = reply(answer) if isinstance(answer, str) else answer
         self.say(*(answer if isinstance(answer, tuple) else (200, {}, answer)))
@@ -72,17 +71,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
 
-@contextlib.contextmanager
 def fake(*answers):
     server = Fake(*answers)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return in_thread(server, server.server_close)
 
 
 @pytest.fixture
@@ -238,10 +229,13 @@ def test_hold_delays_all_requests():
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_requests_keep_their_pace(folder, workers):
+def test_requests_keep_their_pace(folder, workers, monkeypatch):
+    """The clock stands still: the request for the names of models and six others wait 0.05 s longer each."""
+    waits = []
+    monkeypatch.setattr(curate_client, "time", SimpleNamespace(monotonic=lambda: 100.0, sleep=waits.append))
     with fake() as server:
         made, _ = synth(folder, server, "--kinds=detail", "--per_minute=1200", f"--workers={workers}", rows=rows_of(6))
-    assert server.times[-1] - server.times[0] >= 5 * 0.05 - 0.02
+    assert sorted(waits) == pytest.approx([0.05 * i for i in range(7)], abs=1e-9)
     assert [r["id"] for r in made] == [f"{i}_detail" for i in range(6)], "in the order of the file"
 
 

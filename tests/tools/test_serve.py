@@ -1,7 +1,6 @@
 """The server: OpenAI's protocol answers as Chat does, streams what it answers whole, and refuses in one line."""
 
 import base64
-import contextlib
 import http.client
 import importlib.util
 import io
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FOREVER, ROOT, error
+from conftest import FOREVER, ROOT, error, in_thread
 from test_read_again import noise, tiny_chat
 from test_look import folder, tok  # noqa: F401
 
@@ -47,18 +46,10 @@ def user(*content):
         {"type": "text", "text": c} if type(c) is str else c for c in content]}
 
 
-@contextlib.contextmanager
 def running(chat, **settings):
-    """A server in a thread -> Server"""
+    """A context with a server in a thread: Server"""
     server = serve.Server(chat, serve.Settings(**{"model": "tiny", "port": 0, **settings}))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.end()
+    return in_thread(server, server.end)
 
 
 def talker(folder):
