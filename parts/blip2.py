@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from config import stop
 from kernels.cross_entropy import IGNORE
 from model import VisionConfig
+from parts.cross import Projection
 from parts.features import FeatureTower
 from parts.instruct import InstructConfig, InstructQFormer
 from parts.pairs import accuracy, gather_rows, similarities, unit
@@ -77,6 +78,10 @@ class Blip2(nn.Module):
         self.multi_modal_projector = InstructQFormer(cfg.vision.hidden_size, E, cfg.tokens, cfg.qformer,
                                                      cfg.qformer.vocab_size)
         self.multi_modal_projector.projection = None       # it leads to a language model: the second stage
+        # [CLS] reads its caption by self-attention alone. If that begins at 0, as it does in the second stage, the
+        # captions found at rank 1 fall from 96.3 to 5.4 % (toy world, 250 steps, docs/systems.md)
+        for layer in self.multi_modal_projector.layers:
+            layer.attention.out_proj = Projection(E, E)
         self.vision_projection, self.text_projection = nn.Linear(E, cfg.width), nn.Linear(E, cfg.width)
         self.itm_head = nn.Linear(E, 2)
         self.temperature = nn.Parameter(torch.empty(1))

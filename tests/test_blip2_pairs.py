@@ -47,6 +47,15 @@ def pairs(folder, groups):
     return batches(folder, SimpleNamespace(kind="blip2"), groups)
 
 
+def test_new_captions_are_read_from_the_start(tower):
+    """[CLS] reads its caption by self-attention alone, so in a new model that may not begin at 0"""
+    model, folder = load_blip2(tokenizer=ROOT / "demo/llm", vision=tower, parts=TINY, seed=1)
+    b, = pairs(folder, [[3, 5]])
+    with torch.no_grad():
+        text = model.encode_texts(blip2.texts_of(b))
+    assert (text[0] - text[1]).abs().max() > 0.1
+
+
 # ---- who sees whom --------------------------------------------------------------------------------------------------
 
 def states(model, texts, image, **how):
