@@ -27,6 +27,7 @@ def rows(cfg):
     return {"vision_tower.*.patch_embedding.weight": ("images", P),
             "vision_tower.*.layers.*": ("images", P + cfg.vision.class_token + cfg.vision.num_register_tokens),
             "multi_modal_projector.*": ("images", Q), "multi_modal_projector.*_embedding*": ("images", 0),
+            "multi_modal_projector.before.*": ("images", P),         # a C-Abstractor, in front of its averages
             "multi_modal_projector.*kv_proj.*": ("images", seen),    # three patterns: keys and values of image features
             "multi_modal_projector.attention.[kv]_proj.*": ("images", seen),
             "multi_modal_projector.layers.*.cross.[kv]_proj.*": ("images", seen),

@@ -1,5 +1,7 @@
 """What every connector, tower, decoder and mask must satisfy, as functions for the tests of parts/."""
 
+import math
+
 import pytest
 import torch
 from conftest import example, tiny_config
@@ -78,8 +80,10 @@ def check_flops(model, most=1.01):
     """The plan counts the FLOPs that torch counts, to 1 %: it may count a gradient of pixels, which is not needed"""
     engine.choose(model, {"*": 1e-3}, torch.float64)
     batch = pack(samples(model.cfg), 8, span_ends(model.cfg))
-    in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}      # the counter does not know it
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    own = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1],           # the counter does not know it
+           torch.ops.aten.convolution_backward:                                          # nor groups of channels
+           lambda g, x, w, *_, **__: 4 * g[0] * math.prod(g[2:]) * math.prod(w)}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
         model(*batch, head=linear_cross_entropy_ref).backward()
     assert 1 <= plan.step_flops(model, [batch]) / counter.get_total_flops() < most
 
@@ -109,9 +113,9 @@ def check_cache(model, tokens=6):
     prompts = [(torch.tensor(ids), images) for ids, _, images in samples(model.cfg)]
     fast = generate(model, [ids for ids, _ in prompts], torch.cat([i for _, i in prompts]), set(), tokens)
     for (ids, images), answer in zip(prompts, fast):
-        ids = ids.tolist()
+        ids, n = ids.tolist(), len(ids)
         for token in answer:
-            batch = pack([(ids, [-100] * len(ids), images)], 8, span_ends(model.cfg))
+            batch = pack([(ids, [-100] * n + ids[n:], images)], 8, span_ends(model.cfg))
             with torch.no_grad():
                 logits = all_logits(model, batch)[-1]
             logits[model.cfg.image_token_index] = -torch.inf

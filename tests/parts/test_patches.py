@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from part_checks import check_no_images, check_packed, config, random_model
+from part_checks import check_flops, check_no_images, check_packed, config, random_model
 
 from parts.patches import Patches, PatchesConfig
 
@@ -16,7 +16,7 @@ def model():
     return random_model(cfg)
 
 
-@pytest.mark.parametrize("check", [check_packed, check_no_images])
+@pytest.mark.parametrize("check", [check_packed, check_no_images, check_flops])
 def test_all_that_parts_have_in_common(model, check):
     check(model)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from part_checks import check_cache, check_no_images, check_packed, check_rows, config, random_model
+from part_checks import check_cache, check_flops, check_no_images, check_packed, check_rows, config, random_model
 
 from parts.persimmon import Persimmon, PersimmonConfig
 
@@ -15,7 +15,7 @@ def model():
     return random_model(config(PersimmonConfig(**SIZES)))
 
 
-@pytest.mark.parametrize("check", [check_packed, check_no_images, check_rows, check_cache])
+@pytest.mark.parametrize("check", [check_packed, check_no_images, check_rows, check_cache, check_flops])
 def test_all_that_parts_have_in_common(model, check):
     check(model)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error
-from part_checks import check_no_images, check_packed, config, random_model
+from part_checks import check_flops, check_no_images, check_packed, config, random_model
 
 from parts.build import build
 from parts.pool import ConvBlock, pool
@@ -21,6 +21,10 @@ def model(request):
 @pytest.mark.parametrize("check", [check_packed, check_no_images])
 def test_all_that_parts_have_in_common(model, check):
     check(model)
+
+
+def test_flops(model):
+    check_flops(model, most=1.014)                             # the gradient of pixels and of images' gates
 
 
 @pytest.mark.parametrize("n, m", [(4, 2), (6, 3), (5, 3), (7, 4), (24, 12), (27, 12), (3, 3), (5, 1)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error
-from part_checks import check_no_images, check_packed, config, random_model
+from part_checks import check_flops, check_no_images, check_packed, config, random_model
 
 from parts.build import build
 from parts.shuffle import pixel_shuffle
@@ -15,7 +15,7 @@ def model():
     return random_model(config(connector="shuffle", tokens=1))
 
 
-@pytest.mark.parametrize("check", [check_packed, check_no_images])
+@pytest.mark.parametrize("check", [check_packed, check_no_images, check_flops])
 def test_all_that_parts_have_in_common(model, check):
     check(model)
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import example, tiny_vlm
+from part_checks import check_cache, check_flops, check_groups, check_no_images, check_rows, config, random_model
 from test_model import TIGHT, all_logits, gradients, worst
 
 from data import pack
@@ -63,6 +64,12 @@ def test_no_answer_token_leaks_into_the_prefix():
     assert changed_rows("prefix", first) == list(range(first, len(ids)))
     assert changed_rows("prefix", first - 1) == list(range(len(ids))), "the question is seen by all"
     assert changed_rows("causal", first - 1) == list(range(first - 1, len(ids)))
+
+
+@pytest.mark.parametrize("check", [check_rows, check_cache, check_groups, check_no_images, check_flops])
+@pytest.mark.parametrize("mask", ["prefix", "image"])
+def test_all_that_parts_have_in_common(mask, check):
+    check(random_model(config(mask=mask)))
 
 
 @pytest.mark.parametrize("mask", ["prefix", "image"])
