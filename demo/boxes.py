@@ -20,6 +20,7 @@ from config import one_line_errors, stop
 from demo import toy
 from demo.variants import scenes
 from metrics.boxes import qwen_box
+from run.arguments import positional
 
 # how far a shape reaches from its centre to the left, top, right and bottom, in radii: the factors in toy.draw_scene
 REACH = {"circle": (1, 1, 1, 1), "ring": (1, 1, 1, 1), "cross": (1, 1, 1, 1), "square": (0.95, 0.95, 0.95, 0.95),
@@ -65,4 +66,4 @@ def main(argv):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main(positional(sys.argv[1:], __doc__))

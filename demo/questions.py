@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import one_line_errors, stop
 from demo import toy
+from run.arguments import positional
 
 OUT = Path("runs/toy")
 
@@ -31,4 +32,4 @@ def main(argv):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main(positional(sys.argv[1:], __doc__))

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import one_line_errors, stop
+from run.arguments import positional
 
 # ZOOM: how many times larger an image is drawn. In pixels: width of a column, height of a line, gap between images
 ZOOM, WIDTH, LINE, GAP = 3, 680, 22, 18
@@ -61,4 +62,4 @@ def main(argv):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main(positional(sys.argv[1:], __doc__))

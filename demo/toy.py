@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import one_line_errors, stop
-from run.arguments import read_value
+from run.arguments import positional, read_value
 
 COLORS = {"red": (220, 35, 35), "green": (35, 165, 50), "blue": (40, 60, 225), "yellow": (240, 220, 40),
           "purple": (190, 45, 200), "cyan": (50, 215, 225)}
@@ -367,9 +367,10 @@ def question_rows(scenes):
 
 
 def main(argv):
-    folders = [a for a in argv if not a.startswith("--")]
-    sizes = dict(a[2:].partition("=")[::2] for a in argv if a.startswith("--"))
-    if len(folders) != 1 or set(sizes) - {*SCENES, "seed"}:
+    known = [a for a in argv if a.startswith("--") and a[2:].partition("=")[0] in (*SCENES, "seed")]
+    sizes = dict(a[2:].partition("=")[::2] for a in known)
+    folders = positional([a for a in argv if a not in known], __doc__)
+    if len(folders) != 1:
         stop("usage: python demo/toy.py OUT [--SPLIT=N --seed=N], SPLIT one of " + ", ".join(SCENES))
     try:
         written = write_world(folders[0], **{k: read_value(v, int, k) for k, v in sizes.items()})

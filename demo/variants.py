@@ -15,6 +15,7 @@ from pathlib import Path
 
 from config import one_line_errors, stop
 from demo import toy
+from run.arguments import positional
 
 SPLITS = ("align", "sft", "test")
 
@@ -67,4 +68,4 @@ def main(argv):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main(positional(sys.argv[1:], __doc__))

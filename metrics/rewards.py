@@ -41,5 +41,8 @@ def read_reward(name):
     file, colon, function = name.rpartition(":")
     if not colon or not Path(file).is_file():
         stop(f"reward={name}: {', '.join(REWARDS)}, or FILE.py:FUNCTION")
-    found = runpy.run_path(file).get(function)
+    try:
+        found = runpy.run_path(file).get(function)
+    except Exception as e:                                     # the file of a user may raise anything
+        stop(f"reward={name}: {file} cannot be run: {type(e).__name__}: {e}")
     return found if callable(found) else stop(f"reward={name}: {file} has no function {function}")

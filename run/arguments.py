@@ -83,6 +83,17 @@ def check_known(key, fields, where):
         stop(f"{where}: unknown setting {key!r}; {hint}")
 
 
+def positional(argv, doc):
+    """The arguments of a script without settings, as they are. --help prints its docstring and ends."""
+    for arg in argv:
+        if arg in ("-h", "--help"):
+            print(doc.strip())
+            raise SystemExit(0)
+        if arg.startswith("-"):
+            stop(f"{arg}: this script has no such setting; --help says more")
+    return argv
+
+
 def parse(Settings, argv, doc=""):
     """Command-line arguments (without the script's name) -> an instance of Settings."""
     for stream in (sys.stdout, sys.stderr):                # a character missing in the output encoding is escaped

@@ -92,7 +92,11 @@ def test_a_reward_of_ones_own(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def reward(question, answer, reference):\n    return len(answer)\nnumber = 3\n")
     assert read_reward(f"{file}:reward")("", "abc", "") == 3
-    for name, says in (("foo", "exact, iou"), (f"{file}:number", "no function"), ("no.py:f", "FILE.py:FUNCTION")):
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "fails.py").write_text("import nothing_like_this\n")
+    for name, says in (("foo", "exact, iou"), (f"{file}:number", "no function"), ("no.py:f", "FILE.py:FUNCTION"),
+                       (f"{tmp_path}/broken.py:f", "broken.py cannot be run: SyntaxError"),
+                       (f"{tmp_path}/fails.py:f", "cannot be run: ModuleNotFoundError: No module named")):
         assert says in error(read_reward, name)
 
 

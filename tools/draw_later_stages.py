@@ -12,6 +12,7 @@ from statistics import fmean
 
 from config import one_line_errors, stop
 from demo.systems import measured
+from run.arguments import positional
 from tools.draw_lecture import WIDTH, picture, words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,4 +67,4 @@ def main(argv):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main(positional(sys.argv[1:], __doc__))

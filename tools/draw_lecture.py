@@ -27,6 +27,7 @@ from formats.tokenizer import Tokenizer
 from kernels.cross_entropy import IGNORE
 from model import VLM, TextConfig, VisionConfig, VLMConfig
 from parts.spans import SPANS
+from run.arguments import positional
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 700
@@ -241,4 +242,4 @@ def main(argv):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main(positional(sys.argv[1:], __doc__))

@@ -23,7 +23,7 @@ from model import VisionConfig, VLMConfig
 from parts import mmca
 from parts.cross_attention import last_image
 from parts.spans import span_ends
-from run.arguments import run_recipe
+from run.arguments import positional, run_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, BEGIN = ROOT / "docs/systems.md", "<!-- The rest of this page is written by `python -m tools.draw_systems`. -->\n"
@@ -238,4 +238,4 @@ def main(argv):
 
 if __name__ == "__main__":
     with config.one_line_errors():
-        main(sys.argv[1:])
+        main(positional(sys.argv[1:], __doc__))

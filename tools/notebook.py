@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from config import one_line_errors, stop
+from run.arguments import positional
 
 META = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"}}
@@ -47,4 +48,4 @@ def main(argv):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main(positional(sys.argv[1:], __doc__))
