@@ -4,7 +4,7 @@ layer.
 
 Published: about 100 hours for stage 1 and 20 for stage 2, on 8 A800. The toy takes its one tower twice, from different
 layers: it shows that the parts train, not what a second kind of tower adds. The number of steps of stage 2 is ours.
-Toy world: 97.0 ± 0.6 % seeing, 2.0 ± 3.1 % blind (3 seeds, demo/systems.jsonl).
+Toy world, one epoch per stage: 97.0 ± 0.6 % seeing, 2.0 ± 3.1 % blind, 3 seeds (demo/systems.jsonl).
 
     python train_sft.py recipes/comm.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/comm.py --data=toy       # the toy world: both stages

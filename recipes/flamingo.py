@@ -8,7 +8,7 @@ toy's second stage trains the language model, too. The paper adds up gradients o
 and a file has a share of the samples and then the weight of its loss, as in
 --data=m3w.jsonl:.2:1.0,align.json:.4:0.2,ltip.json:.4:0.2 (these shares are ours). M3W is documents, images between the
 words. Not here: in half of the paper's samples a text sees the next image, not the last.
-Toy world: 80.9 ± 6.9 % seeing, 30.4 ± 1.6 % blind (3 seeds, demo/systems.jsonl).
+Toy world, one epoch per stage: 80.9 ± 6.9 % seeing, 30.4 ± 1.6 % blind, 3 seeds (demo/systems.jsonl).
 
     python train_sft.py recipes/flamingo.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/flamingo.py --data=toy       # the toy world: both stages

@@ -4,7 +4,7 @@ MLP, a language model of 20 billion. An image is cut into up to 12 tiles of 448 
 Stage 1 trains tower and MLP, stage 2 everything; the paper used 256 GPUs and gives no hours. InternLM2 is here a Llama
 of its size. On the toy world's images of 72 px there is one tile; layout.most=4 would matter for larger ones. The
 number of samples is ours.
-Toy world: 93.1 ± 1.6 % seeing, 22.6 ± 1.5 % blind (3 seeds, demo/systems.jsonl).
+Toy world, one epoch per stage: 93.1 ± 1.6 % seeing, 22.6 ± 1.5 % blind, 3 seeds (demo/systems.jsonl).
 
     python train_sft.py recipes/internvl15.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/internvl15.py --data=toy       # the toy world: both stages

@@ -1,6 +1,6 @@
 """LLaVA v1 (Liu et al. 2023, arXiv 2304.08485): CLIP ViT-L/14 at 224 px, one linear layer, Vicuna 7B. Stage 1 trains
 the linear layer on 595k captions, stage 2 also the language model on 158k conversations.
-Toy world: 96.1 ± 1.1 % seeing, 4.2 ± 2.8 % blind (3 seeds, demo/systems.jsonl).
+Toy world, one epoch per stage: 96.1 ± 1.1 % seeing, 4.2 ± 2.8 % blind, 3 seeds (demo/systems.jsonl).
 
     python train_sft.py recipes/llava.py --dry_run                     # the plan at the size of the paper
     torchrun train_align.py recipes/llava.py --data=toy                # the toy world: both stages

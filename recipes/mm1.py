@@ -6,7 +6,7 @@ The paper's batches are 512 x 4096 tokens for 200,000 steps. Not here: mixtures 
 Connectors to compare: connector=pool (averages), abstractor, resampler (attention), with the same number of tokens.
 Not here either: AdaFactor, and the 2 x 2 tiles of the paper's fine-tuning. The toy's first stage trains the connector
 alone.
-Toy world: 85.7 ± 3.4 % seeing, 26.2 ± 1.1 % blind (3 seeds, demo/systems.jsonl).
+Toy world, one epoch per stage: 85.7 ± 3.4 % seeing, 26.2 ± 1.1 % blind, 3 seeds (demo/systems.jsonl).
 
     python train_sft.py recipes/mm1.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/mm1.py --data=toy       # the toy world: both stages

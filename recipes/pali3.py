@@ -1,7 +1,7 @@
 """PaLI-3 (Chen et al. 2023, arXiv 2310.09199), an analogue: SigLIP ViT-G/14, a linear layer, and a language model that
 sees image and question as a prefix. The paper's language model is UL2, an encoder and a decoder of 3 billion weights
 together; here it is a Llama of that size. The sizes of both towers are not published in full; those below are ours.
-Toy world: 93.9 ± 2.5 % seeing, 9.7 ± 10.7 % blind (3 seeds, demo/systems.jsonl).
+Toy world, one epoch per stage: 93.9 ± 2.5 % seeing, 9.7 ± 10.7 % blind, 3 seeds (demo/systems.jsonl).
 
     python train_sft.py recipes/pali3.py --dry_run                     # the plan at the size of the paper
     torchrun train_align.py recipes/pali3.py --data=toy                # the toy world: both stages

@@ -3,7 +3,7 @@ layer with 2-D positions), Qwen-7B. Boxes are text, <box>(x1,y1),(x2,y2)</box> w
 
 Stages of the paper: 1 trains tower and resampler at 224 px on 1.4 billion pairs; 2 trains everything at 448 px; 3
 trains language model and resampler on 350k conversations. Hours are not published.
-Toy world: 89.3 ± 1.3 % seeing, 28.5 ± 0.5 % blind (3 seeds, demo/systems.jsonl).
+Toy world, one epoch per stage: 89.3 ± 1.3 % seeing, 28.5 ± 0.5 % blind, 3 seeds (demo/systems.jsonl).
 
     python train_sft.py recipes/qwen_vl.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/qwen_vl.py --data=toy       # the toy world: both stages

@@ -205,13 +205,19 @@ def section(name, rows):
             f"Recipe: {recipe}. From `{file}`, `{what}`:", "", "```python", *code(file, what), "```", ""]
 
 
-def with_score(text, rows):
-    """Text of a recipe, rows of its system -> the text with the toy score above the commands of the docstring"""
-    seeing, blind = (systems.spread([r[k] for r in rows]) if rows else "" for k in ("seeing", "blind"))
-    seeds = f"{len(rows)} seed{'s' * (len(rows) > 1)}"
-    line = f"Toy world: {seeing} % seeing, {blind} % blind ({seeds}, demo/systems.jsonl)." if rows else ""
+def score(rows):
+    """Rows of one arm -> its scores and the number of seeds, as text"""
+    seeing, blind = (systems.spread([r[k] for r in rows]) for k in ("seeing", "blind"))
+    return f"{seeing} % seeing, {blind} % blind, {len(rows)} seed{'s' * (len(rows) > 1)}"
+
+
+def with_score(text, rows, full):
+    """Text of a recipe, rows of its system, rows at its own length -> the text with the toy scores above the commands
+    of the docstring"""
+    lines = [f"\nToy world, {how}: {score(of)} (demo/systems.jsonl)."
+             for how, of in (("one epoch per stage", rows), ("this length", full)) if of]
     first, commands, rest = text.partition("\n\n    python train_sft.py ")
-    return re.sub(r"\nToy world: .*", "", first) + (line and "\n" + line) + commands + rest
+    return re.sub(r"\nToy world.*", "", first) + "".join(lines) + commands + rest
 
 
 def files():
@@ -220,9 +226,9 @@ def files():
     out = {ROOT / f"docs/systems/{name}.svg": draw(name) for name in systems.SYSTEMS}
     for name in list(systems.SYSTEMS)[1:]:                                           # LLaVA-1.5 is the defaults
         recipe = ROOT / f"recipes/{name}.py"
-        out[recipe] = with_score(recipe.read_text(), rows.get(name, []))
+        out[recipe] = with_score(recipe.read_text(), rows.get(name, []), rows.get(f"{name}_full", []))
     lines = [line for name in systems.SYSTEMS for line in section(name, rows)]
-    tables = [*systems.table(rows), "", *systems.findings(rows), ""]
+    tables = [*systems.table(rows), "", *systems.full_table(rows), "", *systems.findings(rows), ""]
     head = PAGE.read_text().partition(BEGIN)[0]
     page = [head + BEGIN, "## Measured on the toy world", "", *tables, "## One by one", "", *lines]
     return out | {PAGE: "\n".join(page)}

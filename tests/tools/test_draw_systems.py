@@ -69,6 +69,10 @@ def test_a_recipe_states_the_mean_of_its_rows():
     """Above its commands, in place of an older score; a system without rows has none"""
     text = '"""Name.{}\n\n    python train_sft.py recipes/x.py --dry_run\n"""\nlr = 1.0  # Toy world: .\n'
     rows = [{"seeing": 0.5, "blind": 0.1}, {"seeing": 0.7, "blind": 0.1}]
-    new = text.format("\nToy world: 60.0 ± 14.1 % seeing, 10.0 ± 0.0 % blind (2 seeds, demo/systems.jsonl).")
-    assert with_score(text.format(""), rows) == with_score(new, rows) == new != with_score(new, rows[:1])
-    assert with_score(new, []) == text.format("")
+    new = text.format("\nToy world, one epoch per stage: 60.0 ± 14.1 % seeing, 10.0 ± 0.0 % blind, 2 seeds "
+                      "(demo/systems.jsonl).")
+    assert with_score(text.format(""), rows, []) == with_score(new, rows, []) == new != with_score(new, rows[:1], [])
+    both = new.replace("jsonl).", "jsonl).\nToy world, this length: 50.0 % seeing, 10.0 % blind, 1 seed "
+                       "(demo/systems.jsonl).")
+    assert with_score(new, rows, rows[:1]) == with_score(both, rows, rows[:1]) == both
+    assert with_score(both, [], []) == text.format("")
