@@ -126,12 +126,13 @@ class RunFolder:
         but      names of settings that are not compared"""
         if old["data"] != self.data:
             self.refuse(what, f"was trained on other data than {self.s.data}, or on another mixture of it")
-        if old.get("base") != self.base:
-            self.refuse(what, f"was trained on another base: a frozen weight of {self.origin} has changed since")
         for key, fact in setting_facts(type(self.s)).items():
             before = old["settings"].get(key, getattr(type(self.s), key))  # the default if the old run lacks the key
             if fact["resume"] in kinds and key not in but and before != getattr(self.s, key):
                 self.refuse(what, f"was trained with {key}={before}, not {getattr(self.s, key)}")
+        if old.get("base") != self.base:
+            self.refuse(what, f"was trained on another base: a frozen weight of {self.origin} has changed since, or "
+                              "other weights train now")
 
     def is_finished(self):
         """Is this run already finished? Rank 0 checks it for all ranks, and stops if settings or data have changed."""

@@ -137,7 +137,10 @@ def test_what_a_resumed_run_may_change(kind):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(seed=1), "seed=0, not 1"), (dict(image_aspect="crop"), "image_aspect=pad, not crop"),
+    (dict(seed=1), "seed=0, not 1"), (dict(lora_r=0, lora_dropout=0.0), "lora_r=2, not 0"),
+    (dict(train="*=1e-3", lora_r=0, lora_dropout=0.0), "lora_r=2, not 0"),
+    (dict(vision_lr=1e-3, lora_targets="vision_tower.*q_proj"), "lora_targets=all-linear, not vision_tower.*q_proj"),
+    (dict(image_aspect="crop"), "image_aspect=pad, not crop"),
     (dict(lora_alpha=8.0), "lora_alpha=64.0, not 8.0"), (dict(steps=1), "is of step 2 of 3 and only 1 are asked for"),
     (dict(steps=2), "its learning rate has not come down by then. --steps=3 goes on")])
 def test_a_resumed_run_is_refused_and_loses_nothing(half, world, changes, words):
