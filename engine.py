@@ -105,7 +105,7 @@ def set_threads(model, world):
 
 def leave(code=0):
     """Exit. The wrapped model is freed before the process group, else gloo (the CPU backend) prints an error."""
-    World(0, 1, None, None).print(end="")
+    World(0, 1, None, None).print(end="")  # flushes stdout here, where an error does not end in a traceback
     gc.collect()
     if dist.is_initialized():
         dist.barrier()
@@ -146,7 +146,7 @@ def choose(model, table, dtype=torch.bfloat16, device=None):
     return lrs
 
 
-def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
+def adamw(model, lrs, weight_decay, eps=1e-8):
     """AdamW over the trained parameters, one group per (lr, weight decay). Weight decay applies to matrices, but not to
     embeddings, norms, biases and other vectors. Each group stores the names of its parameters."""
     groups = {}
@@ -156,7 +156,7 @@ def adamw(model, lrs, weight_decay, betas=(0.9, 0.999), eps=1e-8):
             groups.setdefault((lrs[name], weight_decay if decays else 0.0), []).append((name, p))
     return torch.optim.AdamW(
         [{"params": [p for _, p in g], "names": [n for n, _ in g], "lr": lr, "peak": lr, "weight_decay": wd}
-         for (lr, wd), g in groups.items()], betas=betas, eps=eps, fused=True)
+         for (lr, wd), g in groups.items()], betas=(0.9, 0.999), eps=eps, fused=True)
 
 
 def lr_at(step, steps, warmup, lr):

@@ -116,12 +116,15 @@ def error(call, *args, **kw):
     return line
 
 
-def step_of_the_loop():
-    """The lines of one optimizer step as they stand in the loop of train_align.py (train_sft.py has the same loop)"""
-    lines = (ROOT / "train_align.py").read_text("utf-8").splitlines()
-    first, last = (next(i for i, line in enumerate(lines) if mark in line)
-                   for mark in ("n, = world.sum", "engine.update("))
-    return compile(textwrap.dedent("\n".join(lines[first : last + 1])), "train_align.py", "exec")
+def cpu_world(rank=0, size=1):
+    return engine.World(rank, size, torch.device("cpu"), torch.float64)
+
+
+def step_of_the_loop(script="train_align.py", first="n, = world.sum"):
+    """The lines of one optimizer step as they stand in the loop of a script (train_sft.py has the default one)"""
+    lines = (ROOT / script).read_text("utf-8").splitlines()
+    begin, end = (next(i for i, line in enumerate(lines) if mark in line) for mark in (first, "engine.update("))
+    return compile(textwrap.dedent("\n".join(lines[begin : end + 1])), script, "exec")
 
 
 def train_step(model, optimizer, micro, loss_fn, world, grad_clip=0.0, check=False):

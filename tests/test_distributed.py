@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import example, fork, tiny_vlm, train_step
+from conftest import cpu_world as world
 from safetensors.torch import load_file, save_file
 
 import engine
@@ -25,10 +26,6 @@ TABLE = {"*": 1e-2}
 
 def batches(groups):
     return [pack([SAMPLES[i] for i in group], 8) for group in groups]
-
-
-def world(rank=0, size=1):
-    return engine.World(rank, size, torch.device("cpu"), torch.float64)
 
 
 class Spy:

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import textwrap
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.fsdp  # before the forks: else each rank imports it
-from conftest import ROOT, error, example, fork, tiny_vlm
+from conftest import ROOT, error, example, fork, step_of_the_loop, tiny_vlm
+from conftest import cpu_world as world
 from safetensors.torch import load_file, save_file
 from test_distributed import Spy
 from test_train import split
@@ -120,18 +120,6 @@ def settings(**changes):
     return train_dpo.Settings(**{"loss": "dpo", "lora_r": 0, "grad_clip": 0.0, **changes})
 
 
-def world(rank=0, size=1):
-    return engine.World(rank, size, torch.device("cpu"), torch.float64)
-
-
-def loop():
-    """The lines of one optimizer step as they stand in train_dpo.py"""
-    lines = (ROOT / "train_dpo.py").read_text("utf-8").splitlines()
-    first, last = (next(i for i, line in enumerate(lines) if mark in line)
-                   for mark in ("n, = world.sum", "engine.update("))
-    return compile(textwrap.dedent("\n".join(lines[first : last + 1])), "train_dpo.py", "exec")
-
-
 def model_of(lora_r=0):
     """A model whose reference differs from it; with lora_r, by its adapters"""
     model = tiny_vlm()
@@ -161,7 +149,7 @@ def step(s, groups, w=None, wrap=None, samples=PAIRS, loss=None):
     names = dict(model=model, optimizer=spy, batch=StepData(micro, [], [], 0, 0), world=w, s=s, step=0, start=0,
                  engine=engine, pair_loss=partial(loss or train_dpo.preference_loss, s, refers),
                  measured=partial(form.measured, s, w, refers))
-    exec(loop(), names)
+    exec(step_of_the_loop("train_dpo.py"), names)
     return spy.seen, names["result"], preference.means(names["facts"], names["n"], w)
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import textwrap
 import types
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.fsdp  # before the forks: else each rank imports it
-from conftest import ROOT, error, example, fork, tiny_vlm
+from conftest import ROOT, error, example, fork, step_of_the_loop, tiny_vlm
+from conftest import cpu_world as world
 from safetensors.torch import load_file, save_file
 from test_distributed import Spy
 from test_train import split
@@ -112,18 +112,6 @@ def settings(**changes):
     return train_grpo.Settings(**{"grad_clip": 0.0, "clip_high": 0.28, "updates": 2, **changes})
 
 
-def world(rank=0, size=1):
-    return engine.World(rank, size, torch.device("cpu"), torch.float64)
-
-
-def step_lines():
-    """The lines of one update as they stand in train_grpo.py"""
-    lines = (ROOT / "train_grpo.py").read_text("utf-8").splitlines()
-    first, last = (next(i for i, line in enumerate(lines) if mark in line)
-                   for mark in ("total = 0.0", "engine.update("))
-    return compile(textwrap.dedent("\n".join(lines[first : last + 1])), "train_grpo.py", "exec")
-
-
 def weights(s):
     return [1 / n if s.normalise == "grpo" else 1.0 for n in ANSWERS]
 
@@ -144,7 +132,7 @@ def step(s, groups, w=None, wrap="ddp"):
     spy = Spy(model)
     names = dict(model=model, optimizer=spy, micro=[rolled(s, g) for g in groups], world=w, s=s, step=0, start=0, n=6.0,
                  engine=engine, answer_loss=partial(rollout.rolled_loss, s))
-    exec(step_lines(), names)
+    exec(step_of_the_loop("train_grpo.py", "total = 0.0"), names)
     return spy.seen, names["result"]
 
 

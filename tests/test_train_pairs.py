@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, error, fork
+from conftest import cpu_world as world
 from safetensors.torch import load_file, save_file
 from test_train import split
 from tiny_runs import rows, state, write_data
@@ -73,10 +74,6 @@ def batches(folder, cfg, groups):
     ids = [folder.words.encode(t) for t in texts]
     samples = [(i, [-100] * (len(i) - 1) + i[-1:], x) for i, x in zip(ids, images)]
     return [pack([samples[i] for i in group], 8, text_ends(cfg)) for group in groups]
-
-
-def world(rank=0, size=1):
-    return engine.World(rank, size, torch.device("cpu"), torch.float64)
 
 
 def step(kind, groups, w, wrap=None):

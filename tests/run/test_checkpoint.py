@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import error, example, fork, tiny_vlm, train_step
+from conftest import cpu_world as world
 from safetensors.torch import load_file, save_file
 
 import engine
@@ -20,10 +21,6 @@ from run import checkpoint
 
 TABLE = {"multi_modal_projector.*": 1e-2}
 FILES = ["trained.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
-
-
-def world(rank=0, size=1):
-    return engine.World(rank, size, torch.device("cpu"), torch.float64)
 
 
 def trainer(w=None, wrap="ddp", table=TABLE, seed=0, lr=1.0):
