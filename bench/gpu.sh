@@ -7,8 +7,9 @@
 #     REVISION=1a2b3c4 bash bench/gpu.sh      # for a copy of the tree without .git
 #     bash bench/gpu.sh --dry                 # the same parts on a CPU at toy size, to see that all of them run
 #
-# Results go to bench/results/<date>-<card>.md after each part. If OUT names a folder, it also holds the output and the
-# page of each part at any moment, so that a run which is cut off loses nothing.
+# Results go to bench/results/<date>-<card>.md after each part; if there is such a page, to <date>-<card>-2.md. If OUT
+# names a folder, it also holds the output and the page of each part at any moment, so that a run which is cut off loses
+# nothing. No part goes on 560 s after the start, because a machine may be lent for 600 s.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -25,7 +26,8 @@ else
     card=$(python3 -c "$name") || { echo "no GPU that torch can use"; exit 1; }
     card=$(echo "${card#NVIDIA }" | tr 'A-Z ' 'a-z-')
 fi
-page=$results/$(date +%F)-$card.md
+page=$results/$(date +%F)-$card.md n=1
+while [ -e "$page" ]; do n=$((n + 1)); page=$results/$(date +%F)-$card-$n.md; done      # keep what is there
 for wheel in "${PEERS:-/none}"/*.whl; do                               # a wheel is a zip file of what it installs
     [ -f "$wheel" ] && python3 -m zipfile -e "$wheel" "$work/peers"
 done
@@ -33,7 +35,9 @@ export PYTHONPATH=$work/peers${PYTHONPATH:+:$PYTHONPATH}
 python3 -c "import bench; print(bench.describe_machine('$device'))"
 
 part() {  # title, file, seconds, command ...: its output goes to file.txt; file.md is its page
-    local title=$1 file=$work/$2 seconds=$(($3 * patience)) began=$SECONDS code=0
+    local title=$1 file=$work/$2 seconds=$(($3 * patience)) left=$((560 * patience - SECONDS)) began=$SECONDS code=0
+    [ "$seconds" -le "$left" ] || seconds=$((left > 1 ? left : 1))     # the parts before it took longer
+    rm -f "$file.md"
     shift 3
     echo "== $title: at most $seconds s"
     timeout -s INT -k 5 "$seconds" "$@" 2>&1 | tee "$file.txt"   # INT: pytest and Python still report what they have
@@ -62,18 +66,17 @@ if [ $device = cpu ]; then
 else
     tests+=("${parallel[@]}" tests/kernels/test_gpu.py tests/kernels/test_gpu_steps.py)
     tests+=(-k "not cpu and not beyond and not peak")
-    tiles+=(--seconds=75)
-    profile+=(--rows=S1,S2,S4,S3 --seconds=90)
-    steps+=(--rows=S1,S2,S4 --steps=3 --seconds=115)
-    kernels+=(--rows=A3,C1,A1,C4,A4,E1r,E2,L1b,C2,A7,E3,A5,L1c --seconds=90 --row_seconds=60)
+    tiles+=(--seconds=70)
+    profile+=(--rows=S1,S2,S4,S3 --seconds=85)
+    steps+=(--rows=S1,S2,S4 --steps=3 --seconds=110)
+    kernels+=(--rows=A3,C1,A1,C4,A4,E1r,E2,L1b,C2,A7,E3,A5,L1c --seconds=85 --row_seconds=60)
 fi
-rm -f "$page"
 part "Kernels and steps against float64" tests 100 "${tests[@]}"
-part "Tensors of 2^31 elements, peak memory" large 50 "${large[@]}"
-part "Tiles of attention" tiles 80 "${tiles[@]}"
-part "Profile of a step" profile 95 "${profile[@]}"
-part "Training steps beside transformers" steps 120 "${steps[@]}"
-part "Kernels beside their alternatives" kernels 95 "${kernels[@]}"
+part "Tensors of 2^31 elements, peak memory" large 45 "${large[@]}"
+part "Tiles of attention" tiles 75 "${tiles[@]}"
+part "Profile of a step" profile 90 "${profile[@]}"
+part "Training steps beside transformers" steps 115 "${steps[@]}"
+part "Kernels beside their alternatives" kernels 90 "${kernels[@]}"
 [ -z "${OUT:-}" ] || [ "$page" -ef "$OUT/${page##*/}" ] || cp "$page" "$OUT/"
 echo "written to $page"
 [ -z "${failed:-}" ] || { echo "failed:$failed"; exit 1; }

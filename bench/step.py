@@ -43,8 +43,10 @@ def ours(s, device):
     import data
     import engine
     import lora
+    from kernels.linear import add_into_grad
     from loss import supervised, token_loss
     from model import VLM
+    from run.plan import adds_into_grad
     world = engine.start(device, "bf16" if device == "cuda" else "fp32")
     with torch.device(device):
         model = VLM(s.cfg)
@@ -55,6 +57,8 @@ def ours(s, device):
     if s.stage != "align":
         table["*.lora_*" if s.stage == "lora" else "language_model.*"] = LR
     lrs = engine.choose(model, table, world.dtype)
+    if adds_into_grad(world, compiled=False):                     # as run/stage.py
+        add_into_grad(model)
     optimizer = engine.adamw(model.to(device), lrs, 0.0)
     engine.set_lr(optimizer, 0, 1, 0)
 

@@ -66,7 +66,7 @@ def system(name, size="full"):
         "S1": System(vicuna, "align", 32, (*both, "theirs+ckpt"), {"theirs": 1.3, "theirs+liger": 1.1}, None, 20480,
                      16),
         "S2": System(vicuna, "lora", 24, both, {"theirs": 2.0, "theirs+liger": 1.7}, None, 12288, 8, r=128),
-        "S3": System(vicuna, "sft", 24, both, {"theirs": 1.7, "theirs+liger": 1.5}, None, 4096, 2),
+        "S3": System(vicuna, "sft", 24, both, {"theirs": 1.7, "theirs+liger": 1.5}, None, 8192, 2),
         "S4": System(VLMConfig(clip, tinyllama, image_token_index=3), "sft", 48, (*both, "theirs+sorted"),
                      {"theirs": 2.0, "theirs+liger": 1.7, "theirs+sorted": 1.1}, None, 16384, 16),
         "S4b": System(VLMConfig(clip, llama32, image_token_index=3), "sft", 48, (*both, "theirs+sorted"),

@@ -47,17 +47,17 @@ def disk(model, dtype):
     return 3 * sum(n * size for n, size in sizes), sum(n for n, _ in sizes) * dtype.itemsize
 
 
-def adds_into_grad(world, s):
+def adds_into_grad(world, compiled):
     """Do the products of backward add the gradients of weights to .grad (kernels/linear.py)? Only in eager code in one
     process. Only with the kernels: kernels=torch is plain torch."""
-    return world.size == 1 and not s.compile and use_triton(torch.empty(0, device=world.device))
+    return world.size == 1 and not compiled and use_triton(torch.empty(0, device=world.device))
 
 
 def memory(model, world, micro, s):
     """Estimate the memory of a step -> two numbers of bytes: for weights, gradients and AdamW moments together; and for
     the activations and logits of the largest micro-batch."""
     cfg, low = model.cfg, world.dtype in (torch.bfloat16, torch.float16)
-    copy = 2 * (low and not adds_into_grad(world, s))               # autocast caches a 16-bit copy (2 bytes)
+    copy = 2 * (low and not adds_into_grad(world, s.compile))               # autocast caches a 16-bit copy (2 bytes)
     states = sum(p.numel() * (4 * p.element_size() + copy if p.requires_grad else p.element_size())
                  for p in model.parameters())
     if engine.is_sharded(model, world, s.parallel):
@@ -70,8 +70,9 @@ def memory(model, world, micro, s):
     if any(p.requires_grad for p in model.language_model.parameters()):
         block += 2 * C + q + F                                      # saved, too, if LLM weights or adapters train
     backward, again = 4 * C + 4 * F, s.recompute == "block"         # backward: elements that one layer uses, per token
-    head = model.language_model.head_weight                         # if it trains: its gradient in fp32, its 16-bit copy
-    most, head = 0, head.requires_grad * head.numel() * (head.element_size() + 2 * low)
+    head = model.language_model.head_weight
+    head = head.requires_grad * head.numel() * (head.element_size() + 2 * low)   # its gradient, and its 16-bit copy
+    most = 0
     for b in micro:
         saved = t.num_hidden_layers * C + block if again else t.num_hidden_layers * block
         logits = logits_bytes(supervised(b.labels), t.vocab_size, like)

@@ -189,7 +189,7 @@ def begin_run(s, world, model, folder, lrs, samples, first, steps, flops, valida
         send = tracker(s.track, files.out, dataclasses.asdict(s))
     validation = validation()
     model = engine.parallelize(model, world, model.blocks, s.parallel, s.recompute, s.compile)
-    if plan.adds_into_grad(world, s):
+    if plan.adds_into_grad(world, s.compile):
         add_into_grad(model)
     optimizer = engine.adamw(model, lrs, s.weight_decay)
     state = files.resume(model, optimizer)

@@ -10,6 +10,7 @@ from interpret import variant
 from kernel_cases import TIGHT, allocations, check_error, close, normal, opcheck, saved, strided, with_gradients
 from span_cases import CASES, GAPS, LONG, documents, images, prefixes, qkv, unused_keys
 
+import kernels
 from kernels import attention as module
 from kernels.attention import (ATTENTION_TILES, FP32_TILE, attention, attention_ref, attention_torch,
                                attention_torch_backward, segments)
@@ -216,6 +217,8 @@ def test_only_hopper_uses_tiles_of_hopper(monkeypatch):
 LIMITS = {("forward", 72, 80): ((504, 0), (671, 0)), ("forward", 128, 90): ((546, 0), (850, 0)),
           ("forward", 64, 90): ((529, 0), (835, 0)), ("backward_q", 128, 90): ((305, 0), (474, 0)),
           ("backward_kv", 72, 90): ((423, 0), (641, 10)), ("backward_kv", 64, 80): ((246, 0), (340, 0))}
+if getattr(kernels.triton, "__version__", "").startswith("3.6."):      # makes 388 726 (8 spills) and 255 386
+    LIMITS |= {("backward_kv", 72, 90): ((423, 0), (748, 10)), ("backward_kv", 64, 80): ((263, 0), (398, 0))}
 
 
 @pytest.mark.parametrize("kernel, K, arch", LIMITS)

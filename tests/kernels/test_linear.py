@@ -66,6 +66,15 @@ def test_micro_batches_add_as_autograd_does(bias, needs):
     assert ours[0].any() and ours[0].dtype == f.weight.dtype
 
 
+def test_an_input_without_gradient_costs_no_product(monkeypatch):
+    """Forward and backward cast W once each; without a gradient of x, only forward does."""
+    dense, calls = module.dense, []
+    monkeypatch.setattr(module, "dense", lambda *a: calls.append(a) or dense(*a))
+    for needs, casts in ((True, 2), (False, 1)):
+        gradients(layer(), shapes=[(3, 24)], needs=needs)
+        assert len(calls) == casts and not calls.clear()
+
+
 def test_without_rows_the_gradient_is_zero():
     f = layer()
     f(torch.zeros(0, 24, dtype=torch.float64)).sum().backward()

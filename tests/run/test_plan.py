@@ -133,7 +133,7 @@ def seven_b(stage, layers, device):
             if stage == "lora":
                 lora.add_adapters(model, 128, 256, 0.0, "all-linear")
         lrs = engine.choose(model, table, torch.bfloat16)
-        if plan.adds_into_grad(w, settings()):
+        if plan.adds_into_grad(w, False):
             add_into_grad(model)
         return model, lrs
     w = engine.World(0, 1, torch.device(device), torch.bfloat16)
@@ -177,7 +177,7 @@ def test_only_one_eager_process_adds_to_grad(monkeypatch):
         monkeypatch.setattr(kernels, "choice", choice)
         s.compile = compiled
         w = engine.World(0, size, torch.device("cpu"), torch.bfloat16)
-        assert plan.adds_into_grad(w, s) == ((choice, size, compiled) == ("triton", 1, False))
+        assert plan.adds_into_grad(w, compiled) == ((choice, size, compiled) == ("triton", 1, False))
         states[choice, size, compiled] = plan.memory(model, w, [batch(0)], s)[0]
     copies = 2 * sum(p.numel() for p in model.parameters())
     least = states.pop(("triton", 1, False))
