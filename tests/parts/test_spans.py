@@ -33,7 +33,8 @@ def definition(mask, ids, labels):
 @pytest.mark.parametrize("mask", ["causal", "prefix", "image"])
 def test_spans_match_a_definition_by_loops(mask):
     blind = ([5, 6, 7], [IGNORE] * 3, [])                        # no label: a prompt
-    docs = [*DOCS, blind]
+    ends, begins = ([5, 3, 3], [IGNORE] * 3, []), ([3, 6], [IGNORE] * 2, [])      # with an image, side by side
+    docs = [*DOCS, blind, ends, begins]
     model = tiny_vlm()
     batch = pack(docs, 8, span_ends(dataclasses.replace(model.cfg, mask=mask)))
     want = [n for ids, labels, _ in docs for n in definition(mask, ids, labels)]
