@@ -10,7 +10,9 @@ import dataclasses
 import sys
 
 import config
+from chat import IMAGE
 from config import BadSample, setting
+from formats.rows.conversations import at_an_edge
 from generate import Chat, with_marker
 from run.arguments import parse
 
@@ -37,6 +39,8 @@ def main(s):
     try:
         pixels, blocks = chat.look(file for file in s.image.split(",") if file)
         for text in [s.prompt] if s.prompt else iter(lambda: input("you: " * sys.stdin.isatty()).strip(), ""):
+            if not blocks and at_an_edge([(text, "")], IMAGE):
+                config.stop(f"the prompt has an {IMAGE} marker, but --image= is empty")
             turns.append((text if turns else with_marker(text, len(blocks)), None))
             prompt = chat.prompt(turns, blocks)
             answer = chat.answers([prompt], pixels, s.max_new_tokens, s.temperature, s.seed)[0]

@@ -20,7 +20,7 @@ from PIL import Image
 import data
 from config import BadSample, Error
 from data import Encoder, Steps, best_fit, pack, share_out
-from formats.rows import Rows, conversation
+from formats.rows import Rows, conversation, open_mixture
 from formats.tokenizer import Tokenizer
 from images import ImageSpec, Layout
 from kernels.cross_entropy import IGNORE
@@ -133,6 +133,13 @@ def test_a_missing_file_stops_with_one_line(tmp_path):
     for path in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(Error, match="no data file"):
             Rows(path)
+
+
+@pytest.mark.parametrize("name", ["a:b.jsonl", "a,b.jsonl"])
+def test_a_name_that_means_a_mixture_is_refused(tmp_path, name):
+    (tmp_path / name).write_text(GOOD)
+    with pytest.raises(Error, match="a comma or a colon in a name is read as a list of files or as a share: rename"):
+        open_mixture(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("line, reason", [

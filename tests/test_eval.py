@@ -266,6 +266,7 @@ def test_answers_outlive_an_error_of_scoring(model_folder, world, capsys, monkey
     (dict(device="foo"), "device=foo: auto"), (dict(dtype="foo"), "dtype=foo: auto"), (dict(seed=2**70), "seed="),
     (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=float("inf")), "temperature=inf"),
     (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(template="foo"), "unknown template 'foo'"),
+    (dict(prompt="<image>\nWhat?"), "the prompt has an <image> marker, but --image= is empty"),
     (dict(model=""), "model is empty"), (dict(image="."), "image cannot be read: '.' (IsADirectoryError)")])
 def test_wrong_settings_of_sample_end_in_one_line(model_folder, settings, complaint):
     with pytest.raises(Error) as stopped:

@@ -2,6 +2,7 @@
 of a file's loss: "a.json:0.7:0.2"."""
 
 import math
+import os
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from formats.rows.shards import open_rows
 def open_mixture(spec, min_rating=0, view=lambda rows: rows):
     """-> the files (open_rows), samples of each file in an epoch, weight of the loss of each file. An epoch has as many
     samples as all files together. view: function of a file's rows that gives them in another form"""
+    if os.path.isfile(spec) and {",", ":"} & {*spec}:
+        stop(f"data={spec}: a comma or a colon in a name is read as a list of files or as a share: rename the file")
     files, shares, weights = zip(*((part.split(":", 2) + ["", ""])[:3] for part in spec.split(",")))
     files = [view(open_rows(f, min_rating)) for f in files]
     total = sum(len(r) for r in files)
