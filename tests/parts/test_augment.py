@@ -31,7 +31,8 @@ def asked(question, answer="A red cat.", **row):
     (asked("Is it the rightmost?"), {"crop", "jitter"}), (asked("Does it turn counterclockwise?"), {"crop", "jitter"}),
     (asked("He left the room."), {"crop", "jitter"}), (asked("What?", "rechts"), {"crop", "jitter"}),
     (asked("What?", "a derecha"), {"crop", "jitter"}), (asked("What?", "linker Schuh"), {"crop", "jitter"}),
-    (asked("Où est le café ?"), {"jitter"}), (asked("左に何がありますか"), {"jitter"}), (asked("三艘船"), {"jitter"}),
+    (asked("Où est le café ?"), {"jitter"}), (asked("左に何がありますか"), {"jitter"}),
+    (asked("三艘船"), {"jitter"}),
     (asked("Сколько лодок?", "три"), {"jitter"}), (asked("What?", "a caf\u00e9"), {"jitter"}),
     (asked("How?", "\u0664"), {"jitter"}),                                            # a digit in Arabic script
     *((asked(text, "gut"), {"jitter"}) for text in (

@@ -173,7 +173,8 @@ def test_only_one_eager_process_adds_to_grad(monkeypatch):
     """Then the plan counts no 16-bit copies of trained weights: 2 bytes for each."""
     model, s = tiny_vlm(dtype=torch.float32), settings()
     states = {}
-    for choice, size, compiled in (("triton", 1, False), ("torch", 1, False), ("triton", 2, False), ("triton", 1, True)):
+    cases = ("triton", 1, False), ("torch", 1, False), ("triton", 2, False), ("triton", 1, True)
+    for choice, size, compiled in cases:
         monkeypatch.setattr(kernels, "choice", choice)
         s.compile = compiled
         w = engine.World(0, size, torch.device("cpu"), torch.bfloat16)
