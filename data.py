@@ -179,7 +179,7 @@ class Steps(torch.utils.data.Dataset):
         text, image = size * per_byte >> 10, images * per_image >> 10      # rates are 1,024 x tokens
         return min(self.encode.max_len, text + image) + min(self.encode.max_len, image)
 
-    def encoded(self, step, drawn):
+    def encode_rows(self, step, drawn):
         """drawn: [(place in the step, index of the file, index of the row)] -> list of Encoded, [(name, reason)]"""
         samples, dropped = [], []
         for n, f, i in drawn:
@@ -199,7 +199,7 @@ class Steps(torch.utils.data.Dataset):
         """Encode the samples of this rank, pack them by their lengths, then read the images of one stream at a time."""
         drawn = self.samples(step)                             # of all ranks
         own = sorted(share_out([self.cost(*at) for at in drawn], self.world)[self.rank])
-        encoded, dropped = self.encoded(step, [(n, *drawn[n]) for n in own])
+        encoded, dropped = self.encode_rows(step, [(n, *drawn[n]) for n in own])
         micro, names, animated, flipped = [], [], 0, 0
         for stream in best_fit(range(len(encoded)), [len(e.ids) for e in encoded], self.max_tokens):
             samples, weights = [], []
