@@ -39,7 +39,7 @@ from generate import Chat
 from run.arguments import parse
 from tools.look import PAGE, POLICY, safe_json
 from tools.serve_answer import Gone, answer_request
-from tools.serve_request import Refusal, read_request
+from tools.serve_request import Incoming, Refusal, read_request
 
 PATIENCE = 30              # seconds for the headers of a request, and for a client to read; twice for the body
 CONNECTIONS = 100          # open connections; more are closed at once
@@ -126,30 +126,6 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
 
-class Incoming(io.RawIOBase):
-    """What a client sends, until the time `end`. A timeout of the socket alone would begin anew with each byte."""
-
-    def __init__(self, connection):
-        self.connection = connection
-        self.allow(PATIENCE)
-
-    def allow(self, seconds):
-        self.end = time.monotonic() + seconds
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        kept = self.connection.gettimeout()                    # of writing
-        self.connection.settimeout(max(0.001, self.end - time.monotonic()))
-        try:
-            return self.connection.recv_into(buffer)
-        except ConnectionError:                                # the client left
-            return 0
-        finally:
-            self.connection.settimeout(kept)
-
-
 class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "pumice", ""
 
@@ -157,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         self.timeout = PATIENCE
         super().setup()
         self.rfile.close()
-        self.incoming = Incoming(self.connection)
+        self.incoming = Incoming(self.connection, PATIENCE)
         self.rfile = io.BufferedReader(self.incoming)
 
     def log_message(self, *args):

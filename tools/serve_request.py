@@ -1,11 +1,14 @@
-"""A request of OpenAI's chat protocol -> what is asked (Asked). tools/serve.py answers it.
+"""A request of OpenAI's chat protocol: its bytes, with a deadline (Incoming) -> what is asked (Asked). tools/serve.py
+answers it.
 
 Every field is checked: a request with an unknown field, or with a value that would have no effect here, is refused."""
 
 import base64
 import binascii
+import io
 import json
 import re
+import time
 from typing import NamedTuple
 
 from chat import IMAGE
@@ -18,6 +21,31 @@ FIXED = {"n": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "log
 WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 FIELDS = ("messages", "model", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "stream",
           "stream_options", "logprobs", "top_logprobs", "look")
+
+
+class Incoming(io.RawIOBase):
+    """What a client sends, until the time `end`. A timeout of the socket alone would begin anew with each byte."""
+
+    def __init__(self, connection, seconds):
+        self.connection = connection
+        self.allow(seconds)
+
+    def allow(self, seconds):
+        """From now on, the client may send for so long."""
+        self.end = time.monotonic() + seconds
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        kept = self.connection.gettimeout()                    # of writing
+        self.connection.settimeout(max(0.001, self.end - time.monotonic()))
+        try:
+            return self.connection.recv_into(buffer)
+        except ConnectionError:                                # the client left
+            return 0
+        finally:
+            self.connection.settimeout(kept)
 
 
 class Refusal(Exception):
