@@ -58,6 +58,9 @@ def judge_copy(name, folder, *plugins):
 
 
 def main(argv):
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__.strip())
+        return 0
     names, flags = [a for a in argv if a in TASKS], [a for a in argv if a in ("--check", "--hint")]
     if not argv:
         print(*(f"{name:10}{task.title:30}{task.file}" for name, task in TASKS.items()), sep="\n")

@@ -82,5 +82,6 @@ def test_the_command_begins_hints_and_keeps(tmp_path, monkeypatch, capsys):
     copy.write_text("mine")
     assert exercises.main(["cache"]) == exercises.main(["cache", "--hint"]) == 0 and copy.read_text() == "mine"
     assert TASKS["cache"].hint in capsys.readouterr().out
+    assert exercises.main(["--help"]) == 0 and "--check" in capsys.readouterr().out
     for wrong in (["nope"], ["cache", "lora"], ["cache", "--nope"], ["cache", "--hint", "--check"]):
         assert "usage" in error(exercises.main, wrong)
