@@ -74,10 +74,14 @@ class Batch(NamedTuple):
     weights: torch.Tensor = torch.zeros(0)  # (R,) fp32: of the R supervised tokens in the loss; empty: all are 1
     rows: torch.Tensor = torch.zeros(0, dtype=torch.long)  # (R,) the supervised tokens; empty: to() finds them
 
-    def to(self, device):  # the CPU does not wait for a GPU: it finds rows first, and copies from pinned memory
-        batch = self._replace(rows=(self.labels != IGNORE).nonzero()[:, 0])
-        pin = torch.device(device).type == "cuda" and not self.labels.is_cuda
-        return Batch(*((t.pin_memory() if pin else t).to(device, non_blocking=True) for t in batch))
+    def to(self, device):  # the CPU does not wait for a GPU: it finds rows before it sends them
+        return Batch(*(send(t, device) for t in self._replace(rows=(self.labels != IGNORE).nonzero()[:, 0])))
+
+
+def send(t, device):
+    """-> tensor t on the device. From the CPU to a GPU it is copied from pinned memory: then the CPU does not wait."""
+    pin = torch.device(device).type == "cuda" and t.device.type == "cpu"
+    return (t.pin_memory() if pin else t).to(device, non_blocking=True)
 
 
 def pack(samples, side, span_ends=None, reader=None, weights=()):

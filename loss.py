@@ -22,13 +22,13 @@ def token_loss(model, batch):
     return model(*batch, head=linear_cross_entropy)
 
 
-def sequence_log_probs(model, batch):
+def sequence_log_probs(model, batch, D):
     """data.Batch with D documents -> (D,) the sum of log p(label) over the supervised tokens of each document, and (D,)
     the number of these tokens. Only one chunk of logits exists at a time, in the forward and the backward pass."""
     losses = model(*batch, head=row_losses)                                                            # (R,)
-    first = batch.pos == 0                                                 # (N,) the first token of each document
-    document = (first.cumsum(0) - 1)[batch.labels != IGNORE]                                           # (R,)
-    zeros = losses.new_zeros(int(first.sum()))                                                         # (D,)
+    document = (batch.pos == 0).cumsum(0) - 1                              # (N,) a document begins at position 0
+    document = document[batch.rows if len(batch.rows) else batch.labels != IGNORE]                     # (R,)
+    zeros = losses.new_zeros(D)
     return zeros.index_add(0, document, -losses), zeros.index_add(0, document, torch.ones_like(losses))
 
 

@@ -84,7 +84,7 @@ def preference_loss(s, reference, model, b):
         chosen, rejected    log p of the answers"""
     method = METHODS[s.loss]
     before = reference(model, b)                                                                       # (P, 2)
-    log_p, lengths = (x.view(-1, 2) for x in sequence_log_probs(model, b.batch))                       # (P, 2)
+    log_p, lengths = (x.view(-1, 2) for x in sequence_log_probs(model, b.batch, 2 * len(b.keys)))      # (P, 2)
     before, unit = before.to(log_p.dtype), lengths if s.length_norm or method.per_token else 1
     losses = method.loss(log_p / unit, before / unit, s.beta, s.gamma)                                 # (P,)
     if weight := method.sft if s.sft < 0 else s.sft:

@@ -62,7 +62,7 @@ def main(s):
         result = engine.update(model, optimizer, total, n, world, s.grad_clip)
         engine.unwrap(model).limit_scale()
 
-        run.log.count(step, batch, result | {"accuracy": accuracy})
+        run.log.count(step, batch, result | {"accuracy": float(accuracy)})
         if step == start:
             run.folder.begin(start)
         if run.due(step, s.log_every):

@@ -60,8 +60,10 @@ class Texts(NamedTuple):
 
 
 def texts_of(batch):
-    """data.Batch of captions -> Texts"""
-    return Texts(batch.ids, ((batch.pos == 0).cumsum(0) - 1).bincount(minlength=len(batch.images)))
+    """data.Batch of captions -> Texts. A caption has one label, and an image unless captions alone are read"""
+    caption = (batch.pos == 0).cumsum(0) - 1                                                               # (W,)
+    counts = caption.new_zeros(len(batch.rows) or len(batch.images))   # bincount would make the CPU wait for a GPU
+    return Texts(batch.ids, counts.index_add(0, caption, torch.ones_like(caption)))
 
 
 def joined(*texts):
@@ -200,7 +202,8 @@ def compare_blip2(model, micro, world, loss, draw):
     image, text, features = (gather_rows(torch.cat([z[k] for z in seen]), world)[0] for k in (0, 1, 3))
     own = joined(*map(texts_of, micro))
     counts, first = gather_rows(own.counts, world)                                                         # (n,)
-    words, n = gather_rows(own.words, world)[0].split(counts.tolist()), len(counts)
+    sizes, n = counts.tolist(), len(counts)
+    words = gather_rows(own.words, world)[0].split(sizes)
     if n < 2:
         stop("image-text matching needs two usable pairs in a step: the wrong ones come from it")
     leaves = [x.detach().requires_grad_() for x in (image, text, seen[0][2])]
@@ -208,7 +211,7 @@ def compare_blip2(model, micro, world, loss, draw):
     slopes = torch.autograd.grad(losses.sum(), leaves)
     similar = similarities(image, text)
     wrong_image, wrong_text = draw_wrong(similar / seen[0][2], draw)
-    out, per_word = [], n / int(counts.sum() - n)
+    out, per_word = [], n / (sum(sizes) - n)
     for b in micro:
         at = slice(first, first := first + len(b.images))
         out.append(Blip2Compared(

@@ -12,7 +12,7 @@ that lie in [lo, hi) are neighbours in the list of all keys of this set. With n[
 their span in the list is [n[lo], n[hi]).
 
     N tokens   R queries (N, or fewer in the last layer)   M keys (N, or all slots of the cache)   H heads
-    G key-value heads   K head width   S text tokens among the queries
+    G key-value heads   K head width   S queries that see keys: the text tokens, in the last layer all R
 """
 
 from typing import NamedTuple
@@ -27,30 +27,37 @@ from model import VLM, Llama, LlamaAttention, LlamaLayer, take
 
 
 class Queries(NamedTuple):
-    """The text tokens among the queries of a layer, and what they see"""
-    at: torch.Tensor      # (S,) their indices among the queries
+    """Queries of a layer, and what they see"""
+    at: torch.Tensor      # (S,) their indices among the queries; None: all
     ends: list            # [(lo, hi), (lo, hi)]: their spans (S,) in the list of text keys, in the list of image keys
 
 
 class Spans(NamedTuple):
-    """Computed once per forward pass, because nonzero() is a host-device sync"""
+    """Computed once per forward pass"""
     keys: list            # [indices of the text keys among all M keys, indices of the image keys]
-    every: Queries        # of a layer in which all N tokens are queries
-    last: Queries         # of the last layer, in which only `rows` are
+    every: Queries        # of a layer in which all N tokens are queries: the text tokens
+    last: Queries         # of the last layer, in which only `rows` are: all of them
+    image: torch.Tensor   # (R,) bool: the image tokens among `rows`
 
 
-def spans(image, keys, lo, hi, rows):
-    """image (N,) bool: image tokens among the queries; keys (M,) bool: among the keys; rows (R,) or None -> Spans"""
-    lists = [(~keys).nonzero()[:, 0], keys.nonzero()[:, 0]]
+def indices_where(mask, count):
+    """-> indices at which mask is true. count: how many; None: not known, so the CPU waits for a GPU to count them"""
+    return (mask.nonzero() if count is None else mask.nonzero_static(size=count))[:, 0]
+
+
+def spans(image, keys, lo, hi, rows, count=None):
+    """image (N,) bool: image tokens among the queries; keys (M,) bool: among the keys; rows (R,) or None; count: number
+    of image tokens, if the queries are the keys -> Spans"""
+    lists = [indices_where(~keys, None if count is None else len(keys) - count), indices_where(keys, count)]
     before = [torch.cat([k.new_zeros(1, dtype=torch.int32), k.cumsum(0, dtype=torch.int32)]) for k in
               (~keys, keys)]                                                                   # two of (M + 1,)
 
-    def queries(rows):
-        at = (~take(image, rows)).nonzero()[:, 0]
-        a, b = (take(t, rows)[at].long() for t in (lo, hi))
+    def queries(rows, at):
+        a, b = (take(take(t, rows), at).long() for t in (lo, hi))
         return Queries(at, [(n[a], n[b]) for n in before])
 
-    return Spans(lists, queries(None), queries(rows))
+    text = lists[0] if keys is image else indices_where(~image, None)
+    return Spans(lists, queries(None, text), queries(rows, None), take(image, rows))
 
 
 class MMCAAttention(LlamaAttention):
@@ -64,8 +71,10 @@ class MMCAAttention(LlamaAttention):
         if cache is not None:
             k, v = cache.append(self, k, v)                                          # (M, G, K)
         at, ends = spans.every if rows is None else spans.last
-        text, image = (attention(q[at], k[some], v[some], *span) for some, span in zip(spans.keys, ends))  # (S, H, K)
-        return self.o_proj(own.index_copy(0, at, text + image).flatten(1))
+        text, image = (attention(take(q, at), k[some], v[some], *span) for some, span in zip(spans.keys, ends))
+        out = text + image                                                           # (S, H, K)
+        out = own.index_copy(0, at, out) if rows is None else torch.where(spans.image[:, None, None], own, out)
+        return self.o_proj(out.flatten(1))
 
 
 class MMCALayer(LlamaLayer):
@@ -83,14 +92,15 @@ class MMCADecoder(Llama):
             stop(f"mask=mmca with sliding_window={cfg.sliding_window}: MMCA has no sliding window")
         self.model.layers = nn.ModuleList(MMCALayer(cfg) for _ in range(cfg.num_hidden_layers))
 
-    def forward(self, x, pos, lo, hi, rows=None, cache=None, image=None):
-        """As Llama.forward. image (N,) bool: the image tokens"""
+    def forward(self, x, pos, lo, hi, rows=None, cache=None, image=None, count=None):
+        """As Llama.forward. image (N,) bool: the image tokens; count: their number"""
         keys = image
         if cache is not None:
-            keys, = cache.append(self, image)                                        # (M,) empty slots are in no span
-        return super().forward(x, pos, spans(image, keys, lo, hi, rows), hi, rows, cache)
+            keys, count = *cache.append(self, image), None                           # (M,) empty slots are in no span
+        return super().forward(x, pos, spans(image, keys, lo, hi, rows, count), hi, rows, cache)
 
 
 class VisualChat(VLM):
     def inputs(self, ids, pos, images, cache=None):
-        return [*super().inputs(ids, pos, images, cache), ids == self.cfg.image_token_index]
+        image = ids == self.cfg.image_token_index
+        return [*super().inputs(ids, pos, images, cache), image, len(images) * self.cfg.image_tokens]

@@ -108,7 +108,7 @@ class Pairs(nn.Module):
 
     def encode_texts(self, batch):
         """-> (B, E)"""
-        x = self.text_model(*batch[:5])
+        x = self.text_model(*batch)
         x = x if self.text_projection is None else self.text_projection(x)
         return unit(x)
 
@@ -163,7 +163,7 @@ def vectors(model, micro, world):
 
 
 def compare_pairs(model, micro, world, loss, draw):
-    """The micro-batches of a step -> [Compared], and the accuracy: how often a pair's own text is the nearest to its
+    """The micro-batches of a step -> [Compared], and the accuracy (): how often a pair's own text is the nearest to its
     image, and its own image to its text. loss: image (n, E), text (n, E), scale (2,) -> (n,). Each rank computes the
     n x n similarities of the whole step. draw: numbers that seed random choices; there are none here"""
     if not micro:                                          # no sample of the step is usable
@@ -184,7 +184,7 @@ def accuracy(similar):
     """(n, n) similarities of n images and n texts -> mean of both directions: is its own partner the nearest one?"""
     others = similar.detach() - torch.diag(similar.new_full((len(similar),), math.inf))
     own = similar.detach().diagonal()
-    return float(torch.cat([own > others.amax(1), own > others.amax(0)]).double().mean()) if len(own) > 1 else math.nan
+    return torch.cat([own > others.amax(1), own > others.amax(0)]).double().mean() if len(own) > 1 else math.nan
 
 
 def pair_loss(model, b):

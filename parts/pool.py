@@ -27,19 +27,17 @@ def sides(P, tokens):
     return n, m
 
 
-def averages(n, m):
+def averages(n, m, like):
     """-> (m, n): row i has the weights of the patches from floor(i n / m) to ceil((i + 1) n / m), 1 / their number.
-    This is the window of torch's adaptive average pooling."""
-    A = torch.zeros(m, n, dtype=torch.float64)
-    for i in range(m):
-        first, end = i * n // m, -(-(i + 1) * n // m)
-        A[i, first:end] = 1 / (end - first)
-    return A
+    This is the window of torch's adaptive average pooling. It has the dtype and the device of tensor `like`"""
+    i, j = torch.arange(m, device=like.device)[:, None], torch.arange(n, device=like.device)
+    first, end = i * n // m, -(-(i + 1) * n // m)                                                      # (m, 1)
+    return ((first <= j) & (j < end)).to(like.dtype) / (end - first)
 
 
 def pool(x, m):
     """x (I, n, n, D) -> (I, m, m, D)"""
-    A = averages(x.shape[1], m).to(x)
+    A = averages(x.shape[1], m, x)
     return torch.einsum("an,ijnd->ijad", A, torch.einsum("bm,imnd->ibnd", A, x))
 
 

@@ -36,13 +36,14 @@ class TextTowerConfig:
         return self.model_type == "clip_text_model"
 
 
-def last_tokens(labels):
-    """-> (B,) places of the last tokens. The one label of a text stands before its last token: labels are shifted."""
-    return (labels != IGNORE).nonzero()[:, 0] + 1
+def last_tokens(labels, rows):
+    """-> (B,) places of the last tokens. The one label of a text stands before its last token: labels are shifted.
+    rows: of the labels, or empty; then a GPU makes the CPU wait"""
+    return (rows if len(rows) else (labels != IGNORE).nonzero()[:, 0]) + 1
 
 
 class TextTower(nn.Module):
-    """ids, labels, pos, lo, hi, all (N,) -> (B, D); with a head (SigLIP): (B, E)"""
+    """data.Batch -> (B, D); with a head (SigLIP): (B, E)"""
 
     def __init__(self, cfg, E):
         super().__init__()
@@ -55,11 +56,11 @@ class TextTower(nn.Module):
         self.final_layer_norm = LayerNorm(D, eps=cfg.layer_norm_eps)
         self.head = None if cfg.causal else nn.Linear(D, E)
 
-    def forward(self, ids, labels, pos, lo, hi):
+    def forward(self, ids, labels, pos, lo, hi, images, weights=None, rows=()):
         x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding(pos)                 # (N, D)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))                  # autocast does not cast embeddings
         for block in self.encoder.layers:
             x = block(x, lo, hi)
-        x = self.final_layer_norm(x[last_tokens(labels)])                                                  # (B, D)
+        x = self.final_layer_norm(x[last_tokens(labels, rows)])                                            # (B, D)
         return x if self.head is None else self.head(x)

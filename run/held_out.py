@@ -95,5 +95,5 @@ def caption_ranks(questions, model, steps, world):
             batch = steps.pack([(*documents[j], torch.cat(q.pixels)) for j in stream], steps.image_spec.side,
                                steps.span_ends, encode.reader)
             with world.autocast():
-                log_p[i, stream] = sequence_log_probs(model, batch.to(world.device))[0].float().cpu()
+                log_p[i, stream] = sequence_log_probs(model, batch.to(world.device), len(stream))[0].float().cpu()
     return (~(log_p <= log_p.diagonal()[:, None])).sum(1)        # a nan is the worst score

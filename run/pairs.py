@@ -181,7 +181,7 @@ class PairValidation:
         n, bad = sum(map(len, images)), int(self.world.sum([bad])[0])
         loss, right = math.nan, math.nan
         if n:
-            loss, right = total / n, accuracy(similarities(torch.cat(images), torch.cat(texts)))
+            loss, right = total / n, float(accuracy(similarities(torch.cat(images), torch.cat(texts))))
         log.append({"step": step + 1, "val_loss": loss, "val_accuracy": right, "val_dropped": bad})
         self.world.print(f"step {step + 1}/{log.steps}  validation loss {loss:.4f}, accuracy {right:.1%} of {n} pairs"
                          + (f" ({bad} of {self.steps.total} could not be used)" if bad else ""))

@@ -80,7 +80,7 @@ def hash_of(blob):
 class PreferenceBatch(NamedTuple):
     """A stream of P pairs: document 2 p holds the chosen answer of pair p, document 2 p + 1 the rejected one."""
     batch: Batch
-    keys: torch.Tensor     # (P,) int64
+    keys: torch.Tensor     # (P,) int64, on the CPU
 
     ids = property(lambda self: self.batch.ids)
     labels = property(lambda self: self.batch.labels)
@@ -88,11 +88,11 @@ class PreferenceBatch(NamedTuple):
     images = property(lambda self: self.batch.images)
 
     def to(self, device):
-        return PreferenceBatch(self.batch.to(device), self.keys.to(device))
+        return self._replace(batch=self.batch.to(device))
 
     def log_probs(self, model):
         """-> (P, 2)"""
-        return sequence_log_probs(model, self.batch)[0].view(-1, 2)
+        return sequence_log_probs(model, self.batch, 2 * len(self.keys))[0].view(-1, 2)
 
 
 def halves(sample):
@@ -218,7 +218,7 @@ def adapters_alone(lrs):
 
 def no_reference(model, b):
     """-> zeros (P, 2): the loss reads no reference"""
-    return torch.zeros(len(b.keys), 2, device=b.keys.device)
+    return torch.zeros(len(b.keys), 2, device=b.ids.device)
 
 
 def means(facts, n, world):

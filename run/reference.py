@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from config import stop
+from data import send
 from engine import unwrap
 from lora import LoRALinear
 from run.folder import data_digest, path_of
@@ -128,11 +129,10 @@ class Table:
 
     def __call__(self, model, b):
         """-> (P, 2). model is not used"""
-        keys = b.keys.cpu()
-        at = torch.searchsorted(self.keys, keys).clamp(max=max(0, len(self.keys) - 1))
-        if len(keys) and not (len(self.keys) and torch.equal(self.keys[at], keys)):
+        at = torch.searchsorted(self.keys, b.keys).clamp(max=max(0, len(self.keys) - 1))
+        if len(b.keys) and not (len(self.keys) and torch.equal(self.keys[at], b.keys)):
             stop(f"{self.file} lacks a sample: was its image unreadable before training? --resume=none starts again")
-        return self.values[at].to(b.keys.device)
+        return send(self.values[at], self.world.device)
 
 
 def new_samples(samples, steps):

@@ -12,7 +12,7 @@ import torch
 
 import chat
 from config import BadSample, stop
-from data import Batch, Encoder, Steps, best_fit, pack
+from data import Batch, Encoder, Steps, best_fit, pack, send
 from engine import unwrap
 from formats import configs
 from formats.rows import conversation
@@ -200,7 +200,7 @@ class Roller:
                         reference = token_log_probs(unwrap(model), batch, s.temperature)
             model.train()
             dtype = torch.promote_types(torch.float32, self.world.dtype)
-            per_token = (v[stream].repeat_interleave(sizes).to(device, dtype) for v in (advantages, weights))
+            per_token = (send(v[stream].repeat_interleave(sizes).to(dtype), device) for v in (advantages, weights))
             out.append(Rolled(batch, *per_token, old, reference))
         return out
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from config import BadSample, stop
-from data import Batch, pack
+from data import Batch, pack, send
 from formats.preferences import preference, unpaired
 from formats.rows import open_mixture
 from loss import kto_loss, sequence_log_probs
@@ -85,7 +85,7 @@ class UnpairedBatch(NamedTuple):
     read: log p is then nan"""
     batch: Batch
     other: Batch
-    keys: torch.Tensor         # (P,) int64
+    keys: torch.Tensor         # (P,) int64, on the CPU
     desirable: torch.Tensor    # (P,) bool
     zero: float = 0.0          # z0 of the step
 
@@ -95,13 +95,13 @@ class UnpairedBatch(NamedTuple):
     images = property(lambda self: self.batch.images)
 
     def to(self, device):
-        return UnpairedBatch(self.batch.to(device), self.other.to(device), self.keys.to(device),
-                             self.desirable.to(device), self.zero)
+        return self._replace(batch=self.batch.to(device), other=self.other.to(device),
+                             desirable=send(self.desirable, device))
 
     def log_probs(self, model):
         """-> (P, 2): of the own answer, of the other one"""
-        found = [b and sequence_log_probs(model, b)[0] for b in (self.batch, self.other)]              # (P,) or None
-        known = found[0] if found[1] is None else found[1]
+        found = [b and sequence_log_probs(model, b, len(self.keys))[0] for b in (self.batch, self.other)]
+        known = found[0] if found[1] is None else found[1]                                             # (P,)
         return torch.stack([torch.full_like(known, torch.nan) if x is None else x for x in found], 1)
 
 
@@ -141,10 +141,10 @@ def measure_zero(s, world, reference, model, micro):
         b = b.to(world.device)
         with world.autocast():
             before = reference(model, b._replace(batch=None))[:, 1]                                    # (P,)
-            log_p, lengths = sequence_log_probs(model, b.other)                                        # (P,)
+            log_p, lengths = sequence_log_probs(model, b.other, len(b.keys))                           # (P,)
         gap = (log_p - before.to(log_p.dtype)) / (lengths if s.length_norm else 1)
-        total, n = total + float(gap.double().sum()), n + len(gap)
-    total, n = world.sum([total, n])
+        total, n = total + gap.double().sum(), n + len(gap)
+    total, n = world.sum([float(total), n])
     return [b._replace(zero=max(0.0, total / n) if n else 0.0) for b in micro]
 
 
@@ -152,7 +152,7 @@ def unpaired_loss(s, reference, model, b):
     """As train_dpo.preference_loss, of P answers. margin: beta times (policy - reference - z0) of a good answer, times
     -1 of a bad one; accuracy: is it positive? kl: z0. chosen, rejected: log p of good, of bad answers"""
     before = reference(model, b._replace(other=None))[:, 0]                                            # (P,)
-    log_p, lengths = sequence_log_probs(model, b.batch)                                                # (P,)
+    log_p, lengths = sequence_log_probs(model, b.batch, len(b.keys))                                   # (P,)
     before, unit, good = before.to(log_p.dtype), lengths if s.length_norm else 1, b.desirable
     weights = s.desirable_weight, s.undesirable_weight
     losses = kto_loss(log_p / unit, before / unit, b.zero, good, s.beta, weights)                      # (P,)

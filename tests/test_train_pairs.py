@@ -92,7 +92,7 @@ def step(kind, groups, w, wrap=None):
         total += loss.item()
     engine.check_gradients(model)
     found = {k: engine.whole_tensor(p.grad).clone() for k, p in engine.unwrap(model).named_parameters()}
-    return found, w.sum([total])[0] / n, accuracy
+    return found, w.sum([total])[0] / n, float(accuracy)
 
 
 def truth(kind):

@@ -141,7 +141,7 @@ def test_a_wrong_step_would_fail_by_far(name, monkeypatch):
         if name == "z0 of each micro-batch":
             b, = measure(s, world(), refers, model, [b])
         if name == "gradient through z0":
-            gap = unpaired.sequence_log_probs(model, b.other)[0] - refers(model, b)[:, 1]
+            gap = unpaired.sequence_log_probs(model, b.other, len(b.keys))[0] - refers(model, b)[:, 1]
             b = b._replace(zero=gap.mean())
         if name == "labels swapped":
             b = b._replace(desirable=~b.desirable)
