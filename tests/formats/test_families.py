@@ -6,14 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import example, make_tokenizer
+from conftest import error, example, make_tokenizer
 from family_checks import check_greedy, check_logits, check_return
 from PIL import Image
 from test_llava import random
 from test_model import PARITY, all_logits, pixels
 
 from data import pack
-from formats import card, llava
+from formats import card, gguf, llava
 from formats.tensors import tensor_digest
 from generate import Chat
 from parts.spans import span_ends
@@ -138,6 +138,10 @@ def test_transformers_opens_our_folder(family, tmp_path):
                          do_sample=False)[0, len(prompt):]
     answer = asked.tok.decode([i for i in out.tolist() if i != asked.tok.eos])
     assert asked.answers([prompt], shown, 6) == [answer.strip()] != [""]
+
+
+def test_gguf_is_refused_in_one_line(family, tmp_path):
+    assert "llama.cpp's LLaVA cannot hold this model" in error(gguf.export, family[1], tmp_path / "gguf", "f16")
 
 
 def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from tiny_runs import run
 
 import chat
 from data import pack
-from formats import llava
+from formats import gguf, llava
 from generate import Chat
 from parts.cross_attention import last_image
 from parts.spans import span_ends
@@ -170,6 +170,10 @@ def test_text_alone_as_in_its_processor(family, tmp_path):
         true = model(**there | {"pixel_values": there["pixel_values"].double()}).logits[0]
         mine = all_logits(asked.model, pack([(prompt.tolist(), [-100] * len(prompt), [])], 8))
     assert (mine - true).abs().max() < PARITY * true.abs().max()
+
+
+def test_gguf_is_refused_in_one_line(family, tmp_path):
+    assert "llama.cpp's LLaVA cannot hold this model" in error(gguf.export, family[1], tmp_path / "gguf", "f16")
 
 
 def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):

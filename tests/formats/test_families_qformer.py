@@ -15,7 +15,7 @@ from test_llava import random, towers  # noqa: F401  (a fixture)
 from test_model import PARITY, all_logits, pixels
 
 from data import pack
-from formats import llava
+from formats import gguf, llava
 from generate import Chat
 from parts import instruct
 
@@ -141,6 +141,10 @@ def test_transformers_opens_our_folder(family, tmp_path):
         assert newline in asked.stop_ids and {newline, asked.tok.eos} == set(ends)
     else:
         assert {ends} == asked.stop_ids == {asked.tok.eos}
+
+
+def test_gguf_is_refused_in_one_line(family, tmp_path):
+    assert "llama.cpp's LLaVA cannot hold this model" in error(gguf.export, family[0], tmp_path / "gguf", "f16")
 
 
 @pytest.mark.parametrize("family", ["instructblip", "blip2-opt"], indirect=True)      # "blip2-llama" ends at once

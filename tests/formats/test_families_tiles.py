@@ -15,7 +15,7 @@ from test_llava import random
 from test_model import PARITY, all_logits, pixels
 
 from data import pack
-from formats import llava
+from formats import gguf, llava
 from formats.family import published_name
 from formats.fuyu import FUYU
 from formats.internvl import INTERNVL
@@ -128,6 +128,10 @@ def as_transformers_asks(out, image, monkeypatch):
         text = processor.apply_chat_template([turn], add_generation_prompt=True)
         assert text == "<|im_start|>user\n<IMG_CONTEXT>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
     return processor(images=image, text=text, return_tensors="pt")
+
+
+def test_gguf_is_refused_in_one_line(family, tmp_path):
+    assert "llama.cpp's LLaVA cannot hold this model" in error(gguf.export, family[1], tmp_path / "gguf", "f16")
 
 
 def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
