@@ -205,7 +205,7 @@ def test_the_plan_counts_the_logits_of_the_loss(R, rows):
         model = VLM(tiny_config(vocab_size=128256)).requires_grad_(False)
     w = engine.World(0, 1, torch.device("cpu"), torch.float32)
     ids, spans = torch.zeros(R, dtype=torch.long), torch.arange(R)
-    micro = [types.SimpleNamespace(ids=ids, labels=ids, lo=spans, hi=spans + 1)]
+    micro = [types.SimpleNamespace(ids=ids, labels=ids, lo=spans, hi=spans + 1, images=())]
     work = plan.memory(model, w, micro, settings("block"))[1]
     assert rows * 128256 * 8 <= work < 1.05 * rows * 128256 * 8
 
