@@ -122,7 +122,8 @@ FINDINGS = [
     ("tiles are better for small digits (InternVL 1.5)", "internvl15_4_tiles", "internvl15_1_tiles", "read", ">"),
     ("tiles change nothing for places (InternVL 1.5)", "internvl15_4_tiles", "internvl15_1_tiles", "place", "="),
     ("a vision tower is better than raw patches (Fuyu), equal steps", "llava15", "fuyu", "all", ">"),
-    ("a vision tower is better than raw patches (Fuyu), each recipe's own length", "llava15_full", "fuyu_full", "all", ">"),
+    ("a vision tower is better than raw patches (Fuyu), each recipe's own length", "llava15_full", "fuyu_full", "all",
+     ">"),
     ("text samples keep the language model's reading of text (MM1)", "llava15_replay", "llava15_no_replay", "all", ">")]
 
 
@@ -235,7 +236,7 @@ def table(rows):
 
 
 def full_table(rows):
-    """{arm: its rows} -> lines of a Markdown table, one line per system that was also measured at its recipe's length"""
+    """{arm: its rows} -> lines of a Markdown table, one line per system measured at its recipe's own length"""
     out = ["| system, its recipe's own length | seeds | seeing % | blind % | steps, stage 1 + 2 | CPU s |",
            "|---|--:|--:|--:|--:|--:|"]
     for arm in SYSTEMS:
