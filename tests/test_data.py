@@ -111,6 +111,7 @@ def test_json_and_jsonl_are_read_alike(tmp_path, text):
     *((json.dumps(about | {"data": [ROW, ROW]}, indent=n).encode(),
        r"one object.* the list 'data'.*json.load\(open\('.*x.json'\)\)\['data'\]")
       for about in ({}, {"version": 1, "info": {"n": 2}}, {"list": [1, {"a": 2}]}) for n in (None, 2)),
+    (json.dumps({"data": [{"meta": {"n": 1}, **ROW}]}).encode(), "the list 'data'"),
     (json.dumps({"rows": [{"id": 1, "images": ["a"], "messages": [{}]}]}).encode(), "the list 'rows'"),
     (b'{"annotations": [{"image_id": 1, "caption": "A cat."}]}', "the list 'annotations'")])
 def test_another_kind_of_file_stops_with_one_line(tmp_path, text, message):
@@ -123,7 +124,9 @@ def test_another_kind_of_file_stops_with_one_line(tmp_path, text, message):
 @pytest.mark.parametrize("row", [
     ROW, {**ROW, "pairs": [{"question": "?"}]}, {"text": "a"}, {"id": 1, "pairs": [{"a": 1}], "caption": "A cat."},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
-    {"id": 1, "texts": [{"user": "?", "assistant": "!"}]}, {"data": json.dumps([ROW])}])
+    {"id": 1, "texts": [{"user": "?", "assistant": "!"}]}, {"data": json.dumps([ROW])},
+    {"ocr": [{"text": "STOP"}], **ROW}, {"regions": [{"caption": "a"}], "image": "a", "caption": "b"},
+    {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "chosen": "b", "rejected": "c"}])
 def test_one_row_is_no_list_of_samples(tmp_path, row):
     (tmp_path / "x").write_text(json.dumps(row))
     assert [*Rows(tmp_path / "x")] == [row]

@@ -17,9 +17,10 @@ FIRST, NEXT = re.compile(rf"[^[]*\[{SPACE}(\]?){SPACE}"), re.compile(rf"{SPACE}(
 PART = re.compile(rb'"type" ?: ?"image')   # a part of a message that is an image
 # in a row of json: a part that is an image, or a key of images whose value is not empty
 HAS_IMAGE = re.compile(PART.pattern + rb'|"image(?:s|_bytes)?"\s*:(?!\s*(?:null|""|\[\s*(?:null|"")?\s*\]))')
-# a key of a form of a row; a list whose first object has such a key: the samples, where the file is one object
-FORM = rb'"(?:conversations|messages|texts|caption|chosen|question|text)"\s*:'
-INSIDE = re.compile(rb'"(\w+)"\s*:\s*\[\s*\{(?:[^{}\[\]]|\[[^{}\[\]]*\])*?' + FORM)
+# keys of the forms of a row; a list whose first object has such a key: the samples, where the file is one object
+KEYS = {"conversations", "messages", "texts", "caption", "chosen", "completion", "question", "text"}
+INSIDE = re.compile(rb'"(\w+)"\s*:\s*\[\s*\{(?:[^{}\[\]]|\[[^{}\[\]]*\]|\{[^{}\[\]]*\})*?"(?:%s)"\s*:'
+                    % "|".join(sorted(KEYS)).encode())
 MAX_BYTES = 8_000_000      # limit for one row; chat.encode limits the characters of a text
 
 
@@ -67,7 +68,11 @@ def list_inside(blob, spans):
     if not (len(spans) == 1 or goes_on(blob, spans)):
         return None
     found = INSIDE.search(blob, 0, 2**16)
-    return found[1].decode() if found and not re.search(FORM, blob[: found.start()]) else None
+    try:                                                       # a row may have a list of objects, too: words and boxes
+        row = strict_json(blob[spans[0][0] : min(spans[-1][1], MAX_BYTES)].decode("utf-8-sig"), "") if found else {}
+    except ValueError:                                         # broken, or larger than a row may be
+        row = {}
+    return found[1].decode() if found and not KEYS & row.keys() else None
 
 
 def goes_on(blob, spans):
