@@ -312,7 +312,8 @@ def test_each_byte_of_a_header_counts(tmp_path):
 def test_a_bad_tar_sample_costs_one_sample(tmp_path):
     rows = open_rows(write_tar(tmp_path / "a.tar", [
         ("0.json", b"{"), ("1.png", RED), ("2.mp4", b""), ("2.txt", b"x"), ("3.json", b"3"), ("4.txt", b"fine"),
-        ("5.json", json.dumps({**PACKED, "captions": ["1."]}).encode())]))
+        ("5.json", json.dumps({**PACKED, "captions": ["1."]}).encode()),
+        ("6.json", b'{"prompts": [], "captions": [], "images": []}')]))
     reasons = []
     for i in range(len(rows)):
         try:
@@ -321,7 +322,8 @@ def test_a_bad_tar_sample_costs_one_sample(tmp_path):
             reasons.append(e.reason)
     assert reasons == ["not JSON", "no json and no txt in a sample of a tar file", "video is not supported",
                        "not an object", ("|fine", []),
-                       *["prompts, captions and images are not lists of the same length"] * 2]
+                       *["prompts, captions and images are not lists of the same length"] * 2,
+                       "a packed sample without this prompt"]
 
 
 def test_a_cut_or_empty_tar_is_refused(tmp_path):

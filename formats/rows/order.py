@@ -9,7 +9,7 @@ state, and all ranks draw the same samples.
     replay           the first file is new and is drawn once per epoch; the others are old and keep their shares
 
 The curriculum goes by file, not by length: a long answer is not always a hard one, and the lengths of rows in parquet
-and tar are not known before they are read.
+are not known before they are read.
 
     B samples per step   F files   C samples drawn per epoch
 """

@@ -217,6 +217,8 @@ def one_prompt(row, part):
     fields = [row.get(field) for field in ("prompts", "captions", "images")]
     if not all(isinstance(f, list) and len(f) == len(fields[0]) for f in fields):
         raise BadSample("prompts, captions and images are not lists of the same length")
+    if part >= len(fields[0]):                                 # empty lists, or the file has changed
+        raise BadSample("a packed sample without this prompt", f"{len(fields[0])} prompts")
     asked, said, images = (x if isinstance(x, list) else [x] for x in (f[part] for f in fields))
     if len(asked) != len(said):
         raise BadSample("prompts, captions and images are not lists of the same length")
