@@ -38,7 +38,11 @@ def asked(question, answer="A red cat.", **row):
     *((asked(text, "gut"), {"jitter"}) for text in (
         "Was ist das?", "Drei Boote", "Que voit-on dans cette image ?", "trois bateaux", "tres barcos",
         "Que hay en la imagen?", "Che cosa vedi?", "tre barche", "O que tem na foto? uma casa", "duas casas",
-        "Wat is dit voor een dier?", "twee honden")),
+        "Wat is dit voor een dier?", "twee honden", "Welche Farbe hat dieser Kreis?", "Welke kleur heeft deze kat?",
+        "Describe esta imagen.", "Qual a cor do gato?", "Quanti gatti?", "Quantos gatos?")),
+    *((asked("What?", text), {"flip", "jitter"}) for text in (
+        "thousands of birds", "a single cat", "a duo", "a quarter", "twice as large", "zero cats", "the final boat")),
+    (asked("Is it on the starboard side?"), {"crop", "jitter"}), (asked("The reverse?"), {"crop", "jitter"}),
     (asked("What?", "The third boat"), {"flip", "jitter"}), (asked("The last car?"), {"flip", "jitter"}),
     (asked("What?", "the whole car"), {"flip", "jitter"}), (asked("What?", "forty birds"), {"flip", "jitter"}),
     (asked("What?", "the sixth and seventh"), {"flip", "jitter"}), (asked("What?", "health and width, truth"), ALL),
