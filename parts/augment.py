@@ -12,10 +12,10 @@ may cut off one of "three boats". A flip needs more: the row must say "letters":
 letters that no text mentions, and no text may mention a side. A word with two meanings counts as the one that matters:
 "he left" stops a flip. So a mistake in these rules mostly means less augmentation.
 
-Not known to these rules: other languages in ASCII (Indonesian, Polish without accents, romanised Hindi), a text of these
-six languages without any of the frequent words ("Gatti neri."), objects at the very edge that a text names without a
-number, and images whose two sides differ in meaning without a word for it (a map). Leave crop and flip out for such
-data. Validation and evaluation never augment. PaliGemma found no gain from augmentation (arXiv 2407.07726).
+Not known to these rules: other languages in ASCII (Indonesian, Polish without accents, romanised Hindi), a text of
+those six languages without any of the frequent words ("Gatti neri."), objects at the very edge that a text names
+without a number, and images whose two sides differ in meaning without a word for it (a map). Leave crop and flip out
+for such data. Validation and evaluation never augment. PaliGemma found no gain from augmentation (arXiv 2407.07726).
 
 A change depends on (seed, step, number of the sample in its step) alone, not on ranks, workers or `augment`."""
 
