@@ -38,8 +38,10 @@ class Incoming(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        kept = self.connection.gettimeout()                    # of writing
-        self.connection.settimeout(max(0.001, self.end - time.monotonic()))
+        kept, left = self.connection.gettimeout(), self.end - time.monotonic()              # kept: of writing
+        if left <= 0:                                          # also where bytes are there: they may never stop
+            raise TimeoutError
+        self.connection.settimeout(left)
         try:
             return self.connection.recv_into(buffer)
         except ConnectionError:                                # the client left

@@ -27,6 +27,7 @@ from formats.tokenizer import Tokenizer
 from generate import Chat
 from tools import look, serve, serve_answer
 from tools.attention import read_again
+from tools.serve_request import Incoming
 
 POST = "/v1/chat/completions"
 
@@ -448,6 +449,19 @@ def test_a_client_that_sends_slowly_is_cut_off(plain_chat, monkeypatch, begin, c
         until(lambda: server.places._value == 9)
         assert request(server, "/health")[0] == 200
     assert capsys.readouterr().err == ""
+
+
+def test_the_deadline_ends_also_a_fast_stream():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"xy")
+        incoming = Incoming(ours, 9)
+        assert incoming.read(1) == b"x"
+        incoming.allow(0)
+        with pytest.raises(TimeoutError):
+            incoming.read(1)
+        incoming.allow(9)
+        assert incoming.read(1) == b"y" and ours.gettimeout() is None
 
 
 def test_too_many_connections_are_closed(plain_chat, monkeypatch):
