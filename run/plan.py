@@ -72,10 +72,11 @@ def memory(model, world, micro, s):
     backward, again = 4 * C + 4 * F, s.recompute == "block"         # backward: elements that one layer uses, per token
     head = model.language_model.head_weight
     head = head.requires_grad * head.numel() * (head.element_size() + 2 * low)   # its gradient, and its 16-bit copy
-    v, vit = cfg.vision, 0                                          # elements saved per image by a tower that trains
-    if any(p.requires_grad for b in model.vision_tower.blocks for p in b.parameters()):
-        block_vit = v.hidden_size if again else 7 * v.hidden_size + 2 * v.intermediate_size
-        vit = (v.patches + v.class_token + v.num_register_tokens) * v.depth * block_vit
+    blocks, vit = [*model.vision_tower.blocks], 0                   # vit: elements saved per image by towers that train
+    for v, own in (cfg.vision, blocks[: cfg.vision.depth]), (cfg.second, blocks[cfg.vision.depth :]):
+        if any(p.requires_grad for b in own for p in b.parameters()):
+            block_vit = v.hidden_size if again else 7 * v.hidden_size + 2 * v.intermediate_size
+            vit += (v.patches + v.class_token + v.num_register_tokens) * v.depth * block_vit
     most = 0
     for b in micro:
         saved = t.num_hidden_layers * C + block if again else t.num_hidden_layers * block

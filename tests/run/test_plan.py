@@ -16,6 +16,7 @@ from kernels.cross_entropy import CHUNK_ROWS, linear_cross_entropy_ref, logits_b
 from kernels.linear import add_into_grad
 from loss import supervised, token_loss
 from model import VLM, TextConfig, VisionConfig, VLMConfig
+from parts.build import build
 from parts.init import init_weights
 from run import plan
 
@@ -105,6 +106,23 @@ def test_a_tower_that_trains_keeps_its_activations(recompute):
     frozen, trained = (guessed_and_measured(also, 0, recompute) for also in ([], ["vision_tower.*"]))
     guess, measured = (b - a for a, b in zip(frozen, trained))
     assert measured / 2 < guess < measured * 2, f"guess {guess / 2**20:.1f} MiB, measured {measured / 2**20:.1f}"
+
+
+def test_each_tower_that_trains_counts_itself():
+    """COMM has two. Elements of fp32 per image: tokens x blocks x (7 widths + 2 MLP widths)"""
+    def work(*train):
+        with torch.device("meta"):
+            model = build(cfg)
+        engine.choose(model, dict.fromkeys(["multi_modal_projector.*", *train], 1e-3), torch.float32)
+        return plan.memory(model, w, [micro], settings())[1]
+    w, micro = engine.World(0, 1, torch.device("cpu"), torch.float32), batch(0, 1)
+    cfg = tiny_config()
+    cfg.connector, cfg.vision.feature_layer = "comm", (1, 2)
+    cfg.second = VisionConfig("dinov2", 64, 80, 4, 4, 8, 4, feature_layer=(1, 3))
+    first, second = (4 * len(micro.images) * 5 * n for n in (2 * (7 * 32 + 2 * 48), 3 * (7 * 64 + 2 * 80)))
+    assert work("vision_tower.second.*") - work() == second
+    assert work("vision_tower.vision_model.*") - work() == first
+    assert work("vision_tower.*") - work() == first + second
 
 
 def guessed_and_measured(also, lora_r, recompute):
