@@ -2,6 +2,7 @@
 sees image and question as a prefix. The paper's language model is UL2, an encoder and a decoder of 3 billion weights
 together; here it is a Llama of that size. The sizes of both towers are not published in full; those below are ours.
 Toy world, one epoch per stage: 93.9 ± 2.5 % seeing, 9.7 ± 10.7 % blind, 3 seeds (demo/systems.jsonl).
+Toy world, this length: 97.0 % seeing, 0.5 % blind, 1 seed (demo/systems.jsonl).
 
     python train_sft.py recipes/pali3.py --dry_run                     # the plan at the size of the paper
     torchrun train_align.py recipes/pali3.py --data=toy                # the toy world: both stages

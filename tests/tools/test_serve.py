@@ -494,7 +494,8 @@ def process(folder):  # noqa: F811
     """The command, on a free port -> its process and its address"""
     command = [sys.executable, ROOT / "tools/serve.py", f"--model={folder / 'model'}", "--port=0", "--device=cpu",
                "--dtype=fp64"]
-    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell may ignore it
     yield p, p.stdout.readline().split()[0]
     p.kill()
     p.wait()
