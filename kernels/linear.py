@@ -145,10 +145,11 @@ class LinearIntoGrad(torch.autograd.Function):
             x, dy = (t.reshape(-1, t.shape[-1]) for t in (x, dy))                                      # (N, C), (N, O)
             if ctx.needs_input_grad[2]:
                 db = dy.sum(0, dtype=ctx.b.dtype)
-            first = W.grad is None
-            if first:
-                W.grad = torch.empty_like(W)
-            add_product(W.grad, dy.T, x, beta=0 if first else 1)
+            if ctx.needs_input_grad[1]:                                # False if W was frozen after add_into_grad
+                first = W.grad is None
+                if first:
+                    W.grad = torch.empty_like(W)
+                add_product(W.grad, dy.T, x, beta=0 if first else 1)
         return dx, None, db
 
 

@@ -90,6 +90,18 @@ def test_a_weight_may_have_several_uses():
     same(*(gradients(layer(16, 16, into_grad=on), call, ((7, 16), (3, 16))) for on in (True, False)))
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_part_frozen_later_gets_no_gradient(frozen):
+    """Else the norm of all gradients, by which they are clipped, would count it."""
+    found = []
+    for on in (True, False):
+        f = layer(into_grad=on)
+        getattr(f, frozen).requires_grad_(False)
+        found.append(gradients(f))
+    assert [g is None for g in found[0][:2]] == [frozen == "weight", frozen == "bias"]
+    same(*([g for g in some if g is not None] for some in found))
+
+
 def test_recomputed_layers_add_once():
     def call(f, x):
         return checkpoint(f, torch.relu(x), use_reentrant=False)
