@@ -137,7 +137,7 @@ def test_linears_with_frozen_weights(kind, device):
 
 @pytest.mark.parametrize("N", [130, 4096])
 def test_weight_gradients_are_added_in_fp32(N, device):
-    """Three micro-batches in bf16, then one without rows: closer to float64 than autograd's gradient"""
+    """Three micro-batches in bf16, before and after one without rows: closer to float64 than autograd's gradient"""
     C, O = (192, 320) if device == "cpu" else (1024, 2752)
     found = []
     for into_grad, dtype in ((True, torch.float32), (False, torch.float32), (False, torch.float64)):
@@ -146,7 +146,7 @@ def test_weight_gradients_are_added_in_fp32(N, device):
             p.data = normal(*p.shape, dtype=torch.bfloat16, seed=i).to(p)
         if into_grad:
             add_into_grad(layer)
-        for i, n in enumerate((N, N, N, 0)):
+        for i, n in enumerate((0, N, N, N, 0)):
             x, dy = (normal(n, k, dtype=torch.bfloat16, seed=3 + i).to(device) for k in (C, O))
             with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.float32):
                 y = layer(x if dtype == torch.float32 else x.to(dtype))
