@@ -9,7 +9,7 @@
 #
 # Results go to bench/results/<date>-<card>.md after each part; if there is such a page, to <date>-<card>-2.md. If OUT
 # names a folder, it also holds the output and the page of each part at any moment, so that a run which is cut off loses
-# nothing. No part goes on 560 s after the start, because a machine may be lent for 600 s.
+# nothing. No part goes on about 560 s after the start, because a machine may be lent for 600 s.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -4,7 +4,7 @@ language model are frozen; the Q-Former, its projection and the tower's last nor
 Published: under 6 days on 16 A100 for the first stage, under 3 days for the second. The first stage (image-text
 contrast, matching, generation: parts/blip2.py) is train_pairs.py. The published Q-Former starts from BERT, the toy's
 from nothing.
-Toy world, one epoch per stage: 88.7 ± 2.1 % seeing, 31.2 ± 0.5 % blind, 2 seeds (demo/systems.jsonl).
+Toy world, one epoch per stage: 89.1 ± 1.6 % seeing, 31.1 ± 0.4 % blind, 3 seeds (demo/systems.jsonl).
 
     python train_sft.py recipes/blip2.py --dry_run            # the plan at the size of the paper
     torchrun train_pairs.py recipes/blip2.py --data=toy       # the toy world: first stage, then captions, conversations

@@ -2,6 +2,7 @@
 each other (prefix-LM), and only the answer is supervised. Each example counts 1 in the loss, however long its answer is
 (loss=sample; so in the paper's code, big_vision). Every weight trains, from the first stage on.
 Toy world, one epoch per stage: 91.3 ± 2.5 % seeing, 14.6 ± 7.5 % blind, 3 seeds (demo/systems.jsonl).
+Toy world, this length: 97.8 % seeing, 0.0 % blind, 1 seed (demo/systems.jsonl).
 
     python train_sft.py recipes/paligemma.py --dry_run                      # the plan at the size of the paper
     torchrun train_align.py recipes/paligemma.py --data=toy                 # the toy world: both stages
