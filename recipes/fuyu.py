@@ -3,7 +3,7 @@ each patch of 30 x 30 pixels into a token, and a newline token ends each row of 
 
 No training details are published: batch, learning rate and data here are ours. The toy has patches of 24 px and
 trains everything in both stages. A row of patches ends in a token of the text, because the vocabulary has no other.
-Toy world, one epoch per stage: 41.3 ± 0.7 % seeing, 32.2 ± 1.1 % blind, 2 seeds (demo/systems.jsonl).
+Toy world, one epoch per stage: 40.1 ± 2.2 % seeing, 32.2 ± 0.8 % blind, 3 seeds (demo/systems.jsonl).
 Toy world, this length: 75.2 % seeing, 28.1 % blind, 1 seed (demo/systems.jsonl).
 
     python train_sft.py recipes/fuyu.py --dry_run            # the plan at the size of the paper

@@ -3,7 +3,7 @@ an image depend on what is asked. Tower and language model are frozen; Q-Former 
 
 Batch 192 to 64 by size, at most 60,000 steps, about 1.5 days on 16 A100 (unchecked). Not here: the weights of BLIP-2,
 so the toy's Q-Former starts from nothing, with a trained language model in its second stage.
-Toy world, one epoch per stage: 90.2 ± 0.0 % seeing, 30.4 ± 1.2 % blind, 2 seeds (demo/systems.jsonl).
+Toy world, one epoch per stage: 90.3 ± 0.2 % seeing, 30.2 ± 1.0 % blind, 3 seeds (demo/systems.jsonl).
 
     python train_sft.py recipes/instructblip.py --dry_run            # the plan at the size of the paper
     torchrun train_align.py recipes/instructblip.py --data=toy       # the toy world: both stages
