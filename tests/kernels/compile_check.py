@@ -16,7 +16,7 @@ import tempfile
 
 import pytest
 
-SMEM = {80: 163 * 1024, 90: 227 * 1024}           # A100; H100 and H200: bytes of shared memory of a program
+SMEM = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}     # A100; H100, H200; B200: shared memory of a program
 OPCODES = "HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDL", "STL"
 
 

@@ -240,11 +240,14 @@ def test_a_kernel_fits_every_gpu(kernel, K, arch):
     assert found["wide"] and found["LDGSTS"]
 
 
-def test_tiles_of_key_80_fit_data_centre_blackwell():
-    """The longest kernel: capability 10 runs it with the tile of key 80. Triton 3.7.1: 206 registers, no spills."""
-    found = compiled("forward", 100, 128, ATTENTION_TILES[80, 128]["forward"])
-    assert not found["stack"] and not found["LDL"] and found["reg"] <= 212 and found["smem"] <= SMALL
-    assert max(found["loops"])[0] <= 552 and not any(spills for _, spills in found["loops"])
+@pytest.mark.parametrize("kernel, registers, longest", [
+    ("forward", 212, 552), ("backward_q", 120, 335), ("backward_kv", 255, 362)])
+def test_tiles_of_key_80_fit_data_centre_blackwell(kernel, registers, longest):
+    """Capability 10 runs the longest kernels with the tiles of key 80. Triton 3.7.1: 206, 115, 255 registers, no spills
+    inside loops; backward_kv spills outside them."""
+    found = compiled(kernel, 100, 128, ATTENTION_TILES[80, 128][kernel])
+    assert found["reg"] <= registers and found["smem"] <= SMALL and (kernel == "backward_kv" or not found["stack"])
+    assert max(found["loops"])[0] <= longest and not any(spills for _, spills in found["loops"])
 
 
 def test_fp32_uses_no_tensor_cores():

@@ -89,7 +89,7 @@ def test_tables_are_copied_to_a_device_once():
     assert nf4.tables("cpu") is nf4.tables("cpu")
 
 
-@pytest.mark.parametrize("arch, dtype", [(80, "*fp32"), (90, "*bf16")])
+@pytest.mark.parametrize("arch, dtype", [(80, "*fp32"), (90, "*bf16"), (100, "*bf16")])
 def test_the_kernel_fits_every_gpu(arch, dtype):
     table = dict.fromkeys(("NESTED_", "OFFSET", "LEVELS_", "VALUES"), "*fp32")
     arguments = {"CODES": "*u8", "ABSMAX": "*u8", "W": dtype, "n": "i32", "m": "i32"} | table

@@ -50,9 +50,10 @@ def test_wrong_shapes_are_refused():
 
 
 @pytest.mark.parametrize("arch, dtype, rows, H, G, K", [
-    (80, "*fp32", None, 64, 8, 128), (80, "*bf16", "*i64", 15, 5, 64), (90, "*bf16", "*i64", 16, 16, 72)])
+    (80, "*fp32", None, 64, 8, 128), (80, "*bf16", "*i64", 15, 5, 64), (90, "*bf16", "*i64", 16, 16, 72),
+    (100, "*bf16", None, 32, 32, 128)])
 def test_the_kernel_fits_every_gpu(arch, dtype, rows, H, G, K):
-    """70B, 0.5B, and heads of 72, whose halves are no power of two"""
+    """70B, 0.5B, heads of 72, whose halves are no power of two, and 7B"""
     import triton
     size = triton.next_power_of_2
     args = dict.fromkeys(("Q", "K", "OUT_Q", "OUT_K"), dtype) | {"COS": "*fp32", "SIN": "*fp32", "R": "i32"}

@@ -38,7 +38,8 @@ def test_it_compiles_and_can_be_recomputed():
     close(lambda *a: checkpoint(swiglu, *a, use_reentrant=False), swiglu, *args)
 
 
-@pytest.mark.parametrize("arch, dtypes", [(80, ("*bf16", "*fp32")), (90, ("*fp32", "*bf16"))])
+@pytest.mark.parametrize("arch, dtypes", [(80, ("*bf16", "*fp32")), (90, ("*fp32", "*bf16")),
+                                          (100, ("*bf16", "*fp32"))])
 def test_kernels_fit_every_gpu(arch, dtypes):
     kernels = (swiglu_forward, "G U Y"), (swiglu_backward, "G U DY DG DU")
     for (kernel, pointers), dtype in zip(kernels, dtypes):
