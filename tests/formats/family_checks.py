@@ -24,6 +24,12 @@ def check_greedy(theirs, mine, ids, images, seen, spelled=None):
     assert answer == [i for i in out[0, len(ids):].tolist() if i != 2]
 
 
+def save_folder(mine, folder, out):
+    """Write our model as a folder of its family -> the folder"""
+    llava.save_model(out, mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash", torch.float32)
+    return out
+
+
 def check_return(at, mine, folder, out):
     """Their folder `at`, loaded and saved in `out`, is the same model. -> tensors of the two folders"""
     state, meta = llava.load_model(init=at, dtype=None)[0].state_dict(), folder.meta

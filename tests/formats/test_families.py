@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import error, example, make_tokenizer
-from family_checks import check_greedy, check_logits, check_return
+from family_checks import check_greedy, check_logits, check_return, save_folder
 from PIL import Image
 from test_llava import random
 from test_model import PARITY, all_logits, pixels
@@ -146,7 +146,6 @@ def test_gguf_is_refused_in_one_line(family, tmp_path):
 
 def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
     _, _, _, mine, folder = family
-    llava.save_model(tmp_path / "out", mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash",
-                     torch.float32)
-    theirs, ours = card_answers(tmp_path / "out", mine.cfg, monkeypatch)
+    out = save_folder(mine, folder, tmp_path / "out")
+    theirs, ours = card_answers(out, mine.cfg, monkeypatch)
     assert theirs == ours != ""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import error, example, make_tokenizer
-from family_checks import check_greedy, check_logits, check_return
+from family_checks import check_greedy, check_logits, check_return, save_folder
 from PIL import Image
 from test_families import TEXT, card_answers, exact_norms
 from test_llava import random, towers  # noqa: F401  (a fixture)
@@ -150,9 +150,8 @@ def test_gguf_is_refused_in_one_line(family, tmp_path):
 @pytest.mark.parametrize("family", ["instructblip", "blip2-opt"], indirect=True)      # "blip2-llama" ends at once
 def test_the_code_of_the_card_runs(family, tmp_path, monkeypatch):
     _, _, mine, folder = family
-    llava.save_model(tmp_path / "out", mine.state_dict(), mine.cfg, folder, folder.meta["template"], "", "squash",
-                     torch.float32)
-    theirs, ours = card_answers(tmp_path / "out", mine.cfg, monkeypatch)
+    out = save_folder(mine, folder, tmp_path / "out")
+    theirs, ours = card_answers(out, mine.cfg, monkeypatch)
     assert theirs == ours != ""
 
 
